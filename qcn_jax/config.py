@@ -1,0 +1,267 @@
+"""Configuration: frozen dataclasses, one for the model, one for the mesh and one per stage.
+
+A config file is Python with `get_config()` that returns `to_config_dict(RunConfig(...))`; flags override
+single values (`--config.sft.steps=100`), and `from_config_dict` turns the result back into dataclasses and
+refuses unknown or ill-typed keys by name. ModelConfig carries Hugging Face's field names.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+import ml_collections
+
+from qcn_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Qwen3-Next architecture; defaults are Qwen3-Coder-Next's (80B total, 3B active).
+
+    The first group is Hugging Face's config.json under the same names; the second says how it is computed
+    and changes no function of the weights beyond rounding.
+    """
+
+    vocab_size: int = 151_936
+    hidden_size: int = 2048
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 256
+    max_position_embeddings: int = 262_144
+    rope_theta: float = 5_000_000.0
+    partial_rotary_factor: float = 0.25
+    rms_norm_eps: float = 1e-6
+    linear_num_key_heads: int = 16
+    linear_key_head_dim: int = 128
+    linear_num_value_heads: int = 32
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    num_experts: int = 512
+    num_experts_per_tok: int = 10
+    norm_topk_prob: bool = True
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    full_attention_interval: int = 4
+    router_aux_loss_coef: float = 0.001
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    num_nextn_predict_layers: int = 0  # 1: the checkpoint holds (or training adds) an MTP block
+
+    dtype: str = "bfloat16"  # of activations; decay, router, softmax, norms' insides stay float32
+    param_dtype: str = "float32"
+    remat: str = "none"  # a policy name of layers.remat: none, full, ...
+    delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU kernel)
+    chunk_size: int = 64
+    attention: str = "xla"  # xla or splash (TPU)
+    moe: str = "auto"  # grouped-matmul back end: auto, blocked, ragged, dense
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the named mesh axes; one of them may be -1 (whatever devices are left)."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon with linear warm-up and cosine decay to `final_fraction` of the peak."""
+
+    name: str = "adamw"  # adamw or muon
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """Stage `tasks`: source distributions in, verified tasks out."""
+
+    repos_train: tuple[str, ...] = ()  # PyPI requirements, e.g. "toolz==1.2.0"
+    repos_heldout: tuple[str, ...] = ()
+    train: int = 800  # verified tasks wanted
+    heldout: int = 200
+    candidates_per_repo: int = 400  # at most this many are executed
+    max_function_lines: int = 30
+    test_timeout: float = 10.0  # seconds for one candidate's tests
+    reruns: int = 1  # further runs of every kept task that must agree (flakiness)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What midtrain and sft share: budget, batch shape, optimizer, checkpoint rhythm.
+
+    A stage ends after `steps` steps. `rows` rows of `sequence_length` tokens make one step's batch.
+    """
+
+    steps: int = 200
+    rows: int = 8
+    sequence_length: int = 1024
+    mtp_coef: float = 0.1
+    checkpoint_every: int = 100
+    log_every: int = 10
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MidtrainConfig:
+    """Stage `midtrain`: shares of document kinds in the token stream; they need not sum to one."""
+
+    train: TrainConfig = TrainConfig()
+    repository: float = 0.3  # repository-level documents
+    fim: float = 0.2  # fill in the middle, sentinel and search-and-replace forms
+    edits: float = 0.5  # a function, a defect in it, and the edit that mends it
+    packing: str = "best_fit"  # best_fit, restart_last, pad_last or concat
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Stage `sft`: trajectories of the scripted solver, verified by execution."""
+
+    train: TrainConfig = TrainConfig()
+    trajectories_per_task: int = 2
+    recovery: float = 0.5  # share of trajectories with wrong edits first
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a policy acts: sampling and limits of an episode."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_turns: int = 8
+    max_new_tokens: int = 64  # per turn
+    max_length: int = 1024  # tokens of one episode
+    slots: int = 64  # episodes generated side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `experts`."""
+
+    experts: tuple[str, ...] = ("swe", "single_turn", "format")
+    updates: int = 30
+    prompts: int = 16  # per update
+    group_size: int = 8
+    rows: int = 16
+    sequence_length: int = 1024
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 0.0
+    unfinished_penalty: float = 0.2
+    malformed_penalty: float = 0.2
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
+    rollout: RolloutConfig = RolloutConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Stage `distill`: experts into the SFT model by on-policy reverse KL per domain."""
+
+    updates: int = 20
+    prompts: int = 16
+    group_size: int = 4
+    rows: int = 16
+    sequence_length: int = 1024
+    loss: str = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
+    rollout: RolloutConfig = RolloutConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Stage `evaluate`: greedy on `tasks` held-out tasks, `samples` samples on `pass_k_tasks` of them."""
+
+    tasks: int = 200
+    pass_k_tasks: int = 100
+    samples: int = 8
+    temperature: float = 0.8
+    sft_control: bool = True  # also train and evaluate the equal-time imitation control
+    rollout: RolloutConfig = RolloutConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The nano tokenizer: byte-level BPE of `vocab_size` entries, trained without held-out repositories."""
+
+    vocab_size: int = 1152
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything `qcn run` reads."""
+
+    name: str = "nano"
+    seed: int = 0
+    init: str = "base"  # base (packaged checkpoint), random, or a Hugging Face folder
+    sandbox: str = "auto"  # auto, docker or local
+    workers: int = 2  # environment processes
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tasks: TasksConfig = TasksConfig()
+    midtrain: MidtrainConfig = MidtrainConfig()
+    sft: SftConfig = SftConfig()
+    rl: RLConfig = RLConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A dataclass as a ConfigDict, which absl flags can override key by key."""
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
+    return ml_collections.ConfigDict(values)
+
+
+def from_config_dict(cls: type[T], values: Any, prefix: str = "config") -> T:
+    """Builds `cls` from a mapping.
+
+    Raises:
+      UserError: a key that `cls` does not have, or a value of another type; the line names the key.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    arguments = {}
+    for key in values:
+        if key not in known:
+            raise UserError(f"--{prefix}.{key}: unknown key; allowed: {', '.join(sorted(known))}")
+        arguments[key] = _typed(hints[key], values[key], f"{prefix}.{key}")
+    return cls(**arguments)
+
+
+def _typed(expected: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(expected):
+        if not hasattr(value, "items"):
+            raise UserError(f"--{name}: expected a group of keys, got {value!r}")
+        return from_config_dict(expected, value, name)
+    origin = typing.get_origin(expected)
+    if origin is tuple:
+        element = typing.get_args(expected)[0]
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise UserError(f"--{name}: expected a list of {element.__name__}, got {value!r}")
+        return tuple(_typed(element, item, name) for item in value)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        expected = next(t for t in typing.get_args(expected) if t is not type(None))
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise UserError(f"--{name}: expected {expected.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,85 @@
+"""A task: a repository state with a defect, a statement, and the tests that decide. SWE-bench's schema.
+
+A row of tasks.jsonl has SWE-bench's fields under their names, plus a few of ours that other readers ignore:
+`strategy` and `kind` (how the task was made), `image_name` and `bug_patch` as in SWE-smith, `function` (the
+qualified name seen misbehaving), `path` (its file), and `timeout`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One verifiable task.
+
+    `base_commit` names the state the agent starts from: the source distribution's content hash with
+    `bug_patch` applied. `patch` is the gold fix (a unified diff from that state), `test_patch` adds tests
+    (empty where the repository already holds them). Test ids are pytest node ids relative to the root.
+    """
+
+    instance_id: str
+    repo: str  # key of a RepositorySpec, e.g. "toolz==1.2.0"
+    base_commit: str
+    patch: str
+    test_patch: str
+    problem_statement: str
+    FAIL_TO_PASS: tuple[str, ...]
+    PASS_TO_PASS: tuple[str, ...]
+    hints_text: str = ""
+    created_at: str = ""
+    version: str = ""
+    environment_setup_commit: str = ""
+    strategy: str = "inject"
+    kind: str = ""
+    image_name: str = ""
+    bug_patch: str = ""  # applied to the pristine repository gives the agent's starting state
+    path: str = ""
+    function: str = ""
+    timeout: float = 30.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready row: test lists are JSON lists, everything else as it stands."""
+        row = dataclasses.asdict(self)
+        row["FAIL_TO_PASS"] = list(self.FAIL_TO_PASS)
+        row["PASS_TO_PASS"] = list(self.PASS_TO_PASS)
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any], where: str = "task") -> "Task":
+        """Reads a row; unknown fields are ignored; test lists may be lists or JSON strings of lists.
+
+        Raises:
+          UserError: a required field is missing or a test list is malformed; names `where` and the field.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in row.items() if key in known}
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and name not in values:
+                raise UserError(f"{where}: field {name} is missing")
+        for name in ("FAIL_TO_PASS", "PASS_TO_PASS"):
+            tests = values[name]
+            try:
+                tests = json.loads(tests) if isinstance(tests, str) else tests
+            except ValueError as error:
+                raise UserError(f"{where}: field {name} is not a JSON list") from error
+            if not isinstance(tests, list | tuple) or not all(isinstance(t, str) for t in tests):
+                raise UserError(f"{where}: field {name} must be a list of test ids")
+            values[name] = tuple(tests)
+        return cls(**values)
+
+
+def write_tasks(path: str | os.PathLike[str], tasks: Iterable[Task]) -> None:
+    """Writes tasks as JSONL, atomically."""
+    files.write_jsonl(path, (task.to_json() for task in tasks))
+
+
+def read_tasks(path: str | os.PathLike[str]) -> list[Task]:
+    """Reads tasks from JSONL; raises UserError that names file, line and field."""
+    return [Task.from_json(row, f"{path}:{n}") for n, row in enumerate(files.read_jsonl(path), 1)]

@@ -1,0 +1,35 @@
+"""Packaging of qcn_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu` and `ray`."""
+
+import pathlib
+
+import setuptools
+
+TEST = [
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
+    # Parity with the reference implementation: exact versions, because numerics are compared.
+    "torch==2.13.0", "transformers>=5.0,<6", "tiktoken>=0.7",
+]
+
+setuptools.setup(
+    name="qcn_jax",
+    version="0.1.0",
+    description="The Qwen3-Coder-Next system in JAX: tasks, environments, agent, rewards, training.",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=setuptools.find_packages(include=["qcn_jax", "qcn_jax.*"]),
+    package_data={"qcn_jax": ["assets/**/*", "envs/sandbox/*.dockerfile"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10,<0.12", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",
+        "docker>=7", "numpy>=2", "absl-py>=2", "pytest>=8", "ml_collections>=1.0", "safetensors>=0.5",
+        "tokenizers>=0.21", "jinja2>=3.1", "libcst>=1.5", "unidiff>=0.7.5", "tqdm>=4.66",
+        "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27",
+    ],
+    extras_require={
+        "test": TEST,
+        "tpu": ["jax[tpu]>=0.10,<0.12", "tokamax"],
+        "compile": ["libtpu==0.0.42.*"],  # ahead-of-time compilation for TPU topologies, no TPU needed
+        "ray": ["ray>=2.40"],
+    },
+    entry_points={"console_scripts": ["qcn=qcn_jax.cli.main:run"]},
+)
