@@ -1,0 +1,141 @@
+"""What a stage of the main job is given: the configuration, its folder, and the things that stages share.
+
+Every stage is a function `run_stage(context) -> dict`; the returned dictionary must be JSON-ready and is kept
+in `DIR/<stage>/DONE.json`. The layout of a work directory, fixed here and nowhere else:
+
+  DIR/tasks/{train,heldout}.jsonl      verified tasks (SWE-bench schema)
+  DIR/tasks/repositories.json          list of RepositorySpec fields, one per repository
+  DIR/midtrain/tokenizer/              tokenizer.json of the run
+  DIR/midtrain/base/, DIR/midtrain/model/, DIR/sft/model/, DIR/experts/<expert>/model/, DIR/distill/model/,
+  DIR/evaluate/sft_control/model/      weights in Hugging Face form
+  DIR/<stage>/metrics.jsonl, DIR/experts/<expert>/metrics.jsonl     curves, one row per logged step
+  DIR/sandbox/                         state of the sandbox provider (prepared repositories, images)
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.config import RunConfig
+from qcn_jax.envs.tasks import Task, read_tasks
+from qcn_jax.errors import UserError
+
+MODEL_FOLDERS = {
+    "base": "midtrain/base",
+    "midtrain": "midtrain/model",
+    "sft": "sft/model",
+    "expert_swe": "experts/swe/model",
+    "expert_single_turn": "experts/single_turn/model",
+    "expert_format": "experts/format/model",
+    "unified": "distill/model",
+    "sft_control": "evaluate/sft_control/model",
+}
+
+
+class Shared:
+    """Things built at most once per run, on first use, and closed together: sandbox provider and pool."""
+
+    def __init__(self, config: RunConfig, root: pathlib.Path) -> None:
+        self._config = config
+        self._root = root
+        self._built: dict[str, Any] = {}
+
+    def get(self, name: str, build: Callable[[], Any]) -> Any:
+        """Returns the thing called `name`, built by `build()` the first time."""
+        if name not in self._built:
+            self._built[name] = build()
+        return self._built[name]
+
+    def close(self) -> None:
+        """Closes what was built, the latest first; safe to call twice."""
+        while self._built:
+            _, thing = self._built.popitem()
+            close = getattr(thing, "close", None)
+            if close is not None:
+                close()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """Handed to every stage.
+
+    Attributes:
+      config: the whole run's configuration.
+      root: the run's work directory.
+      stage: name of the stage that runs.
+      shared: see `Shared`; use `provider()`, `pool()` and `tokenizer()` instead.
+    """
+
+    config: RunConfig
+    root: pathlib.Path
+    stage: str
+    shared: Shared
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """The stage's own folder; exists while the stage runs."""
+        return self.root / self.stage
+
+    def log(self, line: str) -> None:
+        """Prints one progress line with the stage's name and its seconds so far."""
+        seconds = time.monotonic() - self.started
+        print(f"[{self.stage:>8} {seconds:6.1f}s] {line}", file=sys.stderr, flush=True)
+
+    def model_path(self, name: str) -> pathlib.Path:
+        """Folder of the weights of the model called `name` (a key of MODEL_FOLDERS)."""
+        return self.root / MODEL_FOLDERS[name]
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """Results of a finished stage.
+
+        Raises:
+          UserError: that stage has not finished; the line says how to run it.
+        """
+        path = self.root / stage / "DONE.json"
+        if not path.exists():
+            raise UserError(f"stage {self.stage} needs stage {stage}, which has not finished in {self.root}; "
+                            f"run it with --stages={stage}")
+        return files.read_json(path)["results"]
+
+    def tasks(self, split: str) -> list[Task]:
+        """Verified tasks of `split`: train or heldout."""
+        self.result("tasks")
+        return read_tasks(self.root / "tasks" / f"{split}.jsonl")
+
+    def repositories(self) -> dict[str, Any]:
+        """RepositorySpec of every repository of the run by name."""
+        from qcn_jax.envs.sandbox.base import RepositorySpec
+
+        self.result("tasks")
+        rows = files.read_json(self.root / "tasks" / "repositories.json")
+        return {row["name"]: RepositorySpec(**row) for row in rows}
+
+    @property
+    def tokenizer_path(self) -> pathlib.Path:
+        """The run's tokenizer.json; written by stage midtrain."""
+        return self.root / "midtrain" / "tokenizer" / "tokenizer.json"
+
+    def tokenizer(self) -> Any:
+        """The run's tokenizer (hub.tokenizer.Tokenizer)."""
+        from qcn_jax.hub.tokenizer import Tokenizer
+
+        return self.shared.get("tokenizer", lambda: Tokenizer.from_file(self.tokenizer_path))
+
+    def provider(self) -> Any:
+        """The sandbox provider of this run, chosen by `config.sandbox`."""
+        from qcn_jax.envs.sandbox.base import make_provider
+
+        return self.shared.get(
+            "provider", lambda: make_provider(self.config.sandbox, state_dir=self.root / "sandbox"))
+
+    def pool(self) -> Any:
+        """The pool of environment workers of this run, `config.workers` of them."""
+        from qcn_jax.envs.pool import EnvPool
+
+        arguments = {"kind": self.config.sandbox, "state_dir": self.root / "sandbox"}
+        return self.shared.get("pool", lambda: EnvPool(self.config.workers, arguments))
