@@ -1,0 +1,175 @@
+"""Reading compiled HLO text: collectives with bytes, matrix FLOPs and estimated cycles, loop trip counts applied.
+
+XLA's own `cost_analysis()` counts a loop body once, so the text is read instead: every computation gets the number of
+times it runs (entry 1, a while body its known trip count), and per-instruction figures are multiplied by it.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2,
+    "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0,
+}
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+)
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9](?:fn)?)?)\[([0-9,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One HLO instruction: `shape` is the text of its result type, `rest` its operands and attributes."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> str:
+        """Operand list, without the attributes behind the closing bracket."""
+        depth = 1
+        for i, character in enumerate(self.rest):
+            depth += (character == "(") - (character == ")")
+            if depth == 0:
+                return self.rest[:i]
+        return self.rest
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a program does in one run on one device; bytes are of the collective's larger side."""
+
+    collective_bytes: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    collective_count: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
+    matmul_flops: float = 0.0
+    cycles: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+
+    def top_cycles(self, count: int = 20) -> list[tuple[str, float]]:
+        """The `count` instructions with most estimated cycles (trip counts applied), largest first."""
+        return sorted(self.cycles.items(), key=lambda item: -item[1])[:count]
+
+
+def shape_bytes(text: str) -> list[float]:
+    """Bytes of every array shape named in `text`, in order."""
+    return [
+        _BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
+        for kind, dims in _SHAPE.findall(text) if kind in _BYTES
+    ]
+
+
+def _dimensions(text: str) -> list[list[int]]:
+    return [[int(d) for d in dims.split(",") if d] for kind, dims in _SHAPE.findall(text) if kind in _BYTES]
+
+
+def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
+    """Splits HLO text into computations; returns the entry's name and instructions by computation."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header.group(2), [])
+            entry = header.group(2) if header.group(1) else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append(Instruction(*found.groups()))
+        elif line.startswith("}"):
+            current = None
+    if not entry:
+        raise ValueError("HLO text has no ENTRY computation")
+    return entry, computations
+
+
+def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
+    """Computations that an instruction runs, with how often per execution."""
+    trips = 1
+    if instruction.opcode == "while":
+        known = _TRIPS.search(instruction.rest)
+        trips = int(known.group(1)) if known else 1
+    for attribute, name in _CALLED.findall(instruction.rest):
+        if attribute == "to_apply" and instruction.opcode != "call":
+            continue  # the scalar reducer of a reduction
+        yield name, trips
+    for names in _BRANCHES.findall(instruction.rest):
+        for name in names.split(","):
+            yield name.strip().lstrip("%"), 1
+
+
+def multiplicities(entry: str, computations: dict[str, list[Instruction]]) -> dict[str, int]:
+    """How many times each computation runs in one execution of the entry."""
+    result: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+        result[name] += times
+        for instruction in computations.get(name, ()):
+            for called, trips in _calls(instruction):
+                visit(called, times * trips)
+
+    visit(entry, 1)
+    return dict(result)
+
+
+def _matmul_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
+    output = _dimensions(instruction.shape)
+    operands = [shapes.get(name, "") for name in re.findall(r"%([\w.\-]+)", instruction.operands)]
+    inline = _dimensions(instruction.operands)
+    sides = inline if len(inline) >= 2 else [d for text in operands for d in _dimensions(text)]
+    if not output or len(sides) < 2:
+        return 0.0
+    if instruction.opcode == "dot":
+        contracting = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)
+        dims = [int(d) for d in contracting.group(1).split(",") if d] if contracting else []
+        return 2.0 * math.prod(output[0]) * math.prod(sides[0][d] for d in dims)
+    labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.rest)
+    if labels is None:
+        return 0.0
+    kernel = labels.group(1)
+    work = math.prod(size for label, size in zip(kernel, sides[1], strict=True) if label != "o")
+    return 2.0 * math.prod(output[0]) * work
+
+
+def summarize(text: str) -> Summary:
+    """Collectives, matrix FLOPs and estimated cycles of one execution of the program in `text`."""
+    entry, computations = parse(text)
+    times = multiplicities(entry, computations)
+    summary = Summary()
+    for name, instructions in computations.items():
+        count = times.get(name, 0)
+        if not count:
+            continue
+        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        for instruction in instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                inline = shape_bytes(instruction.operands)
+                named = [shapes.get(n, "") for n in re.findall(r"%([\w.\-]+)", instruction.operands)]
+                operand = sum(inline) or sum(sum(shape_bytes(shape)) for shape in named)
+                # An asynchronous start's result tuple holds its operands too.
+                result = sum(shape_bytes(instruction.shape)) - (operand if instruction.opcode.endswith("-start") else 0)
+                summary.collective_bytes[kind] += count * max(operand, result)
+                summary.collective_count[kind] += count
+            elif instruction.opcode in ("dot", "convolution"):
+                summary.matmul_flops += count * _matmul_flops(instruction, shapes)
+            cycles = _CYCLES.search(instruction.rest)
+            if cycles:
+                summary.cycles[instruction.name] += count * float(cycles.group(1))
+    return summary
+
+
+def to_json(summary: Summary) -> dict[str, object]:
+    """A JSON-ready form of `summary`."""
+    return json.loads(json.dumps({
+        "collective_bytes": dict(summary.collective_bytes), "collective_count": dict(summary.collective_count),
+        "matmul_flops": summary.matmul_flops, "top_cycles": summary.top_cycles(),
+    }))
