@@ -1,0 +1,26 @@
+"""Hugging Face interop: weights in and out, tokenizer, chat template and tool-call templates.
+
+`load` and `save` are bound on first use, so that `hub.chat`, `hub.templates` and `hub.tokenizer` can be
+imported where JAX is absent (environments run without it).
+"""
+
+import importlib
+from typing import Any
+
+_LAZY = {
+    "load": "qcn_jax.hub.reading",
+    "load_config": "qcn_jax.hub.configuration",
+    "config_from_hf": "qcn_jax.hub.configuration",
+    "config_to_hf": "qcn_jax.hub.configuration",
+    "save": "qcn_jax.hub.writing",
+}
+_MODULES = ("chat", "configuration", "layout", "reading", "templates", "tokenizer", "writing")
+__all__ = [*_LAZY, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"qcn_jax.hub.{name}")
+    raise AttributeError(f"module 'qcn_jax.hub' has no attribute {name!r}")

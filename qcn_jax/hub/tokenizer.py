@@ -1,0 +1,277 @@
+"""Byte-level BPE tokenizers: the published Qwen one, and small ones trained on a corpus.
+
+The work is done by the `tokenizers` library; this module fixes how such a tokenizer is built (pre-tokeniser,
+normaliser, added tokens, merges from tiktoken ranks) and which text may turn into added tokens.
+"""
+
+import base64
+import binascii
+import codecs
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import tokenizers
+
+from qcn_jax import files
+from qcn_jax.errors import UserError
+
+# Qwen2/Qwen3 pre-tokeniser: contractions, words, single digits, punctuation runs, line ends, spaces.
+PRETOKENIZER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)
+# All added tokens of Qwen3, in id order from 151643; those after QWEN_SPECIAL are not "special".
+QWEN_ADDED = QWEN_SPECIAL + (
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+)
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Tokenizer:
+    """A tokenizer; `vocab_size` counts added tokens (model embeddings may have more rows)."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self._added = {token.content: id_ for id_, token in backend.get_added_tokens_decoder().items()}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included; ids are 0 .. vocab_size - 1."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Added tokens and their ids, in id order."""
+        return dict(sorted(self._added.items(), key=lambda item: item[1]))
+
+    @functools.cached_property
+    def _ordinary(self) -> tokenizers.Tokenizer:
+        """The same model without its added tokens: their text is text like any other."""
+        description = json.loads(self._backend.to_str())
+        description["added_tokens"] = []
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of trusted `text`: added tokens written in it become their ids."""
+        return self._backend.encode(_encodable(text), add_special_tokens=False).ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of untrusted `text`: no added token results, whatever the text spells."""
+        return self._ordinary.encode(_encodable(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], ordinary: bool = False) -> list[list[int]]:
+        """`encode` (or `encode_ordinary`) of many texts on all cores."""
+        backend = self._ordinary if ordinary else self._backend
+        batch = backend.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, added tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode([int(id_) for id_ in ids], skip_special_tokens=False)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes that one id stands for; empty for an id beyond the vocabulary (a dead embedding row)."""
+        token = self._backend.id_to_token(int(id_))
+        if token is None:
+            return b""
+        if token in self._added:
+            return token.encode()
+        return bytes(_char_to_byte()[char] for char in token)
+
+    def id(self, token: str) -> int:
+        """Id of one token given by its text (an added token) or by its byte-level spelling.
+
+        Raises:
+          UserError: there is no such token.
+        """
+        id_ = self._backend.token_to_id(token)
+        if id_ is None:
+            raise UserError(f"tokenizer: has no token {token!r}")
+        return id_
+
+    def save(self, path: files.Path) -> None:
+        """Writes tokenizer.json (Hugging Face's format) to `path`, a file name or an existing folder."""
+        path = pathlib.Path(path)
+        files.write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._backend.to_str())
+
+    @classmethod
+    def from_file(cls, path: files.Path) -> "Tokenizer":
+        """Reads a tokenizer.json; raises UserError where it is missing or is none."""
+        text = _read(path)
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises bare Exception for every kind of bad file
+            raise UserError(f"{path}: is not a tokenizer.json: {_first_line(error)}") from error
+
+    @classmethod
+    def from_folder(cls, folder: files.Path) -> "Tokenizer":
+        """Reads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt, or qwen.tiktoken."""
+        folder = pathlib.Path(folder)
+        if (folder / TOKENIZER_FILE).is_file():
+            return cls.from_file(folder / TOKENIZER_FILE)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return cls(_from_vocab_and_merges(folder))
+        if (folder / "qwen.tiktoken").is_file():
+            return cls.from_tiktoken(folder / "qwen.tiktoken")
+        raise UserError(f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt and no qwen.tiktoken")
+
+    @classmethod
+    def from_tiktoken(cls, path: files.Path, added_tokens: Sequence[str] = QWEN_ADDED) -> "Tokenizer":
+        """Builds the tokenizer from a tiktoken file of ranks (lines `base64 rank`) and its added tokens."""
+        ranks = _read_ranks(path)
+        vocab = {_spell(token): rank for token, rank in ranks.items()}
+        merges = [(_spell(left), _spell(right)) for left, right in _merges(ranks, path)]
+        return cls(_assemble(tokenizers.models.BPE(vocab, merges), added_tokens))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, added_tokens: Sequence[str]) -> "Tokenizer":
+        """Trains a byte-level BPE with `vocab_size` ids in all: 256 bytes, merges, then the added tokens.
+
+        Ids of added tokens come last and in the order given, as Qwen's do. Text is not normalised: source
+        code must come back byte for byte. A small corpus may yield fewer merges than asked for.
+
+        Raises:
+          UserError: `vocab_size` has no room for the bytes and the added tokens.
+        """
+        smallest = 256 + len(added_tokens)
+        if vocab_size < smallest:
+            raise UserError(f"--config.tokenizer.vocab_size: must be at least {smallest}, got {vocab_size}")
+        tokenizer = _assemble(tokenizers.models.BPE(), (), normalizer=None)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - len(added_tokens), show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.train_from_iterator((_encodable(text) for text in texts), trainer)
+        return cls(_with_added(tokenizer, added_tokens))
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into text, holding back bytes until they make whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id_: int) -> str:
+        """Text that `id_` completes; empty while a character is still open."""
+        return self._decoder.decode(self._tokenizer.token_bytes(id_))
+
+    def finish(self) -> str:
+        """U+FFFD for a character left open at the end of the stream, else nothing; then starts anew."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates (which no UTF-8 can hold) replaced by U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _assemble(model: tokenizers.models.Model, added_tokens: Sequence[str],
+              normalizer: Any = tokenizers.normalizers.NFC()) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZER), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return _with_added(backend, added_tokens)
+
+
+def _with_added(backend: tokenizers.Tokenizer, added_tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    special = set(QWEN_SPECIAL)
+    backend.add_tokens([
+        tokenizers.AddedToken(token, normalized=False, special=token in special) for token in added_tokens])
+    return backend
+
+
+def _from_vocab_and_merges(folder: pathlib.Path) -> tokenizers.Tokenizer:
+    """The slow-tokenizer layout; added tokens come from tokenizer_config.json where it lists them."""
+    vocab = files.read_json(folder / "vocab.json")
+    lines = _read(folder / "merges.txt").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    added: Sequence[str] = QWEN_ADDED
+    if (folder / "tokenizer_config.json").is_file():
+        listed = files.read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        rows = sorted((int(id_), row["content"]) for id_, row in listed.items())
+        if rows and rows[0][0] != len(vocab):
+            raise UserError(f"{folder}/tokenizer_config.json: added tokens must start at id {len(vocab)}")
+        added = [content for _, content in rows] or added
+    try:
+        return _assemble(tokenizers.models.BPE(vocab, merges), added)
+    except Exception as error:
+        raise UserError(f"{folder}/merges.txt: does not fit vocab.json: {_first_line(error)}") from error
+
+
+def _read_ranks(path: files.Path) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(f"{path}:{number}: expected a base64 token and its rank") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or sum(len(token) == 1 for token in ranks) != 256:
+        raise UserError(f"{path}: ranks must be 0 .. n-1 and cover all 256 single bytes")
+    return ranks
+
+
+def _merges(ranks: dict[bytes, int], path: files.Path) -> Iterator[tuple[bytes, bytes]]:
+    """The merge that makes each token: byte pair encoding with lower ranks only, until two parts remain."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            if ranks.get(parts[best] + parts[best + 1], rank) >= rank:
+                raise UserError(f"{path}: token of rank {rank} is not made of two tokens of lower rank")
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        yield parts[0], parts[1]
+
+
+@functools.cache
+def _byte_to_char() -> dict[int, str]:
+    """GPT-2's byte alphabet: printable Latin-1 stands for itself, other bytes for 256, 257, ... in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in table:
+            table[byte] = chr(256 + len(table) - len(printable))
+    return table
+
+
+@functools.cache
+def _char_to_byte() -> dict[str, int]:
+    return {char: byte for byte, char in _byte_to_char().items()}
+
+
+def _spell(token: bytes) -> str:
+    return "".join(map(_byte_to_char().__getitem__, token))
+
+
+def _read(path: files.Path) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
