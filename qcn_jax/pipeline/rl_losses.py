@@ -1,0 +1,121 @@
+"""Losses of the experts and of their distillation, as plain functions of logits.
+
+Axes: B rows, T positions, D model width, V vocabulary. As everywhere in the pipeline, position t predicts
+tokens[t + 1], and every per-position array of a batch (weights, advantages, old log-probabilities) is aligned
+with the predicting position.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+STD_FLOOR = 1e-6  # a group whose rewards agree has no advantage, not an infinite one
+
+
+def group_advantages(rewards: Sequence[float], groups: Sequence[int], counted: Sequence[bool]) -> np.ndarray:
+    """Advantages relative to the other samples of the same prompt: (r - mean) / std (GRPO, Shao et al. 2024).
+
+    Args:
+      rewards: [n] of each episode.
+      groups: [n] which prompt it answers.
+      counted: [n] False for episodes that failed for reasons of infrastructure: they enter no statistics and
+        get advantage 0.
+
+    Returns:
+      [n] float64. Groups of one reward get zeros.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    groups, counted = np.asarray(groups), np.asarray(counted, bool)
+    advantages = np.zeros(len(rewards))
+    for group in np.unique(groups):
+        members = (groups == group) & counted
+        if members.sum() > 1 and (spread := rewards[members].std()) > STD_FLOOR:
+            advantages[members] = (rewards[members] - rewards[members].mean()) / spread
+    return advantages
+
+
+def log_softmax(logits: jax.Array) -> jax.Array:
+    """Log-probabilities in float32, whatever the logits' dtype; [..., V]."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def token_statistics(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target and entropy of each prediction.
+
+    Args:
+      logits: [..., V].
+      targets: [...] int32.
+
+    Returns:
+      logprobs [...] and entropy [...], float32; no gradient flows through the entropy.
+    """
+    scores = log_softmax(logits)
+    logprobs = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    still = jax.lax.stop_gradient(scores)
+    return logprobs, -jnp.sum(jnp.exp(still) * still, axis=-1)
+
+
+def clipped_policy_loss(
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
+) -> tuple[jax.Array, jax.Array]:
+    """Per-token clipped surrogate with separate bounds (DAPO, Yu et al. 2025, eq. 8): -min(rA, clip(r)A).
+
+    Args:
+      logprobs, old_logprobs, advantages: [...] float32; the old ones as sampled.
+      clip_low, clip_high: the ratio counts between 1 - clip_low and 1 + clip_high.
+
+    Returns:
+      losses [...] and whether the clip cut the gradient off [...] (bool).
+    """
+    ratio = jnp.exp(logprobs - old_logprobs)
+    plain = ratio * advantages
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
+    return -jnp.minimum(plain, clipped), clipped < plain
+
+
+def kl_estimate(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
+    """Schulman's k3 estimate of KL(policy || reference) from sampled tokens; [...], never negative."""
+    difference = reference - logprobs
+    return jnp.exp(difference) - difference - 1.0
+
+
+def reverse_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """KL(student || teacher) over the whole vocabulary, per token: [..., V] logits twice -> [...]."""
+    student, teacher = log_softmax(student), log_softmax(teacher)
+    return jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
+
+
+def forward_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """KL(teacher || student) over the whole vocabulary, per token: [..., V] logits twice -> [...]."""
+    return reverse_kl(teacher, student)
+
+
+def over_positions(function: Callable[..., Any], chunk: int | None, *arrays: jax.Array) -> Any:
+    """Applies `function` to all positions, `chunk` of them at a time, so that [B, T, V] never exists whole.
+
+    Args:
+      function: takes one [n, ...] array per given array and returns a pytree of [n] arrays; typically it
+        applies the head to hidden states and reduces over the vocabulary. Recomputed in the backward pass.
+      chunk: positions at a time; None applies `function` once.
+      *arrays: [B, T, ...].
+
+    Returns:
+      The pytree with [B, T] leaves.
+    """
+    batch, length = arrays[0].shape[:2]
+    total = batch * length
+    flat = [array.reshape(total, *array.shape[2:]) for array in arrays]
+    if chunk is None or chunk >= total:
+        out = function(*flat)
+    else:
+        pad = -total % chunk
+        parts = [
+            jnp.pad(array, [(0, pad)] + [(0, 0)] * (array.ndim - 1)).reshape(-1, chunk, *array.shape[1:])
+            for array in flat
+        ]
+        out = jax.lax.map(lambda xs: jax.checkpoint(function)(*xs), parts)
+        out = jax.tree.map(lambda leaf: leaf.reshape(-1)[:total], out)
+    return jax.tree.map(lambda leaf: leaf.reshape(batch, length), out)

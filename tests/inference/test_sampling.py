@@ -1,0 +1,80 @@
+"""Sampling against plain numpy and against the frequencies it must reproduce."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qcn_jax.inference.sampling import filter_logits, sample
+
+
+def reference_filter(logits: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
+    """Per row and in float64: which ids stay."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if top_k:
+        order = order[:top_k]
+    mass = np.exp(logits[order].astype(np.float64))
+    mass /= mass.sum()
+    kept, total = [], 0.0
+    for index, share in zip(order, mass):
+        if total >= top_p and top_p < 1.0:
+            break
+        kept.append(index)
+        total += share
+    out = np.full(len(logits), -np.inf)
+    out[kept] = logits[kept]
+    return out
+
+
+@pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.5, 4), (1e-6, 0), (0.9, 100)])
+def test_filter_is_the_definition(top_p: float, top_k: int) -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 17)).astype(np.float32) * 3
+    got = filter_logits(jnp.asarray(logits), jnp.full(5, top_p), jnp.full(5, top_k, jnp.int32))
+    want = np.stack([reference_filter(row, top_p, top_k) for row in logits])
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    np.testing.assert_allclose(np.where(np.isfinite(want), got, 0), np.where(np.isfinite(want), want, 0))
+
+
+def call(logits: np.ndarray, seeds, positions, temperature=1.0, top_p=1.0, top_k=0):
+    n = len(logits)
+    return jax.jit(sample)(
+        jnp.asarray(logits, jnp.float32),
+        jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), n),
+        jnp.broadcast_to(jnp.asarray(positions, jnp.int32), n),
+        jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), n),
+        jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), n),
+        jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), n),
+    )
+
+
+@pytest.mark.parametrize("temperature,top_p,top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.3, 1.0, 2)])
+def test_frequencies_follow_the_tempered_and_filtered_distribution(temperature, top_p, top_k) -> None:
+    row = np.log(np.array([0.4, 0.3, 0.2, 0.08, 0.02]))
+    n = 20_000
+    tokens, logprobs = call(np.tile(row, (n, 1)), np.arange(n), 7, temperature, top_p, top_k)
+    filtered = np.exp(reference_filter(row / temperature, top_p, top_k))
+    want = filtered / filtered.sum()
+    got = np.bincount(np.asarray(tokens), minlength=5) / n
+    np.testing.assert_allclose(got, want, atol=4 * np.sqrt(0.25 / n))  # four standard errors
+    np.testing.assert_allclose(logprobs, row[np.asarray(tokens)], rtol=1e-5)  # of the untempered policy
+
+
+def test_streams_depend_on_seed_and_position_alone() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(6, 50))
+    tokens, _ = call(logits, np.arange(6), np.arange(6) + 10)
+    other = rng.normal(size=(6, 50))
+    other[4] = logits[2]
+    moved, _ = call(other, [9, 9, 9, 9, 2, 9], [0, 0, 0, 0, 12, 0])
+    assert moved[4] == tokens[2]
+    flat = np.zeros((200, 50))
+    by_seed, _ = call(flat, np.arange(200), 0)
+    by_position, _ = call(flat, 0, np.arange(200))
+    assert len(set(np.asarray(by_seed).tolist())) > 40 and len(set(np.asarray(by_position).tolist())) > 40
+
+
+def test_temperature_zero_is_argmax_even_beside_sampled_rows() -> None:
+    logits = np.random.default_rng(2).normal(size=(4, 30))
+    tokens, _ = call(logits, 0, 0, temperature=[0.0, 1.0, 0.0, 5.0])
+    best = logits.argmax(-1)
+    assert tokens[0] == best[0] and tokens[2] == best[2]
