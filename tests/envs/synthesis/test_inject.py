@@ -1,0 +1,117 @@
+"""Injection: every kind on a small module, minimal and deterministic edits, nothing outside function bodies."""
+
+import argparse
+import ast
+import configparser
+import difflib
+import inspect
+import random
+
+import pytest
+
+from qcn_jax.envs.synthesis import inject
+from qcn_jax.errors import UserError
+
+# (kind, a function body before, the defects expected after), written by hand.
+CASES = [
+    ("add_not", "    if x == 1:  # c\n        return 2\n", ["    if not x == 1:  # c\n        return 2\n"]),
+    ("drop_not", "    return not x\n", ["    return x\n"]),
+    ("flip_boolean", "    return True\n", ["    return False\n"]),
+    ("change_constant", "    return 0\n", ["    return 1\n"]),
+    ("swap_and_or", "    return x  and y\n", ["    return x  or y\n"]),
+    ("drop_operand", "    return x and y\n", ["    return x\n", "    return y\n"]),
+    ("flip_comparison", "    return x<y\n", ["    return x>=y\n"]),
+    ("change_boundary", "    return x < y\n", ["    return x <= y\n"]),
+    ("flip_membership", "    return x not in y\n", ["    return x in y\n"]),
+    ("flip_identity", "    return x is None\n", ["    return x is not None\n"]),
+    ("change_arithmetic", "    return x + (y)\n", ["    return x - (y)\n"]),
+    ("change_augmented", "    x += y\n    return x\n", ["    x -= y\n    return x\n", "    x = y\n    return x\n"]),
+    ("swap_operands", "    return x-y\n", ["    return y-x\n"]),
+    ("break_chain", "    return x + y + 1\n", ["    return x + y\n"]),
+    ("swap_ternary", "    return 1 if x else y\n", ["    return y if x else 1\n"]),
+    ("slice_off_by_one", "    return x[-1]\n", ["    return x[-2]\n"]),
+    ("range_off_by_one", "    return range(x)\n", ["    return range(x + 1)\n", "    return range(x - 1)\n"]),
+    ("swap_arguments", "    return min(x,  y)\n", ["    return min(y,  x)\n"]),
+    ("drop_argument", "    return max(x, default=y)\n", ["    return max(x)\n"]),
+    ("wrong_function", "    return x.lstrip()\n", ["    return x.rstrip()\n", "    return x.strip()\n"]),
+    ("alias_mutable", "    y = list(x)\n    return y\n", ["    y = x\n    return y\n"]),
+    (
+        "swap_branches",
+        "    if x:\n        y = 1  # one\n    else:\n        y = 2\n    return y\n",
+        ["    if x:\n        y = 2\n    else:\n        y = 1  # one\n    return y\n"],
+    ),
+    ("drop_guard", "    if x is None:\n        return None\n    return y\n", ["    return y\n"]),
+    ("drop_conditional", "    if x:\n        y = 1\n    return y\n", ["    return y\n"]),
+    ("drop_loop", "    for i in x:\n        y += i\n    return y\n", ["    return y\n"]),
+    ("unwrap", "    try:\n        y = x()\n    except OSError:\n        y = 1\n    return y\n", ["    y = x()\n    return y\n"]),
+    ("drop_statement", "    x.append(y)\n    return x\n", ["    return x\n"]),
+    ("drop_assignment", "    y = y or []\n    return y\n", ["    return y\n"]),
+    ("drop_return", "    return x(y)\n", ["    x(y)\n"]),
+    ("shuffle_lines", "    x = y\n    y = 1\n    return x, y\n", ["    y = 1\n    x = y\n    return x, y\n"]),
+    ("change_exception", "    raise KeyError(x)\n", ["    raise IndexError(x)\n"]),
+    ("break_continue", "    for i in x:\n        break\n", ["    for i in x:\n        continue\n"]),
+    ("wrong_variable", "    return [x]\n", ["    return [y]\n"]),
+]
+
+
+def test_every_kind_has_a_case():
+    assert {kind for kind, _, _ in CASES} | {"change_default"} == set(inject.KINDS)
+
+
+@pytest.mark.parametrize(("kind", "body", "expected"), CASES, ids=[case[0] for case in CASES])
+def test_kind(kind, body, expected):
+    """One defect in a function with non-ASCII text around it, at both nesting depths."""
+    before = 'ü = "é"\n\n\ndef f(x, y):\n' + body
+    found = inject.candidates(before, "pkg/m.py", [kind])
+    assert [i.qualname for i in found] == ["f"] * len(found)
+    assert found and {i.after_source for i in found} <= {'ü = "é"\n\n\ndef f(x, y):\n' + text for text in expected}
+    method = "class C:\n    é = 1\n\n" + "".join("    " + row for row in ("def f(x, y):\n" + body).splitlines(True))
+    inner = inject.candidates(method, "pkg/m.py", [kind])
+    assert len(inner) == len(found) and inner[0].qualname == "C.f"
+    texts = [inspect.cleandoc("\n" + i.function_after) + "\n" for i in inner]
+    assert set(texts) <= {"def f(x, y):\n" + text for text in expected}
+
+
+def test_change_default():
+    found = inject.candidates("def f(x=True): return x\n", "m.py", ["change_default"])
+    assert [(i.old, i.new in ("False", "None")) for i in found] == [("True", True)]
+
+
+@pytest.mark.parametrize("module", [argparse, configparser, difflib], ids=lambda module: module.__name__)
+def test_real_modules(module):
+    """On real code every defect parses, stays in its function and outside docstrings, and repeats from its seed."""
+    source = inspect.getsource(module)
+    tree = ast.parse(source)
+    found = inject.candidates(source, "m.py", max_function_lines=25, rng=random.Random(3))
+    assert found == inject.candidates(source, "m.py", max_function_lines=25, rng=random.Random(3))
+    assert len({i.kind for i in found}) > 20
+    places = {(f.qualname, f.start_line, f.end_line) for f in inject.functions(tree)}
+    for i in random.Random(1).sample(found, 200):
+        assert (i.qualname, i.function_start_line, i.function_end_line) in places
+        assert i.function_end_line - i.function_start_line < 25
+        assert i.function_start_line <= i.line <= i.function_end_line
+        assert i.after_source.count("\n") - source.count("\n") == i.new.count("\n") - i.old.count("\n")
+        assert i.function_before in source and i.function_after in i.after_source and i.function_after != i.function_before
+    for i in random.Random(0).sample(found, 25):
+        after = ast.parse(i.after_source)
+        docstrings = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        assert docstrings == [ast.get_docstring(n) for n in ast.walk(after) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+
+
+def test_nothing_outside_functions():
+    source = "X = 1 < 2\n\n\n@deco(True)\ndef f(a: 'list[0]') -> Literal[True]:\n    'not 1'\n    pass\n"
+    assert inject.candidates(source, "m.py") == []
+
+
+@pytest.mark.parametrize("path", ["tests/m.py", "pkg/test_m.py", "pkg/tests/util.py", "conftest.py", "pkg/m_test.py"])
+def test_tests_are_never_changed(path):
+    assert inject.candidates("def f(x):\n    return not x\n", path) == []
+    assert inject.candidates("def f(x):\n    return not x\n", "pkg/contest.py") != []
+
+
+def test_odd_sources():
+    assert inject.candidates("print 'python 2'\n", "m.py") == []
+    crlf = "def f(x):\r\n    return not x\r\n"
+    assert [i.after_source for i in inject.candidates(crlf, "m.py", ["drop_not"])] == ["def f(x):\r\n    return x\r\n"]
+    with pytest.raises(UserError, match="unknown 'nonsense'"):
+        inject.candidates("", "m.py", ["nonsense"])
