@@ -14,7 +14,6 @@ in `DIR/<stage>/DONE.json`. The layout of a work directory, fixed here and nowhe
 
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +83,7 @@ class StageContext:
     def log(self, line: str) -> None:
         """Prints one progress line with the stage's name and its seconds so far."""
         seconds = time.monotonic() - self.started
-        print(f"[{self.stage:>8} {seconds:6.1f}s] {line}", file=sys.stderr, flush=True)
+        print(f"[{self.stage:>8} {seconds:6.1f}s] {line}", flush=True)
 
     def model_path(self, name: str) -> pathlib.Path:
         """Folder of the weights of the model called `name` (a key of MODEL_FOLDERS)."""
@@ -130,8 +129,12 @@ class StageContext:
         """The sandbox provider of this run, chosen by `config.sandbox`."""
         from qcn_jax.envs.sandbox.base import make_provider
 
-        return self.shared.get(
-            "provider", lambda: make_provider(self.config.sandbox, state_dir=self.root / "sandbox"))
+        def build() -> Any:
+            provider = make_provider(self.config.sandbox, state_dir=self.root / "sandbox")
+            self.log(f"sandbox: {provider.describe()}")
+            return provider
+
+        return self.shared.get("provider", build)
 
     def pool(self) -> Any:
         """The pool of environment workers of this run, `config.workers` of them."""

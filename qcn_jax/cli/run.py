@@ -1,0 +1,35 @@
+"""Runs the whole chain: tasks, midtrain, sft, experts, distill, evaluate, report.
+
+Each stage leaves its results in WORKDIR/<stage>; the same command given again resumes where it stopped. The report
+is WORKDIR/report/index.html, its numbers WORKDIR/report/summary.json.
+
+  qcn run --config=configs/nano.py --workdir=runs/nano
+  qcn run --config=configs/nano.py --workdir=runs/nano --stages=evaluate,report
+  qcn run --config=configs/nano.py --workdir=runs/other --config.sft.train.steps=300 --config.sandbox=local
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from qcn_jax.cli import parsing
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses flags and runs the stages."""
+    values = flags.FlagValues()
+    config = parsing.define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "Folder of the run; made if missing, resumed if it holds a run.",
+                        flag_values=values, required=True)
+    flags.DEFINE_list("stages", None, "Comma-separated stages to run; default: all of them.", flag_values=values)
+    flags.DEFINE_list("restart", [], "Comma-separated stages to throw away and make anew, with every later one.",
+                      flag_values=values)
+    parsing.parse(values, "run", __doc__, argv)
+    # Set before JAX is imported: a resumed run does not compile again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(values.workdir).absolute() / "xla_cache"))
+    from qcn_jax.pipeline import run
+
+    run.run(config(), values.workdir, values.stages or tuple(run.STAGES), values.restart)
+    return 0

@@ -1,0 +1,112 @@
+"""What all tests share: markers for things a machine may lack, emulated devices, compilation cache.
+
+A test marked `docker` or `torch` is skipped with a reason where the thing is missing; where the environment
+variable QCN_REQUIRE (a comma-separated list) names it, the test fails instead, so that a continuous-integration
+machine cannot pass by lacking something.
+"""
+
+import functools
+import importlib.util
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "qcn_jax" / "xla"
+
+# Before anything imports JAX; the children of tests inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+QWEN_TOKENIZER = pathlib.Path(os.environ.get(
+    "QCN_QWEN_TOKENIZER", ROOT / "../shared/data/qwen3-tokenizer/tokenizer.json"))
+
+
+@functools.cache
+def docker_missing() -> str | None:
+    """Why Docker tests cannot run here; None where an engine answers."""
+    import docker
+
+    try:
+        docker.from_env(timeout=10).ping()
+    except docker.errors.DockerException as error:
+        return f"no Docker engine answers: {str(error).splitlines()[0][:120]}"
+    return None
+
+
+@functools.cache
+def torch_missing() -> str | None:
+    """Why tests against the reference implementation cannot run here; None where they can."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+_THINGS: dict[str, Callable[[], str | None]] = {"docker": docker_missing, "torch": torch_missing}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips, or fails where QCN_REQUIRE says so, a test whose marker names a thing that is missing."""
+    required = {name for name in os.environ.get("QCN_REQUIRE", "").split(",") if name}
+    for name in _THINGS:
+        reason = _THINGS[name]() if item.get_closest_marker(name) else None
+        if reason and name in required:
+            pytest.fail(f"QCN_REQUIRE demands {name}: {reason}", pytrace=False)
+        if reason:
+            pytest.skip(reason)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses a QCN_REQUIRE that names nothing known, which would otherwise demand nothing in silence."""
+    unknown = {name for name in os.environ.get("QCN_REQUIRE", "").split(",") if name} - set(_THINGS)
+    if unknown:
+        raise pytest.UsageError(f"QCN_REQUIRE: unknown {', '.join(sorted(unknown))}; known: {', '.join(_THINGS)}")
+
+
+def run_with_devices(code: str | Callable[[], None], devices: int, timeout: float = 600.0) -> str:
+    """Runs `code` in a fresh Python process with `devices` emulated CPU devices and returns its stdout.
+
+    Args:
+      code: source text, or a function of a test module that takes nothing (called by name in the child).
+      devices: how many devices `jax.devices()` shows there.
+      timeout: seconds.
+
+    Raises:
+      AssertionError: the process did not exit with status 0; holds the end of its stderr.
+    """
+    if callable(code):
+        path, name = inspect.getsourcefile(code), code.__name__
+        code = f"""
+            import importlib.util
+            spec = importlib.util.spec_from_file_location("child_module", {path!r})
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.{name}()
+        """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False,
+        env={**os.environ, "XLA_FLAGS": flags.strip(), "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, f"child exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+@pytest.fixture(name="run_with_devices")
+def _run_with_devices() -> Callable[..., str]:
+    return run_with_devices
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_path() -> pathlib.Path:
+    """Path of Qwen3's tokenizer.json, which the repository does not carry."""
+    if not QWEN_TOKENIZER.is_file():
+        pytest.skip(f"{QWEN_TOKENIZER} is not here; set QCN_QWEN_TOKENIZER to a copy of Qwen3's tokenizer.json")
+    return QWEN_TOKENIZER
