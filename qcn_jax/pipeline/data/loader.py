@@ -1,0 +1,217 @@
+"""From documents to batches through Grain: shuffle, mix sources by share of tokens, pack, batch.
+
+Everything is a function of (sources, seed): two iterators give the same batches, and an iterator whose state was
+saved continues with the same batches, because the state is only positions.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from qcn_jax import files
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data import packing
+
+# Documents packed together hold this many rows' worth of tokens: enough that the last, part-filled row of a
+# window costs under 1 % with documents of a tenth of a row.
+_WINDOW_ROWS = 64
+_SAMPLE = 64  # documents looked at to learn a source's mean length
+
+
+class Documents(Protocol):
+    """Random access to documents: mappings of equally long 1-D arrays with at least `tokens`.
+
+    An endless source (one that makes documents up from the index) has no `__len__`.
+    """
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A named kind of documents and its share of the token stream, relative to the other shares."""
+
+    name: str
+    documents: Documents
+    share: float
+
+
+class TokenStore:
+    """Documents as flat arrays in a folder, memory-mapped; the random-access form of what was tokenised once."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Opens a store that `write` made."""
+        keys = files.read_json(folder / "store.json")["keys"]
+        self._offsets = np.load(folder / "offsets.npy")
+        self._arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in keys}
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        a, b = self._offsets[index], self._offsets[index + 1]
+        return {key: np.asarray(values[a:b]) for key, values in self._arrays.items()}
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all documents."""
+        return int(self._offsets[-1])
+
+    @staticmethod
+    def exists(folder: pathlib.Path) -> bool:
+        """Whether a complete store is in `folder`."""
+        return (folder / "store.json").exists()
+
+    @classmethod
+    def write(cls, folder: pathlib.Path, documents: Iterable[Mapping[str, np.ndarray]]) -> "TokenStore":
+        """Writes a store; store.json comes last and marks it complete."""
+        documents = [document for document in documents if len(document["tokens"])]
+        if not documents:
+            raise UserError(f"{folder}: there are no documents to train on")
+        offsets = np.concatenate([[0], np.cumsum([len(document["tokens"]) for document in documents])])
+        arrays = {"offsets": offsets}
+        for key in documents[0]:
+            values = np.concatenate([np.asarray(document[key]) for document in documents])
+            arrays[key] = values.astype(np.float32) if values.dtype.kind == "f" else _narrow(values)
+        for name, values in arrays.items():
+            with files.atomic_open(folder / f"{name}.npy", "wb") as stream:
+                np.save(stream, values)
+        files.write_json(folder / "store.json", {"keys": list(documents[0]), "documents": len(documents),
+                                                 "tokens": int(offsets[-1])})
+        return cls(folder)
+
+
+def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, method: str = "best_fit",
+            overlong: str = "split", shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
+    """An endless, checkpointable iterator of packed batches.
+
+    Args:
+      sources: those with a share of zero are left out; finite ones are shuffled anew every epoch.
+      rows, length: shape of a batch (of this process).
+      seed: decides order, mixture and every later epoch.
+      method, overlong: see `packing.plan`.
+      shard: (index, count) of this process among those that read disjoint documents.
+    Returns:
+      Iterator of {tokens, segment_ids, positions, weights}: [rows, length], see `packing.pack`.
+    Raises:
+      UserError: no source has a share, or a source is empty.
+    """
+    used = [source for source in sources if source.share > 0]
+    if not used:
+        raise UserError("the data mixture is empty: every share is 0")
+    streams, document_shares, means = [], [], []
+    for number, source in enumerate(used):
+        streams.append(_stream(source, seed + 7919 * number, shard))
+        means.append(_mean_length(source))
+        # Grain mixes documents, not tokens.
+        document_shares.append(source.share / means[-1])
+    total = sum(document_shares)
+    mean = sum(m * s / total for m, s in zip(means, document_shares))
+    mixed = grain.MapDataset.mix(streams, [s / total for s in document_shares])
+    window = max(1, round(_WINDOW_ROWS * length / mean))
+    # No reader threads: documents are in memory or mapped, and the threads' bookkeeping cost more than reading.
+    stream = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    packed = _PackIterDataset(stream, window, length, method, overlong, seed)
+    return iter(packed.batch(rows, drop_remainder=True))
+
+
+def statistics(iterator: grain.DatasetIterator) -> packing.PackingStatistics:
+    """What packing did so far in an iterator of `batches`, since it was made or restored."""
+    while not isinstance(iterator, _PackIterator):
+        iterator = iterator._parents[0]  # Grain names no public way to the parent
+    return iterator.statistics
+
+
+class _Endless(grain.MapDataset):
+    """Documents made from their index; as long as Grain can count."""
+
+    def __init__(self, documents: Documents) -> None:
+        super().__init__()
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._documents[int(index)]
+
+
+def _stream(source: Source, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
+    index, count = shard
+    if not hasattr(source.documents, "__len__"):
+        return _Endless(source.documents)[index::count]
+    if len(source.documents) < count:
+        raise UserError(f"data source {source.name}: {len(source.documents)} documents for {count} processes")
+    return grain.MapDataset.source(source.documents)[index::count].seed(seed).shuffle().repeat()
+
+
+def _mean_length(source: Source) -> float:
+    count = len(source.documents) if hasattr(source.documents, "__len__") else _SAMPLE
+    picks = np.unique(np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int))
+    return float(np.mean([len(source.documents[int(i)]["tokens"]) for i in picks]))
+
+
+class _PackIterDataset(grain.IterDataset):
+    """Packs windows of documents into rows and shuffles the rows of a window."""
+
+    def __init__(self, parent: grain.IterDataset, window: int, length: int, method: str, overlong: str,
+                 seed: int) -> None:
+        super().__init__(parent)
+        self.window, self.length, self.method, self.overlong, self.seed = window, length, method, overlong, seed
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackIterator(iter(self._parent), self)
+
+
+class _PackIterator(grain.DatasetIterator):
+    """State: the parent's position where the window began, the window's number and rows given out of it."""
+
+    def __init__(self, parent: grain.DatasetIterator, dataset: _PackIterDataset) -> None:
+        super().__init__(parent)
+        self._dataset = dataset
+        self._begin = parent.get_state()
+        self._number = 0
+        self._given = 0
+        self._rows: list[dict[str, np.ndarray]] | None = None
+        self.statistics = packing.PackingStatistics()
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._rows is None:
+            self._rows = self._pack()
+        if self._given == len(self._rows):
+            self._begin = self._parent.get_state()
+            self._number, self._given = self._number + 1, 0
+            self._rows = self._pack()
+        row = self._rows[self._given]
+        self._given += 1
+        return row
+
+    def _pack(self) -> list[dict[str, np.ndarray]]:
+        dataset = self._dataset
+        documents = [next(self._parent) for _ in range(dataset.window)]
+        lengths = [len(document["tokens"]) for document in documents]
+        planned = packing.plan(lengths, dataset.length, dataset.method, dataset.overlong)
+        self.statistics += packing.statistics(lengths, dataset.length, planned)
+        arrays = packing.fill(documents, planned, dataset.length)
+        # Best-fit decreasing puts the longest documents first; steps should not see them in that order.
+        order = np.random.default_rng([dataset.seed, self._number]).permutation(planned.rows)
+        return [{key: values[row] for key, values in arrays.items()} for row in order]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"begin": self._begin, "number": self._number, "given": self._given}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._begin, self._number, self._given = state["begin"], state["number"], state["given"]
+        self._parent.set_state(self._begin)
+        self._rows = None
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    small = values.size == 0 or (values.min() >= 0 and values.max() < 2**16)
+    return values.astype(np.uint16 if small else np.int32)

@@ -1,0 +1,92 @@
+"""Curves on disk: one JSON object a line, one line per logged step, rewound when a run resumes."""
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.errors import UserError
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`.
+
+    A killed run may have logged steps after its last checkpoint, and half a line. Opening the log at the step
+    that training resumes from removes both, so that a resumed curve is the curve of an uninterrupted run.
+    """
+
+    def __init__(self, path: files.Path, resume_step: int = 0) -> None:
+        """Opens the log at `path`, keeping the rows of steps up to `resume_step`."""
+        self._path = pathlib.Path(path)
+        kept = [row for row in read_metrics(self._path) if row["step"] <= resume_step]
+        files.write_jsonl(self._path, kept)
+        self._stream = open(self._path, "a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Adds a row; non-finite numbers are written as null because JSON has none."""
+        row = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        try:
+            self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Closes the file; its rows are on disk."""
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+
+def read_metrics(path: files.Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a half-written last line is left out, a missing file has no rows."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Meter:
+    """Speed of a loop: tokens a second since the last reading, and goodput.
+
+    Goodput is the share of the wall time since the meter began that went into steps, the rest being
+    compilation, checkpoints and start-up.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._mark = time.perf_counter()
+        self._useful = 0.0
+        self._tokens = 0
+        self._steps = 0
+
+    def add(self, tokens: int, steps: int = 1) -> None:
+        """Counts finished work."""
+        self._tokens += tokens
+        self._steps += steps
+
+    def skip(self) -> None:
+        """The time since the last reading was not training (a compilation, a checkpoint)."""
+        self._mark = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Speed since the last reading; starts a new one."""
+        now = time.perf_counter()
+        elapsed = max(now - self._mark, 1e-9)
+        self._useful += elapsed
+        values = {
+            "tokens_per_second": self._tokens / elapsed,
+            "seconds_per_step": elapsed / max(self._steps, 1),
+            "goodput": self._useful / max(now - self._begin, 1e-9),
+            "seconds": now - self._begin,
+        }
+        self._mark, self._tokens, self._steps = now, 0, 0
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, bool, int, type(None), dict, list)):
+        return value
+    value = float(value)
+    return round(value, 6) if value - value == 0 else None

@@ -1,0 +1,99 @@
+"""Batches are a function of sources and seed, resume where they stopped, and mix by share of tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data import loader
+
+
+
+class _Made:
+    """An endless source: document i is i % 5 + 3 tokens of marker 9."""
+
+    def __getitem__(self, index):
+        return {"tokens": np.full(index % 5 + 3, 9), "weights": np.full(index % 5 + 3, 0.5, np.float32)}
+
+
+def _documents(marker, count, mean, seed=0):
+    sizes = np.random.default_rng(seed).integers(1, 2 * mean, count)
+    return [{"tokens": np.full(n, marker, np.int32), "weights": np.ones(n, np.float32)} for n in sizes]
+
+
+def _sources():
+    return [loader.Source("long", _documents(1, 30, 40), 0.5), loader.Source("short", _documents(2, 200, 6), 0.3),
+            loader.Source("made", _Made(), 0.2)]
+
+
+def _take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def _same(a, b):
+    return all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in x)
+
+
+def _batches(seed=3, **options):
+    return loader.batches(_sources(), **{"rows": 4, "length": 64, "seed": seed} | options)
+
+
+def test_two_runs_and_a_resume_give_the_same_batches_over_many_windows():
+    whole = _take(_batches(), 60)  # 240 rows: several windows and epochs
+    assert whole[0]["tokens"].shape == (4, 64)
+    assert _same(whole, _take(_batches(), 60))
+    assert not _same(whole[:3], _take(_batches(seed=4), 3))
+    for stop in (0, 1, 17, 41):
+        first = _batches()
+        _take(first, stop)
+        state = json.loads(json.dumps(first.get_state()))  # a checkpoint holds JSON
+        resumed = _batches()
+        resumed.set_state(state)
+        assert _same(whole[stop:stop + 8], _take(resumed, 8))
+
+
+def test_shares_are_shares_of_tokens():
+    tokens = np.concatenate([batch["tokens"].ravel() for batch in _take(_batches(), 120)])
+    counts = np.array([(tokens == marker).sum() for marker in (1, 2, 9)])
+    np.testing.assert_allclose(counts / counts.sum(), [0.5, 0.3, 0.2], atol=0.05)
+
+
+def test_padding_is_small_and_reported():
+    iterator = _batches()
+    batches = _take(iterator, 40)
+    padding = np.mean([np.mean(batch["segment_ids"] == 0) for batch in batches])
+    assert padding < 0.02
+    assert loader.statistics(iterator).padding < 2 and loader.statistics(iterator).fragmentation == 0
+    assert loader.statistics(iterator).documents > 100
+
+
+def test_shards_are_disjoint_and_cover():
+    documents = [{"tokens": np.full(8, 10 + i)} for i in range(12)]
+    seen = []
+    for index in range(2):
+        iterator = loader.batches([loader.Source("only", documents, 1.0)], rows=6, length=8, seed=0, shard=(index, 2))
+        seen.append({int(token) for batch in _take(iterator, 10) for token in batch["tokens"][:, 0]})
+    assert len(seen[0]) == len(seen[1]) == 6 and seen[0] | seen[1] == set(range(10, 22))
+
+
+def test_token_store_round_trip(tmp_path):
+    documents = _documents(70_000, 5, 9) + _documents(3, 5, 9)
+    assert not loader.TokenStore.exists(tmp_path)
+    store = loader.TokenStore.write(tmp_path, [*documents, {"tokens": np.zeros(0), "weights": np.zeros(0)}])
+    assert len(store) == 10 and store.tokens == sum(len(d["tokens"]) for d in documents)
+    again = loader.TokenStore(tmp_path)
+    for i, document in enumerate(documents):
+        np.testing.assert_array_equal(again[i]["tokens"], document["tokens"])
+        np.testing.assert_array_equal(again[i]["weights"], document["weights"])
+    small = loader.TokenStore.write(tmp_path / "small", documents[5:])
+    assert small[0]["tokens"].dtype == np.uint16
+
+
+def test_bad_mixtures_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="every share is 0"):
+        loader.batches([loader.Source("a", _Made(), 0.0)], rows=1, length=8, seed=0)
+    with pytest.raises(UserError, match="source a: 0 documents"):
+        loader.batches([loader.Source("a", [], 1.0)], rows=1, length=8, seed=0)
+    with pytest.raises(UserError, match="no documents"):
+        loader.TokenStore.write(tmp_path, [])
