@@ -1,0 +1,256 @@
+"""Unified diffs: made, parsed, applied, reversed, all in memory and all strict about what they touch.
+
+Parsing is unidiff's; applying is `git apply`'s rule (exact context, any offset). A patch that names a path
+outside the tree, carries a symlink, a binary file or more than `MAX_PATCH_BYTES` is refused.
+"""
+
+import dataclasses
+import difflib
+import posixpath
+from collections.abc import Iterable, Mapping
+
+import unidiff
+
+MAX_PATCH_BYTES = 1_000_000  # no hand-written or model-written fix comes near; bounds time and memory
+CONTEXT = 3
+
+
+class PatchError(ValueError):
+    """The patch is malformed, not allowed, or does not apply; `str(error)` is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hunk:
+    """Consecutive lines of a patch: (" ", "-" or "+", text with its newline, if it has one)."""
+
+    old_start: int
+    new_start: int
+    lines: tuple[tuple[str, str], ...]
+
+    def side(self, sign: str) -> list[str]:
+        """The text before (sign "-") or after (sign "+") the hunk."""
+        return [text for op, text in self.lines if op in (" ", sign)]
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePatch:
+    """All hunks of one file; `old` is None for a new file and `new` is None for a deleted one."""
+
+    old: str | None
+    new: str | None
+    hunks: tuple[Hunk, ...]
+
+    @property
+    def path(self) -> str:
+        """The path after the patch, or before it where the file is deleted."""
+        return self.new if self.new is not None else self.old or ""
+
+
+def make_diff(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> str:
+    """The unified diff (git style) that turns `before` into `after`; None or absent means no file."""
+    patches = []
+    for path in sorted({*before, *after}):
+        old, new = before.get(path), after.get(path)
+        if old != new:
+            hunks = _hunks(_lines(old or ""), _lines(new or ""))
+            patches.append(FilePatch(None if old is None else path, None if new is None else path, hunks))
+    return render(patches)
+
+
+def parse(diff: str) -> list[FilePatch]:
+    """Parses a unified diff.
+
+    Raises:
+      PatchError: malformed, too large, binary, a symlink, or a path outside the tree.
+    """
+    if len(diff.encode("utf-8", "surrogateescape")) > MAX_PATCH_BYTES:
+        raise PatchError(f"patch is larger than {MAX_PATCH_BYTES} bytes")
+    try:
+        parsed = unidiff.PatchSet.from_string(diff)
+    except (unidiff.errors.UnidiffParseError, ValueError, IndexError, AttributeError) as error:
+        raise PatchError(f"patch is malformed: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    if diff.strip() and not parsed:
+        raise PatchError("patch is malformed: no file header found")
+    return [_file_patch(file) for file in parsed]
+
+
+def render(patches: Iterable[FilePatch]) -> str:
+    """The text of parsed patches, in the form that `git diff` prints."""
+    out = []
+    for patch in patches:
+        old, new = patch.old or patch.path, patch.path
+        out.append(f"diff --git a/{old} b/{new}\n")
+        if patch.old is None:
+            out.append("new file mode 100644\n")
+        elif patch.new is None:
+            out.append("deleted file mode 100644\n")
+        elif patch.old != patch.new:
+            out.append(f"rename from {patch.old}\nrename to {patch.new}\n")
+        if patch.hunks:
+            out.append("--- " + (f"a/{patch.old}" if patch.old is not None else "/dev/null") + "\n")
+            out.append("+++ " + (f"b/{patch.new}" if patch.new is not None else "/dev/null") + "\n")
+        for hunk in patch.hunks:
+            out.append(f"@@ -{_span(hunk.old_start, len(hunk.side('-')))} "
+                       f"+{_span(hunk.new_start, len(hunk.side('+')))} @@\n")
+            for op, text in hunk.lines:
+                out.append(op + text + ("" if text.endswith("\n") else "\n\\ No newline at end of file\n"))
+    return "".join(out)
+
+
+def reverse(diff: str) -> str:
+    """The diff that undoes `diff`."""
+    swap = {" ": " ", "-": "+", "+": "-"}
+    reversed_patches = []
+    for patch in parse(diff):
+        hunks = []
+        for hunk in patch.hunks:
+            lines: list[tuple[str, str]] = []
+            added: list[tuple[str, str]] = []  # kept behind the removals of the same run of changes
+            for op, text in hunk.lines:
+                if op == " ":
+                    lines, added = lines + added, []
+                (added if swap[op] == "+" else lines).append((swap[op], text))
+            hunks.append(Hunk(hunk.new_start, hunk.old_start, tuple(lines + added)))
+        reversed_patches.append(FilePatch(patch.new, patch.old, tuple(hunks)))
+    return render(reversed_patches)
+
+
+def apply_changes(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> dict[str, str | None]:
+    """What `diff` makes of `files`: {path: new text, or None where it is deleted}, touched paths only.
+
+    Raises:
+      PatchError: it does not apply; the line names the file and the hunk.
+    """
+    changes: dict[str, str | None] = {}
+
+    def current(path: str) -> str | None:
+        return changes[path] if path in changes else files.get(path)
+
+    for patch in parse(diff) if isinstance(diff, str) else diff:
+        if patch.old is None:
+            if current(patch.path) is not None:
+                raise PatchError(f"{patch.path}: already exists")
+            text = ""
+        else:
+            text = current(patch.old)
+            if text is None:
+                raise PatchError(f"{patch.old}: no such file")
+        text = _apply_hunks(text, patch)
+        if patch.new is None and text:
+            raise PatchError(f"{patch.path}: the patch deletes the file but not all of its lines")
+        if patch.old is not None and patch.old != patch.new:
+            changes[patch.old] = None
+        if patch.new is not None:
+            changes[patch.new] = text
+    return changes
+
+
+def apply_diff(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> dict[str, str]:
+    """`files` with `diff` applied, as a new mapping without the deleted files; raises PatchError."""
+    merged = {**files, **apply_changes(files, diff)}
+    return {path: text for path, text in merged.items() if text is not None}
+
+
+def touched(diff: str) -> list[str]:
+    """All paths that `diff` names, sorted."""
+    return sorted({path for patch in parse(diff) for path in (patch.old, patch.new) if path is not None})
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their newline; only "\\n" ends a line (str.splitlines also splits at form feeds)."""
+    lines = text.split("\n")
+    return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+
+
+def _span(start: int, length: int) -> str:
+    return str(start) if length == 1 else f"{start},{length}"
+
+
+def _hunks(old: list[str], new: list[str]) -> tuple[Hunk, ...]:
+    # difflib is quadratic at worst: the common head and tail, nearly everything, are cut off first.
+    head = 0
+    while head < min(len(old), len(new)) and old[head] == new[head]:
+        head += 1
+    tail = 0
+    while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
+        tail += 1
+    middle = difflib.SequenceMatcher(None, old[head:len(old) - tail], new[head:len(new) - tail], autojunk=False)
+    whole = difflib.SequenceMatcher()
+    whole.opcodes = [  # what get_opcodes would find, put together from the three parts
+        *([("equal", 0, head, 0, head)] if head else []),
+        *((tag, i + head, j + head, k + head, m + head) for tag, i, j, k, m in middle.get_opcodes()),
+        *([("equal", len(old) - tail, len(old), len(new) - tail, len(new))] if tail else [])]
+    hunks = []
+    for group in whole.get_grouped_opcodes(CONTEXT):
+        lines: list[tuple[str, str]] = []
+        for tag, i, j, k, m in group:
+            if tag == "equal":
+                lines += [(" ", line) for line in old[i:j]]
+            else:
+                lines += [("-", line) for line in old[i:j]] + [("+", line) for line in new[k:m]]
+        old_length, new_length = group[-1][2] - group[0][1], group[-1][4] - group[0][3]
+        hunks.append(Hunk(group[0][1] + (1 if old_length else 0),
+                          group[0][3] + (1 if new_length else 0), tuple(lines)))
+    return tuple(hunks)
+
+
+def _path(name: str) -> str | None:
+    if name == "/dev/null":
+        return None
+    path = name[2:] if name[:2] in ("a/", "b/") else name
+    if not path or path.startswith("/") or "\0" in path or posixpath.normpath(path) != path or path.startswith(".."):
+        raise PatchError(f"path {name!r} is not inside the repository")
+    return path
+
+
+def _file_patch(file: unidiff.PatchedFile) -> FilePatch:
+    old, new = _path(file.source_file), _path(file.target_file)
+    if file.is_binary_file:
+        raise PatchError(f"{new or old}: binary files are not allowed")
+    info = tuple(file.patch_info or ())
+    for line in info:
+        if line.startswith(("new file mode", "new mode", "old mode", "deleted file mode")) and " 100" not in line:
+            raise PatchError(f"{new or old}: only regular files are allowed")
+    if any(line.startswith("new file mode") for line in info):
+        old = None
+    if any(line.startswith("deleted file mode") for line in info):
+        new = None
+    if old is None and new is None:
+        raise PatchError("a file patch names no file")
+    hunks = []
+    for hunk in file:
+        lines: list[tuple[str, str]] = []
+        for line in hunk:
+            if line.line_type == "\\":
+                op, text = lines[-1]
+                lines[-1] = (op, text.removesuffix("\n"))
+            else:
+                lines.append((line.line_type or " ", line.value))
+        hunks.append(Hunk(hunk.source_start, hunk.target_start, tuple(lines)))
+    return FilePatch(old, new, tuple(hunks))
+
+
+def _apply_hunks(text: str, patch: FilePatch) -> str:
+    lines, result, position = _lines(text), [], 0
+    for number, hunk in enumerate(patch.hunks, 1):
+        wanted = hunk.side("-")
+        stated = hunk.old_start - 1 if wanted else hunk.old_start
+        at = _find(lines, wanted, stated, position)
+        if at is None:
+            raise PatchError(f"{patch.path}: hunk {number} does not apply")
+        result += lines[position:at] + hunk.side("+")
+        position = at + len(wanted)
+    result += lines[position:]
+    return "".join(result)
+
+
+def _find(lines: list[str], wanted: list[str], stated: int, lowest: int) -> int | None:
+    """The place nearest to `stated`, not before `lowest`, at which `wanted` stands."""
+    last = len(lines) - len(wanted)
+    for distance in range(len(lines) + 1):
+        for at in {stated - distance, stated + distance}:
+            if lowest <= at <= last and lines[at:at + len(wanted)] == wanted:
+                return at
+        if not wanted:
+            break  # nothing to look for: only the stated place will do
+    return None
