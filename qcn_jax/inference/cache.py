@@ -1,0 +1,54 @@
+"""Slots of the decoding cache: taken, put and reset by index, whatever the layout of its layers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qcn_jax.layers.cache import Cache
+
+Array = jax.Array
+
+
+def _batch_axis(path: tuple[Any, ...]) -> int:
+    """Position of the sequence axis, which the leading layer axes of a stacked entry push back."""
+    names = [entry.key for entry in path]
+    if names[0] == "blocks":
+        return 2 if names[1] == "linear" else 1
+    return 1 if names[0] == "tail" else 0
+
+
+def _map(function: Any, *trees: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_batch_axis(path), *leaves), *trees)
+
+
+def cache_take(cache: Cache, indices: Array) -> Cache:
+    """The sequences `indices` [M] of a cache, in that order; repeating an index forks a sequence."""
+    take = lambda axis, x: jnp.take(x, indices, axis=axis)
+    return Cache(cache.length[indices], _map(take, cache.layers))
+
+
+def cache_put(cache: Cache, indices: Array, update: Cache) -> Cache:
+    """`cache` with its sequences `indices` [M] replaced by those of `update`; an index out of bounds is skipped."""
+
+    def put(axis: int, x: Array, new: Array) -> Array:
+        return x.at[(slice(None),) * axis + (indices,)].set(new, mode="drop")
+
+    length = cache.length.at[indices].set(update.length, mode="drop")
+    return Cache(length, _map(put, cache.layers, update.layers))
+
+
+def cache_reset(cache: Cache, reset: Array) -> Cache:
+    """`cache` with the sequences where `reset` [B] is True empty again.
+
+    Keys and values stay: what lies beyond a sequence's length is never read.
+    """
+
+    def clear(axis: int, x: Array) -> Array:
+        return jnp.where(reset.reshape((1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)), jnp.zeros((), x.dtype), x)
+
+    def clear_recurrent(path: tuple[Any, ...], x: Array) -> Array:
+        return x if path[-1].key in ("k", "v") else clear(_batch_axis(path), x)
+
+    layers = jax.tree_util.tree_map_with_path(clear_recurrent, cache.layers)
+    return Cache(jnp.where(reset, 0, cache.length), layers)

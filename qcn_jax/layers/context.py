@@ -1,0 +1,36 @@
+"""What every layer must know about the tokens it is given, computed once per forward pass."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class TokenContext:
+    """Positions, documents and cache bookkeeping of a [B, T] batch.
+
+    Attributes:
+      cos, sin: [B, T, rotary_dim / 2] float32, the rotary angles of each token.
+      segment_ids: [B, T] int32 or None; a change of id starts a document, 0 is padding.
+      valid: [B, T] bool or None (all real); False marks padding.
+      start: [B] int32 or None; with a cache, how many tokens each sequence held before this call.
+      lengths: [B] int32 or None; with a cache, how many of the T tokens are real.
+      key_limit: with a cache, attention reads its first `key_limit` slots only (None: all).
+    """
+
+    cos: Array
+    sin: Array
+    segment_ids: Array | None = None
+    valid: Array | None = None
+    start: Array | None = None
+    lengths: Array | None = None
+    key_limit: int | None = struct.field(pytree_node=False, default=None)
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """Position of each token within its document: [B, T] int32, 0 at every change of id."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)

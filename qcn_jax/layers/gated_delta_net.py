@@ -1,0 +1,141 @@
+"""Gated DeltaNet mixer: projections, short causal convolution, the delta rule, gated norm.
+
+Axes as in layers.delta_rule: B batch, T tokens, H key heads, R value heads per key head.
+Channels of projection, convolution and state stay grouped by key head, so that all of them shard by heads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from qcn_jax.config import ModelConfig
+from qcn_jax.layers.context import TokenContext
+from qcn_jax.layers.delta_rule import gated_delta_rule
+from qcn_jax.layers.dense import dense, normal_init
+from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
+
+Array = jax.Array
+
+
+def _conv_width(cfg: ModelConfig) -> int:
+    """Convolution channels per key head: query, key and its value heads."""
+    repeats = cfg.linear_num_value_heads // cfg.linear_num_key_heads
+    return 2 * cfg.linear_key_head_dim + repeats * cfg.linear_value_head_dim
+
+
+def init_delta_net_cache(config: ModelConfig, batch: int) -> dict[str, Array]:
+    """Empty convolution window [B, kernel - 1, H, width] and float32 state [B, H, dk, R, dv]."""
+    heads, repeats = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    window = (batch, config.linear_conv_kernel_dim - 1, heads, _conv_width(config))
+    state = (batch, heads, config.linear_key_head_dim, repeats, config.linear_value_head_dim)
+    return {"conv": jnp.zeros(window, jnp.dtype(config.dtype)), "state": jnp.zeros(state, jnp.float32)}
+
+
+def causal_conv(x: Array, kernel: Array, window: Array | None, segment_ids: Array | None) -> Array:
+    """Depthwise causal convolution that never looks across a document's start.
+
+    Args:
+      x: [B, T, ...] inputs.
+      kernel: [taps, ...]; the last tap is the token itself.
+      window: [B, taps - 1, ...] inputs before the first token; None is zeros.
+      segment_ids: [B, T] or None.
+
+    Returns:
+      [B, T, ...].
+    """
+    taps, length = kernel.shape[0], x.shape[1]
+    if window is None:
+        window = jnp.zeros((x.shape[0], taps - 1, *x.shape[2:]), x.dtype)
+    padded = jnp.concatenate([window, x], axis=1)
+    out = x * kernel[-1]
+    for back in range(1, taps):
+        shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
+        if segment_ids is not None:
+            same = jnp.pad(segment_ids[:, back:] == segment_ids[:, :-back], ((0, 0), (min(back, length), 0)))
+            shifted = shifted * same.reshape(*same.shape, *[1] * (x.ndim - 2)).astype(x.dtype)
+        out = out + shifted * kernel[-1 - back]
+    return out
+
+
+def next_window(x: Array, window: Array, lengths: Array | None) -> Array:
+    """The last taps - 1 real inputs of each sequence, after `lengths` [B] of the T tokens of x."""
+    size = window.shape[1]
+    padded = jnp.concatenate([window, x.astype(window.dtype)], axis=1)
+    if lengths is None:
+        return padded[:, padded.shape[1] - size :]
+    index = lengths[:, None] + jnp.arange(size, dtype=lengths.dtype)
+    return jnp.take_along_axis(padded, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+class _ConvKernel(nn.Module):
+    """conv1d/kernel [taps, channels], channels ordered all q, all k, all v; returned grouped by key head."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Array:
+        cfg = self.config
+        heads, taps = cfg.linear_num_key_heads, cfg.linear_conv_kernel_dim
+        init = nn.with_logical_partitioning(normal_init(cfg), ("conv", "heads"))
+        shape = (taps, heads * _conv_width(cfg))
+        kernel = self.param("kernel", init, shape, jnp.dtype(cfg.param_dtype)).astype(jnp.dtype(cfg.dtype))
+        keys = heads * cfg.linear_key_head_dim
+        parts = (kernel[:, :keys], kernel[:, keys : 2 * keys], kernel[:, 2 * keys :])
+        return jnp.concatenate([part.reshape(taps, heads, -1) for part in parts], axis=-1)
+
+
+def _decay_init(rng: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A_log: the logarithm of a decay rate uniform in (0.01, 16)."""
+    return jnp.log(jax.random.uniform(rng, shape, dtype, 0.01, 16.0))
+
+
+class GatedDeltaNet(nn.Module):
+    """linear_attn of a DeltaNet layer: x [B, T, D] -> [B, T, D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, context: TokenContext, cache: Any = None) -> tuple[Array, Any]:
+        cfg = self.config
+        heads, key_dim, value_dim = cfg.linear_num_key_heads, cfg.linear_key_head_dim, cfg.linear_value_head_dim
+        repeats = cfg.linear_num_value_heads // heads
+        batch, length, _ = x.shape
+        values = repeats * value_dim
+        qkvz = dense(cfg, heads * (2 * key_dim + 2 * values), ("embed", "heads"), "in_proj_qkvz")(x)
+        qkvz = qkvz.reshape(batch, length, heads, -1)
+        qkv, z = qkvz[..., : _conv_width(cfg)], qkvz[..., _conv_width(cfg) :]
+        ba = dense(cfg, heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
+        ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
+        beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
+
+        window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
+        kernel = _ConvKernel(cfg, name="conv1d")()
+        mixed = jax.nn.silu(causal_conv(qkv, kernel, window, context.segment_ids))
+        q, k = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+        v = mixed[..., 2 * key_dim :].reshape(batch, length, heads, repeats, value_dim)
+        o, state = gated_delta_rule(
+            l2_norm(q) * key_dim**-0.5, l2_norm(k), v, g, beta, state, context.segment_ids, cfg.delta_rule, cfg.chunk_size
+        )
+        if cache is not None:
+            cache = {"conv": next_window(qkv, window, context.lengths), "state": state}
+
+        z = z.reshape(batch, length, heads, repeats, value_dim)
+        o = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")(o.astype(x.dtype), z)
+        out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "out_proj")
+        return out(o.reshape(batch, length, heads * values)), cache
+
+    def _gates(self, b: Array, a: Array, valid: Array | None) -> tuple[Array, Array]:
+        """beta and g [B, T, H, R] float32, both zero at padding, which makes it inert."""
+        cfg = self.config
+        shape, dtype = (cfg.linear_num_value_heads,), jnp.float32  # whatever param_dtype is: they act in exponents
+        grouped = lambda w: w.astype(jnp.float32).reshape(cfg.linear_num_key_heads, -1)
+        a_log = grouped(self.param("A_log", nn.with_logical_partitioning(_decay_init, ("heads",)), shape, dtype))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
+        dt_bias = grouped(self.param("dt_bias", ones, shape, dtype))
+        beta, g = jax.nn.sigmoid(b), -jnp.exp(a_log) * jax.nn.softplus(a + dt_bias)
+        if valid is None:
+            return beta, g
+        real = valid[..., None, None]
+        return jnp.where(real, beta, 0.0), jnp.where(real, g, 0.0)

@@ -1,0 +1,53 @@
+"""Root-mean-square norms of Qwen3-Next: zero-centred weight, gated, and the L2 norm of keys and queries."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Array = jax.Array
+L2_EPS = 1e-6  # inside the root and on the sum of squares, as flash-linear-attention and transformers do
+
+
+def l2_norm(x: Array) -> Array:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32; a zero vector stays zero."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2_EPS)
+
+
+def _normalise(x: Array, eps: float) -> Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """y = x * rsqrt(mean(x^2) + eps) * (1 + weight), computed in float32 and cast back to x's dtype.
+
+    "Zero-centred" names the weight's parametrisation (initialised 0); no mean is subtracted.
+    """
+
+    eps: float
+    axis_name: str = "embed"
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis_name,))
+        weight = self.param("weight", init, (x.shape[-1],), self.param_dtype)
+        return (_normalise(x, self.eps) * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """weight * norm(x) * silu(gate) over the last axis; the gate and the last cast are as published:
+    the norm is cast to the activation dtype before the weight, the gate acts in float32."""
+
+    eps: float
+    axis_name: str = "head_dim"
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, gate: Array) -> Array:
+        dtype = gate.dtype
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
+        weight = self.param("weight", init, (x.shape[-1],), self.param_dtype).astype(dtype)
+        y = weight * _normalise(x, self.eps).astype(dtype)
+        return (y * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype)

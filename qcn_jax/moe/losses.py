@@ -1,0 +1,27 @@
+"""Router balance loss, pooled over layers and the global batch."""
+
+import jax
+import jax.numpy as jnp
+
+from qcn_jax.moe.router import RouterStatistics
+
+Array = jax.Array
+
+
+def balance_loss(statistics: RouterStatistics) -> Array:
+    """E * sum_e f_e P_e with f_e, P_e over all tokens of all layers: scalar float32, top-k when balanced.
+
+    The published loss (Hugging Face's load_balancing_loss_func) pools layers before the product; a mean of
+    per-layer losses is another number. Add the statistics of micro-batches or devices first: f_e P_e of a
+    small batch forces every domain to use all experts, that of the global batch does not.
+    """
+    experts = statistics.counts.shape[-1]
+    pooled = lambda x: jnp.sum(x.reshape(-1, experts), axis=0)
+    total = jnp.maximum(jnp.sum(statistics.tokens), 1.0)
+    return experts * jnp.sum(pooled(statistics.counts) / total * pooled(statistics.probabilities) / total)
+
+
+def max_violation(statistics: RouterStatistics) -> Array:
+    """Largest load of an expert relative to the mean, minus one, per layer: [...] float32; 0 is balanced."""
+    mean = jnp.mean(statistics.counts, axis=-1)
+    return jnp.max(statistics.counts, axis=-1) / jnp.maximum(mean, 1.0) - 1.0

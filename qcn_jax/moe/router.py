@@ -1,0 +1,54 @@
+"""Top-k softmax router in float32, and the statistics that balance losses need."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from qcn_jax.config import ModelConfig
+from qcn_jax.layers.dense import normal_init
+
+Array = jax.Array
+
+
+@struct.dataclass
+class RouterStatistics:
+    """Sums over the real tokens of a batch, per layer (leading axes) and expert.
+
+    Sums, not means: those of several batches, layers or devices may be added before a loss is formed.
+
+    Attributes:
+      counts: [..., E] float32, assignments of tokens to each expert (top-k of them per token); no gradient.
+      probabilities: [..., E] float32, summed router probabilities.
+      tokens: [...] float32, number of tokens.
+    """
+
+    counts: Array
+    probabilities: Array
+    tokens: Array
+
+
+class Router(nn.Module):
+    """gate of a sparse block: chooses experts for each of N tokens."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, valid: Array | None) -> tuple[Array, Array, RouterStatistics]:
+        """Routes x [N, D].
+
+        Returns:
+          weights [N, k] float32, experts [N, k] int32, and the statistics over tokens with `valid` [N].
+        """
+        cfg = self.config
+        init = nn.with_logical_partitioning(normal_init(cfg), ("embed", "router"))
+        kernel = self.param("kernel", init, (x.shape[-1], cfg.num_experts), jnp.dtype(cfg.param_dtype))
+        logits = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, cfg.num_experts_per_tok)
+        if cfg.norm_topk_prob:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        real = jnp.ones(x.shape[0]) if valid is None else valid.astype(jnp.float32)
+        chosen = jnp.sum(jax.nn.one_hot(experts, cfg.num_experts, dtype=jnp.float32), axis=1)
+        statistics = RouterStatistics(jax.lax.stop_gradient(real @ chosen), real @ probabilities, jnp.sum(real))
+        return weights, experts, statistics
