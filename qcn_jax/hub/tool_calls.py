@@ -22,6 +22,7 @@ counts); text after a call (dropped); `<tool_call>` without a function (text). E
 import ast
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -301,6 +302,8 @@ def _coerce(value: str, schema: Mapping[str, Any] | None) -> Any:
             return int(value)
         if re.match("num|float", kind):
             number = float(value)
+            if not math.isfinite(number):  # JSON has no such number
+                return value
             return int(number) if number.is_integer() else number
         if kind in ("boolean", "bool", "binary"):
             return value.strip().lower() == "true"

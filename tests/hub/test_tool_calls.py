@@ -168,4 +168,4 @@ def test_calls_that_no_parser_could_read_are_refused(call):
 
 def test_long_hostile_text_is_read_in_reasonable_time():
     for piece in ("<tool_call>\n<function=f>\n<parameter=a>\n1\n", "<parameter=a>", "</parameter>", "\n", "<tool_call> "):
-        parse_tool_calls("<tool_call>\n<function=f>\n<parameter=a>\n" + piece * 800)
+        parse_tool_calls("<tool_call>\n<function=f>\n<parameter=a>\n" + piece * 300)
