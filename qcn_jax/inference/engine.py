@@ -1,0 +1,238 @@
+"""Generation engine: many conversations side by side, each with its own cache slot.
+
+Axes: N slots, P prefill rows, C prefill chunk, M new tokens, V vocabulary. Everything compiled has one fixed
+shape, whatever the conversations look like: one prefill of [P, C] tokens that is called as often as the
+prompts need, one copy of cache rows, and one decoding loop over all N slots that runs inside the jitted
+function until every active slot has met a stop token or its limit.
+
+What a slot generates depends on its tokens, its seed and the weights, never on the other slots. Weights are
+an argument of the compiled functions: `engine.params = new` costs nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qcn_jax.config import ModelConfig
+from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
+from qcn_jax.inference.sampling import Sampling, sample
+from qcn_jax.model import Qwen3Next, unroll
+
+MAX_STOP_IDS = 8  # stop ids are padded to this many, so that their number is not part of the compiled shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One turn of one slot.
+
+    `tokens` end with the stop token when `finish` is "stop". `logprobs` [len(tokens)] float32 are those of the
+    untempered policy, softmax of the model's own logits.
+    """
+
+    tokens: list[int]
+    logprobs: np.ndarray
+    finish: Literal["stop", "length"]
+
+
+class Engine:
+    """Continues up to `slots` token sequences of up to `max_length` tokens each.
+
+    Usual course: `reset` slots, `extend` one with a prompt, `fork` it to the others of its group, `generate`,
+    `extend` with what the environment answered, `generate` again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        *,
+        slots: int,
+        max_length: int,
+        max_new_tokens: int = 64,
+        stop_ids: Sequence[int] = (),
+        prefill_rows: int = 16,
+        prefill_chunk: int = 64,
+        unrolled: bool = True,
+    ) -> None:
+        """Allocates the caches; nothing is compiled before the first use.
+
+        Args:
+          config: the model's configuration.
+          params: its parameter tree.
+          slots: N, sequences held at a time.
+          max_length: tokens a slot can hold, prompt and answers together.
+          max_new_tokens: M, the most that one `generate` call can give a slot.
+          stop_ids: tokens that end a turn; at most MAX_STOP_IDS.
+          prefill_rows: P, slots that one prefill call works on.
+          prefill_chunk: C, tokens of each of them that it takes in.
+          unrolled: compile every layer apart, which decodes faster (no copies of the weights and caches that a
+            scan slices) and compiles longer, by the number of layers.
+        """
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"at most {MAX_STOP_IDS} stop ids, got {len(stop_ids)}")
+        self.config = config
+        self._model = model = Qwen3Next(config, unrolled=unrolled)
+        self.params = params
+        self.slots = slots
+        self.max_length = max_length
+        self.max_new_tokens = max_new_tokens
+        self._rows = min(prefill_rows, slots)
+        self._chunk = min(prefill_chunk, max_length)
+        self._stop = np.full(MAX_STOP_IDS, -1, np.int32)
+        self._stop[: len(stop_ids)] = stop_ids
+        self._lengths = np.zeros(slots, np.int64)
+        self._cache = model.init_cache(slots, max_length)
+        self._logits = jnp.zeros((slots, config.vocab_size), jnp.float32)  # of each slot's next token
+
+        def prefill(params, cache, logits, indices, fresh, tokens, lengths):
+            """Appends lengths[p] of tokens [P, C] to slot indices[p]; an index of N means no slot."""
+            rows = cache_reset(cache_take(cache, jnp.minimum(indices, slots - 1)), fresh)
+            out = model.apply({"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False)
+            last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+            last = model.head(params, last)[:, 0].astype(jnp.float32)
+            target = jnp.where(lengths > 0, indices, slots)
+            return cache_put(cache, indices, out.cache), logits.at[target].set(last, mode="drop")
+
+        def copy(cache, logits, source):
+            """Slot n becomes a copy of slot source[n]."""
+            return cache_take(cache, source), logits[source]
+
+        def decode(params, cache, logits, seeds, positions, limits, temperature, top_p, top_k, stop):
+            """Samples up to limits[n] tokens for every slot; returns tokens and logprobs [N, M], counts [N]."""
+
+            def body(carry):
+                step, cache, logits, active, tokens, logprobs, counts = carry
+                token, logprob = sample(logits, seeds, positions + step, temperature, top_p, top_k)
+                token = jnp.where(active, token, 0)
+                tokens = tokens.at[:, step].set(token)
+                logprobs = logprobs.at[:, step].set(logprob)
+                out = model.apply({"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32))
+                logits = jnp.where(active[:, None], out.logits[:, 0].astype(jnp.float32), logits)
+                counts = counts + active
+                active = active & ~jnp.any(token[:, None] == stop[None], axis=-1) & (counts < limits)
+                return step + 1, out.cache, logits, active, tokens, logprobs, counts
+
+            shape = (slots, max_new_tokens)
+            start = (0, cache, logits, limits > 0, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+            carry = jax.lax.while_loop(lambda c: jnp.any(c[3]), body, (*start, jnp.zeros(slots, jnp.int32)))
+            _, cache, logits, _, tokens, logprobs, counts = carry
+            return cache, logits, tokens, logprobs, counts
+
+        self._prefill = jax.jit(prefill, donate_argnums=(1, 2))
+        self._copy = jax.jit(copy)
+        self._decode = jax.jit(decode, donate_argnums=(1, 2))
+        self._fresh = np.ones(slots, bool)  # the slot's cache rows are to be cleared before their next use
+
+    @property
+    def params(self) -> Any:
+        """The model's parameter tree; assigning another tree of the same shapes acts at once."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = params
+        self._weights = unroll(self.config, params) if self._model.unrolled else params
+
+    def length(self, slot: int) -> int:
+        """Tokens that `slot` holds."""
+        return int(self._lengths[slot])
+
+    def compilations(self) -> int:
+        """How many shapes have been compiled so far: at most one of prefill, one of copying, one of decoding."""
+        return sum(function._cache_size() for function in (self._prefill, self._copy, self._decode))
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Empties slots; the clearing itself happens with their next prefill."""
+        self._lengths[list(slots)] = 0
+        self._fresh[list(slots)] = True
+
+    def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
+        """Appends tokens to slots (slot -> tokens), in prefill calls of P slots by C tokens.
+
+        Raises:
+          ValueError: a slot would hold more than `max_length` tokens.
+        """
+        for slot, added in tokens.items():
+            if self._lengths[slot] + len(added) > self.max_length:
+                raise ValueError(
+                    f"slot {slot} holds {self._lengths[slot]} tokens; {len(added)} more exceed {self.max_length}"
+                )
+        order = sorted((slot for slot in tokens if len(tokens[slot])), key=lambda slot: (-len(tokens[slot]), slot))
+        for first in range(0, len(order), self._rows):
+            group = order[first : first + self._rows]
+            for start in range(0, len(tokens[group[0]]), self._chunk):
+                self._prefill_chunk(group, [tokens[slot][start : start + self._chunk] for slot in group])
+
+    def _prefill_chunk(self, group: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
+        indices = np.full(self._rows, self.slots, np.int32)
+        fresh = np.zeros(self._rows, bool)
+        tokens = np.zeros((self._rows, self._chunk), np.int32)
+        lengths = np.zeros(self._rows, np.int32)
+        for row, (slot, piece) in enumerate(zip(group, pieces)):
+            indices[row], fresh[row], lengths[row] = slot, self._fresh[slot], len(piece)
+            tokens[row, : len(piece)] = piece
+            self._fresh[slot] = False
+            self._lengths[slot] += len(piece)
+        self._cache, self._logits = self._prefill(
+            self._weights, self._cache, self._logits, indices, fresh, tokens, lengths
+        )
+
+    def fork(self, copies: Mapping[int, Sequence[int]]) -> None:
+        """Makes slots copies of others (source -> targets), so that one prefill serves a whole group."""
+        source = np.arange(self.slots, dtype=np.int32)
+        for origin, targets in copies.items():
+            for target in targets:
+                source[target] = origin
+        self._cache, self._logits = self._copy(self._cache, self._logits, source)
+        self._lengths, self._fresh = self._lengths[source], self._fresh[source]
+
+    def generate(
+        self,
+        slots: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        max_new_tokens: int | Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """Generates one turn for each of `slots`, which must hold at least one token.
+
+        Args:
+          slots: which slots; the others stay as they are.
+          seeds: one random stream a slot; the same seed may serve a conversation's every turn, because the
+            stream counts positions.
+          sampling: how to draw, for all or one each.
+          max_new_tokens: at most this many, for all or one each; never past a slot's `max_length`.
+
+        Returns:
+          One Generation a slot, in the order of `slots`. All their tokens, a stop token included, are in the
+          slot afterwards.
+        """
+        chosen = np.asarray(slots, np.int64)
+        if (self._lengths[chosen] == 0).any():
+            raise ValueError("generate needs slots that hold a prompt")
+        draws = [sampling] * len(chosen) if isinstance(sampling, Sampling) else list(sampling)
+        wanted = self.max_new_tokens if max_new_tokens is None else np.asarray(max_new_tokens)
+        limits = np.zeros(self.slots, np.int32)
+        limits[chosen] = np.minimum(np.minimum(wanted, self.max_new_tokens), self.max_length - self._lengths[chosen])
+        values = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32}
+        arrays = {name: np.full(self.slots, getattr(Sampling(0.0), name), dtype) for name, dtype in values.items()}
+        for name, array in arrays.items():
+            array[chosen] = [getattr(draw, name) for draw in draws]
+        streams = np.zeros(self.slots, np.uint32)
+        streams[chosen] = np.asarray(seeds, np.uint64) & 0xFFFFFFFF
+        self._cache, self._logits, tokens, logprobs, counts = self._decode(
+            self._weights, self._cache, self._logits, streams, self._lengths.astype(np.int32), limits,
+            arrays["temperature"], arrays["top_p"], arrays["top_k"], self._stop,
+        )  # fmt: skip
+        tokens, logprobs, counts = np.asarray(tokens), np.asarray(logprobs), np.asarray(counts)
+        self._lengths = self._lengths + counts
+        results = []
+        for slot in chosen:
+            new = tokens[slot, : counts[slot]].tolist()
+            stopped = bool(new) and new[-1] in self._stop
+            results.append(Generation(new, logprobs[slot, : counts[slot]].copy(), "stop" if stopped else "length"))
+        return results

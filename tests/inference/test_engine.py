@@ -1,0 +1,169 @@
+"""The engine against one teacher-forced pass of the same model over the same tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qcn_jax.config import ModelConfig
+from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.sampling import Sampling
+from qcn_jax.model import Qwen3Next
+
+CONFIG = ModelConfig(
+    vocab_size=61, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    max_position_embeddings=256, linear_num_key_heads=2, linear_key_head_dim=8, linear_num_value_heads=4,
+    linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    shared_expert_intermediate_size=16, initializer_range=0.3, dtype="float32", chunk_size=8,
+)  # fmt: skip
+SLOTS, LENGTH, NEW = 6, 96, 12
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Qwen3Next(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="module")
+def shared(params):
+    return Engine(
+        CONFIG, params, slots=SLOTS, max_length=LENGTH, max_new_tokens=NEW, stop_ids=(7,), prefill_rows=2,
+        prefill_chunk=16,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def engine(shared, params):
+    """The module's engine, emptied; compiling another for every test would cost most of the suite's time."""
+    shared.params = params
+    shared.reset(range(SLOTS))
+    return shared
+
+
+@pytest.fixture(scope="module")
+def logits_of(params):
+    """Teacher-forced logits [T, V] of a token list in one pass without a cache."""
+    apply = jax.jit(Qwen3Next(CONFIG).apply)
+
+    def run(tokens, params=params):
+        padded = jnp.asarray([tokens + [0] * (LENGTH - len(tokens))])
+        segments = (jnp.arange(LENGTH) < len(tokens)).astype(jnp.int32)[None]
+        return np.asarray(apply({"params": params}, padded, segment_ids=segments).logits[0, : len(tokens)])
+
+    return run
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(8, 61, length).tolist()
+
+
+def check(logits_of, before: list[int], generation, greedy: bool = True, **kwargs) -> None:
+    """The generated tokens are what one pass over everything says."""
+    logits = logits_of(before + generation.tokens, **kwargs)[len(before) - 1 : -1]
+    scores = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    chosen = scores[np.arange(len(generation.tokens)), generation.tokens]
+    np.testing.assert_allclose(generation.logprobs, chosen, atol=2e-4)
+    if greedy:
+        assert generation.tokens == logits.argmax(-1).tolist()
+
+
+def test_greedy_is_the_teacher_forced_argmax_for_prompts_of_all_lengths(engine, logits_of) -> None:
+    prompts = {slot: prompt(slot, length) for slot, length in enumerate([1, 15, 16, 17, 50, 33])}
+    engine.extend(prompts)
+    results = engine.generate(range(SLOTS), seeds=[0] * SLOTS, sampling=GREEDY)
+    for slot, generation in enumerate(results):
+        check(logits_of, prompts[slot], generation)
+        assert engine.length(slot) == len(prompts[slot]) + len(generation.tokens)
+        stopped = generation.tokens[-1] == 7
+        assert generation.finish == ("stop" if stopped else "length") and 7 not in generation.tokens[:-1]
+        assert stopped or len(generation.tokens) == NEW
+
+
+def test_slot_mates_and_slot_number_do_not_matter(engine) -> None:
+    mine = prompt(1, 20)
+    engine.extend({2: mine})
+    greedy = engine.generate([2], seeds=[5], sampling=GREEDY)[0]
+    engine.reset([2])
+    engine.extend({2: mine})
+    drawn = engine.generate([2], seeds=[5], sampling=Sampling(1.0))[0]
+    engine.reset(range(SLOTS))
+    engine.extend({slot: prompt(slot + 50, 3 * slot + 1) for slot in range(4)} | {4: mine, 5: mine})
+    results = engine.generate([5, 0, 4, 3], seeds=[5, 1, 5, 9], sampling=[Sampling(1.0)] * 2 + [GREEDY] * 2)
+    assert results[0].tokens == drawn.tokens and results[2].tokens == greedy.tokens
+    np.testing.assert_allclose(results[0].logprobs, drawn.logprobs, atol=1e-5)
+
+
+def test_turns_continue_as_one_pass(engine, logits_of) -> None:
+    """Several turns of both kinds of slots, one of them paused for a turn, equal one pass over all tokens."""
+    history = {0: prompt(2, 10), 3: prompt(3, 21)}
+    engine.extend(history)
+    for turn in range(3):
+        slots = [0, 3] if turn != 1 else [3]
+        for slot, generation in zip(slots, engine.generate(slots, seeds=slots, sampling=GREEDY, max_new_tokens=5)):
+            check(logits_of, history[slot], generation)
+            history[slot] = history[slot] + generation.tokens
+        observation = {slot: prompt(10 * turn + slot, 4 + turn) for slot in slots}
+        engine.extend(observation)
+        history = {slot: tokens + observation.get(slot, []) for slot, tokens in history.items()}
+    assert engine.length(0) == len(history[0]) and engine.length(3) == len(history[3])
+
+
+def test_fork_equals_own_prefill(engine) -> None:
+    shared_prompt = prompt(4, 37)
+    engine.extend({0: shared_prompt, 1: prompt(5, 9)})
+    engine.fork({0: [2, 3, 4]})
+    seeds = [11, 12, 13, 14]
+    forked = engine.generate([0, 2, 3, 4], seeds=seeds)
+    engine.reset(range(SLOTS))
+    engine.extend({slot: shared_prompt for slot in range(4)})
+    own = engine.generate(range(4), seeds=seeds)
+    assert [g.tokens for g in forked] == [g.tokens for g in own]
+    assert len({tuple(g.tokens) for g in forked}) > 1  # seeds make the samples of a group differ
+
+
+def test_sampling_is_reproducible_and_logprobs_are_the_policys(engine, logits_of) -> None:
+    runs = []
+    for _ in range(2):
+        engine.reset(range(SLOTS))
+        engine.extend({slot: prompt(6, 12) for slot in range(SLOTS)})
+        runs.append(engine.generate(range(SLOTS), seeds=range(100, 106), sampling=Sampling(0.7, top_p=0.9, top_k=20)))
+    assert [g.tokens for g in runs[0]] == [g.tokens for g in runs[1]]
+    for generation in runs[0]:
+        check(logits_of, prompt(6, 12), generation, greedy=False)
+
+
+def test_new_weights_act_at_once_without_compiling(engine, params, logits_of) -> None:
+    engine.extend({0: prompt(7, 18)})
+    engine.generate([0], seeds=[0], sampling=GREEDY)
+    compiled = engine.compilations()
+    changed = jax.tree.map(lambda x: x * 1.3, params)
+    engine.params = changed
+    engine.reset([0])
+    engine.extend({0: prompt(7, 18)})
+    generation = engine.generate([0], seeds=[0], sampling=GREEDY)[0]
+    check(logits_of, prompt(7, 18), generation, params=changed)
+    assert engine.compilations() == compiled
+
+
+def test_limits(engine) -> None:
+    engine.extend({0: prompt(8, LENGTH - 3), 1: prompt(9, 5)})
+    full, short = engine.generate([0, 1], seeds=[0, 0], max_new_tokens=[10, 2])
+    assert len(full.tokens) <= 3 and len(short.tokens) <= 2
+    with pytest.raises(ValueError, match="slot 0"):
+        engine.extend({0: prompt(1, LENGTH)})
+    with pytest.raises(ValueError, match="prompt"):
+        engine.generate([5], seeds=[0])
+
+
+def test_tail_layers_and_tied_embeddings_decode_too(logits_of) -> None:
+    config = dataclasses.replace(CONFIG, num_hidden_layers=5, tie_word_embeddings=True)
+    params = Qwen3Next(config).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    engine = Engine(config, params, slots=2, max_length=32, max_new_tokens=4, prefill_rows=2, prefill_chunk=8)
+    engine.extend({0: prompt(1, 11)})
+    generation = engine.generate([0], seeds=[0], sampling=GREEDY)[0]
+    whole = jnp.asarray([prompt(1, 11) + generation.tokens])
+    logits = np.asarray(Qwen3Next(config).apply({"params": params}, whole).logits[0])
+    assert generation.tokens == logits[10:-1].argmax(-1).tolist()
