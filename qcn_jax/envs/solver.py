@@ -1,5 +1,242 @@
-"""The scripted solver: trajectories through the same tools, in the same sandboxes, kept only if the tests pass."""
+"""The scripted solver: trajectories through the same tools, in the same sandboxes, kept only if the tests pass.
 
+It knows the gold patch and acts it out: view, perhaps plausible wrong edits that the tests refute and that are
+undone, then the smallest right edit, tests, submit. Nothing in a trajectory is made up: every observation comes from
+the tools, and a trajectory whose tests do not pass in the end is not returned.
+"""
+
+import ast
+import dataclasses
+import io
+import random
+import tokenize
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qcn_jax.envs import spans
+from qcn_jax.envs.agent import EndReason, Episode
+from qcn_jax.envs.patches import PatchError, apply_changes
+from qcn_jax.envs.scaffolds import NANO, Message, Scaffold
 from qcn_jax.envs.spans import minimal_edit
+from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tools import InfrastructureError, ToolError, ToolExecutor
+from qcn_jax.envs.workspace import WorkspaceError
+from qcn_jax.hub.chat import ToolCall
 
-__all__ = ["minimal_edit"]
+__all__ = ["SpanEdit", "Trajectory", "gold_edits", "minimal_edit", "solve", "span_edits", "wrong_edits"]
+
+MAX_EDITS = 3  # spans of one fix; larger ones are not what the compact edit tool is for
+GOLD_LINE = 0.5  # share of wrong edits that are made on a line which the right edit changes
+
+_SWAPS = {
+    "True": ("False",), "False": ("True",), "None": ("False",), "and": ("or",), "or": ("and",),
+    "==": ("!=",), "!=": ("==",), "<": ("<=", ">"), "<=": ("<",), ">": (">=", "<"), ">=": (">",),
+    "+": ("-",), "-": ("+",), "*": ("+",), "//": ("/",), "%": ("//",), "+=": ("-=",), "-=": ("+=",),
+    "is": ("is not",), "in": ("not in",), "if": ("if not",), "elif": ("elif not",), "while": ("while not",),
+    "return": ("return not",), "not": ("",), "any": ("all",), "all": ("any",), "min": ("max",), "max": ("min",),
+    "break": ("continue",), "continue": ("break",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanEdit:
+    """One call of the compact edit tool; `line` counts from 1 in the function on view."""
+
+    line: int
+    old: str
+    new: str
+
+    def call(self) -> ToolCall:
+        """The edit as a tool call."""
+        return ToolCall("edit", {"line": spans.line_token(self.line), "old": self.old, "new": self.new})
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """A conversation that ended with passing tests.
+
+    Attributes:
+      messages: assistants carry `tool_calls` (name, arguments) and the `template` they are written in.
+      wrong_edits: attempts before the right one.
+      outcomes: of each test run, in order: passed or not.
+    """
+
+    task_id: str
+    repo: str
+    scaffold: str
+    template: str
+    messages: tuple[Message, ...]
+    patch: str
+    wrong_edits: int
+    outcomes: tuple[bool, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready row."""
+        row = dataclasses.asdict(self)
+        return row | {"messages": list(self.messages), "outcomes": list(self.outcomes)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Trajectory":
+        """Reads what `to_json` gave."""
+        return cls(**row | {"messages": tuple(row["messages"]), "outcomes": tuple(row["outcomes"])})
+
+
+def solve(
+    task: Task, executor: ToolExecutor, scaffold: Scaffold = NANO, *, seed: int = 0, wrong: int = 0,
+    grade: Callable[[Task, str], bool] | None = None,
+) -> Trajectory | None:
+    """Acts the gold patch out.
+
+    Args:
+      task: its starting state is what `executor` must hold, untouched.
+      executor: of `scaffold`'s tools.
+      scaffold: NANO or one of the single-turn ones.
+      seed: chooses the wrong edits, together with the task's id.
+      wrong: how many wrong edits come first, if the function has room for so many.
+      grade: whether a patch resolves the task; by default the tests are run where the edits were made.
+
+    Returns:
+      None where the fix is no small span edit, or the tests do not pass.
+
+    Raises:
+      InfrastructureError: the sandbox failed.
+    """
+    edits = gold_edits(task, executor)
+    if edits is None:
+        return None
+    refuted = wrong_edits(task, executor, edits, seed, 0 if scaffold.single_turn else wrong)
+    episode = Episode(task, scaffold, executor, max_turns=4 + len(refuted))
+    if scaffold.single_turn:
+        _act(episode, [edit.call() for edit in edits])
+    else:
+        _act(episode, [ToolCall("view")])
+        undo: list[ToolCall] = []
+        for attempt in [*([edit] for edit in refuted), edits]:
+            _act(episode, [*undo, *(edit.call() for edit in attempt), ToolCall("run_tests")])
+            if episode.done or _last_run_passed(episode):
+                break
+            undo = [ToolCall("undo")] * len(attempt)
+        if not episode.done and _last_run_passed(episode):
+            _act(episode, [ToolCall("submit")])
+    if episode.reason is EndReason.INFRASTRUCTURE:
+        raise InfrastructureError(f"{task.instance_id}: the sandbox failed")
+    if episode.reason is not EndReason.SUBMITTED or any(turn.malformed for turn in episode.turns):
+        return None
+    result = episode.result()
+    if not (grade(task, result.patch) if grade else result.tests_passed or executor.test().passed):
+        return None
+    return Trajectory(
+        task.instance_id, task.repo, scaffold.name, scaffold.template, tuple(_with_calls(episode)), result.patch,
+        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs),
+    )
+
+
+def _act(episode: Episode, calls: Sequence[ToolCall]) -> None:
+    if not episode.done:
+        episode.step(episode.scaffold.render("", calls))
+
+
+def _last_run_passed(episode: Episode) -> bool:
+    runs = [result.tests for result in episode.turns[-1].results if result.tests is not None]
+    return bool(runs) and runs[-1].passed
+
+
+def _with_calls(episode: Episode) -> list[Message]:
+    """The episode's messages, assistants with their calls taken apart instead of text."""
+    turns = iter(episode.turns)
+    messages: list[Message] = []
+    for message in episode.messages:
+        if message["role"] == "assistant":
+            calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in next(turns).calls]
+            message = {"role": "assistant", "content": "", "tool_calls": calls, "template": episode.scaffold.template}
+        messages.append(message)
+    return messages
+
+
+def gold_edits(task: Task, executor: ToolExecutor) -> list[SpanEdit] | None:
+    """The gold patch as span edits of the task's function; None where it is none or needs more than MAX_EDITS."""
+    try:
+        view = executor.show(None, None)
+        before = executor.workspace.read(view.path)
+        after = apply_changes({view.path: before}, task.patch)
+    except (ToolError, WorkspaceError, PatchError):
+        return None
+    text = after.get(view.path)
+    old, new = before.split("\n"), (text or "").split("\n")
+    if list(after) != [view.path] or len(old) != len(new) or view.end - view.start >= spans.MAX_LINE_TOKENS:
+        return None
+    outside = [*range(view.start - 1), *range(view.end, len(old))]
+    if any(old[i] != new[i] for i in outside):
+        return None
+    function = old[view.start - 1 : view.end]
+    cut = len(function[0]) - len(spans.dedent(function)[0])
+    if any(a != b and a[:cut] != b[:cut] for a, b in zip(old, new, strict=True)):
+        return None
+    return span_edits(spans.dedent(function), spans.dedent(new[view.start - 1 : view.end]))
+
+
+def span_edits(before: Sequence[str], after: Sequence[str]) -> list[SpanEdit] | None:
+    """Span edits that turn the lines `before` into `after` (equally many); None if there are none or too many."""
+    edits = []
+    for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
+        if old != new:
+            span = minimal_edit(old, new)
+            if span is None:
+                return None
+            edits.append(SpanEdit(number, *span))
+    return edits if 1 <= len(edits) <= MAX_EDITS else None
+
+
+def wrong_edits(
+    task: Task, executor: ToolExecutor, gold: Sequence[SpanEdit], seed: int, count: int
+) -> list[SpanEdit]:
+    """Up to `count` different edits of the task's function that keep it parseable and are not the right one."""
+    if not count:
+        return []
+    view = executor.view()
+    lines = spans.dedent(executor.workspace.read(view.path).split("\n")[view.start - 1 : view.end])
+    rng = random.Random(f"{seed} {task.instance_id}")
+    gold_lines = {edit.line for edit in gold}
+    right = {(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in gold}
+    pool = [item for item in sorted(set(_mutations(lines))) if item not in right]
+    rng.shuffle(pool)
+    chosen: list[SpanEdit] = []
+    while pool and len(chosen) < count:
+        near = [item for item in pool if item[0] in gold_lines]
+        number, after = (near or pool)[0] if rng.random() < GOLD_LINE else pool[0]
+        pool.remove((number, after))
+        span = minimal_edit(lines[number - 1], after)
+        if span is not None and _parses([*lines[: number - 1], after, *lines[number:]]):
+            chosen.append(SpanEdit(number, *span))
+    return chosen
+
+
+def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """(line number, changed line) for every token that has a swap; strings and comments are left alone."""
+    found = []
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline))
+    except (tokenize.TokenError, SyntaxError):
+        return []
+    for token in tokens:
+        (number, start), end = token.start, token.end[1]
+        if token.type == tokenize.NUMBER and token.string.isdigit():
+            swaps: tuple[str, ...] = (str(int(token.string) + 1), str(max(int(token.string) - 1, 0)))
+        elif token.type in (tokenize.NAME, tokenize.OP):
+            swaps = _SWAPS.get(token.string, ())
+        else:
+            continue
+        line = lines[number - 1]
+        for swap in swaps:
+            tail = line[end:] if swap else line[end:].lstrip()
+            if swap != token.string:
+                found.append((number, line[:start] + swap + tail))
+    return found
+
+
+def _parses(lines: Sequence[str]) -> bool:
+    try:
+        ast.parse("\n".join(lines))
+    except (SyntaxError, ValueError):
+        return False
+    return True

@@ -1,0 +1,114 @@
+"""A repository of two files, a task in it, and a way to run its tests; shared by the tests of agents and tools."""
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+
+from qcn_jax.envs.patches import make_diff
+from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.workspace import OverlayWorkspace, starting_files
+
+GOOD = '''\
+"""A calculator."""
+
+
+class Calculator:
+    def __init__(self, memory=0):
+        self.memory = memory
+
+    def clamp(self, value, low, high):
+        """Puts value between low and high."""
+        if not low <= high:
+            raise ValueError("low > high")
+        if value < low:
+            return low
+        return high if value > high else value
+
+
+def is_even(n):
+    return n % 2 == 0
+'''
+TESTS = '''\
+import pytest
+
+from calc.core import Calculator, is_even
+
+
+def test_inside():
+    assert Calculator().clamp(5, 1, 10) == 5
+
+
+def test_below():
+    assert Calculator().clamp(-5, 1, 10) == 1
+
+
+def test_above():
+    assert Calculator().clamp(50, 1, 10) == 10
+
+
+def test_order():
+    with pytest.raises(ValueError):
+        Calculator().clamp(1, 10, 1)
+
+
+def test_even():
+    assert is_even(2) and not is_even(3)
+'''
+PRISTINE = {
+    "calc/__init__.py": "",
+    "calc/core.py": GOOD,
+    "tests/test_core.py": TESTS,
+    "README.md": "A calculator.\n",
+}
+PASS = tuple(f"tests/test_core.py::test_{name}" for name in ("above", "order", "even"))
+
+
+def make_task(good: str = "if value < low:", bad: str = "if value > low:", function: str = "Calculator.clamp",
+              fail: tuple[str, ...] = ("inside", "below", "above"), **fields) -> Task:
+    """The repository with `good` replaced by `bad`."""
+    assert GOOD.count(good) == 1
+    buggy = {"calc/core.py": GOOD.replace(good, bad)}
+    fixed = {"calc/core.py": GOOD}
+    names = ("inside", "below", "above", "order", "even")
+    values = {
+        "instance_id": "tiny__calc.1", "repo": "tiny==1", "base_commit": "0", "test_patch": "",
+        "patch": make_diff(buggy, fixed), "bug_patch": make_diff(fixed, buggy),
+        "problem_statement": "Calculator().clamp(5, 1, 10) gives 1, expected 5.",
+        "FAIL_TO_PASS": tuple(f"tests/test_core.py::test_{n}" for n in names if n in fail),
+        "PASS_TO_PASS": tuple(f"tests/test_core.py::test_{n}" for n in names if n not in fail),
+        "path": "calc/core.py", "function": function,
+    }
+    return Task(**values | fields)
+
+
+def write_tree(folder: pathlib.Path, files=PRISTINE) -> pathlib.Path:
+    """Writes files below `folder`."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
+def run_pytest(changed, node_ids, timeout, fail_fast) -> TestRun:
+    """A TestRunner: pytest in a folder of its own, outcomes read from its JUnit report."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_tree(pathlib.Path(name), PRISTINE | {p: t for p, t in changed.items() if t is not None})
+        command = [sys.executable, "-m", "pytest", "-q", "--junitxml=out.xml", "-p", "no:cacheprovider"]
+        command += (["-x"] if fail_fast else []) + list(node_ids or [])
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": "."})
+        outcomes, messages = {}, {}
+        for case in xml.etree.ElementTree.parse(folder / "out.xml").iter("testcase"):
+            node = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+            failure = case.find("failure")
+            outcomes[node] = "passed" if failure is None else "failed"
+            if failure is not None:
+                messages[node] = failure.get("message")
+    return TestRun(status="ok", outcomes=outcomes, messages=messages, seconds=0.1, output=ran.stdout)
+
+
+def overlay(task: Task, runner=run_pytest) -> OverlayWorkspace:
+    """The task's starting state in memory."""
+    return OverlayWorkspace(PRISTINE, starting_files(task, PRISTINE), runner)
