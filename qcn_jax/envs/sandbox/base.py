@@ -1,0 +1,325 @@
+"""Sandboxes: where code that nobody vouches for runs, behind one interface for every back end.
+
+A Provider prepares repositories (once each) and makes Sandboxes; a Sandbox is a fresh copy of a repository in
+which commands and tests run without network, without privileges and within limits. The work is done by the
+program in `inside/server.py`; back ends differ in what stands around it (`local.py`, `docker.py`).
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.sandbox import channel, repository
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+
+PASSING = frozenset({"passed", "xfailed"})  # SWE-bench's reading: an expected failure counts as a pass
+ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
+PREPARE_TIMEOUT = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds of one sandbox (bytes in MiB); each job inside is bounded again by its own time limit."""
+
+    memory_mb: int = 1024
+    processes: int = 64
+    cpus: float = 2.0
+    file_mb: int = 64
+    disk_mb: int = 512
+    output_bytes: int = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecResult:
+    """What a command did; `exit_code` is 128 + signal where a signal ended it."""
+
+    exit_code: int
+    output: str  # standard output and error, the middle left out where too long
+    timed_out: bool
+    out_of_memory: bool
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TestRun:
+    """What a test run did.
+
+    `outcomes` maps node ids to passed, failed, error, skipped, xfailed or xpassed; a file that cannot be
+    collected is listed under its path as error. `messages` says in one line each what the first failures were.
+    `tampered` names what in pytest or the results was interfered with, and is empty in an honest run.
+    """
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    status: str  # ok, timeout, out_of_memory, killed
+    outcomes: dict[str, str]
+    messages: dict[str, str]
+    seconds: float
+    output: str
+    exit_status: int
+    tampered: tuple[str, ...] = ()
+
+    def passed(self, node_ids: Sequence[str]) -> bool:
+        """Whether the run was orderly and every one of `node_ids` passed."""
+        return (self.status == "ok" and not self.tampered
+                and all(self.outcomes.get(name) in PASSING for name in node_ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonResult:
+    """What a harness script did: status is ok, error, timeout, out_of_memory or killed."""
+
+    status: str
+    value: Any
+    error: str
+    output: str
+    seconds: float
+
+
+class Sandbox:
+    """A repository copy in which to act. Not safe for use from two threads at once; `destroy` when done."""
+
+    def __init__(self, provider: "Provider", server: channel.Server, prepared: "Prepared",
+                 overlay: Mapping[str, str | None], workspace: int):
+        self.repository, self.overlay = prepared.spec.name, dict(overlay)
+        self._provider, self._server, self._prepared, self._workspace = provider, server, prepared, workspace
+
+    def _call(self, op: str, payload: bytes = b"", **request: Any) -> tuple[Any, bytes]:
+        if self._workspace is None:
+            raise SandboxError("the sandbox was destroyed")
+        return self._server.call({"op": op, "workspace": self._workspace, **request}, payload,
+                                 request.get("timeout", 0.0) + ANSWER_GRACE)
+
+    def exec(self, command: str, timeout: float = 30.0, env: Mapping[str, str] | None = None) -> ExecResult:
+        """Runs a shell command in the repository folder; everything it started is killed when it ends."""
+        reply, _ = self._call("execute", command=command, timeout=timeout, env=dict(env or {}))
+        return ExecResult(reply["exit_code"], reply["output"], reply["timed_out"], reply["out_of_memory"],
+                          reply["seconds"])
+
+    def read(self, path: str) -> str:
+        """Text of a file; raises FileNotFoundError, IsADirectoryError or PermissionError."""
+        return self._call("read", path=_inside(path))[1].decode("utf-8", "surrogateescape")
+
+    def write(self, path: str, text: str) -> None:
+        """Creates or replaces a file; raises PermissionError or OSError (disk full)."""
+        self._call("write", payload=text.encode("utf-8", "surrogateescape"), path=_inside(path))
+
+    def run_tests(self, node_ids: Sequence[str] | None = None, timeout: float = 30.0,
+                  fail_fast: bool = False) -> TestRun:
+        """Runs tests by pytest node id (None: all).
+
+        With `fail_fast` they run in the order given and stop at the first failure. A test id that pytest does
+        not find is absent from the outcomes.
+        """
+        reply, _ = self._call("tests", node_ids=None if node_ids is None else list(node_ids),
+                              timeout=timeout, fail_fast=fail_fast)
+        return _test_run(reply)
+
+    def run_python(self, script: str, args: Any = None, timeout: float = 30.0) -> PythonResult:
+        """Runs a trusted harness script in the repository, in a process with pytest imported.
+
+        The script defines `main(args)` and returns a JSON value. It finds two names: `ROOT`, the repository folder,
+        and `run_pytest(node_ids, plugins=(), fail_fast=False)` -> (exit status, outcomes, messages).
+        """
+        reply, _ = self._call("python", script=script, args=args, timeout=timeout)
+        return PythonResult(reply["status"], reply["value"], reply["error"], reply["output"], reply["seconds"])
+
+    def changes(self) -> dict[str, str | None]:
+        """What differs from the starting state: {path: text, or None where deleted}; regular text files only."""
+        return self._call("changes")[0]["changed"]
+
+    def diff(self) -> str:
+        """The changes as a unified diff."""
+        changed = self.changes()
+        before = {path: self._starting_text(path) for path in changed}
+        return patches.make_diff(before, changed)
+
+    def _starting_text(self, path: str) -> str | None:
+        return self.overlay[path] if path in self.overlay else self._prepared.files.get(path)
+
+    def fork(self) -> "Sandbox":
+        """A second sandbox in the same state (files; nothing runs between calls)."""
+        reply, _ = self._call("fork")
+        return Sandbox(self._provider, self._server, self._prepared, self.overlay, reply["workspace"])
+
+    def reset(self) -> None:
+        """Back to the starting state."""
+        self._call("reset")
+
+    def destroy(self) -> None:
+        """Kills and deletes everything of this sandbox; calling it again does nothing."""
+        workspace, self._workspace = self._workspace, None
+        if workspace is not None:
+            self._provider.release(self._server, workspace)
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.destroy()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A repository ready for use: its pristine text files, and the archive that servers load."""
+
+    spec: RepositorySpec
+    key: str
+    files: Mapping[str, str]
+    settings: Mapping[str, Any]
+    archive: str
+    baseline: TestRun  # all tests on the pristine state
+
+
+class Provider:
+    """Makes sandboxes. Subclasses start servers (`_start`) and say how they are walled (`describe`)."""
+
+    kind = ""
+
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared"):
+        if isolation not in ("shared", "container"):
+            raise ValueError(f"isolation must be shared or container, got {isolation!r}")
+        self.state_dir, self.limits, self.isolation = os.path.abspath(state_dir), limits, isolation
+        self.prepared: dict[str, Prepared] = {}
+        self._warm: dict[str, channel.Server] = {}
+        os.makedirs(self.state_dir, exist_ok=True)
+
+    def describe(self) -> str:
+        """One line for people: what keeps tested code in."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Names the interpreter and pytest that byte code is prepared for."""
+        raise NotImplementedError
+
+    def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+        raise NotImplementedError
+
+    def prepare(self, spec: RepositorySpec) -> Prepared:
+        """Makes a repository known: unpacked, cleaned, compiled, its tests run once. Kept in `state_dir`.
+
+        Raises:
+          UserError: the archive is missing, damaged or not the one that was meant.
+          SandboxError: no sandbox could be started.
+        """
+        known = self.prepared.get(spec.name)
+        if known is not None and known.spec == spec:
+            return known
+        key = repository.key(spec, self.fingerprint())
+        found = repository.load(self.state_dir, key)
+        if found is None:
+            with repository.lock(self.state_dir, key):
+                found = repository.load(self.state_dir, key) or self._prepare(spec, key)
+        prepared = Prepared(spec, key, found.files, found.settings, found.archive, _test_run(found.baseline))
+        self.prepared[spec.name] = prepared
+        return prepared
+
+    def _prepare(self, spec: RepositorySpec, key: str) -> repository.Stored:
+        members = repository.unpack(spec)
+        settings = repository.settings(spec, members)
+        with contextlib.closing(self._start(spec)) as server:
+            server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
+            made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
+            reply, payload = server.call(
+                {"op": "tests", "kind": "warm", "workspace": made["workspace"], "node_ids": None, "fail_fast": False,
+                 "timeout": PREPARE_TIMEOUT}, b"", PREPARE_TIMEOUT + ANSWER_GRACE)
+        offset = 0
+        for path, (size, mtime) in reply.pop("compiled").items():
+            members[path] = repository.Member(payload[offset:offset + size], 0o644, mtime)
+            offset += size
+        settings["modules"] = reply.pop("modules", [])
+        return repository.store(self.state_dir, key, members, settings, reply)
+
+    def files(self, name: str) -> Mapping[str, str]:
+        """Pristine text files of a prepared repository, by path."""
+        return self.prepared[name].files
+
+    def create(self, name: str, overlay: Mapping[str, str | None] | None = None, role: str = "agent") -> Sandbox:
+        """A fresh sandbox of a prepared repository with `overlay` on top (None deletes a file).
+
+        `role` separates what must never meet: agents' sandboxes and grading ("grading") use different servers.
+
+        Raises:
+          SandboxError: the back end failed; trying again may help.
+        """
+        prepared, overlay = self.prepared[name], dict(overlay or {})
+        server = self._server(prepared, role)
+        for attempt in (0, 1):
+            try:
+                if prepared.key not in server.trees:
+                    with open(prepared.archive, "rb") as stream:
+                        payload = stream.read()
+                    server.call({"op": "load", "tree": prepared.key, "settings": dict(prepared.settings)}, payload,
+                                ANSWER_GRACE)
+                    server.trees.add(prepared.key)
+                reply, _ = server.call({"op": "create", "tree": prepared.key, "overlay": overlay}, b"", ANSWER_GRACE)
+                return Sandbox(self, server, prepared, overlay, reply["workspace"])
+            except SandboxError:
+                if attempt:
+                    raise
+                self._discard(server)
+                server = self._server(prepared, role)
+        raise AssertionError
+
+    def _server(self, prepared: Prepared, role: str) -> channel.Server:
+        if self.isolation == "container":
+            return self._start(prepared.spec)
+        name = self._warm_name(prepared, role)
+        if name not in self._warm or not self._warm[name].alive():
+            self._warm[name] = self._start(prepared.spec)
+        return self._warm[name]
+
+    def _warm_name(self, prepared: Prepared, role: str) -> str:
+        """Which warm server serves a repository; one per role where all share the same interpreter."""
+        return role
+
+    def _discard(self, server: channel.Server) -> None:
+        server.close()
+        self._warm = {name: known for name, known in self._warm.items() if known is not server}
+
+    def release(self, server: channel.Server, workspace: int) -> None:
+        """Deletes a workspace; in container isolation its whole container."""
+        if self.isolation == "container":
+            server.close()
+        elif server.alive():
+            with contextlib.suppress(SandboxError):
+                server.call({"op": "destroy", "workspace": workspace}, b"", ANSWER_GRACE)
+
+    def close(self) -> None:
+        """Ends all servers of this provider."""
+        for server in self._warm.values():
+            server.close()
+        self._warm = {}
+
+    def __enter__(self) -> "Provider":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def sandbox(provider: Provider, name: str, overlay: Mapping[str, str | None] | None = None,
+            role: str = "agent") -> Iterator[Sandbox]:
+    """`provider.create` for a with statement."""
+    made = provider.create(name, overlay, role)
+    try:
+        yield made
+    finally:
+        made.destroy()
+
+
+def _inside(path: str) -> str:
+    """Paths may be written as agents see them, below /testbed."""
+    if path == "/testbed" or path.startswith("/testbed/"):
+        return path[len("/testbed/"):] or "."
+    return path
+
+
+def _test_run(reply: Mapping[str, Any]) -> TestRun:
+    return TestRun(reply["status"], reply["outcomes"], reply["messages"], reply["seconds"], reply["output"],
+                   reply["exit_status"], tuple(reply["tampered"]))

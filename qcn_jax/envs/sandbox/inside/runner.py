@@ -1,0 +1,250 @@
+"""What happens in the fork that runs tests: pytest in process, outcomes to a pipe that only the server reads.
+
+Every record carries the run's key and a running number, so that bytes which the tested code writes blindly
+to open descriptors are noticed and void the run. Code under test shares this process; what it could still do
+to pytest itself is looked for at the end (`tampered`), and cannot be excluded altogether.
+"""
+
+import builtins
+import importlib
+import json
+import linecache
+import os
+import sys
+import traceback
+import types
+import unittest
+
+import _imp
+import _pytest.assertion.rewrite
+import _pytest.config
+import pytest
+
+MAX_MESSAGES = 20  # failures described per run; the others are listed by outcome alone
+MAX_MESSAGE = 400  # characters of one description
+_read_pyc = _pytest.assertion.rewrite._read_pyc
+
+
+def preload() -> None:
+    """Imports pytest's built-in plugins and mends the one thing that cached test modules need.
+
+    Cached assertion rewriting keeps the file name of the workspace it was made in; the interpreter corrects
+    that for ordinary modules (`_fix_co_filename`) but pytest does not for its own.
+    """
+    for name in _pytest.config.default_plugins:
+        importlib.import_module("_pytest." + name)
+
+    def read_pyc(source, pyc, *rest):
+        code = _read_pyc(source, pyc, *rest)
+        if code is not None:
+            _imp._fix_co_filename(code, str(source))
+        return code
+
+    _pytest.assertion.rewrite._read_pyc = read_pyc
+    global _SNAPSHOT
+    _SNAPSHOT = _snapshot()
+
+
+def _namespaces():
+    yield "builtins", vars(builtins)
+    yield "unittest.TestCase", vars(unittest.TestCase)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("_pytest.", "pluggy.")):
+            for key, value in list(vars(module).items()):
+                if isinstance(value, type) and value.__module__ == name:
+                    yield f"{name}.{key}", vars(value)
+            yield name, vars(module)
+
+
+def _snapshot():
+    kinds = (types.FunctionType, types.BuiltinFunctionType, type, classmethod, staticmethod, property)
+    return {where: {key: value for key, value in list(names.items()) if isinstance(value, kinds)}
+            for where, names in _namespaces()}
+
+
+_SNAPSHOT = {}
+# pytest itself rebinds these while it runs.
+_REBOUND = {"_pytest.pathlib.cleanup_numbered_dir", "builtins._", "builtins.__import__"}
+
+
+def tampered():
+    """Names in builtins, unittest.TestCase, pytest and pluggy that are no longer what they were at start."""
+    found = []
+    for where, names in _namespaces():
+        for key, value in _SNAPSHOT.get(where, {}).items():
+            if names.get(key) is not value and f"{where}.{key}" not in _REBOUND:
+                found.append(f"{where}.{key}")
+    return found[:20]
+
+
+class Reporter:
+    """The pytest plugin that selects tests and reports them."""
+
+    def __init__(self, write, root, node_ids=None, ordered=False):
+        self._write, self._root = write, os.path.join(root, "")
+        self._rank = None if node_ids is None else {name: i for i, name in enumerate(node_ids)}
+        self._ordered = ordered
+        self._phases, self._described = {}, 0
+        self.outcomes, self.messages = {}, {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        if self._rank is None:
+            return
+        keep = [item for item in items if item.nodeid in self._rank]
+        if self._ordered:
+            keep.sort(key=lambda item: self._rank[item.nodeid])
+        if len(keep) != len(items):
+            wanted = set(map(id, keep))
+            config.hook.pytest_deselected(items=[item for item in items if id(item) not in wanted])
+            items[:] = keep
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self._finish(report.nodeid, "error", str(report.longrepr).strip().splitlines()[-1:])
+
+    def pytest_runtest_logstart(self, nodeid):
+        self._write({"start": nodeid})
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        yield
+        if (call.excinfo is not None and self._described < MAX_MESSAGES
+                and not isinstance(call.excinfo.value, pytest.skip.Exception)):
+            self.messages[item.nodeid] = self._describe(call.excinfo)
+
+    def pytest_runtest_logreport(self, report):
+        expected = hasattr(report, "wasxfail")
+        if report.skipped:
+            outcome = "xfailed" if expected else "skipped"
+        elif report.failed:
+            outcome = "failed" if report.when == "call" else "error"
+        else:
+            outcome = "xpassed" if expected and report.when == "call" else "passed"
+        before = self._phases.get(report.nodeid, "passed")
+        if outcome != "passed" and not (before in ("failed", "error")):
+            before = outcome
+        self._phases[report.nodeid] = before
+        if report.when == "teardown":
+            self._finish(report.nodeid, self._phases.pop(report.nodeid), ())
+
+    def _finish(self, node_id, outcome, lines):
+        message = self.messages.pop(node_id, None) or " ".join(lines)[:MAX_MESSAGE]
+        if outcome not in ("failed", "error"):
+            message = ""
+        if message:
+            self._described += 1
+            self.messages[node_id] = message
+        self.outcomes[node_id] = outcome
+        self._write({"test": node_id, "outcome": outcome, "message": message})
+
+    def _describe(self, excinfo):
+        try:
+            return describe(excinfo.type, excinfo.value, excinfo.tb, self._root)
+        except Exception as error:  # a hostile __str__ must not end the run
+            return f"{excinfo.type.__name__} ({type(error).__name__} while describing it)"
+
+
+def describe(kind, value, trace, root):
+    """One line: exception, first line of its message, and the last source line inside `root`."""
+    lines = "".join(traceback.format_exception_only(kind, value)).strip().splitlines()
+    if issubclass(kind, SyntaxError):
+        text = lines[-1] + (f" | {lines[0].strip()}" if len(lines) > 1 else "")
+    else:
+        text = lines[0] if lines else kind.__name__
+    text = text[: MAX_MESSAGE // 2]
+    place = None
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name.startswith(root):
+            place = (name, trace.tb_lineno)
+        trace = trace.tb_next
+    if place is not None:
+        source = linecache.getline(*place).strip()
+        text += f" | {place[0][len(root):]}:{place[1]}: {source}"
+    return text[:MAX_MESSAGE]
+
+
+def selected_files(root, node_ids):
+    """The files of a selection that exist, each once (pytest gives up on a missing one)."""
+    files = dict.fromkeys(name.split("::")[0] for name in node_ids)
+    return [name for name in files if os.path.exists(os.path.join(root, name))]
+
+
+def pytest_arguments(root, extra, files, fail_fast):
+    """Command-line arguments of pytest; no files means whatever the repository's configuration says."""
+    return ["-q", "--tb=no", "-p", "no:cacheprovider", "--rootdir", root, "--continue-on-collection-errors",
+            *extra, *(["--maxfail=1"] if fail_fast else []), *files]
+
+
+def run_tests(job, write):
+    """Runs pytest as `job` says and returns its exit status; outcomes go through `write`."""
+    root, node_ids = job["root"], job["node_ids"]
+    files = [] if node_ids is None else selected_files(root, node_ids)
+    if node_ids is not None and not files:
+        write({"finished": int(pytest.ExitCode.NO_TESTS_COLLECTED), "tampered": []})
+        return int(pytest.ExitCode.NO_TESTS_COLLECTED)
+    reporter = Reporter(write, root, node_ids, ordered=job["fail_fast"])
+    status = int(pytest.main(pytest_arguments(root, job["pytest_args"], files, job["fail_fast"]), plugins=[reporter]))
+    write({"finished": status, "tampered": tampered()})
+    return status
+
+
+def run_python(job, write):
+    """Runs a harness script of the host: defines `main(args)`, whose JSON value is the result."""
+    root = job["root"]
+
+    def run_pytest(node_ids=None, plugins=(), fail_fast=False):
+        """pytest on a selection with further plugins; returns (status, outcomes, messages)."""
+        reporter = Reporter(lambda record: None, root, node_ids, ordered=fail_fast)
+        files = [] if node_ids is None else selected_files(root, node_ids)
+        arguments = pytest_arguments(root, job["pytest_args"], files, fail_fast)
+        status = int(pytest.main(arguments, plugins=[reporter, *plugins]))
+        return status, reporter.outcomes, reporter.messages
+
+    names = {"__name__": "harness", "ROOT": root, "run_pytest": run_pytest}
+    try:
+        exec(compile(job["script"], "<harness>", "exec"), names)
+        value = names["main"](job["args"])
+        write({"value": value})
+        return 0
+    except BaseException as error:
+        write({"error": describe(type(error), error, error.__traceback__, os.path.join(root, "")),
+               "traceback": traceback.format_exc()[-4000:]})
+        return 1
+
+
+def warm(job, write):
+    """Compiles the tree, runs all tests so that pytest caches its rewriting, reports what they imported."""
+    import compileall
+    import py_compile
+
+    root = job["root"]
+    before = set(sys.modules)
+    compileall.compile_dir(root, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    sys.dont_write_bytecode = False
+    status = run_tests(job, write)
+    trusted = tuple(os.path.join(path, "") for path in job["library"])
+    modules = []
+    for name in sorted(set(sys.modules) - before):
+        spec = getattr(sys.modules[name], "__spec__", None)
+        origin = getattr(spec, "origin", None) or ""
+        if spec is not None and spec.name == name and (origin in ("built-in", "frozen") or origin.startswith(trusted)):
+            modules.append(name)
+    write({"modules": modules})
+    return status
+
+
+def writer(descriptor, key):
+    """The function that sends one record: JSON line with the key and a running number."""
+    count = 0
+
+    def write(record):
+        nonlocal count
+        line = json.dumps({"key": key, "n": count, **record}) + "\n"
+        count += 1
+        data = line.encode()
+        while data:
+            data = data[os.write(descriptor, data):]
+
+    return write

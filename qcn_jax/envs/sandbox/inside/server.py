@@ -1,0 +1,398 @@
+"""The server inside a sandbox: one request at a time on standard input, one reply on standard output.
+
+A frame is two big-endian 32-bit lengths, a JSON document and raw bytes. The server owns the workspaces and the
+verdicts' raw material; what is untrusted runs in forks of the zygote, a process of its own that never holds the
+pristine tree. The end of standard input, also in the middle of a job, ends everything.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import random
+import secrets
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+
+import zygote
+from workspace import Refused, Tree, Workspace
+
+SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")
+MAX_RESULT = 16_000_000  # bytes of records from one run; a full suite of 50,000 tests stays below
+KILL_GRACE = 15.0  # seconds until a killed job must be gone; then the server gives itself up
+
+
+class Bounded:
+    """Keeps the first and last half of `limit` bytes of a stream."""
+
+    def __init__(self, limit):
+        self.half, self.head, self.tail, self.total = limit // 2, b"", b"", 0
+
+    def add(self, data):
+        self.total += len(data)
+        room = self.half - len(self.head)
+        self.head += data[:room] if room > 0 else b""
+        rest = data[max(room, 0):]
+        if rest:
+            self.tail = (self.tail + rest)[-self.half:]
+
+    def text(self):
+        dropped = self.total - len(self.head) - len(self.tail)
+        middle = f"\n[... {dropped} bytes left out ...]\n".encode() if dropped else b""
+        return (self.head + middle + self.tail).decode("utf-8", "replace")
+
+
+class Server:
+    """Holds trees and workspaces and runs jobs through the zygote."""
+
+    def __init__(self, options):
+        self.limits, self.work = options["limits"], options["work"]
+        self.separate = options["separate_users"] and os.geteuid() == 0
+        # Far above any real user's id and different for each server, because limits on processes count per id.
+        self.uid_base = 1_900_000_000 + 4096 * random.SystemRandom().randrange(2**15)
+        self.trees, self.workspaces, self.free, self.made = {}, {}, [], 0
+        self.memory_kills = out_of_memory_kills()
+        os.makedirs(self.work, exist_ok=True)
+        os.chmod(self.work, 0o711)
+        mine, its = socket.socketpair()
+        if os.fork() == 0:
+            mine.close()
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.close(null)
+            try:
+                zygote.Zygote(its).serve()
+            finally:
+                os._exit(0)
+        its.close()
+        self.zygote = mine
+        self.from_zygote()
+
+    # --- the zygote
+
+    def to_zygote(self, message, descriptors=()):
+        body = json.dumps(message).encode()
+        header = struct.pack(">I", len(body))
+        if descriptors:
+            socket.send_fds(self.zygote, [header], list(descriptors))
+        else:
+            self.zygote.sendall(header)
+        self.zygote.sendall(body)
+
+    def from_zygote(self):
+        data = b""
+        while len(data) < 4:
+            data += self._read(4 - len(data))
+        length, body = struct.unpack(">I", data)[0], b""
+        while len(body) < length:
+            body += self._read(length - len(body))
+        return json.loads(body)
+
+    def _read(self, size):
+        data = self.zygote.recv(size)
+        if not data:
+            raise SystemExit("the forking process is gone")
+        return data
+
+    def run(self, workspace, job, timeout):
+        """Runs a job in a fork; returns (status, how it ended, output, records)."""
+        output_read, output_write = os.pipe()
+        result_read, result_write = os.pipe()
+        key = secrets.token_hex(8)
+        job = {**job, "key": key, "uid": workspace.uid, "root": workspace.root, "env": self.environment(workspace, job),
+               "sys_path": self.python_path(workspace),
+               "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
+        self.to_zygote(job, (output_write, result_write))
+        os.close(output_write)
+        os.close(result_write)
+        output, result = Bounded(self.limits["output"]), bytearray()
+        try:
+            ended, timed_out = self._watch(output_read, output, result_read, result, timeout)
+        finally:
+            os.close(output_read)
+            os.close(result_read)
+        text = output.text().replace(workspace.root, "/testbed").replace(workspace.home, "/workspace")
+        return ended, timed_out, text, records(bytes(result), key)
+
+    def _watch(self, output_read, output, result_read, result, timeout):
+        deadline = time.monotonic() + timeout
+        pending, ended, timed_out = {output_read, result_read}, None, False
+        while ended is None or pending:
+            left = 0.0 if ended is not None else max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([*pending, self.zygote, 0], [], [], left)
+            if 0 in ready and not stdin_open():
+                raise SystemExit("the host is gone")
+            for descriptor in pending & set(ready):
+                data = os.read(descriptor, 1 << 16)
+                if not data:
+                    pending.discard(descriptor)
+                elif descriptor == output_read:
+                    output.add(data)
+                elif len(result) < MAX_RESULT:
+                    result += data
+            if self.zygote in ready:
+                ended = self.from_zygote()
+            if ended is not None and not ready:
+                break  # all writers are dead; nothing more can come
+            if ended is None and time.monotonic() >= deadline:
+                if timed_out:
+                    raise SystemExit("a killed job does not end")
+                timed_out, deadline = True, time.monotonic() + KILL_GRACE
+                self.to_zygote({"kind": "kill"})
+        return ended, timed_out
+
+    def python_path(self, workspace):
+        return [os.path.normpath(os.path.join(workspace.home, path))
+                for path in workspace.tree.settings["python_path"]]
+
+    def environment(self, workspace, job):
+        base = {"PATH": os.path.dirname(sys.executable) + ":/usr/local/bin:/usr/bin:/bin",
+                "HOME": os.path.join(workspace.home, "home"), "TMPDIR": os.path.join(workspace.home, "tmp"),
+                "USER": "agent", "LOGNAME": "agent", "SHELL": "/bin/sh", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
+                "TZ": "UTC", "TERM": "dumb", "PWD": workspace.root,
+                "PYTHONPATH": os.pathsep.join(self.python_path(workspace)), "PYTHONHASHSEED": "0",
+                "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        return {**base, **workspace.tree.settings["environment"], **job.get("extra_env", {})}
+
+    # --- requests
+
+    def hello(self, request, payload):
+        import pytest
+        return {"python": ".".join(map(str, sys.version_info[:3])), "pytest": pytest.__version__,
+                "separate_users": self.separate, "pid": os.getpid()}, b""
+
+    def load(self, request, payload):
+        self.trees[request["tree"]] = Tree(payload, request["settings"])
+        if request["settings"]["modules"]:
+            self.to_zygote({"kind": "preload", "modules": request["settings"]["modules"]})
+            self.from_zygote()
+        return {}, b""
+
+    def create(self, request, payload):
+        return {"workspace": self._create(self.trees[request["tree"]], request["overlay"], {})}, b""
+
+    def _create(self, tree, overlay, edits):
+        number = self.free.pop() if self.free else len(self.workspaces)
+        self.made += 1
+        home = os.path.join(self.work, f"{self.made}")
+        uid = self.uid_base + number if self.separate else None
+        try:
+            self.workspaces[self.made] = (Workspace(home, tree, overlay, edits, uid), number)
+        except OSError as error:
+            self.free.append(number)
+            raise Refused("OSError", f"workspace cannot be made: {error}") from error
+        return self.made
+
+    def fork(self, request, payload):
+        source = self.workspace(request)
+        changed, _ = source.changes()
+        edits = {path: None if data is None else data.decode("utf-8", "surrogateescape")
+                 for path, data in changed.items()}
+        return {"workspace": self._create(source.tree, source.overlay, edits)}, b""
+
+    def reset(self, request, payload):
+        workspace = self.workspace(request)
+        workspace.remove(SHARED)
+        workspace.make()
+        return {}, b""
+
+    def destroy(self, request, payload):
+        workspace, number = self.workspaces.pop(request["workspace"])
+        workspace.remove(SHARED)
+        if workspace.uid is not None:
+            remove_ipc(workspace.uid)
+        self.free.append(number)
+        return {}, b""
+
+    def workspace(self, request):
+        return self.workspaces[request["workspace"]][0]
+
+    def read(self, request, payload):
+        return {}, self.workspace(request).read(request["path"])
+
+    def write(self, request, payload):
+        self.workspace(request).write(request["path"], payload)
+        return {}, b""
+
+    def changes(self, request, payload):
+        changed, skipped = self.workspace(request).changes()
+        return {"changed": {path: None if data is None else data.decode("utf-8", "surrogateescape")
+                            for path, data in changed.items()}, "skipped": skipped}, b""
+
+    def execute(self, request, payload):
+        workspace = self.workspace(request)
+        shell = next(path for path in ("/bin/bash", "/bin/sh") if os.path.exists(path))
+        self.point(workspace)
+        job = {"kind": "exec", "shell": shell, "command": request["command"], "extra_env": request["env"]}
+        ended, timed_out, output, _ = self.run(workspace, job, request["timeout"])
+        return {"exit_code": exit_code(ended["status"]), "timed_out": timed_out, "out_of_memory": self.memory_gone(
+            ended, timed_out), "seconds": ended["seconds"], "output": output}, b""
+
+    def point(self, workspace):
+        """Lets /testbed, the name that agents are told, lead to the workspace at work."""
+        with contextlib.suppress(OSError):
+            temporary = os.path.join(self.work, "testbed")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            os.symlink(workspace.root, temporary)
+
+    def tests(self, request, payload):
+        workspace = self.workspace(request)
+        job = {"kind": request.get("kind", "tests"), "node_ids": request["node_ids"],
+               "fail_fast": request["fail_fast"], "library": [p for p in sys.path if p and os.path.isdir(p)],
+               "pytest_args": workspace.tree.settings["pytest_args"]}
+        ended, timed_out, output, (found, damaged) = self.run(workspace, job, request["timeout"])
+        reply = {"status": "ok", "outcomes": {}, "messages": {}, "tampered": ["records"] if damaged else [],
+                 "seconds": ended["seconds"], "output": output, "exit_status": exit_code(ended["status"])}
+        finished = None
+        for record in found:
+            if "test" in record:
+                reply["outcomes"][record["test"]] = record["outcome"]
+                if record["message"]:
+                    reply["messages"][record["test"]] = record["message"]
+            elif "finished" in record:
+                finished, reply["tampered"] = record["finished"], reply["tampered"] + record["tampered"]
+            elif "modules" in record:
+                reply["modules"] = record["modules"]
+        if timed_out:
+            reply["status"] = "timeout"
+        elif self.memory_gone(ended, timed_out) or any(m.startswith("MemoryError") for m in reply["messages"].values()):
+            reply["status"] = "out_of_memory"
+        elif finished is None or finished != reply["exit_status"]:
+            reply["status"] = "killed"
+        if job["kind"] == "warm":
+            compiled = workspace.compiled()
+            return {**reply, "compiled": {path: [len(data), mtime] for path, (data, mtime) in compiled.items()}}, \
+                b"".join(data for data, _ in compiled.values())
+        return reply, b""
+
+    def python(self, request, payload):
+        workspace = self.workspace(request)
+        job = {"kind": "python", "script": request["script"], "args": request["args"],
+               "pytest_args": workspace.tree.settings["pytest_args"]}
+        ended, timed_out, output, (found, damaged) = self.run(workspace, job, request["timeout"])
+        status = "timeout" if timed_out else "out_of_memory" if self.memory_gone(ended, timed_out) else \
+            "killed" if not found or damaged else "ok" if "value" in found[-1] else "error"
+        last = found[-1] if found else {}
+        return {"status": status, "value": last.get("value"), "error": last.get("error", ""), "output": output +
+                last.get("traceback", ""), "seconds": ended["seconds"]}, b""
+
+    def memory_gone(self, ended, timed_out):
+        """Whether the kernel killed a process of the job for memory: its count rose since the job before."""
+        before, self.memory_kills = self.memory_kills, out_of_memory_kills()
+        return self.memory_kills > before and not timed_out and ended["status"] != 0
+
+
+OPERATIONS = {name: getattr(Server, name) for name in (
+    "hello", "load", "create", "fork", "reset", "destroy", "read", "write", "changes", "execute", "tests", "python")}
+
+
+def exit_code(status):
+    """Shell convention: 128 + signal for a job that a signal ended."""
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def out_of_memory_kills():
+    """How often the kernel killed a process of this container for memory; 0 where that is not told."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with contextlib.suppress(OSError), open(path) as stream:
+            for line in stream:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def remove_ipc(uid):
+    """Removes System V shared memory, semaphores and queues that `uid` left behind."""
+    for kind, call in (("shm", "shmctl"), ("sem", "semctl"), ("msg", "msgctl")):
+        with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}") as stream:
+            names = stream.readline().split()
+            for line in stream:
+                fields = dict(zip(names, line.split()))
+                if int(fields["uid"]) == uid:
+                    identity = int(fields[kind + "id"])
+                    getattr(zygote._libc, call)(*((identity, 0, 0) if kind == "sem" else (identity, 0)), None)
+
+
+def records(data, key):
+    """(records, damaged): the run's records in order; damaged if a byte stands there that is none of them."""
+    found, damaged = [], False
+    for line in data.split(b"\n"):
+        if line:
+            try:
+                record = json.loads(line)
+                if record.pop("key") != key or record.pop("n") != len(found):
+                    raise ValueError
+                found.append(record)
+            except (ValueError, KeyError, AttributeError, TypeError):
+                damaged = True
+    return found, damaged
+
+
+def stdin_open():
+    """False when the host has gone (the host sends nothing while it waits for a reply)."""
+    poll = select.poll()
+    poll.register(0, select.POLLIN | select.POLLHUP)
+    return all(not event & select.POLLHUP and not event & select.POLLIN for _, event in poll.poll(0))
+
+
+def read_exactly(size):
+    data = bytearray()
+    while len(data) < size:
+        part = os.read(0, min(1 << 20, size - len(data)))
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+def serve():
+    """Reads requests until standard input ends."""
+    options = json.loads(base64.b64decode(sys.argv[1]))
+    zygote.prctl(zygote.PR_SET_DUMPABLE, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if os.geteuid() == 0 and options["separate_users"]:
+        os.setgroups([])
+    server = Server(options)
+    out = os.dup(1)
+    os.dup2(2, 1)  # nothing but frames may reach the host's end
+    try:
+        answer(server, out)
+    finally:
+        shutil.rmtree(options["work"], ignore_errors=True)
+
+
+def answer(server, out):
+    """The loop of requests and replies."""
+    while True:
+        header = read_exactly(8)
+        if header is None:
+            return
+        length, extra = struct.unpack(">II", header)
+        request, payload = read_exactly(length), read_exactly(extra)
+        if request is None or payload is None:
+            return
+        request = json.loads(request)
+        try:
+            reply, data = OPERATIONS[request["op"]](server, request, payload)
+        except Refused as error:
+            reply, data = {"refused": error.kind, "message": str(error)}, b""
+        except OSError as error:
+            reply, data = {"refused": type(error).__name__, "message": error.strerror or str(error)}, b""
+        body = json.dumps(reply).encode()
+        view = memoryview(struct.pack(">II", len(body), len(data)) + body + data)
+        while view:
+            view = view[os.write(out, view):]
+
+
+if __name__ == "__main__":
+    try:
+        serve()
+    except KeyboardInterrupt:
+        pass

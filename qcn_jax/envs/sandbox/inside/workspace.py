@@ -1,0 +1,252 @@
+"""Workspaces: fresh copies of a pristine tree that is kept in the server's memory, each with its own user id.
+
+The pristine tree never lies where a workspace's user could read it: it holds the fix of every injected defect.
+Reading and writing on an agent's behalf is done with the agent's identity, so that a symbolic link it made
+leads nowhere that it could not go itself.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import stat
+import tarfile
+
+IGNORED = {"__pycache__", ".git", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
+MAX_FILE = 2_000_000  # bytes of one file read, written or looked at for changes
+MAX_CHANGES = 500
+
+
+class Refused(Exception):
+    """A request that cannot be met; `kind` names the exception that the host raises."""
+
+    def __init__(self, kind, message):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Tree:
+    """A pristine repository in memory: {path below the workspace: (bytes, mode, mtime)}."""
+
+    def __init__(self, payload, settings):
+        self.files, self.settings = {}, settings
+        with tarfile.open(fileobj=io.BytesIO(payload)) as archive:
+            for member in archive:
+                if member.isfile():
+                    data = archive.extractfile(member).read()
+                    self.files[member.name] = (data, 0o755 if member.mode & 0o100 else 0o644, member.mtime)
+
+
+def stamp(status):
+    """What changes whenever a file does (an unprivileged user cannot set the time of change)."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def cached(path):
+    """The start of the names under which byte code of the module at `path` is cached."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, "__pycache__", name.removesuffix(".py") + ".")
+
+
+class Workspace:
+    """One copy of a tree at `home`/repo, owned by `uid` (None: the server's own user).
+
+    `overlay` belongs to the starting state, `edits` are changes to it; both map paths to text or None.
+    """
+
+    def __init__(self, home, tree, overlay, edits, uid):
+        self.home, self.tree, self.uid = home, tree, uid
+        self.root = os.path.join(home, "repo")
+        self.overlay, self.edits = overlay, edits
+        self.make()
+
+    def make(self):
+        """Writes the files; `home` must not exist."""
+        os.mkdir(self.home, 0o700)
+        self.stamps, made, texts = {}, {self.home}, {**self.overlay, **self.edits}
+        stale = tuple(cached("repo/" + path) for path in texts)
+        dropped = {"repo/" + path for path in texts}
+        for path, (data, mode, mtime) in self.tree.files.items():
+            if path in dropped or (stale and path.startswith(stale)):
+                continue
+            self.stamps[path] = self._put(path, data, mode, mtime, made)
+        for path, text in texts.items():
+            if text is not None:
+                written = self._put("repo/" + path, text.encode("utf-8", "surrogateescape"), 0o644, None, made)
+                if path not in self.edits:
+                    self.stamps["repo/" + path] = written
+        for name in ("repo", "tmp", "home"):
+            folder = os.path.join(self.home, name)
+            if folder not in made:
+                os.mkdir(folder)
+                made.add(folder)
+        if self.uid is not None:
+            for folder in made:
+                os.chown(folder, self.uid, self.uid)
+
+    def _put(self, path, data, mode, mtime, made):
+        target = os.path.join(self.home, path)
+        folder = os.path.dirname(target)
+        if folder not in made:
+            parts = os.path.relpath(folder, self.home).split(os.sep)
+            for end in range(1, len(parts) + 1):
+                step = os.path.join(self.home, *parts[:end])
+                if step not in made:
+                    os.mkdir(step)
+                    made.add(step)
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
+            if mtime is not None:
+                os.utime(descriptor, (mtime, mtime))
+            if self.uid is not None:
+                os.fchown(descriptor, self.uid, self.uid)
+            return stamp(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def identity(self):
+        """Acts with the workspace's user id."""
+        if self.uid is None:
+            yield
+            return
+        os.setegid(self.uid)
+        os.seteuid(self.uid)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+
+    def resolve(self, path):
+        """The absolute name of `path`, which must lie inside the repository."""
+        path = os.path.normpath(os.path.join(self.root, path))
+        if path != self.root and not path.startswith(self.root + os.sep):
+            raise Refused("PermissionError", "path is outside the repository")
+        if self.uid is None:
+            real = os.path.realpath(path)
+            if real != path and not real.startswith(os.path.realpath(self.root) + os.sep):
+                raise Refused("PermissionError", "path leads outside the repository")
+        return path
+
+    def read(self, path):
+        """The bytes of a regular file."""
+        name = self.resolve(path)
+        with self.identity():
+            descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                status = os.fstat(descriptor)
+                if stat.S_ISDIR(status.st_mode):
+                    raise Refused("IsADirectoryError", f"{path}: is a directory")
+                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+                    raise Refused("PermissionError", f"{path}: is not a regular file of at most {MAX_FILE} bytes")
+                with os.fdopen(os.dup(descriptor), "rb") as stream:
+                    return stream.read(MAX_FILE)
+            finally:
+                os.close(descriptor)
+
+    def write(self, path, data):
+        """Replaces or creates a regular file, folders included."""
+        name = self.resolve(path)
+        if len(data) > MAX_FILE:
+            raise Refused("PermissionError", f"{path}: more than {MAX_FILE} bytes")
+        with self.identity():
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK
+            descriptor = os.open(name, flags, 0o644)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise Refused("PermissionError", f"{path}: is not a regular file")
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(descriptor, view):]
+            finally:
+                os.close(descriptor)
+
+    def base(self, path):
+        """Bytes of the starting state at `path` (below the repository), or None."""
+        if path in self.overlay:
+            text = self.overlay[path]
+            return None if text is None else text.encode("utf-8", "surrogateescape")
+        entry = self.tree.files.get("repo/" + path)
+        return None if entry is None else entry[0]
+
+    def changes(self):
+        """({path: bytes or None}, [paths of things that are no regular text file]) against the starting state."""
+        changed, skipped, seen = {}, [], set()
+        for path, status in self._walk():
+            seen.add(path)
+            if self.stamps.get("repo/" + path) == stamp(status):
+                continue
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE or len(changed) >= MAX_CHANGES:
+                skipped.append(path)
+                continue
+            try:
+                data = self.read(path)
+            except (OSError, Refused):
+                skipped.append(path)
+                continue
+            if data != self.base(path):
+                if b"\0" in data:
+                    skipped.append(path)
+                else:
+                    changed[path] = data
+        start = {name[5:] for name in self.tree.files if name.startswith("repo/")} | set(self.overlay)
+        for path in start - seen:
+            ignored = path.endswith(".pyc") or IGNORED & set(path.split("/")) or ".egg-info/" in path
+            if not ignored and self.base(path) is not None and not os.path.lexists(os.path.join(self.root, path)):
+                changed[path] = None
+        return changed, skipped[:MAX_CHANGES]
+
+    def _walk(self):
+        stack, count = [""], 0
+        while stack:
+            folder = stack.pop()
+            try:
+                entries = sorted(os.scandir(os.path.join(self.root, folder)), key=lambda entry: entry.name)
+            except OSError:
+                continue
+            for entry in entries:
+                path = os.path.join(folder, entry.name)
+                if entry.name in IGNORED or entry.name.endswith((".pyc", ".egg-info")):
+                    continue
+                count += 1
+                if count > 20_000:
+                    return
+                if entry.is_dir(follow_symlinks=False):
+                    stack.append(path)
+                else:
+                    yield path, entry.stat(follow_symlinks=False)
+
+    def compiled(self):
+        """Byte code caches below the workspace: {path: (bytes, mtime)}."""
+        found = {}
+        for folder, _, names in os.walk(self.root):
+            if os.path.basename(folder) == "__pycache__":
+                for name in names:
+                    path = os.path.join(folder, name)
+                    if os.path.isfile(path) and not os.path.islink(path):
+                        with open(path, "rb") as stream:
+                            found[os.path.relpath(path, self.home)] = (stream.read(), int(os.stat(path).st_mtime))
+        return found
+
+    def remove(self, shared):
+        """Deletes the workspace and what its user left in the folders of `shared` (such as /tmp)."""
+        if self.uid is None:
+            for folder, _, _ in os.walk(self.home):
+                os.chmod(folder, 0o700)  # a folder without write permission would stay
+        shutil.rmtree(self.home)
+        if self.uid is None:
+            return
+        for folder in shared:
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.stat(follow_symlinks=False).st_uid == self.uid:
+                        if entry.is_dir(follow_symlinks=False):
+                            shutil.rmtree(entry.path, ignore_errors=True)
+                        else:
+                            os.unlink(entry.path)
+

@@ -1,0 +1,156 @@
+"""The back end without Docker: namespaces where the kernel allows them, otherwise limits alone.
+
+With namespaces (as root, or through a user namespace) a sandbox has a root file system of its own in memory, no
+network, its own processes, and, as root, a user id for each workspace. Without them only limits, a scrubbed
+environment and process clean-up remain, and tested code can read what the calling user can: `describe` says so.
+"""
+
+import base64
+import compileall
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import venv
+from typing import Any
+
+from qcn_jax.envs.sandbox import channel
+from qcn_jax.envs.sandbox.base import Limits, Provider
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
+
+INSIDE = pathlib.Path(__file__).parent / "inside"
+DISTRIBUTIONS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")  # pytest and what it needs, all pure Python
+
+
+class LocalProvider(Provider):
+    """Sandboxes as child processes of this machine."""
+
+    kind = "local"
+
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", walls: str = "auto"):
+        """`walls` is auto, namespaces or none; auto takes namespaces where they work."""
+        super().__init__(state_dir, limits, isolation)
+        self.runtime = build_runtime(self.state_dir)
+        self.walls, self.reason = walls, ""
+        self._remove_leftovers()
+        if walls == "auto":
+            try:
+                self._namespaces().close()
+                self.walls = "namespaces"
+            except SandboxError as error:
+                self.walls, self.reason = "none", str(error).removeprefix("the sandbox's server ended: ")
+
+    def describe(self) -> str:
+        if self.walls == "namespaces":
+            users = "a user id per workspace" if os.geteuid() == 0 else "an unprivileged user namespace"
+            return f"local: namespaces (no network, own root file system, {users}), resource limits"
+        users = "a user id per workspace" if self._separate() else "the same user"
+        return f"local: resource limits and {users} only; the network and the machine's files are within reach" + (
+            f" ({self.reason})" if self.reason else "")
+
+    def fingerprint(self) -> str:
+        return os.path.basename(self.runtime)
+
+    def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+        return self._namespaces() if self.walls == "namespaces" else self._plain()
+
+    def _namespaces(self) -> channel.Server:
+        settings = {"runtime": self.runtime, "prefix": os.path.realpath(sys.base_prefix),
+                    "megabytes": self.limits.disk_mb, "options": _encode(self._options("/work", True))}
+        command = [sys.executable, "-I", "-S", f"{self.runtime}/inside/enter.py", _encode(settings)]
+        return channel.Server(channel.PipeStream(command, {"PATH": os.defpath}))
+
+    def _plain(self) -> channel.Server:
+        folder = pathlib.Path(self.state_dir, "work")
+        folder.mkdir(exist_ok=True)
+        os.chmod(folder, 0o711)
+        work = tempfile.mkdtemp(prefix="server-", dir=folder)
+        options = self._options(work, self._separate())
+        command = [f"{self.runtime}/bin/python", "-B", f"{self.runtime}/inside/server.py", _encode(options)]
+        return channel.Server(channel.PipeStream(command, {"PATH": os.defpath, "PYTHONHASHSEED": "0"}))
+
+    def _options(self, work: str, separate: bool) -> dict[str, Any]:
+        limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.walls != "none")
+        mebibyte = 1 << 20
+        return {"work": work, "separate_users": separate and os.geteuid() == 0,
+                "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
+                           # Without ids of our own the limit would count all of the user's processes.
+                           "processes": limits.processes if own_users else None,
+                           "cpus": limits.cpus, "output": limits.output_bytes}}
+
+    def _separate(self) -> bool:
+        """Whether another user could run the interpreter and reach the workspaces."""
+        return os.geteuid() == 0 and all(_reachable(path) for path in (
+            os.path.realpath(sys.base_prefix), self.runtime, self.state_dir))
+
+    def _remove_leftovers(self) -> None:
+        """Deletes work folders whose server is gone (a server holds a lock on its folder)."""
+        for folder in pathlib.Path(self.state_dir, "work").glob("server-*"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+
+
+def _encode(value: Any) -> str:
+    return base64.b64encode(json.dumps(value).encode()).decode()
+
+
+def _reachable(path: str) -> bool:
+    return all(os.stat(place).st_mode & 0o001 for place in (path, *map(str, pathlib.Path(path).parents)))
+
+
+@functools.cache
+def inside_digest() -> str:
+    """A hash of the programs that run inside and of the pytest they use."""
+    digest = hashlib.sha256()
+    for source in sorted(INSIDE.glob("*.py")):
+        digest.update(source.read_bytes())
+    for name in DISTRIBUTIONS:
+        digest.update(f"{name}=={importlib.metadata.version(name)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def copy_packages(target: pathlib.Path) -> None:
+    """Copies pytest and its dependencies from this interpreter into the folder `target`, compiled."""
+    for name in DISTRIBUTIONS:
+        distribution = importlib.metadata.distribution(name)
+        for file in distribution.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                place = target / file
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(distribution.locate_file(file), place)
+    compileall.compile_dir(target, quiet=2)
+
+
+def build_runtime(state_dir: str) -> str:
+    """The folder with interpreter link, pytest and our programs; built once per version. Returns its path."""
+    version = f"{sys.implementation.cache_tag}-{hashlib.sha256(sys.base_prefix.encode()).hexdigest()[:6]}"
+    target = pathlib.Path(state_dir, "runtime", f"{version}-{inside_digest()}")
+    with lock(state_dir, "runtime"):
+        if target.exists():
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
+        os.chmod(temporary, 0o755)
+        venv.EnvBuilder(symlinks=True, with_pip=False).create(temporary)
+        copy_packages(next(temporary.glob("lib/python*/site-packages")))
+        shutil.copytree(INSIDE, temporary / "inside", ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(temporary / "inside", quiet=2)
+        (temporary / "root").mkdir()
+        script = temporary / "bin" / "pytest"
+        script.write_text('#!/bin/sh\nexec "${0%/*}/python" -m pytest "$@"\n')
+        script.chmod(0o755)
+        os.rename(temporary, target)
+    return str(target)

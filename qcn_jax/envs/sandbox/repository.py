@@ -1,0 +1,238 @@
+"""Repositories as sandboxes see them: unpacked safely, stripped of history and leftovers, kept by content.
+
+Members of a tree are named "repo/<path>" and "meta/<path>"; the latter is a folder on the module search path that
+holds the distribution's metadata, so that importlib.metadata finds the version without an installation.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.errors import UserError
+
+# Never part of a starting state: history, byte code, build results and caches may hold the fix.
+DROPPED_NAMES = frozenset({".git", ".hg", ".svn", "__pycache__", ".pytest_cache", ".tox", ".nox", ".eggs", ".venv",
+                           "build", "dist", ".mypy_cache", ".ruff_cache", ".hypothesis", "node_modules"})
+DROPPED_ENDINGS = (".pyc", ".pyo", ".orig", ".rej", ".whl", ".egg")
+MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of one repository; far above any in the lists
+FORMAT = "5"  # part of every key: raise it when what is stored changes
+
+
+@dataclasses.dataclass(frozen=True)
+class RepositorySpec:
+    """A repository at one state.
+
+    `archive` is a source distribution (.tar.gz, .zip) or a folder; `root` a folder inside it (default: the only one
+    at the top). `python_path` lists folders put on the module search path, relative to the root (default: "src" if
+    there is one, and the root).
+    """
+
+    name: str
+    archive: str
+    sha256: str = ""
+    pytest_args: tuple[str, ...] = ()
+    root: str = ""
+    python_path: tuple[str, ...] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One file of a tree."""
+
+    data: bytes
+    mode: int
+    mtime: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A prepared repository read back from the state folder."""
+
+    files: Mapping[str, str]
+    settings: dict[str, Any]
+    archive: str
+    baseline: dict[str, Any]
+
+
+def unpack(spec: RepositorySpec) -> dict[str, Member]:
+    """Reads a repository into memory; links, devices and paths that lead outside are left out.
+
+    Raises:
+      UserError: missing, damaged, of another hash, or empty.
+    """
+    source = pathlib.Path(spec.archive)
+    try:
+        if source.is_dir():
+            raw = dict(_folder(source))
+        else:
+            data = source.read_bytes()
+            if spec.sha256 and hashlib.sha256(data).hexdigest() != spec.sha256:
+                raise UserError(f"{source}: sha256 is {hashlib.sha256(data).hexdigest()}, expected {spec.sha256}")
+            raw = dict(_zip(data) if zipfile.is_zipfile(io.BytesIO(data)) else _tar(data))
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{source}: is not a source distribution: {error}") from error
+    root = spec.root.strip("/")
+    tops = {path.split("/")[0] for path in raw}
+    if not root and not source.is_dir() and len(tops) == 1:
+        root = tops.pop()
+    members, metadata = {}, raw.get(f"{root}/PKG-INFO" if root else "PKG-INFO")
+    for path, member in raw.items():
+        if root and not path.startswith(root + "/"):
+            continue
+        path = path[len(root) + 1:] if root else path
+        if not DROPPED_NAMES & set(path.split("/")) and not path.endswith(DROPPED_ENDINGS):
+            members["repo/" + path] = member
+    if not members:
+        raise UserError(f"{source}: holds no files" + (f" below {root}" if root else ""))
+    if metadata is not None:
+        found = dict(re.findall(r"(?m)^(Name|Version): *(\S+)", metadata.data.decode("utf-8", "replace")))
+        if len(found) == 2:
+            folder = f"meta/{re.sub('[-_.]+', '_', found['Name'])}-{found['Version']}.dist-info"
+            members[f"{folder}/METADATA"] = Member(metadata.data, 0o644, metadata.mtime)
+    return members
+
+
+def _safe(path: str) -> str | None:
+    path = os.path.normpath(path.replace("\\", "/"))
+    return None if path.startswith(("/", "..")) or path == "." else path
+
+
+def _tar(data: bytes) -> Iterator[tuple[str, Member]]:
+    total = 0
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for number, member in enumerate(archive):
+            path, total = _safe(member.name), total + member.size
+            if number > MAX_FILES or total > MAX_BYTES:
+                raise tarfile.TarError(f"more than {MAX_FILES} files or {MAX_BYTES} bytes")
+            if path and member.isfile():
+                yield path, Member(archive.extractfile(member).read(), _mode(member.mode), int(member.mtime))
+
+
+def _zip(data: bytes) -> Iterator[tuple[str, Member]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        infos = archive.infolist()
+        if len(infos) > MAX_FILES or sum(info.file_size for info in infos) > MAX_BYTES:
+            raise zipfile.BadZipFile(f"more than {MAX_FILES} files or {MAX_BYTES} bytes")
+        for info in infos:
+            path = _safe(info.filename)
+            kind = info.external_attr >> 28  # 0 (no Unix mode) or 8 (regular file)
+            if path and not info.is_dir() and kind in (0, 8):
+                yield path, Member(archive.read(info), _mode(info.external_attr >> 16), 1_600_000_000)
+
+
+def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
+    count = total = 0
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if name not in DROPPED_NAMES)
+        for name in sorted(names):
+            path = pathlib.Path(folder, name)
+            if path.is_file() and not path.is_symlink():
+                status = path.stat()
+                count, total = count + 1, total + status.st_size
+                if count > MAX_FILES or total > MAX_BYTES:
+                    raise UserError(f"{source}: more than {MAX_FILES} files or {MAX_BYTES} bytes")
+                yield path.relative_to(source).as_posix(), Member(path.read_bytes(), _mode(status.st_mode),
+                                                                  int(status.st_mtime))
+
+
+def _mode(mode: int) -> int:
+    return 0o755 if mode & 0o100 else 0o644
+
+
+def settings(spec: RepositorySpec, members: Mapping[str, Member]) -> dict[str, Any]:
+    """What the server must know about a tree besides its files."""
+    paths = spec.python_path
+    if paths is None:
+        # "src" is a search path, unless it is a package itself.
+        has_src = any(path.startswith("repo/src/") for path in members) and "repo/src/__init__.py" not in members
+        paths = ("src", ".") if has_src else (".",)
+    return {"python_path": [os.path.normpath(os.path.join("repo", path)) for path in paths] + ["meta"],
+            "environment": dict(spec.environment), "pytest_args": list(spec.pytest_args), "modules": []}
+
+
+def pack(members: Mapping[str, Member]) -> bytes:
+    """The members as an uncompressed tar archive, in sorted order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(members):
+            info = tarfile.TarInfo(path)
+            info.size, info.mode, info.mtime = len(members[path].data), members[path].mode, members[path].mtime
+            archive.addfile(info, io.BytesIO(members[path].data))
+    return buffer.getvalue()
+
+
+def key(spec: RepositorySpec, fingerprint: str) -> str:
+    """Names a prepared repository: by the archive's content, the settings, and what prepares it.
+
+    Raises:
+      UserError: the archive cannot be read.
+    """
+    source = pathlib.Path(spec.archive)
+    try:
+        if source.is_dir():
+            content = hashlib.sha256(pack({path: member for path, member in _folder(source)})).hexdigest()
+        else:
+            content = _file_hash(str(source), source.stat().st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
+    facts = [FORMAT, content, spec.sha256, spec.pytest_args, spec.root, spec.python_path, spec.environment, fingerprint]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+@functools.lru_cache(maxsize=256)
+def _file_hash(path: str, mtime: int) -> str:
+    del mtime  # part of the cache's key
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def store(state_dir: str, name: str, members: Mapping[str, Member], facts: dict[str, Any],
+          baseline: dict[str, Any]) -> Stored:
+    """Writes a prepared repository to the state folder; the JSON file comes last and makes it valid."""
+    folder = pathlib.Path(state_dir, "repositories")
+    with files.atomic_open(folder / f"{name}.tar", "wb") as stream:
+        stream.write(pack(members))
+    os.chmod(folder / f"{name}.tar", 0o600)  # holds the fix of every injected defect
+    files.write_json(folder / f"{name}.json", {"settings": facts, "baseline": baseline})
+    stored = load(state_dir, name)
+    assert stored is not None
+    return stored
+
+
+def load(state_dir: str, name: str) -> Stored | None:
+    """Reads a prepared repository back, or None."""
+    folder = pathlib.Path(state_dir, "repositories")
+    if not (folder / f"{name}.json").exists():
+        return None
+    facts = files.read_json(folder / f"{name}.json")
+    texts = {}
+    with tarfile.open(folder / f"{name}.tar") as archive:
+        for member in archive:
+            if member.name.startswith("repo/") and not member.name.endswith(".pyc"):
+                with contextlib.suppress(UnicodeDecodeError):
+                    texts[member.name[5:]] = archive.extractfile(member).read().decode("utf-8")
+    return Stored(texts, facts["settings"], str(folder / f"{name}.tar"), facts["baseline"])
+
+
+@contextlib.contextmanager
+def lock(state_dir: str, name: str) -> Iterator[None]:
+    """Holds a file lock, so that several processes prepare a repository once."""
+    folder = pathlib.Path(state_dir, "locks")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "w", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
