@@ -13,8 +13,8 @@ from qcn_jax.inference.sampling import Sampling
 from qcn_jax.model import Qwen3Next
 
 CONFIG = ModelConfig(
-    vocab_size=61, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    max_position_embeddings=256, linear_num_key_heads=2, linear_key_head_dim=8, linear_num_value_heads=4,
+    vocab_size=61, hidden_size=32, num_hidden_layers=3, full_attention_interval=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=256, linear_num_key_heads=2, linear_key_head_dim=8, linear_num_value_heads=4,
     linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
     shared_expert_intermediate_size=16, initializer_range=0.3, dtype="float32", chunk_size=8,
 )  # fmt: skip
@@ -24,7 +24,11 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def params():
-    return Qwen3Next(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return make_params(CONFIG)
+
+
+def make_params(config: ModelConfig):
+    return jax.jit(Qwen3Next(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +162,14 @@ def test_limits(engine) -> None:
         engine.generate([5], seeds=[0])
 
 
-def test_tail_layers_and_tied_embeddings_decode_too(logits_of) -> None:
-    config = dataclasses.replace(CONFIG, num_hidden_layers=5, tie_word_embeddings=True)
-    params = Qwen3Next(config).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
-    engine = Engine(config, params, slots=2, max_length=32, max_new_tokens=4, prefill_rows=2, prefill_chunk=8)
+def test_scanned_layers_and_tied_embeddings() -> None:
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    params = make_params(config)
+    engine = Engine(
+        config, params, slots=2, max_length=32, max_new_tokens=4, prefill_rows=2, prefill_chunk=8, unrolled=False
+    )
     engine.extend({0: prompt(1, 11)})
     generation = engine.generate([0], seeds=[0], sampling=GREEDY)[0]
     whole = jnp.asarray([prompt(1, 11) + generation.tokens])
-    logits = np.asarray(Qwen3Next(config).apply({"params": params}, whole).logits[0])
+    logits = np.asarray(jax.jit(Qwen3Next(config).apply)({"params": params}, whole).logits[0])
     assert generation.tokens == logits[10:-1].argmax(-1).tolist()

@@ -1,0 +1,237 @@
+"""Rollouts: a policy acts in many conversations at once, and everything that training needs is written down.
+
+All conversations that are open take one turn together: the engine generates for every one of them, then the
+environments answer, tool calls running side by side in worker processes, then the answers go into the caches.
+The samples of one prompt share the prefill of their opening. Conversations beyond the engine's slots wait for
+free ones. What a conversation samples depends on its own seed and tokens, so results do not depend on the
+schedule.
+
+Nothing here knows tasks or text: a conversation is anything that gives tokens and takes tokens
+(pipeline.domains has those that are trained on).
+"""
+
+import concurrent.futures
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from qcn_jax.inference.engine import Engine, Generation
+from qcn_jax.inference.sampling import Sampling
+
+THREADS = 32  # each only waits for a worker process; how many tools really run at once is the pool's choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What an environment answers to a turn.
+
+    tokens: what comes before the policy's next turn; of no meaning when `done`.
+    malformed: whether the turn broke the format of tool calls.
+    """
+
+    tokens: Sequence[int] = ()
+    done: bool = False
+    malformed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What execution said about a finished conversation.
+
+    solved: the tests pass (or whatever the domain executes succeeds); the pass rate counts these.
+    finished: the policy ended the episode itself, before any limit of turns or tokens.
+    infrastructure: the verdict is missing for a reason that is not the policy's; such an episode teaches nothing.
+    detail: JSON-ready particulars for reports.
+    """
+
+    reward: float
+    solved: bool
+    finished: bool
+    infrastructure: bool = False
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Conversation(Protocol):
+    """One episode as the rollout sees it. `reply` and `outcome` may block; they run in threads."""
+
+    def opening(self) -> list[int]:
+        """Tokens before the policy's first turn; the same for all samples of a prompt."""
+
+    def reply(self, tokens: list[int], stopped: bool) -> Reply:
+        """Takes a turn; `stopped` tells whether it ended with a stop token or was cut off by a limit."""
+
+    def outcome(self, truncated: bool) -> Outcome:
+        """The verdict; `truncated` when the conversation grew too long for the engine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Tokens [start, stop) of a record were sampled in one turn."""
+
+    start: int
+    stop: int
+    malformed: bool
+    stopped: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRecord:
+    """A finished episode.
+
+    Attributes:
+      prompt: index of its prompt among those given.
+      sample: index among the samples of that prompt.
+      tokens: [n] int32, opening, turns and answers.
+      sampled: [n] bool, which of them the policy chose.
+      logprobs: [n] float32, theirs under the untempered policy when they were chosen; 0 for the rest.
+      turns: the policy's turns in order.
+      outcome: what execution said.
+    """
+
+    prompt: int
+    sample: int
+    tokens: np.ndarray
+    sampled: np.ndarray
+    logprobs: np.ndarray
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+
+    @property
+    def malformed(self) -> float:
+        """Share of turns that broke the format."""
+        return float(np.mean([turn.malformed for turn in self.turns])) if self.turns else 0.0
+
+
+class _Open:
+    """A conversation that holds a slot."""
+
+    def __init__(self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int]) -> None:
+        self.prompt, self.sample, self.conversation, self.seed = prompt, sample, conversation, seed
+        self.tokens, self.logprobs, self.turns = list(opening), [0.0] * len(opening), []
+
+    def take(self, generation: Generation, reply: Reply) -> None:
+        start = len(self.tokens)
+        self.tokens += generation.tokens
+        self.logprobs += generation.logprobs.tolist()
+        self.turns.append(Turn(start, len(self.tokens), reply.malformed, generation.finish == "stop"))
+        if not reply.done:
+            self.tokens += reply.tokens
+            self.logprobs += [0.0] * len(reply.tokens)
+
+    def record(self, outcome: Outcome) -> RolloutRecord:
+        sampled = np.zeros(len(self.tokens), bool)
+        for turn in self.turns:
+            sampled[turn.start : turn.stop] = True
+        return RolloutRecord(
+            self.prompt, self.sample, np.asarray(self.tokens, np.int32), sampled,
+            np.asarray(self.logprobs, np.float32), tuple(self.turns), outcome,
+        )  # fmt: skip
+
+
+def sequence_seed(*parts: int) -> int:
+    """A 32-bit seed from integers (run seed, update, prompt, sample); different parts give unrelated streams."""
+    return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1)[0])
+
+
+def rollout(
+    engine: Engine,
+    groups: Sequence[Sequence[Conversation]],
+    seeds: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[RolloutRecord]:
+    """Runs every conversation to its end.
+
+    Args:
+      engine: whose slots are free; they are free again afterwards.
+      groups: conversations by prompt; those of one prompt have the same opening.
+      seeds: one for each conversation, in the same nesting.
+      sampling: how to draw tokens.
+      max_new_tokens: of one turn (None: the engine's own limit).
+      progress: called with (finished, all) conversations after every turn.
+
+    Returns:
+      Records in the order of `groups`, samples in order within.
+    """
+    waiting = deque(_units(groups, seeds, engine.slots))
+    total = sum(len(group) for group in groups)
+    free = list(range(engine.slots))
+    active: dict[int, _Open] = {}
+    verdicts: list[tuple[_Open, concurrent.futures.Future[Outcome]]] = []
+    threads = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="rollout")
+    try:
+        while waiting or active:
+            for slot, opened in _admit(engine, waiting, free).items():
+                if engine.length(slot) < engine.max_length:
+                    active[slot] = opened
+                else:  # the opening alone fills the slot
+                    verdicts.append((opened, threads.submit(opened.conversation.outcome, True)))
+                    free.append(slot)
+            slots = sorted(active)
+            generations = engine.generate(
+                slots, seeds=[active[slot].seed for slot in slots], sampling=sampling, max_new_tokens=max_new_tokens
+            ) if slots else []  # fmt: skip
+            replies = list(threads.map(
+                lambda pair: active[pair[0]].conversation.reply(pair[1].tokens, pair[1].finish == "stop"),
+                zip(slots, generations, strict=True),
+            ))  # fmt: skip
+            added = {}
+            for slot, generation, reply in zip(slots, generations, replies, strict=True):
+                # A further turn needs its answer and at least one token of its own.
+                truncated = not reply.done and engine.length(slot) + len(reply.tokens) >= engine.max_length
+                active[slot].take(generation, Reply(done=True, malformed=reply.malformed) if truncated else reply)
+                if reply.done or truncated:
+                    opened = active.pop(slot)
+                    verdicts.append((opened, threads.submit(opened.conversation.outcome, truncated)))
+                    free.append(slot)
+                else:
+                    added[slot] = reply.tokens
+            engine.extend(added)
+            if progress is not None:
+                progress(sum(verdict.done() for _, verdict in verdicts), total)
+        records = [opened.record(verdict.result()) for opened, verdict in verdicts]
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+    if progress is not None:
+        progress(total, total)
+    return sorted(records, key=lambda record: (record.prompt, record.sample))
+
+
+def _units(groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], slots: int) -> list[list[_Open]]:
+    """Groups, cut where they are larger than the engine, that are admitted as one."""
+    units = []
+    for prompt, (group, streams) in enumerate(zip(groups, seeds, strict=True)):
+        opening = list(group[0].opening()) if group else []
+        members = [
+            _Open(prompt, sample, conversation, seed, opening)
+            for sample, (conversation, seed) in enumerate(zip(group, streams, strict=True))
+        ]
+        units += [members[first : first + slots] for first in range(0, len(members), slots)]
+    return units
+
+
+def _admit(engine: Engine, waiting: deque[list[_Open]], free: list[int]) -> dict[int, _Open]:
+    """Gives free slots to the units that wait, in order; one prefill a unit, copied to its other slots."""
+    admitted: dict[int, _Open] = {}
+    prefill, copies = {}, {}
+    free.sort()
+    while waiting and len(waiting[0]) <= len(free):
+        unit = waiting.popleft()
+        slots = [free.pop(0) for _ in unit]
+        engine.reset(slots)
+        opening = unit[0].tokens
+        if len(opening) > engine.max_length:  # keeps its head; such a conversation is truncated at once
+            opening = opening[: engine.max_length]
+        prefill[slots[0]] = opening
+        copies[slots[0]] = slots[1:]
+        admitted |= dict(zip(slots, unit, strict=True))
+    if prefill:
+        engine.extend(prefill)
+        if any(copies.values()):
+            engine.fork(copies)
+    return admitted
