@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, IO
@@ -82,3 +83,36 @@ def read_jsonl(path: Path) -> list[Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return rows
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pathlib.Path]:
+    """Gives a temporary neighbour folder to fill, which takes the place of `path` when the block ends without error.
+
+    Args:
+      path: the folder to appear; an empty one is replaced.
+      replaceable: a file name; an existing folder that holds it is replaced too.
+
+    Raises:
+      UserError: `path` holds something else, cannot be written, or the disk is full.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaceable and (path / replaceable).exists())):
+        raise UserError(f"{path}: exists and holds other things; name a new or empty folder")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.chmod(temporary, 0o755)
+        yield pathlib.Path(temporary)
+        old = f"{temporary}.old"
+        if path.exists():
+            os.rename(path, old)  # a folder cannot be renamed over one that holds files
+        os.rename(temporary, path)
+        temporary = None
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

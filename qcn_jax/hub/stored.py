@@ -1,0 +1,122 @@
+"""Tensors on disk: a folder of safetensors files as one table, read in pieces without mapping files into memory.
+
+The safetensors library checks each file (header, offsets, length); the bytes are then read with `pread`, since
+pages of a mapped file count as this process's memory until it is unmapped.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import struct
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from qcn_jax import files
+from qcn_jax.errors import UserError
+from qcn_jax.hub.layout import Shape, Tensor
+
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Consecutive bytes of a file that hold an array of `shape` in C order."""
+
+    file: pathlib.Path
+    offset: int
+    shape: Shape
+    dtype: np.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start .. stop, in memory of their own; raises UserError where the file ends early."""
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        result = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        view, done = memoryview(result.reshape(-1).view(np.uint8)), 0
+        with open(self.file, "rb", buffering=0) as stream:
+            while done < len(view):
+                got = os.preadv(stream.fileno(), [view[done:]], self.offset + start * row + done)
+                if not got:
+                    raise UserError(f"{self.file}: is truncated")
+                done += got
+        return result
+
+
+class Folder:
+    """The safetensors files of a folder; opening it reads and checks headers only."""
+
+    def __init__(self, folder: files.Path):
+        """Raises UserError that names the file: none there, one missing, truncated or damaged."""
+        self.path = pathlib.Path(folder)
+        self.table: dict[str, Source] = {}
+        if (self.path / INDEX_FILE).is_file():
+            names = files.read_json(self.path / INDEX_FILE).get("weight_map", {})
+        elif (self.path / SINGLE_FILE).is_file():
+            names = None
+        else:
+            raise UserError(f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        for file in [SINGLE_FILE] if names is None else sorted(set(names.values())):
+            self.table |= _read_header(self.path / file)
+        lost = sorted(set(names or ()) - set(self.table))
+        if lost:
+            raise UserError(f"{self.path / INDEX_FILE}: {lost[0]} is not in {names[lost[0]]}")
+
+    def source(self, tensor: Tensor) -> tuple[str, Source]:
+        """Where `tensor` lies: by its published name, or as a slice of transformers' stacked experts.
+
+        Returns:
+          The name on disk and the bytes.
+
+        Raises:
+          UserError: it is missing, or of another shape.
+        """
+        if tensor.name in self.table:
+            stored = self.table[tensor.name]
+            if stored.shape != tensor.shape:
+                raise UserError(f"{stored.file}: {tensor.name} has shape {list(stored.shape)}, expected {list(tensor.shape)}")
+            return tensor.name, stored
+        if ".mlp.experts." in tensor.name:
+            prefix, _, part = tensor.name.partition(".mlp.experts.")
+            name = f"{prefix}.mlp.experts.{'down_proj' if 'down' in part else 'gate_up_proj'}"
+            if name in self.table:
+                return name, self._expert(name, tensor)
+        raise UserError(f"{self.path}: {tensor.name} is missing")
+
+    def _expert(self, name: str, tensor: Tensor) -> Source:
+        """A slice of `experts.gate_up_proj` (E, 2F, D), gate rows first, or of `experts.down_proj` (E, D, F)."""
+        stored, (rows, columns) = self.table[name], tensor.shape
+        fused = name.endswith("gate_up_proj")
+        if stored.shape[1:] != (rows * (1 + fused), columns) or stored.shape[0] <= tensor.index[-1]:
+            raise UserError(f"{stored.file}: {name} has shape {list(stored.shape)}, expected experts of {list(tensor.shape)}")
+        first = tensor.index[-1] * stored.shape[1] + (rows if ".up_proj" in tensor.name else 0)
+        offset = stored.offset + first * columns * stored.dtype.itemsize
+        return dataclasses.replace(stored, offset=offset, shape=tensor.shape)
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Source]:
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # opening checks header, offsets and length
+        with open(path, "rb") as stream:
+            length, = struct.unpack("<Q", stream.read(8))
+            header: Mapping = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        reason = "is truncated" if "Incomplete" in str(error) else f"is damaged: {error}"
+        raise UserError(f"{path}: {reason}") from error
+    table = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}, supported: {', '.join(DTYPES)}")
+        offset = 8 + length + entry["data_offsets"][0]
+        table[name] = Source(path, offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    return table
