@@ -112,7 +112,7 @@ class StageContext:
 
         self.result("tasks")
         rows = files.read_json(self.root / "tasks" / "repositories.json")
-        return {row["name"]: RepositorySpec(**row) for row in rows}
+        return {row["name"]: RepositorySpec(**{key: _tuples(value) for key, value in row.items()}) for row in rows}
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
@@ -142,3 +142,8 @@ class StageContext:
 
         arguments = {"kind": self.config.sandbox, "state_dir": self.root / "sandbox"}
         return self.shared.get("pool", lambda: EnvPool(self.config.workers, arguments))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON lists as the tuples that they were."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

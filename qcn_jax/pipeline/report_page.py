@@ -17,6 +17,7 @@ _COLOURS = {"heuristic": 7, "base": 7, "midtrain": 7, "sft": 0, "sft_control": 4
             "expert_single_turn": 6, "expert_format": 3, "unified": 1}
 _ATTEMPT_MODELS = ("sft", "sft_control", "expert_swe", "unified")
 SIGNIFICANT = 0.05
+KEPT = 0.9  # of the best expert in each domain, what the unified model is meant to keep
 
 
 def render(data: dict[str, Any]) -> str:
@@ -187,7 +188,7 @@ def _tests(evaluation: dict[str, Any]) -> str:
     content = table(["comparison", "domain", "tasks", "only the first", "only the second", "difference",
                      "p, two-sided"], rows) if rows else ""
     retention = [[_text(domain), f"{row['unified']:.1%}", f"{row['expert']:.1%}",
-                  f"<span class={'good' if row['kept'] >= 0.9 else 'bad'}>{row['kept']:.0%}</span>"]
+                  f"{_kept(row['kept'])}"]
                  for domain, row in evaluation.get("retention", {}).items()]
     if retention:
         content += "<h3>What the unified model keeps of each expert</h3>" + table(
@@ -257,3 +258,9 @@ def _number_or_dash(value: float | None) -> str:
 
 def _p_value(value: float) -> str:
     return "&lt; 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _kept(share: float | None) -> str:
+    if share is None:
+        return "<span class=quiet>–</span>"
+    return f"<span class={'good' if share >= KEPT else 'bad'}>{share:.0%}</span>"

@@ -1,0 +1,106 @@
+"""The baseline that needs no model: undo the most suspicious token of the function that misbehaves.
+
+It acts through the same tools, turns and tests as a model does: view, edit, run the tests, undo and try the next
+suspicion while turns are left, submit when the tests pass. What it resolves is what guessing with test feedback
+gives, and every rate of a model is to be read beside it.
+"""
+
+import ast
+import io
+import tokenize
+from collections.abc import Sequence
+
+from qcn_jax.envs import spans
+from qcn_jax.envs.agent import Episode
+from qcn_jax.envs.solver import SpanEdit
+from qcn_jax.hub.chat import ToolCall
+
+# Most suspicious first: a rule maps a token to what it is taken to have been. Deleting `not` comes before all.
+RULES: tuple[dict[str, tuple[str, ...]], ...] = (
+    {"not": ("",)},
+    {"==": ("!=",), "!=": ("==",), "<": ("<=", ">"), "<=": ("<", ">="), ">": (">=", "<"), ">=": (">", "<=")},
+    {"True": ("False",), "False": ("True",), "and": ("or",), "or": ("and",)},
+    {"+": ("-",), "-": ("+",), "*": ("/",), "//": ("*",), "+=": ("-=",), "-=": ("+=",)},
+)
+_NUMBER_RULE = len(RULES)  # integers one up and one down come last
+
+
+def suspicions(lines: Sequence[str]) -> list[SpanEdit]:
+    """Edits of a function worth trying, the most suspicious first; each leaves it parseable.
+
+    Args:
+      lines: of the function, without its outer indentation.
+    """
+    found = []
+    for rank, number, after in _changes(lines):
+        span = spans.minimal_edit(lines[number - 1], after)
+        if span is not None and _parses([*lines[: number - 1], after, *lines[number:]]):
+            found.append((rank, SpanEdit(number, *span)))
+    ranked = [edit for _, edit in sorted(found, key=lambda item: item[0])]  # stable: text order within a rule
+    return list(dict.fromkeys(ranked))
+
+
+def act(episode: Episode) -> None:
+    """Plays `episode` (of the nano scaffold) to its end."""
+    _step(episode, [ToolCall("view")])
+    edits = suspicions(_shown(episode)) if not episode.done else []
+    tried: list[ToolCall] = []
+    for edit in edits:
+        if episode.done:
+            return
+        _step(episode, [*tried, edit.call(), ToolCall("run_tests")])
+        if _passed(episode):
+            break
+        tried = [ToolCall("undo")]
+    if not episode.done:
+        _step(episode, [ToolCall("submit")])
+
+
+def _step(episode: Episode, calls: Sequence[ToolCall]) -> None:
+    episode.step(episode.scaffold.render("", calls))
+
+
+def _shown(episode: Episode) -> list[str]:
+    """Lines of the function that the first call of the last turn showed."""
+    shown = episode.turns[-1].results[0]
+    if not shown.ok:
+        return []
+    return [line.removeprefix(spans.line_token(number)) for number, line in enumerate(shown.text.split("\n")[1:], 1)]
+
+
+def _passed(episode: Episode) -> bool:
+    runs = [result.tests for result in episode.turns[-1].results if result.tests is not None]
+    return bool(runs) and runs[-1].passed
+
+
+def _changes(lines: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(rank of the rule, line number, changed line); strings and comments are left alone."""
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline))
+    except (tokenize.TokenError, SyntaxError):
+        return []
+    found = []
+    for token in tokens:
+        (number, start), (last, end) = token.start, token.end
+        if number != last or number > len(lines) or token.type not in (tokenize.NAME, tokenize.OP, tokenize.NUMBER):
+            continue
+        line = lines[number - 1]
+        for rank, swap in _swaps(token):
+            tail = line[end:] if swap else line[end:].lstrip()
+            found.append((rank, number, line[:start] + swap + tail))
+    return found
+
+
+def _swaps(token: tokenize.TokenInfo) -> list[tuple[int, str]]:
+    if token.type == tokenize.NUMBER:
+        value = int(token.string) if token.string.isdigit() else None
+        return [] if value is None else [(_NUMBER_RULE, str(value - 1)), (_NUMBER_RULE, str(value + 1))]
+    return [(rank, swap) for rank, rule in enumerate(RULES) for swap in rule.get(token.string, ())]
+
+
+def _parses(lines: Sequence[str]) -> bool:
+    try:
+        ast.parse("\n".join(lines))
+    except (SyntaxError, ValueError):
+        return False
+    return True
