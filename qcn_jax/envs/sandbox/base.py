@@ -61,6 +61,7 @@ class TestRun:
     seconds: float
     output: str
     exit_status: int
+    cpu_seconds: float = 0.0
     tampered: tuple[str, ...] = ()
 
     def passed(self, node_ids: Sequence[str]) -> bool:
@@ -322,4 +323,4 @@ def _inside(path: str) -> str:
 
 def _test_run(reply: Mapping[str, Any]) -> TestRun:
     return TestRun(reply["status"], reply["outcomes"], reply["messages"], reply["seconds"], reply["output"],
-                   reply["exit_status"], tuple(reply["tampered"]))
+                   reply["exit_status"], reply["cpu"], tuple(reply["tampered"]))

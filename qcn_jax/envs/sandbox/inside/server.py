@@ -249,7 +249,7 @@ class Server:
                "pytest_args": workspace.tree.settings["pytest_args"]}
         ended, timed_out, output, (found, damaged) = self.run(workspace, job, request["timeout"])
         reply = {"status": "ok", "outcomes": {}, "messages": {}, "tampered": ["records"] if damaged else [],
-                 "seconds": ended["seconds"], "output": output, "exit_status": exit_code(ended["status"])}
+                 "seconds": ended["seconds"], "cpu": ended["cpu"], "output": output, "exit_status": exit_code(ended["status"])}
         finished = None
         for record in found:
             if "test" in record:

@@ -159,7 +159,7 @@ def child(job, output, result, close):
     status = 70
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGPIPE):
+        for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
@@ -177,6 +177,7 @@ def child(job, output, result, close):
         os.environ.clear()
         os.environ.update(job["env"])
         if job["kind"] == "exec":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, a shell's children must not
             os.execve(job["shell"], [job["shell"], "-c", job["command"]], job["env"])
         status = python_child(job, result)
     except SystemExit as error:
@@ -285,4 +286,5 @@ class Zygote:
                 seconds = time.monotonic() - self.started
                 left = sweep(self.job["uid"], pid)
                 self.running = None
-                self.send({"status": status, "seconds": seconds, "peak": usage.ru_maxrss, "left": left})
+                self.send({"status": status, "seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime,
+                           "peak": usage.ru_maxrss, "left": left})
