@@ -11,12 +11,13 @@ which may live elsewhere.
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import Message, Scaffold
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.tools import InfrastructureError, RunSummary, ToolExecutor, ToolResult
+from qcn_jax.envs.tools import RunSummary, ToolExecutor, ToolResult
 from qcn_jax.hub.chat import ToolCall
 
 MAX_UNREADABLE = 3  # turns in a row without a readable call that end an episode
@@ -94,7 +95,7 @@ class Executor(Protocol):
     """Runs the calls of a turn somewhere; `ToolExecutor` does it here."""
 
     def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """Runs calls in order; raises InfrastructureError where the sandbox failed."""
+        """Runs calls in order; raises SandboxError where the sandbox failed."""
 
     def diff(self) -> str:
         """Unified diff of everything changed so far."""
@@ -142,7 +143,7 @@ class Episode:
         self.messages.append({"role": "assistant", "content": text})
         try:
             results = tuple(self._executor.execute(calls)) if calls else ()
-        except InfrastructureError:
+        except SandboxError:
             self.turns.append(Turn(text, calls, (), bool(parsed.problems)))
             return self._end(EndReason.INFRASTRUCTURE)
         malformed = not calls or bool(parsed.problems) or any(result.malformed for result in results)
@@ -191,11 +192,3 @@ class Episode:
             runs=tuple(result.tests for result in results if result.tests is not None), tests_passed=passed,
             malformed=tuple(turn.malformed for turn in self.turns), blocked=sum(result.blocked for result in results),
         )
-
-
-def step_all(
-    episodes: Iterable[Episode], texts: Iterable[str], complete: Iterable[bool],
-    map_: Callable[..., Iterable[Observation]] = map,
-) -> list[Observation]:
-    """Steps episodes side by side: `map_` is `map`, or a ThreadPoolExecutor's where executors wait for sandboxes."""
-    return list(map_(Episode.step, episodes, texts, complete))

@@ -127,7 +127,7 @@ def _field(kind: str, description: str, **extra: Any) -> dict[str, Any]:
 
 # --- nano -----------------------------------------------------------------------------------------------------------
 
-_NANO_MESSAGE = 80  # characters of a failure's last line
+_NANO_MESSAGE = 80  # characters of what a failure says
 
 
 def describe_briefly(summary: RunSummary) -> str:
@@ -135,7 +135,9 @@ def describe_briefly(summary: RunSummary) -> str:
     if summary.passed:
         return "ok"
     head = f"FAILED {summary.failed} of {summary.total}" if summary.status == "ok" else f"FAILED {summary.status}"
-    return f"{head}\n{summary.message[:_NANO_MESSAGE]}".rstrip()
+    # Sandboxes say "Error: what | file:line: source".
+    message = summary.message.split(" | ")[0].removeprefix("AssertionError: ")
+    return f"{head}\n{message[:_NANO_MESSAGE]}".rstrip()
 
 
 _VIEW = ToolSpec(

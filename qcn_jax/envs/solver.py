@@ -16,10 +16,11 @@ from typing import Any
 from qcn_jax.envs import spans
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.patches import PatchError, apply_changes
+from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import NANO, Message, Scaffold
 from qcn_jax.envs.spans import minimal_edit
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.tools import InfrastructureError, ToolError, ToolExecutor
+from qcn_jax.envs.tools import ToolError, ToolExecutor
 from qcn_jax.envs.workspace import WorkspaceError
 from qcn_jax.hub.chat import ToolCall
 
@@ -99,7 +100,7 @@ def solve(
       None where the fix is no small span edit, or the tests do not pass.
 
     Raises:
-      InfrastructureError: the sandbox failed.
+      SandboxError: the sandbox failed.
     """
     edits = gold_edits(task, executor)
     if edits is None:
@@ -119,7 +120,7 @@ def solve(
         if not episode.done and _last_run_passed(episode):
             _act(episode, [ToolCall("submit")])
     if episode.reason is EndReason.INFRASTRUCTURE:
-        raise InfrastructureError(f"{task.instance_id}: the sandbox failed")
+        raise SandboxError(f"{task.instance_id}: the sandbox failed")
     if episode.reason is not EndReason.SUBMITTED or any(turn.malformed for turn in episode.turns):
         return None
     result = episode.result()

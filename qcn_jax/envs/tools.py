@@ -6,21 +6,17 @@ runs the calls of one assistant turn; it knows no text format and can be pickled
 where the agent loop runs as well as in a worker process beside a live sandbox.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qcn_jax.envs import spans
+from qcn_jax.envs.sandbox.base import ExecResult, TestRun
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.workspace import Workspace, WorkspaceError, relative_path
 from qcn_jax.hub.chat import ToolCall
-
-if TYPE_CHECKING:
-    from qcn_jax.envs.sandbox.base import ExecResult, TestRun
 
 MAX_CALLS = 16  # calls of one turn that are executed; more than any scaffold needs
 MESSAGE_LENGTH = 200  # characters of a failure's last line
@@ -30,10 +26,6 @@ FIRST_TESTS = 16  # F2P tests that run to the end before the rest runs up to its
 
 class ToolError(Exception):
     """A call that could not do its work; `str(error)` is told to the agent."""
-
-
-class InfrastructureError(Exception):
-    """The sandbox failed, not the agent: the episode counts for nothing and may be repeated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +126,7 @@ class ToolExecutor:
         """Runs the calls of one turn in order; those after a failed one or a submission are skipped.
 
         Raises:
-          InfrastructureError: the sandbox failed.
+          SandboxError: the sandbox failed, which is not the agent's fault.
         """
         results: list[ToolResult] = []
         for call in calls[:MAX_CALLS]:
@@ -233,8 +225,6 @@ class ToolExecutor:
         seconds = 0.0
         for ids, fail_fast in stages:
             run = self.workspace.run_tests(ids, self.task.timeout, fail_fast)
-            if run.status == "infrastructure":
-                raise InfrastructureError(run.output[-300:])
             must_pass = ids if node_ids else self.task.FAIL_TO_PASS
             summary = summarize(run, ids, set(must_pass or ()), fail_fast)
             seconds += run.seconds
@@ -261,8 +251,9 @@ def summarize(run: TestRun, ids: Sequence[str] | None, must_pass: set[str], fail
     bad += [name for name in asked if run.outcomes.get(name) == "skipped" and name in must_pass]
     if not (fail_fast and bad):
         bad += [name for name in asked if name not in run.outcomes]
-    messages = [run.messages[name] for name in bad if run.messages.get(name)]
-    passed = run.status == "ok" and not bad and bool(run.outcomes)
+    # A file that cannot be collected has its message under its own name, and all of its tests are missing.
+    messages = [run.messages[name] for name in (*bad, *run.messages) if run.messages.get(name)]
+    passed = run.status == "ok" and not run.tampered and not bad and bool(run.outcomes)
     return RunSummary(
         passed, run.status, len(bad), len(asked), tuple(bad[:5]), _last_line(messages[0] if messages else ""), run.seconds
     )

@@ -5,25 +5,22 @@ view, edit and undo free; `SandboxWorkspace` acts on a sandbox that lives as lon
 Both give the same files, test outcomes and final patch for the same edits.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import os
 import pathlib
 import posixpath
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from qcn_jax.envs.patches import apply_changes, make_diff
+from qcn_jax.envs.sandbox.base import ExecResult, Provider, Sandbox, TestRun, sandbox
 from qcn_jax.envs.tasks import Task
-
-if TYPE_CHECKING:
-    from qcn_jax.envs.sandbox.base import ExecResult, Sandbox, TestRun
 
 ROOT = "/testbed"  # where agents are told the repository is, as SWE-bench's images have it
 _MAX_FILE_BYTES = 1_000_000
 
-TestRunner = Callable[[Mapping[str, str | None], Sequence[str] | None, float, bool], "TestRun"]
+TestRunner = Callable[[Mapping[str, str | None], Sequence[str] | None, float, bool], TestRun]
 """(files that differ from the pristine repository, node ids or None for all, timeout, fail fast) -> TestRun."""
 
 
@@ -41,7 +38,7 @@ class Workspace(Protocol):
         """Writes a file; None removes it."""
 
     def paths(self) -> list[str]:
-        """All files, sorted."""
+        """All files but hidden ones, sorted."""
 
     def bash(self, command: str, timeout: float) -> ExecResult:
         """Runs a shell command in the repository; raises WorkspaceError where there is no shell."""
@@ -76,13 +73,15 @@ class OverlayWorkspace:
         return text
 
     def write(self, path: str, text: str | None) -> None:
-        if any(parent in self._pristine for parent in map(str, pathlib.PurePosixPath(path).parents)):
-            raise WorkspaceError(f"{path}: a parent of it is a file")
+        taken = self.paths()
+        is_folder = path == "." or any(name.startswith(path + "/") for name in taken)
+        if is_folder or not set(map(str, pathlib.PurePosixPath(path).parents)).isdisjoint(taken):
+            raise WorkspaceError(f"{path}: cannot be written")
         self._edits[path] = text
 
     def paths(self) -> list[str]:
-        layered = {**dict.fromkeys(self._pristine, ""), **self._start, **self._edits}
-        return sorted(path for path, text in layered.items() if text is not None)
+        layered = {**self._pristine, **self._start, **self._edits}
+        return sorted(path for path, text in layered.items() if text is not None and "/." not in "/" + path)
 
     def bash(self, command: str, timeout: float) -> ExecResult:
         raise WorkspaceError("bash: not available here")
@@ -95,6 +94,20 @@ class OverlayWorkspace:
     def diff(self) -> str:
         changed = [path for path in sorted(self._edits) if self._edits[path] != self._initial(path)]
         return make_diff({path: self._initial(path) for path in changed}, {path: self._edits[path] for path in changed})
+
+
+@dataclasses.dataclass(frozen=True)
+class ProviderRunner:
+    """A TestRunner in this process: a fresh sandbox of `repository` for each run."""
+
+    provider: Provider
+    repository: str
+
+    def __call__(
+        self, changed: Mapping[str, str | None], node_ids: Sequence[str] | None, timeout: float, fail_fast: bool
+    ) -> TestRun:
+        with sandbox(self.provider, self.repository, changed) as fresh:
+            return fresh.run_tests(node_ids, timeout, fail_fast)
 
 
 class SandboxWorkspace:

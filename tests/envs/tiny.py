@@ -1,15 +1,18 @@
 """A repository of two files, a task in it, and a way to run its tests; shared by the tests of agents and tools."""
 
+import atexit
+import functools
+import os
 import pathlib
-import subprocess
-import sys
+import shutil
 import tempfile
-import xml.etree.ElementTree
 
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.sandbox.local import LocalProvider
+from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.workspace import OverlayWorkspace, starting_files
+from qcn_jax.envs.workspace import OverlayWorkspace, ProviderRunner, starting_files
 
 GOOD = '''\
 """A calculator."""
@@ -92,23 +95,23 @@ def write_tree(folder: pathlib.Path, files=PRISTINE) -> pathlib.Path:
     return folder
 
 
-def run_pytest(changed, node_ids, timeout, fail_fast) -> TestRun:
-    """A TestRunner: pytest in a folder of its own, outcomes read from its JUnit report."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = write_tree(pathlib.Path(name), PRISTINE | {p: t for p, t in changed.items() if t is not None})
-        command = [sys.executable, "-m", "pytest", "-q", "--junitxml=out.xml", "-p", "no:cacheprovider"]
-        command += (["-x"] if fail_fast else []) + list(node_ids or [])
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env={"PYTHONPATH": "."})
-        outcomes, messages = {}, {}
-        for case in xml.etree.ElementTree.parse(folder / "out.xml").iter("testcase"):
-            node = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
-            failure = case.find("failure")
-            outcomes[node] = "passed" if failure is None else "failed"
-            if failure is not None:
-                messages[node] = failure.get("message")
-    return TestRun(status="ok", outcomes=outcomes, messages=messages, seconds=0.1, output=ran.stdout)
+@functools.cache
+def provider() -> LocalProvider:
+    """A provider that has the repository prepared; one per test process."""
+    folder = tempfile.mkdtemp(prefix="tiny-")
+    os.chmod(folder, 0o755)
+    atexit.register(shutil.rmtree, folder, True)
+    made = LocalProvider(f"{folder}/state")
+    atexit.register(made.close)
+    made.prepare(RepositorySpec("tiny==1", str(write_tree(pathlib.Path(folder, "archive")))))
+    return made
 
 
-def overlay(task: Task, runner=run_pytest) -> OverlayWorkspace:
+def run_tests(changed, node_ids, timeout, fail_fast) -> TestRun:
+    """A TestRunner: a fresh sandbox for each run."""
+    return ProviderRunner(provider(), "tiny==1")(changed, node_ids, timeout, fail_fast)
+
+
+def overlay(task: Task, runner=run_tests) -> OverlayWorkspace:
     """The task's starting state in memory."""
     return OverlayWorkspace(PRISTINE, starting_files(task, PRISTINE), runner)
