@@ -156,6 +156,8 @@ class RLConfig:
     updates: int = 30
     prompts: int = 16  # per update
     group_size: int = 8
+    minibatches: int = 1  # optimizer steps per update; groups are dealt out to them
+    filter_samples: int = 0  # tries of the SFT policy per prompt; always and never solved ones are left out (0: all)
     rows: int = 16
     sequence_length: int = 1024
     clip_low: float = 0.2
@@ -163,6 +165,7 @@ class RLConfig:
     kl_coef: float = 0.0
     unfinished_penalty: float = 0.2
     malformed_penalty: float = 0.2
+    checkpoint_every: int = 5  # updates
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
@@ -177,6 +180,7 @@ class DistillConfig:
     rows: int = 16
     sequence_length: int = 1024
     loss: str = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
+    checkpoint_every: int = 5  # updates
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
