@@ -1,0 +1,114 @@
+"""Stage `evaluate`: every model of the run, the equal-time SFT control and the heuristic, on held-out repositories.
+
+Each measured model leaves `DIR/evaluate/models/<name>.json`, so a resumed stage measures only what is missing.
+"""
+
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.pipeline import evaluate_metrics
+from qcn_jax.pipeline.bench import Bench, balanced
+from qcn_jax.pipeline.context import StageContext
+
+SHOWN = 10  # sample trajectories of the report
+
+
+def run_stage(context: StageContext) -> dict[str, Any]:
+    """Measures all models; returns their numbers, paired tests, retention, and what the sandboxes were."""
+    from qcn_jax import hub
+
+    bench = make_bench(context)
+    models: dict[str, dict[str, Any]] = {}
+
+    def measured(name: str, measure) -> None:
+        path = context.workdir / "models" / f"{name}.json"
+        if not path.exists():
+            files.write_json(path, measure())
+        models[name] = files.read_json(path)
+
+    measured("heuristic", bench.heuristic)
+    control = train_control(context) if context.config.evaluate.sft_control else None
+    for name in model_names(context):
+        measured(name, lambda name=name: bench.model(name, *hub.load(context.model_path(name))))
+    files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench))
+    for model in models.values():
+        model.pop("messages")
+    results = {
+        "models": models, "tests": evaluate_metrics.comparisons(models),
+        "retention": evaluate_metrics.retention(models),
+        "sandbox": context.provider().kind, "isolation": context.provider().describe(),
+        "line": _line(models),
+    }
+    return results | ({"control": control} if control else {})
+
+
+def model_names(context: StageContext) -> list[str]:
+    """Models that this run trains, in the order of the report."""
+    config = context.config
+    experts = [f"expert_{name}" for name in config.rl.experts]
+    return ["base", "midtrain", "sft", *(["sft_control"] if config.evaluate.sft_control else []), *experts, "unified"]
+
+
+def make_bench(context: StageContext) -> Bench:
+    """The bench over this run's held-out tasks."""
+    from qcn_jax.hub import templates
+    from qcn_jax.pipeline.data.chat import ChatEncoder
+    from qcn_jax.pipeline.rl import make_services
+
+    config = context.config
+    tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
+    return Bench(tasks, tuple(templates.TEMPLATES), config.evaluate, ChatEncoder(context.tokenizer()),
+                 make_services(context), config.seed, context.log)
+
+
+def train_control(context: StageContext) -> dict[str, Any]:
+    """Continues SFT for as many steps as take the time that the SWE expert's reinforcement learning took.
+
+    The time is turned into steps by the speed that SFT itself had, and written down before training, so that a
+    resumed run trains the same number.
+    """
+    from qcn_jax.pipeline import sft
+
+    done = context.workdir / "control.json"
+    if done.exists():
+        return files.read_json(done)
+    plan_path = context.workdir / "control_plan.json"
+    if not plan_path.exists():
+        sft_results = context.result("sft")
+        target = context.result("experts")["experts"]["swe"]["seconds"]
+        files.write_json(plan_path, {"target_seconds": target,
+                                     "steps": max(1, round(target / sft_results["seconds_per_step"]))})
+    plan = files.read_json(plan_path)
+    context.log(f"sft_control: {plan['steps']} steps, as long as {plan['target_seconds']:.1f} s of reinforcement learning")
+    trained = sft.train_control(context, plan["steps"], context.workdir / "sft_control")
+    control = plan | {"seconds": trained["seconds"]}
+    files.write_json(done, control)
+    return control
+
+
+def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench) -> list[dict[str, Any]]:
+    """Conversations worth reading: first a recovery, then what reinforcement learning changed, then failures."""
+    kinds = {task.instance_id: task.kind for task in bench.tasks}
+    picks: list[tuple[str, str]] = []
+
+    def turns(model: str, task: str) -> int:
+        return sum(message["role"] == "assistant" for message in models[model]["messages"][task])
+
+    best = "expert_swe" if "expert_swe" in models else "unified"
+    solved, before = models[best]["solved"], models["sft"]["solved"]
+    recovered = sorted((task for task in solved if solved[task]), key=lambda task: (-turns(best, task), task))
+    gained = [task for task in recovered if not before.get(task, False)]
+    picks += [(best, task) for task in recovered[:2]]
+    for task in gained[:2]:
+        picks += [(best, task), ("sft", task)]
+    picks += [("unified", task) for task in sorted(models["unified"]["solved"]) if models["unified"]["solved"][task]][:1]
+    picks += [(best, task) for task in sorted(solved) if not solved[task]][:2]
+    picks += [("heuristic", task) for task, ok in sorted(models["heuristic"]["solved"].items()) if ok][:1]
+    return [{"model": model, "instance_id": task, "kind": kinds[task], "resolved": models[model]["solved"][task],
+             "messages": models[model]["messages"][task]}
+            for model, task in dict.fromkeys(picks) if task in models[model]["solved"]][:SHOWN]
+
+
+def _line(models: dict[str, dict[str, Any]]) -> str:
+    shown = [name for name in ("midtrain", "sft", "sft_control", "expert_swe", "unified") if name in models]
+    return "resolved " + ", ".join(f"{name} {models[name]['rate']:.1%}" for name in shown)
