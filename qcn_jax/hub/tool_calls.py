@@ -111,7 +111,7 @@ def parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]] | None = None
 
     Never raises for any text. Content is trimmed where calls follow it, as the template does when writing.
     """
-    schemas = _schemas(tools)
+    schemas = parameter_schemas(tools)
     message = ParsedMessage()
     start = _next_call(text, 0)
     if start is None:
@@ -145,7 +145,7 @@ def _parse_call(text: str, start: re.Match, schemas: Mapping[str, Mapping], mess
         value, position = _parse_value(text, tag.end(), properties, problems)
         if key in arguments:
             problems.append(f"parameter {key} given twice")
-        arguments[key] = _coerce(value, properties.get(key)) if properties else value
+        arguments[key] = coerce(value, properties.get(key)) if properties else value
     message.calls.append(ToolCall(name, arguments))
     if tag and tag["closed"] == "function":
         position = tag.end()
@@ -276,7 +276,7 @@ def _unescape(text: str) -> str:
     return _ESCAPED.sub("<", text)
 
 
-def _schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
+def parameter_schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
     """Function name -> parameter name -> JSON schema."""
     schemas = {}
     for tool in tools or ():
@@ -286,7 +286,7 @@ def _schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str
     return schemas
 
 
-def _coerce(value: str, schema: Mapping[str, Any] | None) -> Any:
+def coerce(value: str, schema: Mapping[str, Any] | None) -> Any:
     """`value` in the type that `schema` names, or as it is where it does not read as one (vLLM's rules)."""
     if schema is None:
         return value
