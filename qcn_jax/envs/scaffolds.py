@@ -16,14 +16,15 @@ from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import RunSummary, ToolExecutor, ToolResult, ToolSpec
 from qcn_jax.envs.workspace import ROOT
 from qcn_jax.errors import UserError
+from qcn_jax.hub import templates
 from qcn_jax.hub.chat import ParsedMessage, ToolCall
+from qcn_jax.hub.templates import NATIVE
 
 __all__ = [
     "MAX_LINE_TOKENS", "MINI_SWE_AGENT", "NANO", "NANO_SINGLE", "QWEN_CODE", "SWE_AGENT", "Message", "Scaffold",
     "by_name", "dedent", "line_token", "nano_format",
 ]
 
-NATIVE = "qwen3_coder"
 FENCED_BASH = "fenced_bash"  # mini-swe-agent: one ```mswea_bash_command block, no tool-call syntax
 
 Message = dict[str, Any]
@@ -80,16 +81,12 @@ class Scaffold:
         """What the agent wrote in one turn, taken apart."""
         if self.template == FENCED_BASH:
             return _parse_fenced(text)
-        from qcn_jax.hub import templates
-
         return templates.parse(self.template, text, [tool.schema() for tool in self.tools])
 
     def render(self, content: str, calls: Sequence[ToolCall]) -> str:
         """How the agent writes `content` and `calls` in one turn; `parse` gives both back."""
         if self.template == FENCED_BASH:
             return _render_fenced(content, calls)
-        from qcn_jax.hub import templates
-
         return templates.render(self.template, content, calls)
 
     def observe(self, results: Sequence[ToolResult]) -> list[Message]:

@@ -109,7 +109,6 @@ def test_format_prompts_name_the_template():
     # The same action in another format is not accepted.
     episode = Episode(task, scaffold, ToolExecutor(task, scaffold.tools, tiny.overlay(task)))
     assert episode.step(NANO_SINGLE.render("", MEND["nano_single"][0])).malformed
-    assert episode.result if episode.done else True
     assert not any(result.ok for turn in episode.turns for result in turn.results)
 
 

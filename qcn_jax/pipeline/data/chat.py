@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qcn_jax.envs.scaffolds import MAX_LINE_TOKENS, NATIVE, line_token
+from qcn_jax.envs.scaffolds import MAX_LINE_TOKENS, line_token
 from qcn_jax.hub import chat, templates
 from qcn_jax.hub.tokenizer import TURN_END, Tokenizer
 
@@ -40,7 +40,8 @@ class ChatEncoder:
         self._added_in_values = re.compile(
             "|".join(re.escape(token) for token in longest_first if token not in _CALL_TAGS)
         )
-        self._line = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
+        self._line_tokens = {line_token(number) for number in range(1, MAX_LINE_TOKENS + 1)} & set(self._ids)
+        self._encode_ordinary = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Ids of the conversation so far and the opening of the assistant's next turn."""
@@ -115,7 +116,7 @@ class ChatEncoder:
         lines, expected = [], 1
         for line in text.split("\n"):
             token = line_token(expected)
-            if expected <= MAX_LINE_TOKENS and line.startswith(token) and token in self._ids:
+            if token in self._line_tokens and line.startswith(token):
                 lines.append(token + _broken(self._added, line[len(token) :], mark))
                 expected += 1
             else:
@@ -128,12 +129,14 @@ class ChatEncoder:
         if not message.get("tool_calls"):
             return content, ""
         mark = _unused_letter([message])
-        calls = [
-            chat.ToolCall(call.name, _map_strings(
-                call.arguments, lambda text: _broken(self._added_in_values, text, mark)))
-            for call in map(_tool_call, message["tool_calls"])
-        ]
-        return templates.render(message.get("template", NATIVE), content, calls), mark
+
+        def guard(value: str) -> str:
+            # A line number is written as its token; in any other value the spelling of a token is text.
+            return value if value in self._line_tokens else _broken(self._added_in_values, value, mark)
+
+        calls = [chat.ToolCall(call.name, _map_strings(call.arguments, guard))
+                 for call in map(_tool_call, message["tool_calls"])]
+        return templates.render(message.get("template", templates.NATIVE), content, calls), mark
 
     def _encode(self, text: str, mark: str) -> list[int]:
         ids: list[int] = []
@@ -147,7 +150,7 @@ class ChatEncoder:
     def _ordinary(self, text: str, mark: str) -> list[int]:
         if not text:
             return []
-        return self._line(text.replace(mark, "") if mark else text)
+        return self._encode_ordinary(text.replace(mark, "") if mark else text)
 
 
 def _broken(added: re.Pattern[str], text: str, mark: str) -> str:
