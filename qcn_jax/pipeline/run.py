@@ -72,6 +72,7 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
     results = {}
     with _locked(root), contextlib.closing(shared):
         _discard(root, restart)
+        _remove_half_written(root)
         for name in stages:
             _check_unchanged(config, root, name)
         began = time.monotonic()
@@ -161,6 +162,13 @@ def _discard(root: pathlib.Path, restart: Sequence[str]) -> None:
     first = min((order.index(name) for name in restart), default=len(order))
     for name in order[first:]:
         shutil.rmtree(root / name, ignore_errors=True)
+
+
+def _remove_half_written(root: pathlib.Path) -> None:
+    """Removes temporary files (see qcn_jax.files) of a run that was killed while it wrote; this run holds the lock."""
+    for path in root.rglob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -172,3 +172,11 @@ def test_shared_things_are_closed_even_when_a_stage_fails(stages, tmp_path):
     with pytest.raises(RuntimeError):
         run.run(RunConfig(), tmp_path / "run")
     assert (tmp_path / "run/closed").exists()
+
+
+def test_half_written_files_of_a_killed_run_are_removed(stages, tmp_path):
+    left = tmp_path / "run/midtrain/.metrics.jsonl.abc123.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    run.run(RunConfig(), tmp_path / "run", stages=("tasks",))
+    assert not left.exists()
