@@ -2,22 +2,39 @@
 
 from typing import Any
 
-from qcn_jax.envs.sandbox.base import Provider
+from qcn_jax.envs.sandbox.base import Limits, Provider
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.docker import DockerProvider
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.errors import UserError
 
 
-def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", **options: Any) -> Provider:
-    """A provider of sandboxes.
+def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits: Limits = Limits(),
+                  isolation: str = "shared", image: str = "", **local_options: Any) -> Provider:
+    """A provider of sandboxes; `.kind` and `.describe()` say what was chosen, `.reason` why not docker.
 
     Args:
       kind: auto, docker or local.
       state_dir: folder for what is prepared once and kept.
-      **options: `limits`, `isolation` ("shared": warm servers, a workspace each; "container": a fresh container each).
+      limits: bounds of each sandbox.
+      isolation: "shared" (warm servers, a workspace and user id for each sandbox) or "container" (a server of its own,
+        and with docker a fresh container, for each sandbox).
+      image: base image for docker; by default one is found, pulled or made.
+      **local_options: `walls` of LocalProvider.
 
     Raises:
       UserError: docker was demanded and is not to be had, or `kind` is unknown.
     """
     if kind not in ("auto", "docker", "local"):
         raise UserError(f"--config.sandbox: expected auto, docker or local, got {kind!r}")
-    return LocalProvider(state_dir, **options)
+    reason = ""
+    if kind != "local":
+        try:
+            return DockerProvider(state_dir, limits, isolation, image)
+        except SandboxError as error:
+            if kind == "docker":
+                raise UserError(f"--config.sandbox=docker: {error}") from error
+            reason = str(error)
+    provider = LocalProvider(state_dir, limits, isolation, **local_options)
+    provider.reason = provider.reason or reason
+    return provider

@@ -28,6 +28,7 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 
 INSIDE = pathlib.Path(__file__).parent / "inside"
 DISTRIBUTIONS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")  # pytest and what it needs, all pure Python
+PYTEST_SCRIPT = '#!/bin/sh\nexec "${0%/*}/python" -m pytest "$@"\n'
 
 
 class LocalProvider(Provider):
@@ -64,8 +65,8 @@ class LocalProvider(Provider):
 
     def _namespaces(self) -> channel.Server:
         settings = {"runtime": self.runtime, "prefix": os.path.realpath(sys.base_prefix),
-                    "megabytes": self.limits.disk_mb, "options": _encode(self._options("/work", True))}
-        command = [sys.executable, "-I", "-S", f"{self.runtime}/inside/enter.py", _encode(settings)]
+                    "megabytes": self.limits.disk_mb, "options": encode(self._options("/work", True))}
+        command = [sys.executable, "-I", "-S", f"{self.runtime}/inside/enter.py", encode(settings)]
         return channel.Server(channel.PipeStream(command, {"PATH": os.defpath}))
 
     def _plain(self) -> channel.Server:
@@ -74,7 +75,7 @@ class LocalProvider(Provider):
         os.chmod(folder, 0o711)
         work = tempfile.mkdtemp(prefix="server-", dir=folder)
         options = self._options(work, self._separate())
-        command = [f"{self.runtime}/bin/python", "-B", f"{self.runtime}/inside/server.py", _encode(options)]
+        command = [f"{self.runtime}/bin/python", "-B", f"{self.runtime}/inside/server.py", encode(options)]
         return channel.Server(channel.PipeStream(command, {"PATH": os.defpath, "PYTHONHASHSEED": "0"}))
 
     def _options(self, work: str, separate: bool) -> dict[str, Any]:
@@ -103,7 +104,8 @@ class LocalProvider(Provider):
                     os.close(descriptor)
 
 
-def _encode(value: Any) -> str:
+def encode(value: Any) -> str:
+    """A value as one command-line word."""
     return base64.b64encode(json.dumps(value).encode()).decode()
 
 
@@ -150,7 +152,7 @@ def build_runtime(state_dir: str) -> str:
         compileall.compile_dir(temporary / "inside", quiet=2)
         (temporary / "root").mkdir()
         script = temporary / "bin" / "pytest"
-        script.write_text('#!/bin/sh\nexec "${0%/*}/python" -m pytest "$@"\n')
+        script.write_text(PYTEST_SCRIPT)
         script.chmod(0o755)
         os.rename(temporary, target)
     return str(target)

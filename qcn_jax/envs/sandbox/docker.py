@@ -1,0 +1,221 @@
+"""The docker back end: the same server inside a hardened container.
+
+No network, read-only root, scratch in size-limited memory, memory and swap capped together, bounded processes and
+processor share, no new privileges. The server runs as the container's root with the five capabilities that it needs
+to switch users, own files and kill; what is tested runs under a user id of its own with none.
+"""
+
+import contextlib
+import os
+import pathlib
+import select
+import socket
+import struct
+import time
+from typing import Any
+
+import docker
+import docker.errors
+
+from qcn_jax.envs.sandbox import channel, images, local
+from qcn_jax.envs.sandbox.base import Limits, Provider
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
+
+CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
+SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
+SCRATCH_MB = 64  # each of /tmp and /dev/shm
+OWNER, HOST = "qcn_jax.owner", "qcn_jax.host"
+
+
+class DockerProvider(Provider):
+    """Sandboxes in containers of a Docker engine."""
+
+    kind = "docker"
+
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", image: str = ""):
+        """`image` is a base image with Python 3.11 or newer; by default one is found, pulled or made.
+
+        Raises:
+          SandboxError: no engine, or no base image.
+        """
+        super().__init__(state_dir, limits, isolation)
+        self.client = images.engine()
+        remove_leftovers(self.client)
+        with lock(self.state_dir, "image"):
+            self.base = images.base_image(self.client, image)
+            self.image = images.runtime_image(self.client, self.base)
+        self._containers: set[str] = set()
+
+    def describe(self) -> str:
+        each = "a fresh container each" if self.isolation == "container" else "warm containers, a user id per workspace"
+        return f"docker: no network, read-only root, no capabilities for tested code, {each}"
+
+    def fingerprint(self) -> str:
+        return self.image.removeprefix("sha256:")[:16]
+
+    def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+        limits = self.limits
+        options = {"work": "/work", "separate_users": True,
+                   "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
+                              "processes": limits.processes, "cpus": limits.cpus, "output": limits.output_bytes}}
+        memory = f"{limits.memory_mb + limits.disk_mb + 2 * SCRATCH_MB + SERVER_MB}m"
+        flags = "rw,exec,nosuid,nodev"
+        api = self.client.api
+        try:
+            host = api.create_host_config(
+                init=True, network_mode="none", ipc_mode="private", read_only=True, auto_remove=True,
+                cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"],
+                mem_limit=memory, memswap_limit=memory, pids_limit=limits.processes + 64,
+                nano_cpus=int(limits.cpus * 1e9), shm_size=f"{SCRATCH_MB}m", log_config={"Type": "none"},
+                tmpfs={"/work": f"{flags},size={limits.disk_mb}m,mode=711", "/tmp": f"{flags},size={SCRATCH_MB}m,"
+                       "mode=1777", "/var/tmp": f"{flags},size=1m,mode=1777"})
+            made = api.create_container(
+                self.image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],
+                stdin_open=True, detach=False, host_config=host, hostname="sandbox", user="0:0", working_dir="/",
+                environment={"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
+                labels={OWNER: owner(os.getpid()), HOST: host_identity()})
+        except (docker.errors.DockerException, OSError) as error:
+            raise SandboxError(f"container cannot be made: {error}") from error
+        self._containers.add(made["Id"])
+        return channel.Server(ContainerStream(self, made["Id"]))
+
+    def forget(self, container: str) -> None:
+        """Called when a container is gone."""
+        self._containers.discard(container)
+
+    def close(self) -> None:
+        super().close()
+        for container in list(self._containers):
+            remove(self.client, container)
+            self.forget(container)
+
+
+class ContainerStream:
+    """The attached standard streams of a container that is started here."""
+
+    def __init__(self, provider: DockerProvider, container: str):
+        self.provider, self.container, self.errors = provider, container, b""
+        self._buffer, self._closed = bytearray(), False
+        api = provider.client.api
+        try:
+            attached = api.attach_socket(container, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            self._keep = attached  # closing the wrapper would close the socket
+            self._socket: socket.socket = getattr(attached, "_sock", attached)
+            self._socket.setblocking(False)
+            api.start(container)
+        except (docker.errors.DockerException, OSError) as error:
+            remove(provider.client, container)
+            provider.forget(container)
+            raise SandboxError(f"container does not start: {error}") from error
+
+    def send(self, data: bytes, deadline: float) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._socket.send(view):]
+            except (BlockingIOError, InterruptedError):
+                self._wait(False, deadline)
+            except OSError as error:
+                raise SandboxError(f"the container ended: {error}") from error
+
+    def receive(self, size: int, deadline: float) -> bytes:
+        while len(self._buffer) < size:
+            kind, length = struct.unpack(">BxxxI", self._raw(8, deadline))
+            part = self._raw(length, deadline)
+            if kind == 1:
+                self._buffer += part
+            else:
+                self.errors = (self.errors + part)[-4000:]
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def _raw(self, size: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                part = self._socket.recv(min(1 << 20, size - len(data)))
+            except (BlockingIOError, InterruptedError):
+                self._wait(True, deadline)
+                continue
+            except OSError as error:
+                raise SandboxError(f"the container ended: {error}") from error
+            if not part:
+                words = self.errors.decode("utf-8", "replace").strip().splitlines()
+                raise SandboxError(f"the container ended: {words[-1] if words else 'no reason given'}")
+            data += part
+        return bytes(data)
+
+    def _wait(self, readable: bool, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise SandboxError("the container does not answer")
+        select.select([self._socket] if readable else [], [] if readable else [self._socket], [], left)
+
+    def alive(self) -> bool:
+        """Whether the connection stands (data is read only while a reply is awaited, so the end shows here)."""
+        if self._closed:
+            return False
+        ready, _, _ = select.select([self._socket], [], [], 0)
+        if not ready:
+            return True
+        with contextlib.suppress(BlockingIOError):
+            try:
+                return bool(self._socket.recv(1, socket.MSG_PEEK))
+            except OSError:
+                return False
+        return True
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(OSError):
+                self._socket.close()
+            remove(self.provider.client, self.container)
+            self.provider.forget(self.container)
+
+
+def remove(client: docker.DockerClient, container: str) -> None:
+    """Kills and removes a container and its anonymous volumes; one that is gone is fine."""
+    for _ in range(20):
+        try:
+            client.api.remove_container(container, force=True, v=True)
+            return
+        except docker.errors.NotFound:
+            return
+        except docker.errors.APIError as error:
+            if "in progress" not in str(error):
+                raise SandboxError(f"container {container[:12]} cannot be removed: {error}") from error
+            time.sleep(0.05)
+
+
+def host_identity() -> str:
+    """This machine since its last start: process ids mean something only within it."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def owner(pid: int) -> str:
+    """A process that cannot be mistaken for a later one of the same number: "pid-starttime"; "" if there is none."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return f"{pid}-{stat.rsplit(')', 1)[1].split()[19]}"
+
+
+def remove_leftovers(client: docker.DockerClient) -> int:
+    """Removes containers whose owner on this machine is dead; returns how many."""
+    removed = 0
+    try:
+        found: list[Any] = client.api.containers(all=True, filters={"label": [f"{HOST}={host_identity()}", OWNER]})
+        for container in found:
+            label = container["Labels"][OWNER]
+            if owner(int(label.split("-")[0] or 0)) != label:
+                remove(client, container["Id"])
+                removed += 1
+    except (docker.errors.DockerException, OSError) as error:
+        raise SandboxError(f"the Docker engine does not answer: {error}") from error
+    return removed
