@@ -10,7 +10,7 @@ from qcn_jax.envs import spans
 from qcn_jax.envs.tools import RunSummary, ToolError, ToolExecutor, ToolResult
 from qcn_jax.envs.workspace import WorkspaceError, relative_path
 
-MAX_MATCHES = 50  # lines that `search` shows
+MAX_MATCHES, MAX_MATCH = 50, 200  # lines that `search` shows, and characters of one
 BASH_TIMEOUT = 60.0  # seconds, as in mini-swe-agent's SWE-bench configuration
 SUBMIT_COMMAND = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"  # mini-swe-agent: first line of output that submits
 
@@ -74,23 +74,23 @@ def view_file(
     return "\n".join(f"{n:6}\t{line}" for n, line in enumerate(lines[start - 1 : last], start))
 
 
-def search(executor: ToolExecutor, pattern: str, path: str = ".") -> str:
+def search(executor: ToolExecutor, pattern: str, path: str = ".", matches: int = MAX_MATCHES) -> str:
     """Lines that hold `pattern` literally (a regular expression from an agent could run forever)."""
     clean = relative_path(path)
     if not pattern:
         raise ToolError("search: pattern is empty")
-    matches = []
+    found = []
     for name in executor.workspace.paths():
         if clean not in (".", name) and not name.startswith(clean + "/"):
             continue
         try:
             text = executor.workspace.read(name)
-        except WorkspaceError:  # not text
+        except WorkspaceError:  # it went away, or may not be read
             continue
         if pattern in text:
-            matches += [f"{name}:{n}:{line}" for n, line in enumerate(text.split("\n"), 1) if pattern in line]
-    more = f"\n... {len(matches) - MAX_MATCHES} more" if len(matches) > MAX_MATCHES else ""
-    return "\n".join(matches[:MAX_MATCHES]) + more or "no match"
+            found += [f"{name}:{n}:{line}"[:MAX_MATCH] for n, line in enumerate(text.split("\n"), 1) if pattern in line]
+    more = f"\n... {len(found) - matches} more" if len(found) > matches else ""
+    return "\n".join(found[:matches]) + more or "no match"
 
 
 def replace(executor: ToolExecutor, path: str, old: str, new: str = "", every: bool = False) -> str:

@@ -7,14 +7,14 @@ agents know from elsewhere; `nano` is for models too small for prose: no system 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcn_jax.envs import operations
 from qcn_jax.envs.spans import MAX_LINE_TOKENS, dedent, line_token
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import RunSummary, ToolExecutor, ToolResult, ToolSpec
-from qcn_jax.envs.workspace import ROOT
+from qcn_jax.envs.workspace import ROOT, Workspace
 from qcn_jax.errors import UserError
 from qcn_jax.hub import templates
 from qcn_jax.hub.chat import ParsedMessage, ToolCall
@@ -62,6 +62,12 @@ class Scaffold:
     result_role: str = "tool"
     output_limit: int = 10_000
     advice: str = "{problem}"
+
+    def executor(
+        self, task: Task, workspace: Workspace, guard: Callable[[ToolCall], str | None] | None = None
+    ) -> ToolExecutor:
+        """Runs this scaffold's tools on `workspace`, which holds `task`'s starting state."""
+        return ToolExecutor(task, self.tools, workspace, output_limit=self.output_limit, guard=guard)
 
     def schemas(self) -> list[dict[str, Any]] | None:
         """Tools for the chat template's system turn; None where the prompt does not list them."""
@@ -145,7 +151,7 @@ _VIEW = ToolSpec(
 _SEARCH = ToolSpec(
     "search", "Lists lines that hold a text.",
     _object("pattern", pattern="Literal text.", path="File or folder to search; everything by default."),
-    operations.search,
+    functools.partial(operations.search, matches=5),
 )
 _EDIT = ToolSpec(
     "edit", "Replaces a span on one line of the function on view.",
@@ -161,11 +167,11 @@ _SUBMIT = ToolSpec("submit", "Ends the work; the edits made so far are the answe
 
 NANO = Scaffold(
     "nano", (_VIEW, _SEARCH, _EDIT, _UNDO, _RUN_TESTS_BRIEFLY, _SUBMIT),
-    describe_tools=False, join_results=True, output_limit=1200,
+    describe_tools=False, join_results=True, output_limit=4000,
 )
 NANO_SINGLE = Scaffold(
     "nano_single", (_EDIT,),
-    describe_tools=False, join_results=True, output_limit=1200, show_function=True, single_turn=True,
+    describe_tools=False, join_results=True, output_limit=4000, show_function=True, single_turn=True,
 )
 
 

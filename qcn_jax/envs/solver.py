@@ -16,15 +16,16 @@ from typing import Any
 from qcn_jax.envs import spans
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.patches import PatchError, apply_changes
+from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import NANO, Message, Scaffold
 from qcn_jax.envs.spans import minimal_edit
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import ToolError, ToolExecutor
-from qcn_jax.envs.workspace import WorkspaceError
+from qcn_jax.envs.workspace import ProviderRunner, WorkspaceError, open_overlay
 from qcn_jax.hub.chat import ToolCall
 
-__all__ = ["SpanEdit", "Trajectory", "gold_edits", "minimal_edit", "solve", "span_edits", "wrong_edits"]
+__all__ = ["SpanEdit", "Trajectory", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits"]
 
 MAX_EDITS = 3  # spans of one fix; larger ones are not what the compact edit tool is for
 GOLD_LINE = 0.5  # share of wrong edits that are made on a line which the right edit changes
@@ -33,9 +34,8 @@ _SWAPS = {
     "True": ("False",), "False": ("True",), "None": ("False",), "and": ("or",), "or": ("and",),
     "==": ("!=",), "!=": ("==",), "<": ("<=", ">"), "<=": ("<",), ">": (">=", "<"), ">=": (">",),
     "+": ("-",), "-": ("+",), "*": ("+",), "//": ("/",), "%": ("//",), "+=": ("-=",), "-=": ("+=",),
-    "is": ("is not",), "in": ("not in",), "if": ("if not",), "elif": ("elif not",), "while": ("while not",),
-    "return": ("return not",), "not": ("",), "any": ("all",), "all": ("any",), "min": ("max",), "max": ("min",),
-    "break": ("continue",), "continue": ("break",),
+    "is": ("is not",), "in": ("not in",), "if": ("if not",), "elif": ("elif not",), "return": ("return not",),
+    "not": ("",), "any": ("all",), "all": ("any",), "min": ("max",), "max": ("min",),
 }
 
 
@@ -132,6 +132,15 @@ def solve(
     )
 
 
+def solve_with(
+    provider: Provider, task: Task, scaffold: Scaffold = NANO, *, seed: int = 0, wrong: int = 0,
+    grade: Callable[[Task, str], bool] | None = None,
+) -> Trajectory | None:
+    """`solve` with files and test runs of `provider`, which has the task's repository prepared."""
+    workspace = open_overlay(task, provider.files(task.repo), ProviderRunner(provider, task.repo))
+    return solve(task, scaffold.executor(task, workspace), scaffold, seed=seed, wrong=wrong, grade=grade)
+
+
 def _act(episode: Episode, calls: Sequence[ToolCall]) -> None:
     if not episode.done:
         episode.step(episode.scaffold.render("", calls))
@@ -213,14 +222,21 @@ def wrong_edits(
 
 
 def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
-    """(line number, changed line) for every token that has a swap; strings and comments are left alone."""
+    """(line number, changed line) for every token that has a swap; strings and comments are left alone.
+
+    So are `while` loops: an endless one costs a whole test timeout and teaches little.
+    """
     found = []
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline))
+        loops = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.While)]
     except (tokenize.TokenError, SyntaxError):
         return []
+    inside = {number for loop in loops for number in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}
     for token in tokens:
         (number, start), end = token.start, token.end[1]
+        if number in inside:
+            continue
         if token.type == tokenize.NUMBER and token.string.isdigit():
             swaps: tuple[str, ...] = (str(int(token.string) + 1), str(max(int(token.string) - 1, 0)))
         elif token.type in (tokenize.NAME, tokenize.OP):

@@ -254,9 +254,8 @@ def summarize(run: TestRun, ids: Sequence[str] | None, must_pass: set[str], fail
     # A file that cannot be collected has its message under its own name, and all of its tests are missing.
     messages = [run.messages[name] for name in (*bad, *run.messages) if run.messages.get(name)]
     passed = run.status == "ok" and not run.tampered and not bad and bool(run.outcomes)
-    return RunSummary(
-        passed, run.status, len(bad), len(asked), tuple(bad[:5]), _last_line(messages[0] if messages else ""), run.seconds
-    )
+    message = _last_line(messages[0]) if messages else ""
+    return RunSummary(passed, run.status, len(bad), len(asked), tuple(bad[:5]), message, run.seconds)
 
 
 def _last_line(message: str) -> str:

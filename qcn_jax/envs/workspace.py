@@ -172,6 +172,11 @@ def starting_files(task: Task, pristine: Mapping[str, str]) -> dict[str, str | N
     return apply_changes(pristine, task.bug_patch)
 
 
+def open_overlay(task: Task, pristine: Mapping[str, str], runner: TestRunner) -> OverlayWorkspace:
+    """`task`'s starting state in memory; raises PatchError where its `bug_patch` does not fit `pristine`."""
+    return OverlayWorkspace(pristine, starting_files(task, pristine), runner)
+
+
 def relative_path(path: str) -> str:
     """`path` as the agent wrote it, absolute under ROOT or relative, as a clean relative path.
 

@@ -10,8 +10,7 @@ from qcn_jax.envs import agent
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT
-from qcn_jax.envs.tools import ToolExecutor
+from qcn_jax.envs.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT, nano_format
 from qcn_jax.envs.workspace import SandboxWorkspace, starting_files
 from qcn_jax.hub.chat import ToolCall
 from tests.envs import tiny
@@ -25,7 +24,7 @@ TASK = tiny.make_task()
 
 
 def start(runner=tiny.run_tests, scaffold=NANO, **options):
-    return Episode(TASK, scaffold, ToolExecutor(TASK, scaffold.tools, tiny.overlay(TASK, runner)), **options)
+    return Episode(TASK, scaffold, scaffold.executor(TASK, tiny.overlay(TASK, runner)), **options)
 
 
 def test_an_episode_with_a_wrong_and_a_right_edit():
@@ -137,7 +136,7 @@ def test_a_sandbox_failure_ends_the_episode_as_such():
 
 
 def test_blocked_calls_are_counted_and_told():
-    executor = ToolExecutor(TASK, NANO.tools, tiny.overlay(TASK, None), guard=lambda call: "refused")
+    executor = NANO.executor(TASK, tiny.overlay(TASK, None), guard=lambda call: "refused")
     episode = Episode(TASK, NANO, executor)
     observation = episode.step(UNDO)
     episode.end(EndReason.LENGTH_LIMIT)
@@ -178,7 +177,7 @@ def test_overlay_and_sandbox_tell_the_agent_the_same(seed):
     texts = random_texts(random.Random(seed))
     here = play(start(), texts)
     with sandbox(tiny.provider(), "tiny==1", starting_files(TASK, tiny.PRISTINE)) as box:
-        live = play(Episode(TASK, NANO, ToolExecutor(TASK, NANO.tools, SandboxWorkspace(box))), texts)
+        live = play(Episode(TASK, NANO, NANO.executor(TASK, SandboxWorkspace(box))), texts)
     assert here == live
 
 
@@ -186,8 +185,8 @@ def test_overlay_and_sandbox_tell_the_agent_the_same(seed):
 
 fragments = st.sampled_from([
     "<tool_call>", "</tool_call>", "<function=", "edit>", "view>", "submit>", "undo>", "</function>", "<parameter=",
-    "line>", "old>", "new>", "path>", "</parameter>", "\n", "5", "<|5|>", ">", "<", "<|im_end|>", "{", '"name"', "```bash\n",
-    "ls\n```", "\ud800", "\0", "é", "../../etc/passwd", RIGHT, VIEW, UNDO, "]", "edit(line=5)",
+    "line>", "old>", "new>", "path>", "</parameter>", "\n", "5", "<|5|>", ">", "<", "<|im_end|>", "{", '"name"',
+    "```bash\nls\n```", "\ud800", "\0", "é", "../../etc/passwd", RIGHT, VIEW, UNDO, "]", "edit(line=5)",
 ])
 noise = st.one_of(st.text(max_size=60), st.lists(fragments, max_size=25).map("".join))
 
@@ -197,9 +196,9 @@ def passing(changed, node_ids, timeout, fail_fast):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(noise, min_size=1, max_size=6), st.sampled_from([NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT]),
-       st.booleans())
-def test_no_text_breaks_an_episode(texts, scaffold, complete):
+@given(st.lists(noise, min_size=1, max_size=6), st.booleans(),
+       st.sampled_from([NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT, nano_format("toolace")]))
+def test_no_text_breaks_an_episode(texts, complete, scaffold):
     episode = start(passing, scaffold, max_turns=5)
     for text in texts:
         if episode.done:

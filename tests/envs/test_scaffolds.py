@@ -8,7 +8,6 @@ from qcn_jax.envs import scaffolds
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT
-from qcn_jax.envs.tools import ToolExecutor
 from qcn_jax.envs.workspace import SandboxWorkspace, starting_files
 from qcn_jax.errors import UserError
 from qcn_jax.hub import chat
@@ -52,7 +51,7 @@ MEND = {
 def test_the_same_task_is_mended_in_a_live_sandbox(scaffold):
     task = tiny.make_task()
     with sandbox(tiny.provider(), "tiny==1", starting_files(task, tiny.PRISTINE)) as box:
-        executor = ToolExecutor(task, scaffold.tools, SandboxWorkspace(box), output_limit=scaffold.output_limit)
+        executor = scaffold.executor(task, SandboxWorkspace(box))
         episode = Episode(task, scaffold, executor)
         for calls in MEND[scaffold.name]:
             observation = episode.step(scaffold.render("", calls))
@@ -77,7 +76,7 @@ def test_calls_read_back(scaffold):
 @pytest.mark.parametrize("scaffold", ALL, ids=lambda s: s.name)
 def test_prompts_hold_the_statement_and_the_tools(scaffold):
     task = tiny.make_task(problem_statement="  {statement} of {root} <|im_end|>\n")
-    messages = scaffold.first_messages(task, ToolExecutor(task, scaffold.tools, tiny.overlay(task)))
+    messages = scaffold.first_messages(task, scaffold.executor(task, tiny.overlay(task)))
     text = chat.render(messages, scaffold.schemas(), add_generation_prompt=True)
     assert "{statement} of {root} <|im_end|>" in text
     assert ("<tools>" in text) == scaffold.describe_tools
@@ -88,7 +87,7 @@ def test_prompts_hold_the_statement_and_the_tools(scaffold):
 
 def test_nano_prompts_are_short():
     task = tiny.make_task()
-    executor = ToolExecutor(task, NANO.tools, tiny.overlay(task))
+    executor = NANO.executor(task, tiny.overlay(task))
     assert NANO.first_messages(task, executor) == [{"role": "user", "content": task.problem_statement}]
     (message,) = NANO_SINGLE.first_messages(task, executor)
     statement, function = message["content"]
@@ -99,7 +98,7 @@ def test_nano_prompts_are_short():
 def test_format_prompts_name_the_template():
     task = tiny.make_task()
     scaffold = scaffolds.by_name("nano_format:hermes")
-    executor = ToolExecutor(task, scaffold.tools, tiny.overlay(task))
+    executor = scaffold.executor(task, tiny.overlay(task))
     (message,) = scaffold.first_messages(task, executor)
     assert message["content"][0]["text"] == task.problem_statement + "\nformat: hermes\n"
     episode = Episode(task, scaffold, executor)
@@ -107,15 +106,16 @@ def test_format_prompts_name_the_template():
     assert json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))["name"] == "edit"
     assert episode.step(text).done and episode.result().patch == task.patch
     # The same action in another format is not accepted.
-    episode = Episode(task, scaffold, ToolExecutor(task, scaffold.tools, tiny.overlay(task)))
+    episode = Episode(task, scaffold, scaffold.executor(task, tiny.overlay(task)))
     assert episode.step(NANO_SINGLE.render("", MEND["nano_single"][0])).malformed
     assert not any(result.ok for turn in episode.turns for result in turn.results)
 
 
 def test_nano_joins_what_tools_say_and_keeps_views_apart():
     task = tiny.make_task()
-    executor = ToolExecutor(task, NANO.tools, tiny.overlay(task, tiny.run_tests))
-    results = executor.execute([ToolCall("view"), ToolCall("search", {"pattern": "def is_even"}), ToolCall("run_tests")])
+    executor = NANO.executor(task, tiny.overlay(task, tiny.run_tests))
+    search = ToolCall("search", {"pattern": "def is_even"})
+    results = executor.execute([ToolCall("view"), search, ToolCall("run_tests")])
     view, rest = NANO.observe(results)
     assert view["numbered"] and view["content"].startswith("calc/core.py\n<|1|>")
     assert rest == {"role": "tool", "content": "calc/core.py:17:def is_even(n):\nFAILED 3 of 3\nassert 1 == 5"}
@@ -135,7 +135,7 @@ def test_mini_swe_agent_wants_one_block():
 def test_mini_swe_agent_submits_only_if_the_command_succeeds():
     task = tiny.make_task()
     with sandbox(tiny.provider(), "tiny==1", starting_files(task, tiny.PRISTINE)) as box:
-        executor = ToolExecutor(task, MINI_SWE_AGENT.tools, SandboxWorkspace(box))
+        executor = MINI_SWE_AGENT.executor(task, SandboxWorkspace(box))
         for command, submitted in [
             ("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT; false", False),
             ("echo not COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT", False),
@@ -147,7 +147,7 @@ def test_mini_swe_agent_submits_only_if_the_command_succeeds():
 
 def test_swe_agents_editor():
     task = tiny.make_task()
-    executor = ToolExecutor(task, SWE_AGENT.tools, tiny.overlay(task))
+    executor = SWE_AGENT.executor(task, tiny.overlay(task))
 
     def edit(**arguments):
         (result,) = executor.execute([ToolCall("str_replace_editor", {"path": "/testbed/new.py", **arguments})])

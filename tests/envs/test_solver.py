@@ -11,14 +11,13 @@ from qcn_jax.envs import solver
 from qcn_jax.envs.agent import Episode
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import NANO, NANO_SINGLE, nano_format
-from qcn_jax.envs.solver import SpanEdit, Trajectory, solve
-from qcn_jax.envs.tools import ToolExecutor
+from qcn_jax.envs.solver import SpanEdit, Trajectory, solve, solve_with
 from qcn_jax.hub.templates import TEMPLATES
 from tests.envs import tiny
 
 
 def make(task, scaffold=NANO, runner=tiny.run_tests):
-    return ToolExecutor(task, scaffold.tools, tiny.overlay(task, runner))
+    return scaffold.executor(task, tiny.overlay(task, runner))
 
 
 def names(trajectory):
@@ -27,7 +26,7 @@ def names(trajectory):
 
 def test_a_straight_trajectory():
     task = tiny.make_task()
-    trajectory = solve(task, make(task))
+    trajectory = solve_with(tiny.provider(), task)
     assert names(trajectory) == [["view"], ["edit", "run_tests"], ["submit"]]
     assert trajectory.messages[3]["tool_calls"][0]["arguments"] == {"line": "<|5|>", "old": ">", "new": "<"}
     assert trajectory.messages[-2]["content"] == "ok"
@@ -157,6 +156,11 @@ def test_wrong_edits_are_real_parse_and_are_not_the_right_one():
         ast.parse("\n".join(changed))
     near = [solver.wrong_edits(task, executor, gold, seed, 1)[0].line == 5 for seed in range(40)]
     assert 12 < sum(near) < 36
+
+
+def test_while_loops_are_left_alone():
+    lines = ["def f(n):", "    while n > 1:", "        n -= 1", "        if n == 2:", "            break", "    return n + 1"]
+    assert {number for number, _ in solver._mutations(lines)} == {6}
 
 
 @settings(max_examples=50, deadline=None)

@@ -115,4 +115,5 @@ def test_function_spans_are_found_by_name():
 
 
 def test_dedent_keeps_lines_that_are_indented_less():
-    assert spans.dedent(["    def f():", "        return '''", "x'''", ""]) == ["def f():", "    return '''", "x'''", ""]
+    lines = ["    def f():", "        return '''", "x'''", ""]
+    assert spans.dedent(lines) == ["def f():", "    return '''", "x'''", ""]

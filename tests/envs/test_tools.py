@@ -41,7 +41,8 @@ def test_view_shows_the_tasks_function_with_line_tokens():
 
 def test_view_takes_a_symbol_and_a_path():
     executor = make()
-    assert call(executor, "view", symbol="is_even").text == "calc/core.py\n<|1|>def is_even(n):\n<|2|>    return n % 2 == 0"
+    is_even = "calc/core.py\n<|1|>def is_even(n):\n<|2|>    return n % 2 == 0"
+    assert call(executor, "view", symbol="is_even").text == is_even
     assert call(executor, "view", path="README.md").text == "README.md\n<|1|>A calculator.\n<|2|>"
     assert not call(executor, "view", symbol="absent").ok
     assert not call(executor, "view", path="absent.py").ok
@@ -157,9 +158,9 @@ def test_clip_keeps_both_ends(text, limit):
 
 def test_output_is_bounded():
     executor = make(output_limit=200)
-    executor.workspace.write("big.txt", "\n".join("needle" * 20 for _ in range(500)))
+    executor.workspace.write("big.txt", "\n".join("needle" * 99 for _ in range(500)))
     text = call(executor, "search", pattern="needle").text
-    assert len(text) < 300 and text.startswith("big.txt:1:needle") and text.endswith("450 more")
+    assert len(text) < 300 and text.startswith("big.txt:1:needle") and text.endswith("... 495 more")
 
 
 def test_search_finds_lines_and_respects_the_path():

@@ -12,7 +12,7 @@ from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.workspace import OverlayWorkspace, ProviderRunner, starting_files
+from qcn_jax.envs.workspace import OverlayWorkspace, ProviderRunner, open_overlay
 
 GOOD = '''\
 """A calculator."""
@@ -114,4 +114,4 @@ def run_tests(changed, node_ids, timeout, fail_fast) -> TestRun:
 
 def overlay(task: Task, runner=run_tests) -> OverlayWorkspace:
     """The task's starting state in memory."""
-    return OverlayWorkspace(PRISTINE, starting_files(task, PRISTINE), runner)
+    return open_overlay(task, PRISTINE, runner)

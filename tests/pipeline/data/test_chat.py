@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from qcn_jax.envs.scaffolds import MAX_LINE_TOKENS, NANO, QWEN_CODE, SWE_AGENT, line_token, nano_format
 from qcn_jax.envs.solver import solve
-from qcn_jax.envs.tools import ToolExecutor
 from qcn_jax.hub import chat
 from qcn_jax.hub.chat import ToolCall
 from qcn_jax.hub.tokenizer import Tokenizer
@@ -102,7 +101,8 @@ def test_the_mask_selects_what_the_assistant_wrote_with_its_end(encoder):
 
 
 SPELLED = st.lists(
-    st.sampled_from([*NANO_ADDED[:20], "<think>", "\n", " ", "x", "<|", "|>", "<|im_<|im_end|>end|>", "é", "ꙮ", "<|1|>a\n<|2|>"]),
+    st.sampled_from([*NANO_ADDED[:20], "<think>", "\n", " ", "x", "<|", "|>", "<|im_<|im_end|>end|>", "é", "ꙮ",
+                     "<|1|>a\n<|2|>"]),
     max_size=12,
 ).map("".join)
 
@@ -174,7 +174,7 @@ def test_raw_turns_are_kept_byte_for_byte(encoder):
 def test_solver_trajectories_become_rows(nano, template):
     task = tiny.make_task()
     scaffold = NANO if template == "qwen3_coder" else nano_format(template)
-    executor = ToolExecutor(task, scaffold.tools, tiny.overlay(task, tiny.run_tests))
+    executor = scaffold.executor(task, tiny.overlay(task, tiny.run_tests))
     trajectory = solve(task, executor, scaffold, wrong=1)
     document = nano.encode(trajectory.messages)
     packed = pack([document, document], length=1024)
