@@ -1,0 +1,140 @@
+"""Stage `experts`: group-relative policy optimisation from execution rewards, one sub-run per expert.
+
+For every update the policy acts several times on each of a few prompts. An episode's advantage is its reward's
+standard score within its prompt's group (GRPO); the loss is DAPO's: clipped with separate bounds, averaged over
+all sampled tokens alike; prompts that are always or never solved are left out; a turn that broke the tool format
+has its own tokens penalised. The router's balance loss plays no part: a few thousand tokens of one domain should
+not be spread evenly over experts.
+"""
+
+import dataclasses
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qcn_jax import files
+from qcn_jax.config import ModelConfig, RLConfig
+from qcn_jax.errors import UserError
+from qcn_jax.model import Qwen3Next
+from qcn_jax.pipeline import online, rl_losses
+from qcn_jax.pipeline.optimizer import make_optimizer, schedule
+from qcn_jax.pipeline.rewards import informative_groups, summarize, token_advantages
+from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, rollout, sequence_seed
+from qcn_jax.pipeline.train import TrainState
+from qcn_jax.pipeline.update import SumLoss, Updater
+
+PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
+
+
+def policy_loss(model: ModelConfig, config: RLConfig) -> SumLoss:
+    """The loss of packed rows, summed over tokens.
+
+    The returned function takes (params, batch, reference) where batch has, besides tokens, segment_ids,
+    positions and weights, `advantages` and `old_logprobs` [B, T]. `reference` is the parameter tree that
+    `config.kl_coef` holds the policy to; None where that is 0.
+    """
+    network = Qwen3Next(model)
+
+    def logprobs_of(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out = network.apply(
+            {"params": params}, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
+            with_logits=False,
+        )  # fmt: skip
+        statistics = lambda hidden, target: rl_losses.token_statistics(network.head(params, hidden), target)
+        chunk = online.positions_at_a_time(model, batch)
+        return rl_losses.over_positions(statistics, chunk, out.hidden, online.next_tokens(batch))
+
+    def loss(params: Any, batch: dict[str, jax.Array], reference: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logprobs, entropy = logprobs_of(params, batch)
+        weights, old = batch["weights"], batch["old_logprobs"]
+        losses, clipped = rl_losses.clipped_policy_loss(
+            logprobs, old, batch["advantages"], config.clip_low, config.clip_high
+        )
+        sums = {
+            "entropy": jnp.sum(weights * entropy),
+            "clipped": jnp.sum(weights * clipped),
+            # Of the policy that acted from the one being moved; not zero before the first step where decoding and
+            # training round differently.
+            "kl_old": jnp.sum(weights * rl_losses.kl_estimate(old, logprobs)),
+        }
+        if config.kl_coef:
+            held = rl_losses.kl_estimate(logprobs, jax.lax.stop_gradient(logprobs_of(reference, batch)[0]))
+            losses = losses + config.kl_coef * held
+            sums["kl_reference"] = jnp.sum(weights * held)
+        return jnp.sum(weights * losses), sums
+
+    return loss
+
+
+@dataclasses.dataclass
+class Learner:
+    """Updates of one expert.
+
+    Attributes:
+      config: the stage's configuration.
+      seed: of this expert; everything random follows from it and the update's number.
+      engine: generates; holds the newest parameters during rollouts.
+      updater: of `policy_loss`.
+      prompts: what to train on.
+      converse: prompt -> a fresh conversation.
+      reference: parameters for the KL term, or None.
+    """
+
+    config: RLConfig
+    seed: int
+    engine: Any
+    updater: Updater
+    prompts: Sequence[Any]
+    converse: Callable[[Any], Conversation]
+    reference: Any = None
+    on_records: Callable[[int, Sequence[Any], list[RolloutRecord]], None] = lambda update, prompts, records: None
+
+    def act(self, params: Any, update: int, prompts: Sequence[Any], samples: int) -> list[RolloutRecord]:
+        """`samples` episodes on each of `prompts`."""
+        self.engine.params = params
+        groups = [[self.converse(prompt) for _ in range(samples)] for prompt in prompts]
+        seeds = [[sequence_seed(self.seed, update, g, i) for i in range(samples)] for g in range(len(prompts))]
+        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout))
+
+    def step(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """One update: act, judge, learn. Without an informative group the state stays as it is."""
+        clock = online.Clock()
+        chosen = online.choose(self.prompts, self.config.prompts, update, self.seed)
+        records = self.act(state.params, update, chosen, self.config.group_size)
+        clock.lap("rollout")
+        self.on_records(update, chosen, records)
+        groups = list(informative_groups(records).values())
+        metrics: dict[str, float] = {}
+        parts = [groups[i :: self.config.minibatches] for i in range(self.config.minibatches)]
+        parts = [part for part in parts if part]
+        for part in parts:
+            state, values = self.updater(state, self.rows(part), self.reference)
+            for name, value in values.items():
+                metrics[name] = metrics.get(name, 0.0) + value / len(parts)
+        clock.lap("update")
+        shares = {"groups": len(groups), "informative": len(groups) / len(chosen)}
+        return state, summarize(records) | shares | metrics | clock.parts
+
+    def rows(self, groups: Sequence[Sequence[RolloutRecord]]) -> dict[str, np.ndarray]:
+        """Packed rows of the episodes of some groups, with advantages and old log-probabilities."""
+        documents = []
+        for group in groups:
+            rewards = [record.outcome.reward for record in group]
+            advantages = rl_losses.group_advantages(rewards, [0] * len(group), [True] * len(group))
+            for record, advantage in zip(group, advantages, strict=True):
+                documents.append(online.document(
+                    record, advantages=token_advantages(record, float(advantage), self.config),
+                    old_logprobs=record.logprobs,
+                ))  # fmt: skip
+        return online.pack_rows(documents, self.config.sequence_length, self.config.rows)
+
+    def useful(self, params: Any, samples: int) -> list[int]:
+        """Indices of the prompts that the given policy solves sometimes, but not always, in `samples` tries."""
+        records = self.act(params, PROBE, self.prompts, samples)
+        return sorted(informative_groups(records))
