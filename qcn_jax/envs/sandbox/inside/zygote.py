@@ -97,11 +97,14 @@ def sweep(uid, group):
 
 
 def _kill_uid(uid):
+    if uid == 0:
+        return  # kill(-1) as root would reach every process of the machine
     pid = os.fork()
     if pid == 0:
         try:
             os.setresuid(uid, uid, uid)
-            os.kill(-1, signal.SIGKILL)
+            if os.getresuid() == (uid, uid, uid):
+                os.kill(-1, signal.SIGKILL)
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
