@@ -1,0 +1,1 @@
+"""The script that synthesis runs inside a sandbox; plain standard library, sent there as text."""

@@ -1,0 +1,252 @@
+"""Runs inside a sandbox: which functions each test calls, and what the calls of one test gave.
+
+Sent as text to Sandbox.run_python, which provides `ROOT` (the repository's folder) and `run_pytest`. All calls
+are seen through sys.settrace; nothing of the repository is changed.
+"""
+
+import dis
+import os
+import re
+import reprlib
+import sys
+import threading
+import time
+
+import pytest
+
+ROOT: str
+run_pytest = globals().get("run_pytest")  # given by the sandbox
+
+MAX_CALLS = 1000  # recorded calls of one test
+MAX_SECONDS = 1.0  # of recording one test; later calls are not recorded
+PLAIN = (int, float, complex, bool, str, bytes, type(None), type, range, type(len), type(lambda: 0))
+LEAVING = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "SEND") if name in dis.opmap}
+IS_FUNCTION, IS_GENERATOR = 0x1, 0x20 | 0x80 | 0x200  # CO_OPTIMIZED; generator, coroutine, asynchronous generator
+ADDRESS = re.compile(r"0x[0-9a-fA-F]{4,}")
+SCRATCH = re.compile(r"pytest-of-\w+/pytest-\d+")
+
+
+def main(args):
+    """`calls`: traces the whole suite; `check`: runs some tests and records what the calls of one of them gave."""
+    return {"calls": trace_suite, "check": check}[args["mode"]](args)
+
+
+def qualified(code):
+    """Dotted name of a code object's function: without <locals>, and of the function around a comprehension."""
+    parts = [part for part in code.co_qualname.split(".") if part != "<locals>"]
+    while parts and parts[-1].startswith("<"):
+        parts.pop()
+    return ".".join(parts)
+
+
+class Tracing:
+    """Installs a trace function for the time of each test."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def trace(self, frame, event, arg):
+        raise NotImplementedError
+
+    def begin(self, node_id):
+        raise NotImplementedError
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.begin(item.nodeid)
+        started = time.perf_counter()
+        threading.settrace(self.trace)
+        sys.settrace(self.trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+            self.seconds[item.nodeid] = round(time.perf_counter() - started, 4)
+
+
+class Suite(Tracing):
+    """Which of the repository's functions each test calls."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.called, self.deadline = {}, time.monotonic() + seconds
+        self.codes = set()
+
+    def begin(self, node_id):
+        self.codes = self.called[node_id] = set()
+
+    def trace(self, frame, event, arg):
+        self.codes.add(frame.f_code)
+
+    @pytest.hookimpl
+    def pytest_runtest_logfinish(self, nodeid):
+        if time.monotonic() > self.deadline:
+            self.session.shouldstop = "time for tracing is over"
+
+    @pytest.hookimpl
+    def pytest_sessionstart(self, session):
+        self.session = session
+
+
+def trace_suite(args):
+    """Outcomes of all tests, and by test the indices of the functions that it called."""
+    suite = Suite(args["seconds"])
+    _, outcomes, messages = run_pytest(None, plugins=[suite])
+    prefix, index, functions, calls = os.path.join(ROOT, ""), {}, [], {}
+    for node_id, codes in suite.called.items():
+        found = set()
+        for code in codes:
+            name = qualified(code)
+            if code.co_filename.startswith(prefix) and name and code.co_flags & IS_FUNCTION:
+                key = (code.co_filename[len(prefix):], name)
+                if key not in index:
+                    index[key] = len(functions)
+                    functions.append(key)
+                found.add(index[key])
+        calls[node_id] = sorted(found)
+    return {"outcomes": outcomes, "messages": messages, "functions": functions, "calls": calls,
+            "seconds": suite.seconds, "complete": len(outcomes) == len(calls)}
+
+
+class Brief(reprlib.Repr):
+    """Bounded, repeatable representations: no addresses, no paths of this workspace, sets sorted."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 4, 160, 200, 60
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 12
+        home = os.path.dirname(ROOT)
+        self.places = [os.path.join(ROOT, ""), os.path.join(home, "")]
+
+    def text(self, value):
+        """The representation, whatever the value's own __repr__ does."""
+        try:
+            text = self.repr(value)
+        except Exception as error:
+            text = f"<{type(value).__name__}: {type(error).__name__} in its __repr__>"
+        return self.scrub(text)
+
+    def scrub(self, text):
+        """Takes addresses and folders of this workspace out of a text."""
+        for place in self.places:
+            text = text.replace(place, "")
+        return SCRATCH.sub("pytest", ADDRESS.sub("0x", text))
+
+    def repr_instance(self, value, level):
+        kind = type(value)
+        if isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+            return value.__qualname__.replace("<locals>.", "")
+        if kind.__repr__ is object.__repr__:
+            fields = getattr(value, "__dict__", {})
+            if level <= 0 or not fields:
+                return f"{kind.__name__}({'...' if fields else ''})"
+            shown = [f"{name}={self.repr1(item, level - 1)}" for name, item in list(fields.items())[:8]]
+            return f"{kind.__name__}({', '.join(shown)})"
+        return super().repr_instance(value, level)
+
+
+class Recorder(Tracing):
+    """What each call of a repository function got and gave, in the order in which the calls ended."""
+
+    def __init__(self, sources):
+        super().__init__()
+        self.paths = {os.path.join(ROOT, path): path for path in sources}
+        self.brief, self.calls, self.open, self.busy, self.deadline = Brief(), [], {}, False, 0.0
+        self.changeable = {}  # frame: [(name, value)] of the arguments that the call may change
+
+    def begin(self, node_id):
+        self.calls, self.open, self.changeable, self.deadline = [], {}, {}, time.monotonic() + MAX_SECONDS
+
+    def trace(self, frame, event, arg):
+        code = frame.f_code
+        if self.busy or event != "call" or code.co_filename not in self.paths:
+            return None
+        known = self.open.get(frame)
+        if known is None:
+            full = len(self.calls) + len(self.open) >= MAX_CALLS or time.monotonic() > self.deadline
+            if full or code.co_name.startswith("<") or not code.co_flags & IS_FUNCTION:
+                return None
+            self.open[frame] = self.describe(frame)
+        frame.f_trace_lines = False
+        return self.local
+
+    def texts(self, items):
+        """[(name, representation)]; the representations' own calls are not recorded."""
+        self.busy = True
+        try:
+            return [(name, self.brief.text(value)) for name, value in items]
+        finally:
+            self.busy = False
+
+    def describe(self, frame):
+        code = frame.f_code
+        count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
+        values = frame.f_locals
+        items = [(name, values[name]) for name in code.co_varnames[:count] if name in values]
+        self.changeable[frame] = [item for item in items if not isinstance(item[1], PLAIN)]
+        return {"path": self.paths[code.co_filename], "name": qualified(code), "args": self.texts(items),
+                "result": [], "raised": "", "after": []}
+
+    def local(self, frame, event, arg):
+        call = self.open.get(frame)
+        if call is None or self.busy:
+            return self.local
+        self.busy = True
+        try:
+            if event == "exception":
+                kind, value = arg[0], arg[1]
+                text = "" if value is None else str(value) if not isinstance(value, KeyError) else repr(value)[9:-1]
+                call["raised"] = self.brief.scrub(f"{kind.__name__}: {text.strip()}" if text else kind.__name__)[:240]
+        except Exception:
+            call["raised"] = arg[0].__name__
+        finally:
+            self.busy = False
+        if event == "return":
+            self.returned(frame, call, arg)
+        return self.local
+
+    def returned(self, frame, call, value):
+        code = frame.f_code
+        orderly = code.co_code[frame.f_lasti] in LEAVING if frame.f_lasti >= 0 else False
+        yielding = bool(code.co_flags & IS_GENERATOR)
+        last = not yielding or not orderly or code.co_code[frame.f_lasti] not in (
+            dis.opmap.get("YIELD_VALUE"), dis.opmap.get("SEND"))
+        if orderly:
+            call["raised"] = ""
+            if (not yielding or not last) and len(call["result"]) < 20:
+                call["result"].append(self.texts([("", value)])[0][1])
+        if last:
+            before = dict(call["args"])
+            after = self.texts(self.changeable.pop(frame))
+            call["after"] = [(name, text) for name, text in after if before.get(name) != text]
+            self.close(frame, call)
+
+    def close(self, frame, call):
+        call["yields"] = bool(frame.f_code.co_flags & IS_GENERATOR)
+        self.calls.append(call)
+        del self.open[frame]
+
+    def finish(self):
+        """All calls, those of generators that were never exhausted last."""
+        for frame, call in list(self.open.items()):
+            self.close(frame, call)
+        return self.calls
+
+
+def check(args):
+    """Runs `tests`; then, where `observe` names candidates, records the calls of the first that failed (or of
+    `observe[0]` where `always`)."""
+    started = time.perf_counter()
+    status, outcomes, messages = run_pytest(args["tests"])
+    result = {"status": status, "outcomes": outcomes, "messages": messages, "test": None, "calls": [],
+              "seconds": round(time.perf_counter() - started, 4)}
+    failed = [name for name in args["observe"] if args["always"] or outcomes.get(name) in ("failed", "error")]
+    failing = sum(outcomes.get(name) in ("failed", "error") for name in args["tests"])
+    if not failed or failing > args["too_many"]:
+        return result
+    recorder = Recorder(args["sources"])
+    _, again, _ = run_pytest([failed[0]], plugins=[recorder])
+    brief = recorder.brief
+    return {**result, "test": failed[0], "again": again.get(failed[0], "missing"), "calls": recorder.finish(),
+            "messages": {name: brief.scrub(text) for name, text in messages.items()}}

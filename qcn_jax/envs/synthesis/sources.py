@@ -1,0 +1,102 @@
+"""Repositories to make tasks from: source distributions from PyPI, local archives, local folders.
+
+Downloads go through pip (the user's index settings apply), are kept in a cache and checked by SHA-256.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.errors import UserError
+
+_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)")
+_ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
+_DOWNLOAD_SECONDS = 300.0
+
+
+def default_cache() -> pathlib.Path:
+    """Where downloads are kept: $XDG_CACHE_HOME/qcn_jax/sources or ~/.cache/qcn_jax/sources."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "qcn_jax" / "sources"
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def locate(source: str, known: Mapping[str, str], cache: pathlib.Path | None = None) -> RepositorySpec:
+    """Finds a repository: a requirement `name==version`, a path to an sdist, or a folder.
+
+    Args:
+      source: what the user named.
+      known: SHA-256 by requirement; a requirement that is not in it is trusted on first download.
+      cache: folder of downloads.
+
+    Raises:
+      UserError: neither a requirement nor an existing path, no network, or a wrong hash; names `source`.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir() or (path.is_file() and source.endswith(_ARCHIVES)):
+        name = path.resolve().name
+        for suffix in _ARCHIVES:
+            name = name.removesuffix(suffix)
+        pinned = re.fullmatch(r"(.+)-(\d[^-]*)", name)
+        digest = "" if path.is_dir() else sha256(path)
+        return RepositorySpec(f"{pinned[1]}=={pinned[2]}" if pinned else name, str(path.resolve()), digest)
+    if not _REQUIREMENT.fullmatch(source):
+        raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version")
+    archive = download(source, known.get(source), cache or default_cache())
+    return RepositorySpec(source, str(archive), sha256(archive))
+
+
+def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pathlib.Path:
+    """Returns the cached sdist of `name==version`; downloads it with pip where it is missing or damaged.
+
+    Raises:
+      UserError: no network, no such release, or a hash other than `expected`; names the requirement.
+    """
+    folder = cache / requirement.replace("==", "-")
+    for archive in _archives(folder):
+        if expected is None or sha256(archive) == expected:
+            return archive
+        archive.unlink()  # damaged by a full disk or an older crash; fetched again below
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as temporary:
+            archive = _pip_download(requirement, pathlib.Path(temporary))
+            found = sha256(archive)
+            if expected is not None and found != expected:
+                raise UserError(f"{requirement}: the downloaded {archive.name} has SHA-256 {found}, expected {expected}")
+            return pathlib.Path(shutil.move(archive, folder / archive.name))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _archives(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.glob("*") if path.name.endswith(_ARCHIVES))
+
+
+def _pip_download(requirement: str, folder: pathlib.Path) -> pathlib.Path:
+    name = requirement.split("==")[0]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
+               "--retries", "2", "--no-binary", name, "--dest", str(folder), requirement]  # fmt: skip
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{requirement}: download took longer than {_DOWNLOAD_SECONDS:.0f} s; check the network") from None
+    archives = _archives(folder)
+    if result.returncode == 0 and archives:
+        return archives[0]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+    reason = lines[-1].removeprefix("ERROR:").strip() if lines else f"pip exited with status {result.returncode}"
+    unreachable = "from versions: none" in result.stderr or "Connection" in result.stderr or "resolve" in result.stderr
+    hint = " (no network or no package index reachable)" if unreachable else ""
+    raise UserError(f"{requirement}: cannot be downloaded: {reason}{hint}")

@@ -1,0 +1,134 @@
+"""Problem statements from behaviour: what was called, what came, what was expected; never from the diff.
+
+The calls of one failing test are recorded in the defective and in the mended state (inside/observe.py). The
+first call to end that was given equal arguments and gave something else is what the statement tells; because
+inner calls end before outer ones, it is the innermost function seen misbehaving.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qcn_jax.envs import patches
+
+SHORT = 220  # characters: at most about 80 tokens of a small BPE
+FULL = 2000
+_ELLIPSIS = "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """A call that misbehaved, as texts.
+
+    `came` and `expected` are outcomes such as "returned 3", "raised KeyError: 'a'" or "left x as [1]".
+    """
+
+    path: str
+    function: str
+    arguments: tuple[tuple[str, str], ...]
+    came: tuple[str, str]  # (verb, text)
+    expected: tuple[str, str]
+
+
+def find(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]) -> Observation | None:
+    """The first call in `buggy` whose n-th counterpart in `fixed` (same function and arguments) ended otherwise."""
+    known: dict[tuple, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for call in fixed:
+        known[_key(call)].append(call)
+    seen: collections.Counter[tuple] = collections.Counter()
+    for call in buggy:
+        key = _key(call)
+        counterparts = known.get(key, ())
+        if seen[key] < len(counterparts):
+            difference = _difference(call, counterparts[seen[key]])
+            if difference is not None:
+                arguments = tuple((name, text) for name, text in call["args"])
+                return Observation(call["path"], call["name"], arguments, *difference)
+        seen[key] += 1
+    return None
+
+
+def _key(call: Mapping[str, Any]) -> tuple:
+    return call["path"], call["name"], tuple(map(tuple, call["args"]))
+
+
+def _difference(came: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[tuple[str, str], tuple[str, str]] | None:
+    """How two ends of the same call differ, as (verb, text) each; None where they do not."""
+    if came["raised"] != wanted["raised"] or came["result"] != wanted["result"]:
+        return _outcome(came), _outcome(wanted)
+    before, after = dict(map(tuple, came["after"])), dict(map(tuple, wanted["after"]))
+    for name in [*before, *(name for name in after if name not in before)]:
+        start = dict(map(tuple, came["args"]))[name]
+        if before.get(name, start) != after.get(name, start):
+            return (f"left {name} as", before.get(name, start)), ("", after.get(name, start))
+    return None
+
+
+def _outcome(call: Mapping[str, Any]) -> tuple[str, str]:
+    if call["raised"]:
+        return "raised", call["raised"]
+    if call.get("yields"):
+        return "yielded", ", ".join(call["result"]) or "nothing"
+    return "returned", call["result"][0] if call["result"] else "nothing"
+
+
+def write(observation: Observation, failing: Sequence[str], message: str = "", limit: int = SHORT) -> str:
+    """The statement in at most `limit` characters: the call, what came, what was expected, failing tests.
+
+    Long values are cut so that the first difference stays in sight. `message` (the test's own words) and more
+    test names are added where `limit` leaves room for them.
+    """
+    place = f" in {observation.path}"
+    test = failing[0].split("::")[-1] if failing else ""
+    tail = f" Failing test: {test}." if test else ""
+    room = limit - len(observation.function) - len(place) - len(tail) - len("`()`  ;  expected .") - 16
+    if room < 60:
+        tail, room = "", room + len(tail)
+    share = max(room // 3, 12)
+    arguments = [f"{name}={text}" if name not in ("self", "cls") else "" for name, text in observation.arguments]
+    arguments = [text.split("=", 1)[1] if limit <= SHORT else text for text in arguments if text]
+    call = _cut(", ".join(arguments), share)
+    came, expected = _contrast(observation.came[1], observation.expected[1], max((room - len(call)) // 2, share))
+    verb, wanted = observation.came[0], observation.expected[0]
+    expectation = f"expected it to {_present(wanted)} {expected}" if wanted and wanted != verb else f"expected {expected}"
+    text = f"`{observation.function}({call})`{place} {verb} {came}; {expectation}.{tail}"
+    if limit > SHORT:
+        names = "".join(f"\n- {name}" for name in failing[:8])
+        details = f"\n\nThese tests fail:{names}" + (f"\n\nThe first one says: {message}" if message else "")
+        text += details[: max(limit - len(text), 0)]
+    return text[:limit]
+
+
+def _present(verb: str) -> str:
+    return {"raised": "raise", "returned": "return", "yielded": "yield"}.get(verb, verb)
+
+
+def _cut(text: str, limit: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - len(_ELLIPSIS)] + _ELLIPSIS
+
+
+def _contrast(first: str, second: str, limit: int) -> tuple[str, str]:
+    """Both texts in at most `limit` characters each; a long equal beginning gives way to the first difference."""
+    first, second = " ".join(first.split()), " ".join(second.split())
+    if max(len(first), len(second)) <= limit:
+        return first, second
+    same = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    skip = max(same - limit // 3, 0)
+    if skip:
+        first, second = _ELLIPSIS + first[skip:], _ELLIPSIS + second[skip:]
+    return _cut(first, limit), _cut(second, limit)
+
+
+def contains_fix(text: str, patch: str) -> bool:
+    """Whether a statement quotes a line that the gold patch adds or removes (of eight characters and more)."""
+    plain = re.sub(r"\s+", "", text)
+    for file in patches.parse(patch):
+        for hunk in file.hunks:
+            for sign, line in hunk.lines:
+                line = re.sub(r"\s+", "", line)
+                if sign in "+-" and len(line) >= 8 and line in plain:
+                    return True
+    return False

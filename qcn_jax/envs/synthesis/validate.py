@@ -1,0 +1,252 @@
+"""Candidates to verified tasks, by execution: tests that passed now fail, and the reverse patch mends them.
+
+`survey` runs a repository's suite once and learns which functions each test calls; `check` then runs, for one
+candidate, only tests that call the function it changes. Everything of the repository runs in sandboxes.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import importlib.resources
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.synthesis import inject, statement
+from qcn_jax.envs.tasks import Task
+from qcn_jax.errors import UserError
+
+MAX_TESTS = 40  # run for one candidate
+MAX_TEST_SECONDS = 1.0  # slower tests are not used
+MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
+_SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What one traced run of a repository's suite showed; JSON-ready through `dataclasses.asdict`.
+
+    `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests in suite order).
+    """
+
+    repository: str
+    tests: tuple[str, ...]
+    seconds: tuple[float, ...]
+    callers: dict[str, tuple[int, ...]]
+    breadth: tuple[int, ...]  # number of repository functions that each test calls
+    failing: int  # tests left out because they failed before any defect
+    unstable: int  # tests left out because two runs disagreed
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Survey":
+        """Reads what `dataclasses.asdict` gave."""
+        callers = {name: tuple(found) for name, found in row["callers"].items()}
+        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth")}
+        return cls(**{**row, **lists, "callers": callers})
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One defect of one repository, with the tests that decide about it."""
+
+    repository: str
+    archive_sha256: str
+    kind: str
+    path: str
+    function: str
+    before: str = dataclasses.field(repr=False)
+    after: str = dataclasses.field(repr=False)
+    tests: tuple[str, ...] = dataclasses.field(repr=False)
+    observe: tuple[str, ...] = dataclasses.field(repr=False)  # tests in order of preference for the statement
+    sources: tuple[str, ...] = dataclasses.field(repr=False)
+    callers: int = 0  # tests that call the function, of which `tests` is a sample
+    suite: int = 0
+    seconds: float = 0.0  # of `tests` on the pristine state
+    strategy: str = "inject"
+
+    @property
+    def key(self) -> str:
+        """Names the candidate by repository and content."""
+        text = "\0".join((self.repository, self.path, self.kind, self.function, self.after))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> Survey:
+    """Prepares a repository and learns which tests call which functions.
+
+    Tests that fail or disagree between the preparing and the traced run are left out.
+
+    Raises:
+      UserError: the repository's tests cannot run at all or none of them passes; names the repository.
+    """
+    baseline = provider.prepare(spec).baseline
+    with provider.create(spec.name) as sandbox:
+        run = sandbox.run_python(_SCRIPT.read_text(), {"mode": "calls", "seconds": seconds}, timeout=3 * seconds)
+    if run.status != "ok":
+        raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
+    value = run.value
+    ids = list(value["calls"])
+    passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
+    stable = [name for name in passing if baseline.outcomes.get(name) in PASSING]
+    failing = sum(outcome in ("failed", "error") for outcome in value["outcomes"].values())
+    if not passing:
+        reason = next(iter(value["messages"].values()), "no tests were found")
+        raise UserError(f"{spec.name}: none of its tests passes before any defect ({failing} fail): {reason}")
+    kept = [name for name in stable if value["seconds"].get(name, 0.0) <= MAX_TEST_SECONDS]
+    callers: dict[str, list[int]] = collections.defaultdict(list)
+    for number, name in enumerate(kept):
+        for index in value["calls"][name]:
+            path, function = value["functions"][index]
+            if not inject.is_test_path(path):
+                callers[f"{path}::{function}"].append(number)
+    return Survey(
+        spec.name,
+        tuple(kept),
+        tuple(value["seconds"].get(name, 0.0) for name in kept),
+        {name: tuple(found) for name, found in sorted(callers.items())},
+        tuple(len(value["calls"][name]) for name in kept),
+        failing,
+        len(passing) - len(stable),
+    )
+
+
+def make_candidate(
+    injection: inject.Injection, spec: RepositorySpec, known: Survey, rng: random.Random
+) -> Candidate | None:
+    """Chooses the tests for an injected defect: a sample of those that call the function; None if none does."""
+    callers = known.callers.get(f"{injection.path}::{injection.qualname}", ())
+    if not callers:
+        return None
+    chosen = sorted(callers if len(callers) <= MAX_TESTS else rng.sample(callers, MAX_TESTS))
+    simple = sorted(chosen, key=lambda number: (known.breadth[number], number))
+    return Candidate(
+        known.repository,
+        spec.sha256,
+        injection.kind,
+        injection.path,
+        injection.qualname,
+        injection.before_source,
+        injection.after_source,
+        tuple(known.tests[number] for number in chosen),
+        tuple(known.tests[number] for number in simple),
+        tuple(sorted({name.split("::")[0] for name in known.callers})),
+        len(callers),
+        len(known.tests),
+        sum(known.seconds[number] for number in chosen),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a candidate: `outcome` is kept or a reason; `task` is there when kept."""
+
+    key: str
+    repository: str
+    kind: str
+    outcome: str
+    seconds: float
+    task: Task | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready row."""
+        return {**dataclasses.asdict(self), "task": self.task and self.task.to_json()}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Verdict":
+        """Reads what `to_json` gave."""
+        return cls(**{**row, "task": row["task"] and Task.from_json(row["task"], "journal")})
+
+
+def check(
+    provider: Provider, candidate: Candidate, timeout: float = 10.0, reruns: int = 1, limit: int = statement.SHORT
+) -> Verdict:
+    """Executes a candidate: defective state, `reruns` more times, then mended by the reverse patch.
+
+    Args:
+      timeout: seconds for one run of the candidate's tests.
+      reruns: further runs of the defective state, whose outcomes must agree with the first.
+      limit: characters of the statement.
+    """
+    spent: list[float] = []
+
+    def verdict(outcome: str, task: Task | None = None) -> Verdict:
+        return Verdict(candidate.key, candidate.repository, candidate.kind, outcome, round(sum(spent), 4), task)
+
+    timeout = min(timeout, 1.5 + 8 * candidate.seconds)
+    with provider.create(candidate.repository, {candidate.path: candidate.after}) as sandbox:
+        status, first = _run(sandbox, candidate, candidate.observe, timeout, spent)
+        if status != "ok":
+            return verdict(status)
+        failing = [name for name in candidate.tests if first["outcomes"].get(name) not in PASSING]
+        passing = [name for name in candidate.tests if name not in set(failing)]
+        if not failing:
+            return verdict("survived")
+        if len(failing) / len(candidate.tests) * candidate.callers > MAX_SHARE * candidate.suite:
+            return verdict("broken")
+        if first["test"] is None or any(name not in first["outcomes"] for name in candidate.tests):
+            return verdict("broken")
+        for _ in range(reruns):
+            status, again = _run(sandbox, candidate, (), timeout, spent)
+            if status != "ok" or any(
+                (again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests
+            ):
+                return verdict("flaky")
+        gold = patches.make_diff({candidate.path: candidate.after}, {candidate.path: candidate.before})
+        mended = patches.apply_diff({candidate.path: candidate.after}, gold)[candidate.path]
+        sandbox.write(candidate.path, mended)
+        status, fixed = _run(sandbox, candidate, (first["test"],), timeout, spent, always=True)
+    if status != "ok" or any(fixed["outcomes"].get(name) not in PASSING for name in candidate.tests):
+        return verdict("not_mended")
+    if first["again"] in PASSING or fixed["again"] not in PASSING:
+        return verdict("flaky")
+    observation = statement.find(first["calls"], fixed["calls"])
+    if observation is None:
+        return verdict("unobserved")
+    ordered = [first["test"], *(name for name in failing if name != first["test"])]
+    text = statement.write(observation, ordered, first["messages"].get(first["test"], ""), limit)
+    if statement.contains_fix(text, gold):
+        return verdict("statement_tells_fix")
+    return verdict("kept", _task(candidate, gold, failing, passing, observation, text))
+
+
+def _run(
+    sandbox: Sandbox, candidate: Candidate, observe: Sequence[str], timeout: float, spent: list[float],
+    always: bool = False,
+) -> tuple[str, Any]:
+    """One run of the candidate's tests: (ok, timeout, crashed or out_of_memory; what observe.py returned)."""
+    too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
+    arguments = {"mode": "check", "tests": candidate.tests, "observe": observe, "always": always,
+                 "sources": candidate.sources, "too_many": too_many}
+    run = sandbox.run_python(_SCRIPT.read_text(), arguments, timeout)
+    spent.append(run.seconds)
+    status = {"ok": "ok", "timeout": "timeout", "out_of_memory": "out_of_memory"}.get(run.status, "crashed")
+    return status, run.value
+
+
+def _task(
+    candidate: Candidate, gold: str, failing: Sequence[str], passing: Sequence[str],
+    observation: statement.Observation, text: str,
+) -> Task:
+    name, _, version = candidate.repository.partition("==")
+    bug = patches.make_diff({candidate.path: candidate.before}, {candidate.path: candidate.after})
+    state = hashlib.sha256(f"{candidate.archive_sha256}\0{bug}".encode()).hexdigest()[:40]
+    return Task(
+        instance_id=f"pypi__{name}.{candidate.archive_sha256[:8]}.{candidate.kind}__{candidate.key[:8]}",
+        repo=candidate.repository,
+        base_commit=state,
+        patch=gold,
+        test_patch="",
+        problem_statement=text,
+        FAIL_TO_PASS=tuple(failing),
+        PASS_TO_PASS=tuple(passing),
+        version=version,
+        environment_setup_commit=state,
+        strategy=candidate.strategy,
+        kind=candidate.kind,
+        bug_patch=bug,
+        path=observation.path,
+        function=observation.function,
+    )
