@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 
-import chain
 import pytest
+
+from tests.pipeline import chain
 
 pytestmark = pytest.mark.slow
 
