@@ -25,6 +25,7 @@ from qcn_jax.envs.sandbox import channel
 from qcn_jax.envs.sandbox.base import Limits, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
+from qcn_jax.errors import UserError
 
 INSIDE = pathlib.Path(__file__).parent / "inside"
 DISTRIBUTIONS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")  # pytest and what it needs, all pure Python
@@ -37,7 +38,11 @@ class LocalProvider(Provider):
     kind = "local"
 
     def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", walls: str = "auto"):
-        """`walls` is auto, namespaces or none; auto takes namespaces where they work."""
+        """`walls` is auto, namespaces or none; auto takes namespaces where they work.
+
+        Raises:
+          UserError: tested code could only be run as root.
+        """
         super().__init__(state_dir, limits, isolation)
         self.runtime = build_runtime(self.state_dir)
         self.walls, self.reason = walls, ""
@@ -48,6 +53,9 @@ class LocalProvider(Provider):
                 self.walls = "namespaces"
             except SandboxError as error:
                 self.walls, self.reason = "none", str(error).removeprefix("the sandbox's server ended: ")
+        if self.walls == "none" and os.geteuid() == 0 and not self._separate():
+            raise UserError("--config.sandbox=local: as root this needs namespaces (CAP_SYS_ADMIN), or an interpreter "
+                            "and a folder for state that other users can read: nothing is ever run as root")
 
     def describe(self) -> str:
         if self.walls == "namespaces":
@@ -81,7 +89,7 @@ class LocalProvider(Provider):
     def _options(self, work: str, separate: bool) -> dict[str, Any]:
         limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.walls != "none")
         mebibyte = 1 << 20
-        return {"work": work, "separate_users": separate and os.geteuid() == 0,
+        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.walls != "none",
                 "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
                            # Without ids of our own the limit would count all of the user's processes.
                            "processes": limits.processes if own_users else None,

@@ -53,6 +53,10 @@ class Server:
     def __init__(self, options):
         self.limits, self.work = options["limits"], options["work"]
         self.separate = options["separate_users"] and os.geteuid() == 0
+        # Whether this process is the first of a process namespace: `kill -1` by root must never reach the machine.
+        self.contained = options["contained"] and os.getpid() == 1
+        if os.geteuid() == 0 and not self.separate and not self.contained:
+            raise SystemExit("refusing to run tests as root without users of their own or a process namespace")
         # Far above any real user's id and different for each server, because limits on processes count per id.
         self.uid_base = 1_900_000_000 + 4096 * random.SystemRandom().randrange(2**15)
         self.trees, self.workspaces, self.free, self.made = {}, {}, [], 0
@@ -105,7 +109,7 @@ class Server:
         output_read, output_write = os.pipe()
         result_read, result_write = os.pipe()
         key = secrets.token_hex(8)
-        job = {**job, "key": key, "uid": workspace.uid, "root": workspace.root, "env": self.environment(workspace, job),
+        job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained, "root": workspace.root, "env": self.environment(workspace, job),
                "sys_path": self.python_path(workspace),
                "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
         self.to_zygote(job, (output_write, result_write))

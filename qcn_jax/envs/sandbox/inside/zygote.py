@@ -151,7 +151,9 @@ def confine(job):
         os.setgroups([])
         os.setresgid(job["uid"], job["uid"], job["uid"])
         os.setresuid(job["uid"], job["uid"], job["uid"])
-    elif LINUX and os.geteuid() == 0:
+    elif os.geteuid() == 0:
+        if not job["contained"]:
+            raise PermissionError("refusing to run anything as root outside a namespace")
         drop_capabilities()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)  # siblings of the same user may not trace it or open its descriptors
