@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import io
 import random
+import re
 import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,11 +22,11 @@ from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import NANO, Message, Scaffold
 from qcn_jax.envs.spans import minimal_edit
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.tools import ToolError, ToolExecutor
+from qcn_jax.envs.tools import ToolError, ToolExecutor, hunk_line
 from qcn_jax.envs.workspace import ProviderRunner, WorkspaceError, open_overlay
 from qcn_jax.hub.chat import ToolCall
 
-__all__ = ["SpanEdit", "Trajectory", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits"]
+__all__ = ["SpanEdit", "Trajectory", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits"]
 
 MAX_EDITS = 3  # spans of one fix; larger ones are not what the compact edit tool is for
 GOLD_LINE = 0.5  # share of wrong edits that are made on a line which the right edit changes
@@ -102,15 +103,17 @@ def solve(
     Raises:
       SandboxError: the sandbox failed.
     """
-    edits = gold_edits(task, executor)
-    if edits is None:
+    views = find_views(task, executor)
+    edits = None if views is None else gold_edits(task, executor)
+    if views is None or edits is None or (scaffold.single_turn and len(views) > 1):
         return None
     refuted = wrong_edits(task, executor, edits, seed, 0 if scaffold.single_turn else wrong)
-    episode = Episode(task, scaffold, executor, max_turns=4 + len(refuted))
+    episode = Episode(task, scaffold, executor, max_turns=len(views) + len(refuted) + 3)
     if scaffold.single_turn:
         _act(episode, [edit.call() for edit in edits])
     else:
-        _act(episode, [ToolCall("view")])
+        for view in views:
+            _act(episode, [view])
         undo: list[ToolCall] = []
         for attempt in [*([edit] for edit in refuted), edits]:
             _act(episode, [*undo, *(edit.call() for edit in attempt), ToolCall("run_tests")])
@@ -163,16 +166,37 @@ def _with_calls(episode: Episode) -> list[Message]:
     return messages
 
 
-def gold_edits(task: Task, executor: ToolExecutor) -> list[SpanEdit] | None:
-    """The gold patch as span edits of the task's function; None where it is none or needs more than MAX_EDITS."""
+def find_views(task: Task, executor: ToolExecutor) -> list[ToolCall] | None:
+    """The calls after which the function that the gold patch changes is on view, and puts it there.
+
+    The statement names the function that was seen misbehaving. Where the defect lies in another one of the same
+    file, an agent can only go there if it reads its name in what it sees; otherwise the answer is None.
+    """
+    line = hunk_line(task.patch, task.path)
     try:
         view = executor.show(None, None)
-        before = executor.workspace.read(view.path)
-        after = apply_changes({view.path: before}, task.patch)
-    except (ToolError, WorkspaceError, PatchError):
+        source = executor.workspace.read(view.path)
+    except (ToolError, WorkspaceError):
         return None
-    text = after.get(view.path)
-    old, new = before.split("\n"), (text or "").split("\n")
+    if line is None or view.start <= line <= view.end:
+        return [ToolCall("view")]
+    holders = [span for span in spans.function_spans(source) if span[1] <= line <= span[2]]
+    shown = "\n".join(source.split("\n")[view.start - 1 : view.end])
+    if not holders or not re.search(rf"\b{re.escape(holders[-1][0].split('.')[-1])}\b", shown):
+        return None
+    executor.show(task.path, holders[-1][0])
+    return [ToolCall("view"), ToolCall("view", {"symbol": holders[-1][0]})]
+
+
+def gold_edits(task: Task, executor: ToolExecutor) -> list[SpanEdit] | None:
+    """The gold patch as span edits of the function on view; None where it is none or needs more than MAX_EDITS."""
+    view = executor.view()
+    before = executor.workspace.read(view.path)
+    try:
+        after = apply_changes({view.path: before}, task.patch)
+    except PatchError:
+        return None
+    old, new = before.split("\n"), (after.get(view.path) or "").split("\n")
     if list(after) != [view.path] or len(old) != len(new) or view.end - view.start >= spans.MAX_LINE_TOKENS:
         return None
     outside = [*range(view.start - 1), *range(view.end, len(old))]

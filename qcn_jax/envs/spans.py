@@ -79,9 +79,10 @@ def _common_prefix(a: str, b: str) -> int:
 
 @functools.lru_cache(maxsize=256)  # groups of samples share their file; a parsed module costs 10 ms and more
 def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
-    """All functions and classes of `source` as (qualified name, first line, last line), 1-based, decorators included.
+    """All functions and classes of `source` as (qualified name, first line, last line), 1-based.
 
-    Names nest with dots (`Class.method`, `outer.inner`); the order is that of the text; a source that does not
+    The first line is that of `def` or `class`, below decorators, as everywhere here: defects and mid-training
+    documents count lines from it. Names nest with dots (`Class.method`, `outer.inner`); the order is that of the text; a source that does not
     parse has none.
     """
     try:
@@ -95,8 +96,7 @@ def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
             name = prefix
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 name = f"{prefix}.{child.name}" if prefix else child.name
-                first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
-                found.append((name, first, child.end_lineno or child.lineno))
+                found.append((name, child.lineno, child.end_lineno or child.lineno))
             if not isinstance(child, ast.expr):
                 walk(child, name)
 

@@ -238,7 +238,7 @@ def clip(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     half = limit // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[len(text) - half :]}"
 
 
 def summarize(run: TestRun, ids: Sequence[str] | None, must_pass: set[str], fail_fast: bool) -> RunSummary:

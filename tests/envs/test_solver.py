@@ -142,6 +142,7 @@ def test_a_sandbox_failure_is_not_a_rejection():
 def test_wrong_edits_are_real_parse_and_are_not_the_right_one():
     task = tiny.make_task()
     executor = make(task, runner=None)
+    assert solver.find_views(task, executor) == [solver.ToolCall("view")]
     gold = solver.gold_edits(task, executor)
     assert gold == [SpanEdit(5, ">", "<")]
     lines = solver.spans.dedent(executor.workspace.read("calc/core.py").split("\n")[7:14])
@@ -156,6 +157,30 @@ def test_wrong_edits_are_real_parse_and_are_not_the_right_one():
         ast.parse("\n".join(changed))
     near = [solver.wrong_edits(task, executor, gold, seed, 1)[0].line == 5 for seed in range(40)]
     assert 12 < sum(near) < 36
+
+
+def test_a_defect_in_another_function_is_looked_up_if_its_name_is_in_sight():
+    good = tiny.GOOD.replace("return high if value > high else value", "return high if is_even(value) else value")
+    bad = good.replace("% 2 == 0", "% 2 == 1")
+    for seen, defect in ((good, bad), (tiny.GOOD, tiny.GOOD.replace("% 2 == 0", "% 2 == 1"))):
+        files = {"calc/core.py": defect}, {"calc/core.py": seen}
+        patch, bug = tiny.make_diff(*files), tiny.make_diff(*files[::-1])
+        task = tiny.make_task(patch=patch, bug_patch=bug, FAIL_TO_PASS=("a",), PASS_TO_PASS=())
+        pristine = tiny.PRISTINE | {"calc/core.py": seen}
+
+        def runner(changed, node_ids, timeout, fail_fast, seen=seen):
+            mended = changed.get("calc/core.py", seen) == seen
+            return tiny.TestRun("ok", {"a": "passed" if mended else "failed"}, {}, 0.0, "", 0)
+
+        executor = NANO.executor(task, tiny.open_overlay(task, pristine, runner))
+        trajectory = solve(task, executor, wrong=1)
+        if seen == tiny.GOOD:
+            assert trajectory is None
+            continue
+        assert names(trajectory)[:2] == [["view"], ["view"]] and trajectory.patch == patch
+        assert trajectory.messages[3]["tool_calls"][0]["arguments"] == {"symbol": "is_even"}
+        assert "<|1|>def is_even(n):\n<|2|>    return n % 2 == 1" in trajectory.messages[4]["content"]
+        assert solve(task, NANO_SINGLE.executor(task, tiny.open_overlay(task, pristine, runner)), NANO_SINGLE) is None
 
 
 def test_while_loops_are_left_alone():

@@ -105,11 +105,11 @@ if True:
 def test_function_spans_are_found_by_name():
     names = [span[0] for span in spans.function_spans(SOURCE)]
     assert names == ["Box", "Box.size", "Box.size", "Box.get", "Box.get.inner", "get"]
-    assert spans.find_function(SOURCE, "Box.get") == (13, 17)
+    assert spans.find_function(SOURCE, "Box.get") == (14, 17)
     assert spans.find_function(SOURCE, "get") == (21, 22)
     assert spans.find_function(SOURCE, "inner") == (15, 16)
-    assert spans.find_function(SOURCE, "size") == (5, 7)
-    assert spans.find_function(SOURCE, "Box.size", line=11) == (9, 11)
+    assert spans.find_function(SOURCE, "size") == (6, 7)
+    assert spans.find_function(SOURCE, "Box.size", line=11) == (10, 11)
     assert spans.find_function(SOURCE, "absent") is None
     assert spans.function_spans("def f(:") == ()
 
