@@ -1,0 +1,61 @@
+"""The test configuration itself: demanded things that are missing fail, others skip, emulated devices are there."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, run_with_devices
+
+TEST = "import pytest\n\n@pytest.mark.docker\ndef test_needs_docker():\n    pass\n\ndef test_plain():\n    pass\n"
+
+
+@pytest.fixture(name="pytest_run")
+def _pytest_run(tmp_path):
+    """Runs pytest on a copy of the configuration and two tests, where no Docker engine answers."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests/conftest.py")
+    shutil.copy(ROOT / "pytest.ini", tmp_path)
+    pathlib.Path(tmp_path, "tests/test_x.py").write_text(TEST)
+
+    def run(**environment):
+        return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, text=True,
+                              capture_output=True, check=False, timeout=120,
+                              env={**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock", **environment})
+
+    return run
+
+
+def test_missing_docker_skips_with_a_reason(pytest_run):
+    done = pytest_run(QCN_REQUIRE="")
+    assert done.returncode == 0 and "1 passed, 1 skipped" in done.stdout, done.stdout
+    assert "no Docker engine answers" in done.stdout
+
+
+def test_missing_docker_fails_where_it_is_demanded(pytest_run):
+    done = pytest_run(QCN_REQUIRE="docker,torch")
+    assert done.returncode == 1 and "QCN_REQUIRE demands docker" in done.stdout, done.stdout
+
+
+def test_unknown_demands_are_refused(pytest_run):
+    done = pytest_run(QCN_REQUIRE="dokcer")
+    assert done.returncode != 0 and "unknown dokcer" in done.stdout + done.stderr
+
+
+def _child():
+    import jax
+
+    print(len(jax.devices()), jax.devices()[0].platform)
+
+
+@pytest.mark.parametrize("code", [_child, "import jax; print(len(jax.devices()), jax.devices()[0].platform)"])
+def test_emulated_devices(code):
+    assert run_with_devices(code, 4) == "4 cpu\n"
+
+
+def test_a_failing_child_shows_its_error():
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        run_with_devices("1 / 0", 1)
