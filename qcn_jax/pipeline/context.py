@@ -127,7 +127,7 @@ class StageContext:
 
     def provider(self) -> Any:
         """The sandbox provider of this run, chosen by `config.sandbox`."""
-        from qcn_jax.envs.sandbox.base import make_provider
+        from qcn_jax.envs.sandbox import make_provider
 
         def build() -> Any:
             provider = make_provider(self.config.sandbox, state_dir=self.root / "sandbox")
