@@ -109,7 +109,8 @@ def _read_header(path: pathlib.Path) -> dict[str, Source]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
-        reason = "is truncated" if "Incomplete" in str(error) else f"is damaged: {error}"
+        incomplete = "incomplete" in str(error).lower()  # more or less bytes than the header speaks of
+        reason = "is truncated (its length does not fit its header)" if incomplete else f"is damaged: {error}"
         raise UserError(f"{path}: {reason}") from error
     table = {}
     for name, entry in header.items():
