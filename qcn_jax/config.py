@@ -110,6 +110,8 @@ class TrainConfig:
     rows: int = 8
     sequence_length: int = 1024
     mtp_coef: float = 0.1
+    mtp_steps: int = 1  # tokens predicted beyond the next; above one the MTP block is fed its own output
+    accumulate: int = 1  # slices of the rows that go through the model one after the other
     checkpoint_every: int = 100
     log_every: int = 10
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -124,6 +126,7 @@ class MidtrainConfig:
     fim: float = 0.2  # fill in the middle, sentinel and search-and-replace forms
     edits: float = 0.5  # a function, a defect in it, and the edit that mends it
     packing: str = "best_fit"  # best_fit, restart_last, pad_last or concat
+    corpus_megabytes: float = 3.0  # of source text: the training repositories, then as much of the standard library
 
 
 @dataclasses.dataclass(frozen=True)
