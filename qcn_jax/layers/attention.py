@@ -1,6 +1,6 @@
 """Gated grouped-query attention with partial rotary embedding and q/k norms.
 
-Axes: B batch, T query length, S key length, K key/value heads, R query heads per key/value head, H head dim.
+Axes as in layers.flash.
 """
 
 from typing import Any
@@ -12,12 +12,11 @@ from flax import linen as nn
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.dense import dense
+from qcn_jax.layers.flash import attend, causal_attention
 from qcn_jax.layers.norm import RMSNorm
 from qcn_jax.layers.rotary import apply_rotary
 
 Array = jax.Array
-MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
-QUERY_BLOCK = 256  # queries handled together; keys after a block's end are never touched
 
 
 def init_attention_cache(config: ModelConfig, batch: int, max_length: int) -> dict[str, Array]:
@@ -26,44 +25,14 @@ def init_attention_cache(config: ModelConfig, batch: int, max_length: int) -> di
     return {name: jnp.zeros(shape, jnp.dtype(config.dtype)) for name in ("k", "v")}
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Softmax attention of q [B, T, K, R, H] over k, v [B, K, S, H] where mask [B | 1, T, S]."""
-    logits = jnp.einsum("btkrh,bksh->bkrts", q, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[:, None, None], logits * q.shape[-1] ** -0.5, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkrts,bksh->btkrh", weights, v)
-
-
-def causal_attention(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    """Attention to earlier tokens of the same document.
-
-    Args:
-      q: [B, T, K, R, H].
-      k, v: [B, K, T, H].
-      segment_ids: [B, T] or None (one document).
-
-    Returns:
-      [B, T, K, R, H].
-    """
-    length = q.shape[1]
-    out = []
-    for begin in range(0, length, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, length)
-        mask = jnp.arange(begin, end)[None, :, None] >= jnp.arange(end)[None, None, :]
-        if segment_ids is not None:
-            mask &= segment_ids[:, begin:end, None] == segment_ids[:, None, :end]
-        out.append(_attend(q[:, begin:end], k[:, :, :end], v[:, :, :end], mask))
-    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
-
-
 def cached_attention(
     q: Array, k: Array, v: Array, cache: dict[str, Array], context: TokenContext
 ) -> tuple[Array, dict[str, Array]]:
-    """Appends k, v [B, K, T, H] at each sequence's length and attends to all that is then cached.
+    """Appends k, v [B, K, T, H] at each sequence's length; q [B, K, R, T, H] attends to all that is then cached.
 
     Padding beyond `context.lengths` is not written.
     """
-    batch, length = q.shape[:2]
+    batch, length = q.shape[0], q.shape[3]
     capacity = cache["k"].shape[2]
     query = context.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]  # [B, T]
     slot = query if context.valid is None else jnp.where(context.valid, query, capacity)
@@ -71,8 +40,8 @@ def cached_attention(
     write = lambda old, new: old.at[rows, :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
     cache = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
     limit = context.key_limit or capacity
-    mask = jnp.arange(limit, dtype=jnp.int32)[None, None] <= query[..., None]
-    return _attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask), cache
+    mask = jnp.arange(limit, dtype=jnp.int32)[None, :, None] <= query[:, None]  # [B, S, T]
+    return attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask)[0], cache
 
 
 class GatedAttention(nn.Module):
@@ -93,12 +62,12 @@ class GatedAttention(nn.Module):
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, "head_dim", jnp.dtype(cfg.param_dtype), name=name)
         q = apply_rotary(norm("q_norm")(q), context.cos, context.sin)
         k = apply_rotary(norm("k_norm")(k), context.cos, context.sin)
-        q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+        q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is None:
             y = causal_attention(q, k, v, context.segment_ids)
         else:
             y, cache = cached_attention(q, k, v, cache, context)
-        y = y.reshape(batch, length, heads, dim) * jax.nn.sigmoid(gate)
+        y = jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim) * jax.nn.sigmoid(gate)
         out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "o_proj")
         return out(y.reshape(batch, length, heads * dim)), cache

@@ -1,0 +1,101 @@
+"""Causal softmax attention by blocks of queries, with its own backward pass.
+
+Nothing of size T x T is kept for the backward pass: probabilities are recomputed from the row's log-sum-exp.
+Keys lie on the major and queries on the minor axis of the logits, so that reductions over keys are vectorised.
+
+Axes: B batch, K key/value heads, R query heads per key/value head, T queries, S keys, H head dim, Q = R * block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
+MIN_BLOCK = 128  # queries handled together; keys after a block's end are never touched
+MAX_BLOCKS = 8
+
+
+def masked_logits(q: Array, k: Array, mask: Array) -> Array:
+    """Scaled logits [B, K, S, R, T] float32 of q [B, K, R, T, H] and k [B, K, S, H] where mask [B | 1, S, T]."""
+    logits = jnp.einsum("bksh,bkrth->bksrt", k, q, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, :, None], logits * q.shape[-1] ** -0.5, MASKED)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+    """Output [B, K, R, T, H] in v's dtype and log-sum-exp [B, K, R, T] of the rows."""
+    logits = masked_logits(q, k, mask)
+    largest = jnp.max(logits, axis=2)
+    weights = jnp.exp(logits - largest[:, :, None])
+    total = jnp.sum(weights, axis=2)
+    out = _combine(v, weights.astype(v.dtype)) / total[..., None]
+    return out.astype(v.dtype), largest + jnp.log(total)
+
+
+def _combine(values: Array, weights: Array) -> Array:
+    """[B, K, R, T, H] float32: values [B, K, S, H] summed by weights [B, K, S, R, T].
+
+    The product is formed as [H, R * T], for which the large operand needs no transposition.
+    """
+    out = jnp.einsum("bksh,bksrt->bkhrt", values, weights, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out, 2, -1)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+
+def _mask(begin: int, end: int, segment_ids: Array | None) -> Array:
+    """[B | 1, end, end - begin]: may query begin + j see key i."""
+    mask = jnp.arange(end)[None, :, None] <= jnp.arange(begin, end)[None, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :end, None] == segment_ids[:, None, begin:end])
+    return mask
+
+
+@jax.custom_vjp
+def causal_attention(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    """Attention to earlier tokens of the same document.
+
+    Args:
+      q: [B, K, R, T, H].
+      k, v: [B, K, T, H].
+      segment_ids: [B, T] int32 or None (one document).
+
+    Returns:
+      [B, K, R, T, H] in v's dtype.
+    """
+    return _forward(q, k, v, segment_ids)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[Array, tuple]:
+    parts = [
+        attend(q[..., begin:end, :], k[:, :, :end], v[:, :, :end], _mask(begin, end, segment_ids))
+        for begin, end in _blocks(q.shape[3])
+    ]
+    out = jnp.concatenate([part[0] for part in parts], axis=3)
+    log_sum = jnp.concatenate([part[1] for part in parts], axis=3)
+    return out, (q, k, v, segment_ids, out, log_sum)
+
+
+def _backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segment_ids, out, log_sum = residuals
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, K, R, T]
+    dk, dv, dq = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), []
+    for begin, end in _blocks(q.shape[3]):
+        rows = lambda x: x[:, :, :, begin:end]
+        query, key, value, grad = rows(q), k[:, :, :end], v[:, :, :end], rows(cotangent)
+        weights = jnp.exp(masked_logits(query, key, _mask(begin, end, segment_ids)) - rows(log_sum)[:, :, None])
+        dweights = product("bksh,bkrth->bksrt", value, grad)
+        dlogits = (weights * (dweights - rows(inner)[:, :, None]) * scale).astype(q.dtype)
+        dq.append(_combine(key, dlogits))
+        dk = dk.at[:, :, :end].add(product("bksrt,bkrth->bksh", dlogits, query))
+        dv = dv.at[:, :, :end].add(product("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
+    return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+causal_attention.defvjp(_forward, _backward)
