@@ -14,18 +14,21 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcn_jax.envs.agent import EndReason, Episode
-from qcn_jax.envs.grading import Verdict
-from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.grading import Grader, Verdict
+from qcn_jax.envs.sandbox.base import Provider, TestRun
 from qcn_jax.envs.scaffolds import NANO, NANO_SINGLE, Scaffold, nano_format
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import ToolExecutor
-from qcn_jax.envs.workspace import OverlayWorkspace, starting_files
+from qcn_jax.envs.workspace import OverlayWorkspace, ProviderRunner, starting_files
 from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.rewards import format_outcome, task_outcome
 from qcn_jax.pipeline.rollout import Outcome, Reply
+
+if TYPE_CHECKING:
+    from qcn_jax.pipeline.context import StageContext
 
 T = TypeVar("T")
 DOMAINS = ("swe", "single_turn", "format")
@@ -171,3 +174,23 @@ class TaskConversation:
         if self._prompt.domain == "format":
             return format_outcome(result, verdict)
         return task_outcome(result, verdict, self._penalty)
+
+
+def provider_services(provider: Provider) -> Services:
+    """Services that use `provider` in this process, one job at a time."""
+    grader, lock = Grader(provider, fail_fast=True), threading.Lock()
+
+    def run_tests(repo, changed, node_ids, timeout, fail_fast):
+        with lock:
+            return ProviderRunner(provider, repo)(changed, node_ids, timeout, fail_fast)
+
+    def grade(task, patch):
+        with lock:
+            return grader.grade(task, patch)
+
+    return Services(provider.files, run_tests, grade)
+
+
+def make_services(context: "StageContext") -> Services:
+    """The services of a run's sandboxes: its pool of environment workers, results remembered."""
+    raise NotImplementedError

@@ -4,20 +4,17 @@ A verdict comes from a fresh grading sandbox that saw nothing of the episode but
 from it (no end of its own; turns that break the tool format); nothing but a passed test or an executed call adds.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from qcn_jax.config import RLConfig
 from qcn_jax.envs.agent import EndReason, EpisodeResult
-if TYPE_CHECKING:
-    from qcn_jax.envs.grading import Verdict
+from qcn_jax.envs.grading import Verdict
 from qcn_jax.pipeline.rollout import Outcome, RolloutRecord
 
 FORMAT_SHARE = 0.5  # of the format domain's reward for a call that was read and executed; the rest is for the tests
 
 
-def task_outcome(result: EpisodeResult, verdict: "Verdict | None", unfinished_penalty: float) -> Outcome:
+def task_outcome(result: EpisodeResult, verdict: Verdict | None, unfinished_penalty: float) -> Outcome:
     """The reward of the software-engineering and single-turn domains.
 
     1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself.
@@ -33,7 +30,7 @@ def task_outcome(result: EpisodeResult, verdict: "Verdict | None", unfinished_pe
     return Outcome(reward, verdict.resolved, finished, detail=_detail(result, verdict))
 
 
-def format_outcome(result: EpisodeResult, verdict: "Verdict | None") -> Outcome:
+def format_outcome(result: EpisodeResult, verdict: Verdict | None) -> Outcome:
     """The reward of the tool-format domain.
 
     Half for an answer in the template asked for whose every call was executed without an error (`solved`), half
@@ -46,7 +43,7 @@ def format_outcome(result: EpisodeResult, verdict: "Verdict | None") -> Outcome:
     return Outcome(reward, clean, clean, detail=_detail(result, verdict))
 
 
-def _detail(result: EpisodeResult, verdict: "Verdict | None") -> dict[str, object]:
+def _detail(result: EpisodeResult, verdict: Verdict | None) -> dict[str, object]:
     return {
         "task": result.task_id, "scaffold": result.scaffold, "reason": result.reason.value, "turns": result.turns,
         "attempts": result.attempts, "outcome": "infrastructure" if verdict is None else verdict.outcome,

@@ -9,25 +9,32 @@ not be spread evenly over experts.
 
 import dataclasses
 import pathlib
-import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from qcn_jax import files
+from qcn_jax import files, hub
 from qcn_jax.config import ModelConfig, RLConfig
 from qcn_jax.errors import UserError
+from qcn_jax.hub import templates
+from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline import online, rl_losses
-from qcn_jax.pipeline.optimizer import make_optimizer, schedule
+from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.data.chat import ChatEncoder
+from qcn_jax.pipeline.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts, make_services
+from qcn_jax.pipeline.metrics import read_metrics
+from qcn_jax.pipeline.optimizer import make_optimizer
 from qcn_jax.pipeline.rewards import informative_groups, summarize, token_advantages
 from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, rollout, sequence_seed
+from qcn_jax.pipeline.splits import split_tasks
 from qcn_jax.pipeline.train import TrainState
-from qcn_jax.pipeline.update import SumLoss, Updater
+from qcn_jax.pipeline.update import Part, SumLoss, Updater
 
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
@@ -88,12 +95,11 @@ class Learner:
 
     config: RLConfig
     seed: int
-    engine: Any
+    engine: Engine
     updater: Updater
     prompts: Sequence[Any]
     converse: Callable[[Any], Conversation]
     reference: Any = None
-    on_records: Callable[[int, Sequence[Any], list[RolloutRecord]], None] = lambda update, prompts, records: None
 
     def act(self, params: Any, update: int, prompts: Sequence[Any], samples: int) -> list[RolloutRecord]:
         """`samples` episodes on each of `prompts`."""
@@ -108,13 +114,12 @@ class Learner:
         chosen = online.choose(self.prompts, self.config.prompts, update, self.seed)
         records = self.act(state.params, update, chosen, self.config.group_size)
         clock.lap("rollout")
-        self.on_records(update, chosen, records)
         groups = list(informative_groups(records).values())
         metrics: dict[str, float] = {}
         parts = [groups[i :: self.config.minibatches] for i in range(self.config.minibatches)]
         parts = [part for part in parts if part]
         for part in parts:
-            state, values = self.updater(state, self.rows(part), self.reference)
+            state, values = self.updater(state, Part(self.rows(part), (self.reference,)))
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(parts)
         clock.lap("update")
@@ -138,3 +143,81 @@ class Learner:
         """Indices of the prompts that the given policy solves sometimes, but not always, in `samples` tries."""
         records = self.act(params, PROBE, self.prompts, samples)
         return sorted(informative_groups(records))
+
+
+def run_stage(context: StageContext) -> dict[str, Any]:
+    """Trains every expert of `config.rl.experts` from the SFT model.
+
+    Returns:
+      {"experts": {name: {"seconds", "prompts", "first", "last"}}} with the metrics of the first and last updates.
+    """
+    config = context.config.rl
+    unknown = set(config.experts) - set(DOMAINS)
+    if unknown:
+        raise UserError(f"--config.rl.experts: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
+    services = make_services(context)
+    encoder = ChatEncoder(context.tokenizer())
+    model, params = hub.load(context.model_path("sft"))
+    engine = online.make_engine(model, params, encoder.tokenizer, config.rollout, config.sequence_length)
+    optimizer = make_optimizer(config.optimizer, config.updates * config.minibatches)
+    updater = Updater(policy_loss(model, config), optimizer, config.rows)
+    results = {}
+    for name in config.experts:
+        done = context.workdir / name / "DONE.json"
+        if not done.exists():
+            files.write_json(done, _train_expert(context, name, model, params, engine, updater, optimizer,
+                                                 encoder, services))  # fmt: skip
+        results[name] = files.read_json(done)
+    line = ", ".join(f"{n} {r['first']['pass_rate']:.0%} to {r['last']['pass_rate']:.0%}" for n, r in results.items())
+    return {"experts": results, "line": f"pass rate {line}"}
+
+
+def _train_expert(
+    context: StageContext, name: str, model: ModelConfig, params: Any, engine: Engine, updater: Updater,
+    optimizer: optax.GradientTransformation, encoder: ChatEncoder, services: Services,
+) -> dict[str, Any]:  # fmt: skip
+    config, directory = context.config.rl, context.workdir / name
+    log = lambda line: context.log(f"{name}: {line}")
+    learner = Learner(
+        config=config, seed=sequence_seed(context.config.seed, zlib.crc32(name.encode())), engine=engine,
+        updater=updater, prompts=training_prompts(context, name), reference=params if config.kl_coef else None,
+        converse=lambda prompt: TaskConversation(
+            prompt, encoder, services, max_turns=config.rollout.max_turns,
+            unfinished_penalty=config.unfinished_penalty,
+        ),
+    )  # fmt: skip
+    if config.filter_samples:
+        learner.prompts = _filtered(learner, params, directory / "prompts.json", log)
+    state = online.run_updates(
+        directory, TrainState.create(jax.tree.map(jnp.array, params), optimizer), learner.step, config.updates,
+        log=log, line=_line, checkpoint_every=config.checkpoint_every,
+    )  # fmt: skip
+    hub.save(directory / "model", model, jax.device_get(state.params))
+    rows = read_metrics(directory / "metrics.jsonl")
+    return {
+        "seconds": round(sum(row["seconds"] for row in rows), 2), "prompts": len(learner.prompts),
+        "first": rows[0], "last": rows[-1],
+    }  # fmt: skip
+
+
+def _filtered(learner: Learner, params: Any, path: pathlib.Path, log: Callable[[str], None]) -> list[Any]:
+    """The prompts that the SFT model solves sometimes; written down, so that a resumed run keeps the same."""
+    if not path.exists():
+        kept = learner.useful(params, learner.config.filter_samples)
+        files.write_json(path, {"of": len(learner.prompts), "kept": kept})
+    kept = files.read_json(path)["kept"]
+    log(f"{len(kept)} of {len(learner.prompts)} prompts are solved sometimes, but not always")
+    return [learner.prompts[index] for index in kept]
+
+
+def training_prompts(context: StageContext, domain: str) -> list[Prompt]:
+    """Prompts of RL and distillation: tasks that SFT has not seen."""
+    _, tasks = split_tasks(context.tasks("train"), context.config.seed)
+    return make_prompts(domain, tasks, templates.TEMPLATES)
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return (
+        f"reward {metrics['reward']:.2f}  solved {metrics['pass_rate']:.0%}  turns {metrics['turns']:.1f}  "
+        f"malformed {metrics['malformed']:.0%}  groups {metrics['groups']}"
+    )

@@ -5,6 +5,7 @@ a whole batch of fixed size, does not fit. Here a fixed number of rows goes in a
 the optimizer moves with the last of them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,34 +53,59 @@ class Updater:
         self._step = jax.jit(step, donate_argnums=(0, 1))
         self._gradient = None
 
-    def __call__(self, state: TrainState, arrays: Arrays, *extra: Any) -> tuple[TrainState, dict[str, float]]:
-        """One optimizer step over all rows of `arrays`, the loss averaged over their total weight.
+    def __call__(self, state: TrainState, *parts: "Part") -> tuple[TrainState, dict[str, float]]:
+        """One optimizer step over all rows of all parts, the loss averaged over their total weight.
 
         Args:
           state: donated.
-          arrays: [R, T] numpy arrays with R a multiple of `rows`.
-          *extra: further arguments of the loss (a teacher's parameters), not differentiated.
+          *parts: rows, each with further arguments of the loss.
 
         Returns:
-          The new state and the metrics: `grad_norm`, and every sum of the loss divided by the total weight.
+          The new state and the metrics: `grad_norm`, and every sum of the loss divided by the total weight; the
+          same for each part that has a name, under `<metric>/<name>`, divided by its own weight.
 
         Raises:
-          UserError: the gradient is not finite; nothing has been changed.
+          UserError: the gradient is not finite; parameters and optimizer state have not been changed.
         """
-        total = max(float(arrays["weights"].sum()), 1e-6)
         if self._gradient is None:
             self._gradient = jax.tree.map(jnp.zeros_like, state.params)
-        sums: dict[str, float] = {}
-        batches = list(_slices(arrays, self._rows))
-        for index, batch in enumerate(batches):
+        batches = [(part, batch) for part in parts for batch in _slices(part.arrays, self._rows)]
+        weights = {part.name: float(part.arrays["weights"].sum()) for part in parts}
+        total = max(sum(float(part.arrays["weights"].sum()) for part in parts), 1e-6)
+        metrics: dict[str, float] = {}
+
+        def add(name: str, value: float) -> None:
+            metrics[name] = metrics.get(name, 0.0) + value
+
+        norm = 0.0
+        for index, (part, batch) in enumerate(batches):
             last = np.bool_(index == len(batches) - 1)
-            state, self._gradient, values = self._step(state, self._gradient, batch, np.float32(total), last, *extra)
-            for name, value in jax.device_get(values).items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        norm = sums.pop("grad_norm")
+            state, self._gradient, values = self._step(
+                state, self._gradient, batch, np.float32(total), last, *part.extra
+            )
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
+            norm += values.pop("grad_norm")
+            for name, value in values.items():
+                add(name, value / total)
+                if part.name:
+                    add(f"{name}/{part.name}", value / max(weights[part.name], 1e-6))
         if not np.isfinite(norm):
             raise UserError(f"update {int(state.step)}: gradient norm {norm} is not finite; lower the learning rate")
-        return state, {name: value / total for name, value in sums.items()} | {"grad_norm": norm}
+        return state, metrics | {"grad_norm": norm}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows that the same further arguments of the loss go with.
+
+    arrays: [R, T] numpy arrays, R a multiple of the updater's rows.
+    extra: further arguments of the loss (a teacher's parameters), not differentiated.
+    name: under which its metrics are told apart; unique among the parts of an update, or empty.
+    """
+
+    arrays: Arrays
+    extra: tuple[Any, ...] = ()
+    name: str = ""
 
 
 def _slices(arrays: Arrays, rows: int) -> Iterator[dict[str, np.ndarray]]:
