@@ -9,7 +9,7 @@ in `DIR/<stage>/DONE.json`. The layout of a work directory, fixed here and nowhe
   DIR/midtrain/base/, DIR/midtrain/model/, DIR/sft/model/, DIR/experts/<expert>/model/, DIR/distill/model/,
   DIR/evaluate/sft_control/model/      weights in Hugging Face form
   DIR/<stage>/metrics.jsonl, DIR/experts/<expert>/metrics.jsonl     curves, one row per logged step
-  DIR/sandbox/                         state of the sandbox provider (prepared repositories, images)
+  DIR/sandbox/                         state of the sandbox provider (prepared repositories), known verdicts
 """
 
 import dataclasses
@@ -126,22 +126,32 @@ class StageContext:
         return self.shared.get("tokenizer", lambda: Tokenizer.from_file(self.tokenizer_path))
 
     def provider(self) -> Any:
-        """The sandbox provider of this run, chosen by `config.sandbox`."""
+        """The sandbox provider of this run, chosen by `config.sandbox`; the choice is printed when it is made."""
         from qcn_jax.envs.sandbox import make_provider
 
         def build() -> Any:
             provider = make_provider(self.config.sandbox, state_dir=self.root / "sandbox")
-            self.log(f"sandbox: {provider.describe()}")
+            passed_over = f" (docker passed over: {provider.reason})" if getattr(provider, "reason", "") else ""
+            self.log(f"sandbox: {provider.kind}: {provider.describe()}{passed_over}")
             return provider
 
         return self.shared.get("provider", build)
 
     def pool(self) -> Any:
-        """The pool of environment workers of this run, `config.workers` of them."""
+        """The pool of environment workers of this run, `config.workers` of them.
+
+        It knows the repositories of stage `tasks` once that has finished, and keeps verdicts between runs.
+        """
         from qcn_jax.envs.pool import EnvPool
 
-        arguments = {"kind": self.config.sandbox, "state_dir": self.root / "sandbox"}
-        return self.shared.get("pool", lambda: EnvPool(self.config.workers, arguments))
+        def build() -> Any:
+            arguments = {"kind": self.provider().kind, "state_dir": str(self.root / "sandbox")}
+            return EnvPool(self.config.workers, arguments, cache=self.root / "sandbox" / "verdicts.jsonl")
+
+        pool = self.shared.get("pool", build)
+        if (self.root / "tasks" / "DONE.json").exists():
+            pool.register(self.repositories().values())
+        return pool
 
 
 def _tuples(value: Any) -> Any:

@@ -53,7 +53,7 @@ def make_bench(context: StageContext) -> Bench:
     """The bench over this run's held-out tasks."""
     from qcn_jax.hub import templates
     from qcn_jax.pipeline.data.chat import ChatEncoder
-    from qcn_jax.pipeline.rl import make_services
+    from qcn_jax.pipeline.domains import make_services
 
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
