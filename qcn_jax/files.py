@@ -85,6 +85,15 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def check_replaceable(path: Path, replaceable: str | None = None) -> None:
+    """Raises UserError where `atomic_directory` would refuse; for asking before long work."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (replaceable and (path / replaceable).exists())):
+        raise UserError(f"{path}: exists and holds other things; name a new or empty folder")
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pathlib.Path]:
     """Gives a temporary neighbour folder to fill, which takes the place of `path` when the block ends without error.
@@ -97,8 +106,7 @@ def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pat
       UserError: `path` holds something else, cannot be written, or the disk is full.
     """
     path = pathlib.Path(path)
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaceable and (path / replaceable).exists())):
-        raise UserError(f"{path}: exists and holds other things; name a new or empty folder")
+    check_replaceable(path, replaceable)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ _LAZY = {
     "config_to_hf": "qcn_jax.hub.configuration",
     "save": "qcn_jax.hub.writing",
 }
-_MODULES = ("chat", "configuration", "layout", "reading", "templates", "tokenizer", "writing")
+_MODULES = ("chat", "configuration", "layout", "orbax_folder", "reading", "stored", "templates",
+            "tokenizer", "tool_calls", "writing")
 __all__ = [*_LAZY, *_MODULES]
 
 

@@ -5,12 +5,12 @@ most STAGED_BYTES are put together on the host and sent whole; larger ones are a
 filled in place by donated updates.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ import tqdm
 from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub import configuration, layout
+from qcn_jax.hub import configuration, layout, orbax_folder
 from qcn_jax.hub.stored import Folder, Source
 
 PIECE_BYTES = 64 << 20
@@ -28,9 +28,17 @@ Box = tuple[slice, ...]
 Allocate = Callable[[layout.Path, layout.Shape, np.dtype], np.ndarray]
 
 
+def inspect(path: files.Path) -> ModelConfig:
+    """The config that `load` gives, without reading weights."""
+    config = configuration.load_config(path)
+    if orbax_folder.is_orbax(path):
+        return config
+    return dataclasses.replace(config, num_nextn_predict_layers=int("mtp.fc.weight" in Folder(path).table))
+
+
 def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allocate: Allocate | None = None,
          progress: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a Hugging Face folder: config.json and safetensors, per-expert or stacked.
+    """Reads a Hugging Face folder (config.json and safetensors, per-expert or stacked), or one in Orbax form.
 
     Args:
       path: the folder.
@@ -38,7 +46,7 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
       shardings: a tree of `jax.sharding.Sharding` like the parameters (or one for all); each process reads what
         its devices hold. None puts everything on the default device.
       allocate: makes a host array for (path in the tree, shape, dtype), e.g. memory-mapped; the parameters are
-        then these arrays.
+        then these arrays. Not for Orbax form.
       progress: show a bar on stderr.
 
     Returns:
@@ -49,10 +57,10 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
       UserError: one line that names the file, option or tensor at fault. All names and shapes are checked
         before any weight is read.
     """
-    config = configuration.load_config(path)
-    folder = Folder(path)
-    config = dataclasses.replace(config, num_nextn_predict_layers=int("mtp.fc.weight" in folder.table))
-    leaves = _resolve(config, folder)
+    if orbax_folder.is_orbax(path) and allocate is None:
+        return orbax_folder.load(path, dtype, shardings)
+    config = inspect(path)
+    leaves = _resolve(config, Folder(path))
     wanted = None if dtype is None else np.dtype(jnp.dtype(dtype))
     shapes = layout.leaf_shapes(config)
     sharding_of = _sharding_lookup(shardings)
@@ -61,13 +69,12 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
     with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"loading {path}", disable=not progress) as bar:
         for leaf, parts in leaves.items():
             kind = wanted or parts[0][1].dtype
-            pieces = _pieces(parts, kind, bar)
             if allocate is not None:
                 array = allocate(leaf, shapes[leaf], kind)
-                for box, piece in pieces:
+                for box, piece in _pieces(parts, kind, bar, lambda box: True):
                     array[box] = piece
             else:
-                array = _to_devices(shapes[leaf], kind, sharding_of(leaf), pieces)
+                array = _to_devices(shapes[leaf], kind, sharding_of(leaf), functools.partial(_pieces, parts, kind, bar))
             _insert(tree, leaf, array)
     return dataclasses.replace(config, param_dtype=tree["embed_tokens"]["embedding"].dtype.name), tree
 
@@ -100,22 +107,27 @@ def _check_stacked(leaves: Mapping, folder: Folder, config: ModelConfig) -> None
             raise UserError(f"{source.file}: {name} has {source.shape[0]} experts, config.json says {config.num_experts}")
 
 
-def _pieces(parts: list[tuple[layout.Tensor, Source]], dtype: np.dtype, bar: Any) -> Iterator[tuple[Box, np.ndarray]]:
-    """All of a leaf in pieces: the box each fills, stacking axes included, and its values in that box's shape."""
+def _pieces(parts: list[tuple[layout.Tensor, Source]], dtype: np.dtype, bar: Any,
+            wanted: Callable[[Box], bool]) -> Iterator[tuple[Box, np.ndarray]]:
+    """A leaf in pieces: the box each fills, stacking axes included, and its values in that box's shape.
+
+    Only boxes that are `wanted` are read: a process reads its own experts and layers, not those of others.
+    """
     for tensor, source in parts:
         row_bytes = max(1, math.prod(tensor.shape[1:]) * source.dtype.itemsize)
         step = max(1, PIECE_BYTES // row_bytes)
         lead = tuple(slice(i, i + 1) for i in tensor.index)
         for start in range(0, tensor.shape[0], step):
             stop = min(start + step, tensor.shape[0])
-            rows = source.rows(start, stop).astype(dtype, copy=False)
-            bar.update(rows.size)
-            piece = tensor.rows_to_body(rows)
-            yield (*lead, *tensor.box(start, stop)), piece.reshape((1,) * len(lead) + piece.shape)
+            box = (*lead, *tensor.box(start, stop))
+            bar.update((stop - start) * math.prod(tensor.shape[1:]))
+            if wanted(box):
+                piece = tensor.rows_to_body(source.rows(start, stop).astype(dtype, copy=False))
+                yield box, piece.reshape((1,) * len(lead) + piece.shape)
 
 
 def _to_devices(shape: layout.Shape, dtype: np.dtype, sharding: jax.sharding.Sharding,
-                pieces: Iterator[tuple[Box, np.ndarray]]) -> jax.Array:
+                pieces: Callable[[Callable[[Box], bool]], Iterator[tuple[Box, np.ndarray]]]) -> jax.Array:
     """An array of `shape` under `sharding`, filled from pieces; each piece is read once for all local devices."""
     regions: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -128,7 +140,7 @@ def _to_devices(shape: layout.Shape, dtype: np.dtype, sharding: jax.sharding.Sha
     else:
         buffers = {(bounds, device): jnp.zeros(sizes[bounds], dtype, device=device)
                    for bounds, devices in regions.items() for device in devices}
-    for box, piece in pieces:
+    for box, piece in pieces(lambda box: any(_overlap(box, bounds) for bounds in regions)):
         for bounds, devices in regions.items():
             overlap = _overlap(box, bounds)
             if overlap is None:

@@ -1,0 +1,81 @@
+"""Converts weights between Hugging Face form (safetensors) and Orbax form; --from says which it is.
+
+  qcn convert --from=HF_DIR --to=DIR      safetensors in, Orbax out
+  qcn convert --from=DIR --to=HF_DIR      and back
+
+Both forms hold config.json and, where the source has one, the tokenizer; every verb and stage that takes a
+checkpoint reads either. Values are kept bit for bit unless --dtype is given. The weights pass through the memory
+of this machine's devices, spread over all of them.
+"""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from qcn_jax import files
+from qcn_jax.cli import parsing
+from qcn_jax.errors import UserError
+from qcn_jax.hub.configuration import CONFIG_FILE
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the conversion; returns 0."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("from", None, "Folder to read: Hugging Face or Orbax form.", flag_values=values, required=True)
+    flags.DEFINE_string("to", None, "Folder to write, in the other form; new, empty or an earlier model.",
+                        flag_values=values, required=True)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of all weights; as they are by default.",
+                      flag_values=values)
+    parsing.parse(values, "convert", __doc__, argv)
+    source, target = pathlib.Path(values["from"].value), pathlib.Path(values["to"].value)
+    if source.resolve() == target.resolve():
+        raise UserError("--to: is the same folder as --from")
+    if not source.is_dir():
+        raise UserError(f"--from={source}: there is no such folder")
+    files.check_replaceable(target, CONFIG_FILE)
+    count, form = convert(source, target, values.dtype)
+    print(f"{target}: {count:,} parameters in {form} form")
+    return 0
+
+
+def convert(source: files.Path, target: files.Path, dtype: str | None = None) -> tuple[int, str]:
+    """Writes `source` to `target` in the other form; returns the number of parameters and that form's name."""
+    import jax
+
+    from qcn_jax.hub import orbax_folder, reading, writing
+    from qcn_jax.hub.layout import leaf_shapes
+    from qcn_jax.hub.tokenizer import TOKENIZER_FILE, Tokenizer
+
+    with_tokenizer = (pathlib.Path(source) / TOKENIZER_FILE).is_file()
+    tokenizer = Tokenizer.from_folder(source) if with_tokenizer else None
+    config = reading.inspect(source)
+    shardings = _spread(leaf_shapes(config))
+    config, params = reading.load(source, dtype, shardings, progress=True)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if orbax_folder.is_orbax(source):
+        writing.save(target, config, params, tokenizer, progress=True)
+        return count, "Hugging Face"
+    orbax_folder.save(target, config, params, tokenizer)
+    return count, "Orbax"
+
+
+def _spread(shapes: dict[tuple[str, ...], tuple[int, ...]]) -> Any:
+    """Shardings that split each array over all local devices, along its longest axis that divides."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.sharding.Mesh(jax.local_devices(), ("devices",))
+    tree: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        axes: list[str | None] = [None] * len(shape)
+        divisible = [(size, axis) for axis, size in enumerate(shape) if size % math.prod(mesh.devices.shape) == 0]
+        if divisible:
+            axes[max(divisible)[1]] = "devices"
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = NamedSharding(mesh, PartitionSpec(*axes))
+    return tree
