@@ -93,6 +93,7 @@ class TasksConfig:
     repos_heldout: tuple[str, ...] = ()
     train: int = 800  # verified tasks wanted
     heldout: int = 200
+    kinds: tuple[str, ...] = ()  # injection kinds, of the tasks and of mid-training's edit documents; all by default
     candidates_per_repo: int = 400  # at most this many are executed
     max_function_lines: int = 30
     test_timeout: float = 10.0  # seconds for one candidate's tests

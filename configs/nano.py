@@ -1,0 +1,49 @@
+"""The whole chain on a laptop: repositories to a trained and evaluated agent, on two CPU cores.
+
+    qcn run --config=configs/nano.py --workdir=runs/nano
+
+Starts from the packaged base checkpoint (configs/nano_base.py made it; `--config.init=random` starts from nothing).
+"""
+
+from qcn_jax.config import (
+    DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig,
+    SftConfig, TasksConfig, TokenizerConfig, TrainConfig, to_config_dict,
+)
+from qcn_jax.pipeline import repositories
+
+# Kinds whose repair is one short span, which a model of this size can learn to find and to write.
+KINDS = (
+    "add_not", "drop_not", "flip_boolean", "swap_and_or", "flip_comparison", "change_boundary", "flip_membership",
+    "flip_identity", "change_arithmetic", "change_constant", "slice_off_by_one", "break_continue",
+)
+LENGTH = 768  # tokens of a packed row, and the longest episode
+
+
+def get_config():
+    """2.3 million parameters, 0.9 million of them active per token."""
+    model = ModelConfig(
+        vocab_size=1104, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=LENGTH, rope_theta=10_000.0, linear_num_key_heads=4,
+        linear_key_head_dim=32, linear_num_value_heads=4, linear_value_head_dim=32, num_experts=16,
+        num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16,
+    )
+    rollout = RolloutConfig(max_turns=8, max_new_tokens=64, max_length=LENGTH, slots=64)
+    train = lambda steps, rate, mtp_coef=0.0: TrainConfig(
+        steps=steps, rows=4, sequence_length=LENGTH, mtp_coef=mtp_coef,
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))
+    gentle = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, weight_decay=0.0)
+    return to_config_dict(RunConfig(
+        name="nano",
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
+        tasks=TasksConfig(
+            repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=600, heldout=200,
+            kinds=KINDS, max_function_lines=24),
+        midtrain=MidtrainConfig(train=train(60, 1e-3, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7, corpus_megabytes=3.0),
+        sft=SftConfig(train=train(150, 1e-3)),
+        rl=RLConfig(updates=25, prompts=16, group_size=8, rows=4, sequence_length=LENGTH, optimizer=gentle,
+                    rollout=rollout),
+        distill=DistillConfig(updates=12, rows=4, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),
+        evaluate=EvaluateConfig(tasks=200, pass_k_tasks=60, rollout=rollout),
+    ))
