@@ -22,7 +22,8 @@ from qcn_jax.envs import spans
         ("a = b + 1", "a = b + 2", ("1", "2")),
         ("f(1, 10)", "f(2, 10)", ("1,", "2,")),  # 1 alone occurs twice as text
         ("if i <= n:", "if i < n:", ("<=", "<")),
-        ("x = 'a b'", "x = 'a c'", ("'a b'", "'a c'")),
+        ("x = 'a b'", "x = 'a c'", ("b", "c")),
+        ("return f'{a}_{exc}'", "return f'{a}_{exc_name}'", ("exc", "exc_name")),
         ("f(x)", "f(xx)", ("x", "xx")),
         ("a.b(c and d)", "a.b(c or d)", ("and", "or")),
         ("return a is b", "return a is not b", ("b", "not b")),
@@ -65,15 +66,15 @@ def test_tokens_agree_with_pythons_own_on_real_code():
         try:
             expected = [
                 t.string for t in tokenize.generate_tokens(io.StringIO(line.strip() + "\n").readline)
-                if t.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING)
+                if t.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP)
             ]
         except (tokenize.TokenError, SyntaxError):
             continue
-        if "#" in line or '"""' in line:
+        if any(mark in line for mark in "#'\""):
             continue
         compared += 1
         assert spans._TOKEN.findall(line) == expected, line
-    assert compared > 150
+    assert compared > 100
 
 
 SOURCE = '''\
