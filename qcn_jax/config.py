@@ -98,6 +98,9 @@ class TasksConfig:
     max_function_lines: int = 30
     test_timeout: float = 10.0  # seconds for one candidate's tests
     reruns: int = 1  # further runs of every kept task that must agree (flakiness)
+    kinds: tuple[str, ...] = ()  # names of envs.synthesis.inject.KINDS; all of them where empty
+    single_line: bool = False  # only defects within one line, which the compact edit tool can mend
+    statement_characters: int = 220  # longest problem statement
 
 
 @dataclasses.dataclass(frozen=True)
