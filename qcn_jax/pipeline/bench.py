@@ -69,6 +69,13 @@ class Bench:
                  f"{result['single_turn']['rate']:.1%}, format {result['format_valid']:.1%}")
         return result
 
+    def patches(self, model_config: ModelConfig, params: Any) -> list[tuple[Task, str]]:
+        """The patch of one greedy episode for each task."""
+        prompts = make_prompts("swe", self.tasks)
+        groups = [[self._conversation(prompt)] for prompt in prompts]
+        records = rollout(self._with_weights(model_config, params), groups, [[0] for _ in prompts], sampling=GREEDY)
+        return [(prompts[record.prompt].task, record.outcome.detail["patch"]) for record in records]
+
     def heuristic(self) -> dict[str, Any]:
         """The same numbers for the baseline without a model; what it cannot do (sample, other formats) is absent."""
         conversations = [self._conversation(prompt) for prompt in make_prompts("swe", self.tasks)]

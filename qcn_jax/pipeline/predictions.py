@@ -1,23 +1,19 @@
-"""Predictions in SWE-bench's form, graded, and reported in the form of SWE-bench's run report.
+"""Predictions in SWE-bench's form: read, checked, graded.
 
-A prediction is `{"instance_id", "model_name_or_path", "model_patch"}`, one JSON object a line. The run report has
-SWE-bench's keys (schema_version 2, with release 5's infrastructure failures), and the rate with its interval beside.
+A prediction is `{"instance_id", "model_name_or_path", "model_patch"}`, one JSON object a line.
 """
 
-import concurrent.futures
 import dataclasses
-import pathlib
-import re
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.envs.grading import Verdict
+from qcn_jax.envs.pool import EnvPool
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import statistics
-
-# Outcomes of grading for which SWE-bench's harness has no report either, and counts an error.
-_ERRORS = ("patch_failed", "timeout", "out_of_memory", "killed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Prediction:
     patch: str
 
 
-def read_predictions(path: str, tasks: Mapping[str, Task]) -> list[Prediction]:
+def read_predictions(path: str | os.PathLike[str], tasks: Mapping[str, Task]) -> list[Prediction]:
     """Reads predictions for `tasks` (by id).
 
     Raises:
@@ -59,60 +55,19 @@ def read_predictions(path: str, tasks: Mapping[str, Task]) -> list[Prediction]:
     return list(found.values())
 
 
-def grade_predictions(predictions: Sequence[Prediction], tasks: Mapping[str, Task], grade: Callable[[Task, str], Any],
-                      workers: int, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Verdicts by instance id; `grade` is called from `workers` threads, `progress` after each verdict."""
-    verdicts: dict[str, Any] = {}
-    with concurrent.futures.ThreadPoolExecutor(workers, "grade") as threads:
-        pending = {threads.submit(grade, tasks[one.instance_id], one.patch): one for one in predictions}
-        try:
-            for future in concurrent.futures.as_completed(pending):
-                verdicts[pending[future].instance_id] = future.result()
-                progress(len(verdicts), len(predictions))
-        finally:
-            threads.shutdown(wait=True, cancel_futures=True)
-    return verdicts
+def grade(predictions: Sequence[Prediction], tasks: Mapping[str, Task], pool: EnvPool,
+          progress: Callable[[int], None]) -> list[Verdict]:
+    """Verdicts in the order of `predictions`, every test run to its end; `progress` gets the number done."""
+    return list(pool.map(lambda one: pool.grade(tasks[one.instance_id], one.patch), predictions, progress=progress))
 
 
-def run_report(tasks: Mapping[str, Task], predictions: Sequence[Prediction],
-               verdicts: Mapping[str, Any]) -> dict[str, Any]:
-    """SWE-bench's run report: counts and sorted id lists; `rate` is resolved over all tasks but those that failed for
-    reasons of the infrastructure."""
-    outcomes = {one.instance_id: verdicts[one.instance_id].outcome for one in predictions}
+def resolved_rate(tasks: Mapping[str, Task], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """resolved, attempted, rate and ci95 over all tasks (one without a prediction is not resolved).
 
-    def ids(*wanted: str) -> list[str]:
-        return sorted(name for name, outcome in outcomes.items() if outcome in wanted)
-
-    groups = {
-        "submitted": sorted(outcomes), "completed": ids("resolved", "unresolved"), "resolved": ids("resolved"),
-        "unresolved": ids("unresolved"), "empty_patch": ids("empty_patch"), "error": ids(*_ERRORS),
-        "infra_failure": ids("infrastructure"),
-    }
-    counted = len(tasks) - len(groups["infra_failure"])
-    low, high = statistics.wilson_interval(len(groups["resolved"]), counted)
-    report: dict[str, Any] = {"total_instances": len(tasks)}
-    report |= {f"{name}_instances": len(group) for name, group in groups.items()}
-    report |= {f"{name}_ids": group for name, group in groups.items()}
-    report["incomplete_ids"] = sorted(tasks.keys() - outcomes.keys())
-    rate = len(groups["resolved"]) / counted if counted else 0.0
-    return report | {"schema_version": 2, "rate": rate, "ci95": [low, high]}
-
-
-def write_reports(folder: pathlib.Path, report: Mapping[str, Any], predictions: Sequence[Prediction],
-                  verdicts: Mapping[str, Any]) -> None:
-    """Writes `report.json` and, as SWE-bench does, `logs/<model>/<instance>/report.json` for each prediction."""
-    for one in predictions:
-        verdict = verdicts[one.instance_id]
-        row = {
-            "patch_is_None": False, "patch_exists": bool(one.patch.strip()),
-            "patch_successfully_applied": verdict.outcome not in ("empty_patch", "patch_failed", "infrastructure"),
-            "resolved": verdict.resolved, "outcome": verdict.outcome, "tests_status": verdict.tests_status,
-        }
-        path = folder / "logs" / _file_name(one.model) / _file_name(one.instance_id) / "report.json"
-        files.write_json(path, {one.instance_id: row})
-    files.write_json(folder / "report.json", dict(report))
-
-
-def _file_name(name: str) -> str:
-    """`name` as one component of a path, whatever it holds; "/" becomes "__" as in SWE-bench."""
-    return re.sub(r"[^\w.=+@-]+", "__", name).lstrip(".") or "unnamed"
+    Tasks whose grading failed for reasons of the machine are left out and counted as `infrastructure`.
+    """
+    resolved = sum(verdict.resolved for verdict in verdicts)
+    broken = sum(verdict.outcome == "infrastructure" for verdict in verdicts)
+    attempted = len(tasks) - broken
+    return {"resolved": resolved, "attempted": attempted, "rate": resolved / attempted if attempted else 0.0,
+            "ci95": list(statistics.wilson_interval(resolved, attempted)), "infrastructure": broken}

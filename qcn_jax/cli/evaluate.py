@@ -1,0 +1,117 @@
+"""Measures how many tasks a checkpoint, or patches that were made elsewhere, resolve.
+
+  qcn evaluate --checkpoint=runs/nano/distill/model --tasks=runs/nano/tasks/heldout.jsonl --out=DIR
+  qcn evaluate --predictions=preds.jsonl --tasks=tasks.jsonl --out=DIR
+
+Predictions are SWE-bench's: one JSON object a line with instance_id, model_name_or_path and model_patch. A checkpoint
+acts with the nano scaffold, greedy, one episode a task; its patches are written to DIR/preds.jsonl and graded in the
+same way. Every patch is graded in a fresh sandbox that its author never saw. DIR holds SWE-bench's run report
+(MODEL.qcn.json), a report.json for each task, and summary.json with the resolved rate and its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tqdm
+from absl import flags
+
+from qcn_jax import files
+from qcn_jax.cli import parsing
+from qcn_jax.envs.sandbox import RepositorySpec
+from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.tasks import Task, read_tasks
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline import repositories
+
+if TYPE_CHECKING:
+    from qcn_jax.envs.pool import EnvPool
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses flags, obtains patches, grades them, writes and prints the report."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema.", flag_values=values, required=True)
+    flags.DEFINE_string("out", None, "Folder for the report.", flag_values=values, required=True)
+    flags.DEFINE_string("checkpoint", None, "Folder with weights in Hugging Face form and tokenizer.json.",
+                        flag_values=values)
+    flags.DEFINE_string("predictions", None, "Predictions as JSONL.", flag_values=values)
+    flags.DEFINE_list("repo", [], "Archives or folders of the tasks' repositories; those not given are downloaded.",
+                      flag_values=values)
+    flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
+    flags.DEFINE_enum("isolation", "container", ["container", "shared"],
+                      "A fresh container for each grading, or warm ones with a fresh workspace.", flag_values=values)
+    flags.DEFINE_integer("workers", 2, "Gradings side by side.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("max_turns", 8, "Turns of an episode.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 64, "Tokens of a turn.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("max_length", 1024, "Tokens of an episode.", flag_values=values, lower_bound=16)
+    flags.DEFINE_integer("slots", 32, "Episodes side by side.", flag_values=values, lower_bound=1)
+    parsing.parse(values, "evaluate", __doc__, argv)
+    if bool(values.checkpoint) == bool(values.predictions):
+        raise UserError("give either --checkpoint=DIR or --predictions=FILE")
+    tasks = {task.instance_id: task for task in read_tasks(values.tasks)}
+    if not tasks:
+        raise UserError(f"--tasks={values.tasks}: holds no task")
+    print(json.dumps(_evaluate(values, tasks), indent=1))
+    return 0
+
+
+def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Patches, verdicts, reports; returns what is printed."""
+    from qcn_jax.envs import grading
+    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.pipeline import predictions
+
+    out = pathlib.Path(values.out)
+    if values.predictions:  # bad predictions are named before anything is downloaded
+        predictions.read_predictions(values.predictions, tasks)
+    specs = find_repositories(tasks.values(), values.repo)
+    arguments = {"kind": values.sandbox, "isolation": values.isolation,
+                 "state_dir": str(sources.default_cache().parent / "sandbox")}
+    with EnvPool(values.workers, arguments, specs) as pool:
+        path = values.predictions or out / "preds.jsonl"
+        if values.checkpoint:
+            files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool))
+        rows = predictions.read_predictions(path, tasks)
+        with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
+            verdicts = predictions.grade(rows, tasks, pool, lambda _: bar.update())
+        sandbox = pool.describe()
+    model = rows[0].model if rows else "none"
+    grading.write_reports(out, "qcn", model, verdicts, [row.instance_id for row in rows])
+    summary = {"model": model, "sandbox": sandbox["kind"], **predictions.resolved_rate(tasks, verdicts)}
+    files.write_json(out / "summary.json", summary)
+    return summary
+
+
+def find_repositories(tasks: Iterable[Task], given: Sequence[str]) -> list[RepositorySpec]:
+    """Specs of the tasks' repositories: those `given` as archive or folder, the others from the package index.
+
+    Raises:
+      UserError: a given one is no repository, or one cannot be downloaded.
+    """
+    found = {spec.name: spec for spec in (sources.locate(source, {}) for source in given)}
+    for name in sorted({task.repo for task in tasks} - found.keys()):
+        found[name] = sources.locate(name, repositories.SHA256)
+    return list(found.values())
+
+
+def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec],
+         pool: EnvPool) -> Iterator[dict[str, str]]:
+    """Lets the checkpoint work on the tasks; yields predictions."""
+    from qcn_jax import hub
+    from qcn_jax.config import EvaluateConfig, RolloutConfig
+    from qcn_jax.hub.tokenizer import Tokenizer
+    from qcn_jax.pipeline.bench import Bench
+    from qcn_jax.pipeline.data.chat import ChatEncoder
+    from qcn_jax.pipeline.domains import pool_services
+
+    limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,
+                           max_length=values.max_length, slots=values.slots)
+    encoder = ChatEncoder(Tokenizer.from_folder(values.checkpoint))
+    bench = Bench(tasks, (), EvaluateConfig(rollout=limits), encoder, pool_services(pool, specs), 0, print)
+    for task, patch in bench.patches(*hub.load(values.checkpoint)):
+        yield {"instance_id": task.instance_id, "model_name_or_path": values.checkpoint, "model_patch": patch}

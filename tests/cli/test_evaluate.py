@@ -1,0 +1,99 @@
+"""qcn evaluate on predictions: the gold patch resolves, others do not, and bad input is named."""
+
+import json
+
+import pytest
+
+from qcn_jax.cli import main as cli
+from qcn_jax.envs.patches import make_diff
+from qcn_jax.envs.tasks import Task, write_tasks
+from tests.pipeline import chain
+
+PATH = "words/core.py"
+GOOD = chain.HELDOUT_REPOSITORY[PATH]
+TESTS = [f"tests/test_core.py::test_{name}" for name in ("count", "short", "long", "palindrome", "digit", "no_digit")]
+
+
+def _task(name, good, bad, failing):
+    assert GOOD.count(good) == 1
+    buggy = GOOD.replace(good, bad)
+    failing = [test for test in TESTS if test.rpartition("test_")[2] in failing]
+    return Task(instance_id=name, repo="words==1.0", base_commit="", patch=make_diff({PATH: buggy}, {PATH: GOOD}),
+                test_patch="", problem_statement="?", FAIL_TO_PASS=tuple(failing),
+                PASS_TO_PASS=tuple(test for test in TESTS if test not in failing),
+                bug_patch=make_diff({PATH: GOOD}, {PATH: buggy}), path=PATH, timeout=20.0)
+
+
+@pytest.fixture(name="setting")
+def _setting(tmp_path, monkeypatch):
+    """(task by name, command that evaluates predictions and returns status)"""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    chain.write(tmp_path)
+    tmp_path.chmod(0o755)
+    tasks = [_task("count", "elif not inside", "elif inside", {"count"}),
+             _task("short", "<= limit", "< limit", {"short"}),
+             _task("digit", "return True\n    return False", "return True\n    return True", {"no_digit"})]
+    write_tasks(tmp_path / "tasks.jsonl", tasks)
+
+    def evaluate(rows, *more):
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (tmp_path / "preds.jsonl").write_text("".join(line + "\n" for line in lines))
+        return cli.main(["evaluate", f"--predictions={tmp_path}/preds.jsonl", f"--tasks={tmp_path}/tasks.jsonl",
+                         f"--out={tmp_path}/out", f"--repo={tmp_path}/words-1.0", "--sandbox=local", "--workers=1", *more])
+
+    return {task.instance_id: task for task in tasks}, evaluate, tmp_path / "out"
+
+
+def _prediction(name, patch, model="some/model"):
+    return {"instance_id": name, "model_name_or_path": model, "model_patch": patch}
+
+
+def test_gold_resolves_and_empty_and_wrong_patches_do_not(setting, capsys):
+    tasks, evaluate, out = setting
+    wrong = tasks["digit"].patch.replace("+    return False", "+    return None")
+    assert wrong != tasks["digit"].patch
+    assert evaluate([_prediction("count", tasks["count"].patch), _prediction("short", ""),
+                     _prediction("digit", wrong)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["resolved"], printed["attempted"], printed["sandbox"]) == (1, 3, "local")
+    assert printed["ci95"] == pytest.approx([0.0615, 0.7923], abs=1e-3)
+    report = json.loads((out / "some__model.qcn.json").read_text())
+    assert (report["resolved_ids"], report["unresolved_ids"], report["empty_patch_ids"]) == (["count"], ["digit"], ["short"])
+    status = json.loads((out / "digit" / "report.json").read_text())["digit"]["tests_status"]
+    assert status["FAIL_TO_PASS"]["failure"] == ["tests/test_core.py::test_no_digit"]
+    assert len(status["PASS_TO_PASS"]["success"]) == 5
+
+
+def test_a_task_without_prediction_is_not_resolved(setting, capsys):
+    tasks, evaluate, _ = setting
+    assert evaluate([_prediction("count", tasks["count"].patch)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["resolved"], printed["attempted"]) == (1, 3)
+
+
+@pytest.mark.parametrize("rows, words", [
+    (["{"], ["preds.jsonl:1", "JSON"]),
+    ([[1]], ["preds.jsonl:1", "object"]),
+    ([_prediction("count", ""), {"instance_id": "short", "model_patch": ""}], ["preds.jsonl:2", "model_name_or_path"]),
+    ([{"instance_id": "count", "model_name_or_path": "m"}], ["preds.jsonl:1", "model_patch"]),
+    ([_prediction("count", 3)], ["preds.jsonl:1", "model_patch"]),
+    ([_prediction("none", "")], ["preds.jsonl:1", "'none'"]),
+    ([_prediction("count", ""), _prediction("count", "")], ["preds.jsonl:2", "second time"]),
+    ([_prediction("count", ""), _prediction("short", "", "n")], ["several models"]),
+])
+def test_bad_predictions_are_named(setting, capsys, rows, words):
+    _, evaluate, _ = setting
+    assert evaluate(rows) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in words) and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["--tasks"]), (["--tasks=none.jsonl", "--out=o", "--predictions=p"], ["none.jsonl"]),
+    (["--tasks=none.jsonl", "--out=o"], ["--checkpoint", "--predictions"]),
+])
+def test_bad_flags_are_named(capsys, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in words) and error.count("\n") == 1, error
