@@ -192,7 +192,7 @@ def _train_expert(
         directory, TrainState.create(jax.tree.map(jnp.array, params), optimizer), learner.step, config.updates,
         log=log, line=_line, checkpoint_every=config.checkpoint_every,
     )  # fmt: skip
-    hub.save(directory / "model", model, jax.device_get(state.params))
+    hub.save(directory / "model", model, jax.device_get(state.params), encoder.tokenizer)
     rows = read_metrics(directory / "metrics.jsonl")
     return {
         "seconds": round(sum(row["seconds"] for row in rows), 2), "prompts": len(learner.prompts),
