@@ -20,6 +20,7 @@ from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
+from qcn_jax.hub.chat_jinja import CHAT_TEMPLATE_FILE, chat_template
 from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf
 from qcn_jax.hub.reading import PIECE_BYTES
 from qcn_jax.hub.stored import DTYPES, INDEX_FILE, SINGLE_FILE
@@ -178,8 +179,9 @@ def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
 
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json, and the little that transformers' AutoTokenizer wants beside it."""
+    """tokenizer.json, the chat template, and the little that transformers' AutoTokenizer wants beside them."""
     tokenizer.save(folder)
+    files.write_text(folder / CHAT_TEMPLATE_FILE, chat_template())
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, token in (("eos_token", TURN_END), ("pad_token", END_OF_TEXT)):
         if token in tokenizer.added_tokens:

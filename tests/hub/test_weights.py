@@ -328,6 +328,10 @@ def test_a_saved_tokenizer_works_in_transformers(tmp_path):
     text = "<|im_start|>user\nHi é 👩‍👩‍👧 <tool_call> x  =  1<|im_end|>\n"
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
     assert theirs.decode(tokenizer.encode(text)) == text
+    for case in json.loads((pathlib.Path(__file__).parent.parent / "golden/qwen3_coder_chat.json").read_text())["cases"]:
+        text = theirs.apply_chat_template(case["messages"], case["tools"], tokenize=False,
+                                          add_generation_prompt=case["add_generation_prompt"])
+        assert text == case["text"]
     assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>"
     assert Tokenizer.from_folder(tmp_path / "m").encode(text) == tokenizer.encode(text)
     assert files.read_json(tmp_path / "m" / "config.json")["eos_token_id"] == tokenizer.id("<|im_end|>")
