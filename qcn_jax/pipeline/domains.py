@@ -135,8 +135,18 @@ class TaskConversation:
     """An episode on a task, in tokens; see pipeline.rollout.Conversation."""
 
     def __init__(
-        self, prompt: Prompt, encoder: ChatEncoder, services: Services, *, max_turns: int, unfinished_penalty: float
-    ) -> None:
+        self, prompt: Prompt, encoder: ChatEncoder, services: Services, *, max_turns: int, unfinished_penalty: float,
+        judged: bool = True,
+    ) -> None:  # fmt: skip
+        """Args:
+          prompt: what to work on.
+          encoder: text to tokens and back.
+          services: sandboxes.
+          max_turns: of the policy, in domains of several turns.
+          unfinished_penalty: see `rewards.task_outcome`.
+          judged: False where nobody asks for the reward, which saves the grading; every outcome is then 0.
+        """
+        self._judged = judged
         self._prompt, self._encoder, self._services = prompt, encoder, services
         self._max_turns = 1 if prompt.scaffold.single_turn else max_turns
         self._penalty = unfinished_penalty
@@ -170,6 +180,8 @@ class TaskConversation:
             self.episode.end(EndReason.LENGTH_LIMIT)
         result = self.episode.result()
         broken = result.reason is EndReason.INFRASTRUCTURE
+        if not self._judged:
+            return Outcome(0.0, False, result.reason is EndReason.SUBMITTED, infrastructure=broken)
         verdict = None if broken else self._services.grade(self._prompt.task, result.patch)
         if self._prompt.domain == "format":
             return format_outcome(result, verdict)
@@ -192,5 +204,20 @@ def provider_services(provider: Provider) -> Services:
 
 
 def make_services(context: "StageContext") -> Services:
-    """The services of a run's sandboxes: its pool of environment workers, results remembered."""
-    raise NotImplementedError
+    """Services of a run: test runs and gradings go to its pool of workers, every one done once."""
+    repositories, provider, pool = context.repositories(), context.provider(), context.pool()
+    pool.register(repositories.values())
+    prepared, lock = {}, threading.Lock()
+
+    def pristine(repo):
+        with lock:  # a thread for every open conversation may ask for the same repository at once
+            if repo not in prepared:
+                prepared[repo] = provider.prepare(repositories[repo]).files
+            return prepared[repo]
+
+    services = Services(
+        files=pristine,
+        run_tests=lambda *arguments: pool.run_tests(*arguments).result(),
+        grade=lambda task, patch: pool.grade(task, patch, fail_fast=True).result(),
+    )
+    return services.remembering()
