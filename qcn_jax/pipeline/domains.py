@@ -22,7 +22,7 @@ from qcn_jax.envs.sandbox.base import Provider, TestRun
 from qcn_jax.envs.scaffolds import NANO, NANO_SINGLE, Scaffold, nano_format
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import ToolExecutor
-from qcn_jax.envs.workspace import OverlayWorkspace, ProviderRunner, starting_files
+from qcn_jax.envs.workspace import ProviderRunner, open_overlay
 from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.rewards import format_outcome, task_outcome
 from qcn_jax.pipeline.rollout import Outcome, Reply
@@ -155,9 +155,8 @@ class TaskConversation:
     def episode(self) -> Episode:
         """Made when first needed: a run holds far more prompts than open episodes."""
         task, scaffold, services = self._prompt.task, self._prompt.scaffold, self._services
-        pristine = services.files(task.repo)
         runner = functools.partial(services.run_tests, task.repo)
-        workspace = OverlayWorkspace(pristine, starting_files(task, pristine), runner)
+        workspace = open_overlay(task, services.files(task.repo), runner)
         executor = ToolExecutor(task, scaffold.tools, workspace, output_limit=scaffold.output_limit)
         return Episode(task, scaffold, executor, max_turns=self._max_turns)
 
