@@ -132,12 +132,22 @@ def inside_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+# Of Pygments' five hundred lexers pytest uses two; compiling the rest would take longer than everything else.
+_LEXERS = frozenset({"__init__.py", "_mapping.py", "python.py", "diff.py"})
+
+
+def _wanted(file: importlib.metadata.PackagePath) -> bool:
+    if ".." in file.parts or "__pycache__" in file.parts:
+        return False
+    return file.parts[:2] != ("pygments", "lexers") or file.name in _LEXERS
+
+
 def copy_packages(target: pathlib.Path) -> None:
     """Copies pytest and its dependencies from this interpreter into the folder `target`, compiled."""
     for name in DISTRIBUTIONS:
         distribution = importlib.metadata.distribution(name)
         for file in distribution.files or ():
-            if ".." not in file.parts and "__pycache__" not in file.parts:
+            if _wanted(file):
                 place = target / file
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(distribution.locate_file(file), place)

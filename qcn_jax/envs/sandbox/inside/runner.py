@@ -10,6 +10,7 @@ import importlib
 import json
 import linecache
 import os
+import re
 import sys
 import traceback
 import types
@@ -18,10 +19,12 @@ import unittest
 import _imp
 import _pytest.assertion.rewrite
 import _pytest.config
+import _pytest.runner
 import pytest
 
 MAX_MESSAGES = 20  # failures described per run; the others are listed by outcome alone
 MAX_MESSAGE = 400  # characters of one description
+TEST_CODE = re.compile(r"(^|/)(tests?/|conftest\.py$|test_[^/]*\.py$|[^/]*_test\.py$|tests?\.py$)")
 _read_pyc = _pytest.assertion.rewrite._read_pyc
 
 
@@ -41,6 +44,8 @@ def preload() -> None:
         return code
 
     _pytest.assertion.rewrite._read_pyc = read_pyc
+    # PYTEST_CURRENT_TEST would tell the code under test which answer is expected next.
+    _pytest.runner._update_current_test_var = lambda item, when: None
     global _SNAPSHOT
     _SNAPSHOT = _snapshot()
 
@@ -84,7 +89,7 @@ class Reporter:
         self._write, self._root = write, os.path.join(root, "")
         self._rank = None if node_ids is None else {name: i for i, name in enumerate(node_ids)}
         self._ordered = ordered
-        self._phases, self._described = {}, 0
+        self._phases, self._described, self._excused = {}, 0, set()
         self.outcomes, self.messages = {}, {}
 
     @pytest.hookimpl(trylast=True)
@@ -109,13 +114,29 @@ class Reporter:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item, call):
         yield
-        if (call.excinfo is not None and self._described < MAX_MESSAGES
-                and not isinstance(call.excinfo.value, pytest.skip.Exception)):
+        if call.excinfo is None:
+            return
+        if isinstance(call.excinfo.value, (pytest.skip.Exception, pytest.xfail.Exception, unittest.SkipTest)):
+            if self._from_sources(call.excinfo.tb):
+                self._excused.add(item.nodeid)
+                self.messages[item.nodeid] = "skipped or excused by the code under test"
+        elif self._described < MAX_MESSAGES:
             self.messages[item.nodeid] = self._describe(call.excinfo)
+
+    def _from_sources(self, trace):
+        """Whether a traceback passes through the repository's own code other than its tests."""
+        while trace is not None:
+            name = trace.tb_frame.f_code.co_filename
+            if name.startswith(self._root) and not TEST_CODE.search(name[len(self._root):]):
+                return True
+            trace = trace.tb_next
+        return False
 
     def pytest_runtest_logreport(self, report):
         expected = hasattr(report, "wasxfail")
-        if report.skipped:
+        if report.nodeid in self._excused:
+            outcome = "failed"
+        elif report.skipped:
             outcome = "xfailed" if expected else "skipped"
         elif report.failed:
             outcome = "failed" if report.when == "call" else "error"
