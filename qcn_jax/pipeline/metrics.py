@@ -71,13 +71,13 @@ class Meter:
         self._mark = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Speed since the last reading; starts a new one."""
+        """Speed since the last reading, zero where no step was counted; starts a new one."""
         now = time.perf_counter()
         elapsed = max(now - self._mark, 1e-9)
         self._useful += elapsed
         values = {
             "tokens_per_second": self._tokens / elapsed,
-            "seconds_per_step": elapsed / max(self._steps, 1),
+            "seconds_per_step": elapsed / self._steps if self._steps else 0.0,
             "goodput": self._useful / max(now - self._begin, 1e-9),
             "seconds": now - self._begin,
         }

@@ -39,7 +39,21 @@ class TrainState:
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
         """A fresh state. The first step donates `params`; copy them first if they are needed later."""
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return _committed(cls(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
+
+
+def _committed(state: TrainState) -> TrainState:
+    """Every leaf bound to devices: those that are not go where the parameters are, replicated.
+
+    A compiled step returns bound arrays; a first call with free ones would have another signature, and the step
+    would be compiled twice.
+    """
+    bound = [leaf for leaf in jax.tree.leaves(state.params) if getattr(leaf, "committed", False)]
+    place = bound[0].sharding if bound else jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+    if isinstance(place, jax.sharding.NamedSharding):
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    bind = lambda leaf: leaf if getattr(leaf, "committed", False) else jax.device_put(leaf, place)
+    return jax.tree.map(bind, state)
 
 
 def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulate: int = 1

@@ -79,6 +79,15 @@ def test_it_learns_logs_and_compiles_once(whole):
     assert STEP._cache_size() == 1
 
 
+def test_weights_bound_to_a_device_compile_no_second_step():
+    for place in (lambda x: x, lambda x: jax.device_put(x, jax.devices()[0])):
+        step = train.make_train_step(loss_fn, OPTIMIZER)
+        state = train.TrainState.create(place(fresh().params), OPTIMIZER)
+        for batch in [next(batches())] * 2:
+            state, _ = step(state, jax.device_put(batch))
+        assert step._cache_size() == 1
+
+
 def test_a_finished_run_does_nothing_again(whole):
     directory, result = whole
     again = run(directory)
@@ -100,7 +109,8 @@ def test_kill_resumes_bit_for_bit(whole, tmp_path):
     assert curve(tmp_path)[-1]["step"] == 16
     lines = []
     result = run(tmp_path, log=lines.append)
-    assert lines[0] == "resumes at step 12 of 24" and result.steps_done == 12
+    # The checkpoint of step 12 was written in the background and may not have been complete.
+    assert (lines[0], result.steps_done) in (("resumes at step 12 of 24", 12), ("resumes at step 6 of 24", 18))
     assert same(result.state, whole[1].state)
     assert curve(tmp_path) == curve(whole[0])
     left = [path.name for path in (tmp_path / "checkpoints").iterdir()]

@@ -120,7 +120,7 @@ def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, met
 
 
 def statistics(iterator: grain.DatasetIterator) -> packing.PackingStatistics:
-    """What packing did so far in an iterator of `batches`, since it was made or restored."""
+    """What packing did up to the current window of an iterator of `batches`."""
     while not isinstance(iterator, _PackIterator):
         iterator = iterator._parents[0]  # Grain names no public way to the parent
     return iterator.statistics
@@ -170,7 +170,7 @@ class _PackIterDataset(grain.IterDataset):
 
 
 class _PackIterator(grain.DatasetIterator):
-    """State: the parent's position where the window began, the window's number and rows given out of it."""
+    """State: where the parent was when the window began, the window's number, rows given out, statistics before."""
 
     def __init__(self, parent: grain.DatasetIterator, dataset: _PackIterDataset) -> None:
         super().__init__(parent)
@@ -179,13 +179,13 @@ class _PackIterator(grain.DatasetIterator):
         self._number = 0
         self._given = 0
         self._rows: list[dict[str, np.ndarray]] | None = None
-        self.statistics = packing.PackingStatistics()
+        self.statistics = self._before = packing.PackingStatistics()
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._rows is None:
             self._rows = self._pack()
         if self._given == len(self._rows):
-            self._begin = self._parent.get_state()
+            self._begin, self._before = self._parent.get_state(), self.statistics
             self._number, self._given = self._number + 1, 0
             self._rows = self._pack()
         row = self._rows[self._given]
@@ -197,17 +197,19 @@ class _PackIterator(grain.DatasetIterator):
         documents = [next(self._parent) for _ in range(dataset.window)]
         lengths = [len(document["tokens"]) for document in documents]
         planned = packing.plan(lengths, dataset.length, dataset.method, dataset.overlong)
-        self.statistics += packing.statistics(lengths, dataset.length, planned)
+        self.statistics = self._before + packing.statistics(lengths, dataset.length, planned)
         arrays = packing.fill(documents, planned, dataset.length)
         # Best-fit decreasing puts the longest documents first; steps should not see them in that order.
         order = np.random.default_rng([dataset.seed, self._number]).permutation(planned.rows)
         return [{key: values[row] for key, values in arrays.items()} for row in order]
 
     def get_state(self) -> dict[str, Any]:
-        return {"begin": self._begin, "number": self._number, "given": self._given}
+        return {"begin": self._begin, "number": self._number, "given": self._given,
+                "statistics": dataclasses.asdict(self._before)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._begin, self._number, self._given = state["begin"], state["number"], state["given"]
+        self.statistics = self._before = packing.PackingStatistics(**state["statistics"])
         self._parent.set_state(self._begin)
         self._rows = None
 

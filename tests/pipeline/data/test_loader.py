@@ -51,6 +51,8 @@ def test_two_runs_and_a_resume_give_the_same_batches_over_many_windows():
         resumed = _batches()
         resumed.set_state(state)
         assert _same(whole[stop:stop + 8], _take(resumed, 8))
+        _take(first, 8)
+        assert loader.statistics(resumed) == loader.statistics(first)
 
 
 def test_shares_are_shares_of_tokens():

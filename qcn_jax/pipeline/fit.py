@@ -1,0 +1,59 @@
+"""Next-token training of one model on one stream of batches: what midtrain, sft and the control share."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+
+from qcn_jax import hub
+from qcn_jax.config import ModelConfig, TrainConfig
+from qcn_jax.errors import UserError
+from qcn_jax.hub.tokenizer import Tokenizer
+from qcn_jax.model import Qwen3Next
+from qcn_jax.pipeline import diagnose, losses, optimizer, train
+from qcn_jax.pipeline.data import loader
+from qcn_jax.pipeline.metrics import read_metrics
+
+
+def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: Any, batches: grain.DatasetIterator,
+        config: TrainConfig, *, tokenizer: Tokenizer, log: Callable[[str], None]) -> dict[str, Any]:
+    """Trains until `config.steps` and writes the weights to `out`; resumes from `directory`'s checkpoint.
+
+    Args:
+      directory: metrics.jsonl and checkpoints/.
+      out: folder of the final weights, in Hugging Face form with `tokenizer`.
+      model, params: the initial model; `params` is donated.
+      batches: from data.loader; its position is part of the checkpoint.
+      config: steps, batch shape, optimizer.
+    Returns:
+      JSON-ready results: steps, tokens, loss and its parts at the end, seconds_per_step (without
+      compilation), packing statistics.
+    Raises:
+      UserError: rows that `accumulate` does not divide, and whatever train.loop says.
+    """
+    if config.rows % config.accumulate:
+        raise UserError(f"--config.*.train.accumulate: {config.accumulate} does not divide {config.rows} rows")
+    loss_fn = losses.language_model_loss(Qwen3Next(model), config.mtp_coef, config.mtp_steps)
+    update = optimizer.make_optimizer(config.optimizer, config.steps)
+    step = train.make_train_step(loss_fn, update, config.accumulate)
+    result = train.loop(
+        directory, train.TrainState.create(params, update), step, batches, config.steps, log=log,
+        schedule=optimizer.schedule(config.optimizer, config.steps), checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every, explain=diagnose.explain(model, loss_fn))
+    hub.save(out, model, jax.device_get(result.state.params), tokenizer)
+    return {
+        "steps": config.steps, "tokens": config.steps * config.rows * config.sequence_length,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
+        **_recorded(directory), "packing": loader.statistics(batches).as_dict(),
+    }
+
+
+def _recorded(directory: pathlib.Path) -> dict[str, float]:
+    """Last loss and the median step time of the curve, which a resumed process has not all seen itself."""
+    rows = read_metrics(directory / "metrics.jsonl")
+    speeds = sorted(row["seconds_per_step"] for row in rows if row["seconds_per_step"] > 0) or [0.0]
+    last = rows[-1] if rows else {}
+    kept = {name: last[name] for name in ("loss", "ce", "accuracy", "mtp", "balance") if name in last}
+    return kept | {"seconds_per_step": speeds[len(speeds) // 2]}
