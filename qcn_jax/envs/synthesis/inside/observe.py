@@ -4,6 +4,7 @@ Sent as text to Sandbox.run_python, which provides `ROOT` (the repository's fold
 are seen through sys.settrace; nothing of the repository is changed.
 """
 
+import contextlib
 import dis
 import os
 import re
@@ -13,6 +14,7 @@ import threading
 import time
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 ROOT: str
 run_pytest = globals().get("run_pytest")  # given by the sandbox
@@ -23,12 +25,29 @@ PLAIN = (int, float, complex, bool, str, bytes, type(None), type, range, type(le
 LEAVING = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "SEND") if name in dis.opmap}
 IS_FUNCTION, IS_GENERATOR = 0x1, 0x20 | 0x80 | 0x200  # CO_OPTIMIZED; generator, coroutine, asynchronous generator
 ADDRESS = re.compile(r"0x[0-9a-fA-F]{4,}")
+LONG_NUMBER = re.compile(r"\d{12,}")  # identities and hashes: different in every process
 SCRATCH = re.compile(r"pytest-of-\w+/pytest-\d+")
 
 
 def main(args):
-    """`calls`: traces the whole suite; `check`: runs some tests and records what the calls of one of them gave."""
-    return {"calls": trace_suite, "check": check}[args["mode"]](args)
+    """`ids`: lists the tests; `calls`: traces the whole suite; `check`: runs some tests and records one of them."""
+    return {"ids": list_tests, "calls": trace_suite, "check": check}[args["mode"]](args)
+
+
+class Collected:
+    """Keeps the ids of the collected tests and runs none of them."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        self.ids = [item.nodeid for item in session.items]
+        return True
+
+
+def list_tests(args):
+    """Ids of all tests."""
+    collected = Collected()
+    run_pytest(None, plugins=[collected])
+    return collected.ids
 
 
 def qualified(code):
@@ -48,12 +67,9 @@ class Tracing:
     def trace(self, frame, event, arg):
         raise NotImplementedError
 
-    def begin(self, node_id):
-        raise NotImplementedError
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        self.begin(item.nodeid)
+    @contextlib.contextmanager
+    def tracing(self, node_id):
+        """Traces while the block runs, and keeps the seconds that it took."""
         started = time.perf_counter()
         threading.settrace(self.trace)
         sys.settrace(self.trace)
@@ -62,7 +78,7 @@ class Tracing:
         finally:
             sys.settrace(None)
             threading.settrace(None)
-            self.seconds[item.nodeid] = round(time.perf_counter() - started, 4)
+            self.seconds[node_id] = round(time.perf_counter() - started, 4)
 
 
 class Suite(Tracing):
@@ -73,8 +89,11 @@ class Suite(Tracing):
         self.called, self.deadline = {}, time.monotonic() + seconds
         self.codes = set()
 
-    def begin(self, node_id):
-        self.codes = self.called[node_id] = set()
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.codes = self.called[item.nodeid] = set()
+        with self.tracing(item.nodeid):
+            yield
 
     def trace(self, frame, event, arg):
         self.codes.add(frame.f_code)
@@ -131,7 +150,7 @@ class Brief(reprlib.Repr):
         """Takes addresses and folders of this workspace out of a text."""
         for place in self.places:
             text = text.replace(place, "")
-        return SCRATCH.sub("pytest", ADDRESS.sub("0x", text))
+        return LONG_NUMBER.sub("#", SCRATCH.sub("pytest", ADDRESS.sub("0x", text)))
 
     def repr_instance(self, value, level):
         kind = type(value)
@@ -147,16 +166,41 @@ class Brief(reprlib.Repr):
 
 
 class Recorder(Tracing):
-    """What each call of a repository function got and gave, in the order in which the calls ended."""
+    """Runs one of the session's tests again and records what each call of a repository function got and gave.
 
-    def __init__(self, sources):
+    The calls are kept in the order in which they ended. The test is the first of `observe` that failed (with
+    `always`: the first of them); nothing is recorded where more than `too_many` tests failed.
+    """
+
+    def __init__(self, args):
         super().__init__()
-        self.paths = {os.path.join(ROOT, path): path for path in sources}
+        self.paths = {os.path.join(ROOT, path): path for path in args["sources"]}
+        self.wanted, self.always, self.too_many = args["observe"], args["always"], args["too_many"]
         self.brief, self.calls, self.open, self.busy, self.deadline = Brief(), [], {}, False, 0.0
         self.changeable = {}  # frame: [(name, value)] of the arguments that the call may change
+        self.failed, self.test, self.again = set(), None, "missing"
 
-    def begin(self, node_id):
-        self.calls, self.open, self.changeable, self.deadline = [], {}, {}, time.monotonic() + MAX_SECONDS
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        yield  # the first run of every test is not traced
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtestloop(self, session):
+        yield
+        items = {item.nodeid: item for item in session.items}
+        names = [name for name in self.wanted if name in items and (self.always or name in self.failed)]
+        if names and len(self.failed) <= self.too_many:
+            self.test, item = names[0], items[names[0]]
+            item._initrequest()  # as for a new item: its fixtures are set up again
+            self.deadline = time.monotonic() + MAX_SECONDS
+            with self.tracing(self.test):
+                reports = runtestprotocol(item, log=False, nextitem=None)
+            self.again = "failed" if any(report.failed for report in reports) else "passed"
 
     def trace(self, frame, event, arg):
         code = frame.f_code
@@ -235,18 +279,9 @@ class Recorder(Tracing):
 
 
 def check(args):
-    """Runs `tests`; then, where `observe` names candidates, records the calls of the first that failed (or of
-    `observe[0]` where `always`)."""
-    started = time.perf_counter()
-    status, outcomes, messages = run_pytest(args["tests"])
-    result = {"status": status, "outcomes": outcomes, "messages": messages, "test": None, "calls": [],
-              "seconds": round(time.perf_counter() - started, 4)}
-    failed = [name for name in args["observe"] if args["always"] or outcomes.get(name) in ("failed", "error")]
-    failing = sum(outcomes.get(name) in ("failed", "error") for name in args["tests"])
-    if not failed or failing > args["too_many"]:
-        return result
-    recorder = Recorder(args["sources"])
-    _, again, _ = run_pytest([failed[0]], plugins=[recorder])
-    brief = recorder.brief
-    return {**result, "test": failed[0], "again": again.get(failed[0], "missing"), "calls": recorder.finish(),
-            "messages": {name: brief.scrub(text) for name, text in messages.items()}}
+    """Runs `tests` and records one of them (see Recorder) where `observe` names any."""
+    recorder = Recorder(args)
+    _, outcomes, messages = run_pytest(args["tests"], plugins=[recorder] if args["observe"] else [])
+    messages = {name: recorder.brief.scrub(text) for name, text in messages.items()}
+    return {"outcomes": outcomes, "messages": messages, "test": recorder.test, "again": recorder.again,
+            "calls": recorder.finish(), "cpu": round(time.process_time(), 4)}

@@ -1,0 +1,135 @@
+"""Which candidates are executed, in which order: kinds balanced, repositories in turn, the same on every run.
+
+Candidates are taken in waves. A wave is chosen from what earlier waves gave and not from which job ended first,
+so that any number of workers, and a run resumed from its journal, choose the same ones.
+"""
+
+import collections
+import dataclasses
+import heapq
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.synthesis import inject, validate
+
+WAVE = 192  # candidates of one wave; bounds what is executed beyond the target
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides about the tasks of one split.
+
+    `target` verified tasks are wanted (0: as many as there are); `candidates_per_repo` bounds executions and
+    `per_function` keeps one function from filling the set.
+    """
+
+    target: int = 0
+    kinds: tuple[str, ...] = ()
+    single_line: bool = False
+    max_function_lines: int | None = None
+    candidates_per_repo: int = 400
+    per_function: int = 8
+    timeout: float = 10.0
+    reruns: int = 1
+    statement_characters: int = 220
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class _Repository:
+    spec: RepositorySpec
+    survey: validate.Survey
+    cells: dict[str, list[inject.Injection]]  # by kind; the next one last
+    taken: int = 0
+
+
+class Plan:
+    """Hands out waves of candidates and learns from their verdicts."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.kinds = settings.kinds or tuple(inject.KINDS)
+        self._repositories: list[_Repository] = []
+        self._per_function: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self._taken: collections.Counter[tuple[str, str]] = collections.Counter()  # by kind and repository
+        self.tried: collections.Counter[str] = collections.Counter()
+        self.kept: collections.Counter[str] = collections.Counter()
+
+    def add(self, spec: RepositorySpec, survey: validate.Survey, files: Mapping[str, str]) -> int:
+        """Finds the candidates of a repository; returns how many there are."""
+        cells: dict[str, list[inject.Injection]] = collections.defaultdict(list)
+        seen: set[tuple[str, int, int, str]] = set()
+        for path in sorted({name.split("::")[0] for name in survey.callers}):
+            rng = random.Random(f"{self.settings.seed}/{spec.name}/{path}")
+            found = inject.candidates(
+                files.get(path, ""), path, self.settings.kinds or None, self.settings.max_function_lines, rng
+            )
+            for injection in found:
+                place = (path, injection.start, injection.end, injection.new)
+                called = f"{path}::{injection.qualname}" in survey.callers
+                if called and place not in seen and (injection.single_line or not self.settings.single_line):
+                    seen.add(place)
+                    cells[injection.kind].append(injection)
+        for kind, injections in cells.items():
+            random.Random(f"{self.settings.seed}/{spec.name}/{kind}").shuffle(injections)
+        self._repositories.append(_Repository(spec, survey, dict(cells)))
+        return sum(map(len, cells.values()))
+
+    def next_wave(self) -> list[validate.Candidate]:
+        """The next candidates to execute; empty when the target is met or nothing is left."""
+        wanted = self.settings.target - sum(self.kept.values()) if self.settings.target else WAVE
+        wave: list[validate.Candidate] = []
+        expected = 0.0
+        heap = [(float(self.kept[kind]), number, kind) for number, kind in enumerate(self.kinds)]
+        heapq.heapify(heap)
+        while heap and expected < wanted and len(wave) < WAVE:
+            level, number, kind = heapq.heappop(heap)
+            candidate = self._take(kind)
+            if candidate is not None:
+                wave.append(candidate)
+                share = (self.kept[kind] + 1) / (self.tried[kind] + 2)  # Laplace's rule of succession
+                expected += share
+                heapq.heappush(heap, (level + share, number, kind))
+        return wave
+
+    def record(self, verdicts: Iterable[validate.Verdict]) -> None:
+        """Takes note of a wave's verdicts."""
+        for verdict in verdicts:
+            self.tried[verdict.kind] += 1
+            self.kept[verdict.kind] += verdict.task is not None
+
+    def _take(self, kind: str) -> validate.Candidate | None:
+        """The next candidate of a kind, from the repository that has given the fewest of it."""
+        limit = self.settings.candidates_per_repo
+        while True:
+            able = [r for r in self._repositories if r.cells.get(kind) and r.taken < limit]
+            if not able:
+                return None
+            chosen = min(able, key=lambda r: self._taken[kind, r.spec.name])
+            injection = chosen.cells[kind].pop()
+            function = (chosen.spec.name, injection.path, injection.qualname)
+            if self._per_function[function] >= self.settings.per_function:
+                continue
+            rng = random.Random(f"{self.settings.seed}/{function}/{injection.start}/{kind}")
+            candidate = validate.make_candidate(injection, chosen.spec, chosen.survey, rng)
+            if candidate is not None:
+                self._per_function[function] += 1
+                self._taken[kind, chosen.spec.name] += 1
+                chosen.taken += 1
+                return candidate
+
+
+def balanced(verdicts: Sequence[validate.Verdict], target: int) -> list[validate.Verdict]:
+    """At most `target` kept verdicts, kinds as equal as they can be, earlier ones first; 0 means all."""
+    cells: dict[str, list[validate.Verdict]] = collections.defaultdict(list)
+    for verdict in verdicts:
+        if verdict.task is not None:
+            cells[verdict.kind].append(verdict)
+    total = sum(map(len, cells.values()))
+    quota = dict.fromkeys(cells, 0)
+    for _ in range(min(target or total, total)):
+        kind = min((kind for kind in cells if quota[kind] < len(cells[kind])), key=lambda kind: quota[kind])
+        quota[kind] += 1
+    chosen = {verdict.key for kind, found in cells.items() for verdict in found[: quota[kind]]}
+    return [verdict for verdict in verdicts if verdict.key in chosen]

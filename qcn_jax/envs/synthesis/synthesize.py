@@ -1,0 +1,210 @@
+"""From repositories to verified tasks: survey, plan, execute in the pool, keep a journal, count yields."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.sandbox import repository
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.synthesis import plan, validate
+from qcn_jax.envs.tasks import Task
+from qcn_jax.errors import UserError
+
+SURVEY_SECONDS = 60.0
+_LOG_EVERY = 5.0  # seconds between progress lines
+Log = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Verified tasks and how they came about."""
+
+    tasks: list[Task]
+    verdicts: list[validate.Verdict]
+    repositories: list[RepositorySpec]  # those that could be used
+    skipped: dict[str, str]  # repository: why it could not
+
+    def yields(self) -> dict[str, dict[str, Any]]:
+        """By kind: candidates executed, kept, share, seconds and processor seconds per candidate."""
+        return _table(self.verdicts, lambda verdict: verdict.kind)
+
+    def repository_yields(self) -> dict[str, dict[str, Any]]:
+        """The same by repository."""
+        return _table(self.verdicts, lambda verdict: verdict.repository)
+
+    def outcomes(self) -> dict[str, int]:
+        """How many candidates were kept, and why the others were not."""
+        return dict(collections.Counter(verdict.outcome for verdict in self.verdicts).most_common())
+
+
+def _table(
+    verdicts: Sequence[validate.Verdict], group: Callable[[validate.Verdict], str]
+) -> dict[str, dict[str, Any]]:
+    cells: dict[str, list[validate.Verdict]] = collections.defaultdict(list)
+    for verdict in verdicts:
+        cells[group(verdict)].append(verdict)
+    table = {}
+    for name, found in sorted(cells.items()):
+        kept = sum(verdict.task is not None for verdict in found)
+        table[name] = {
+            "candidates": len(found),
+            "kept": kept,
+            "yield": round(kept / len(found), 4),
+            "seconds": round(sum(verdict.seconds for verdict in found) / len(found), 4),
+            "cpu_seconds": round(sum(verdict.cpu for verdict in found) / len(found), 4),
+        }
+    return table
+
+
+class Journal:
+    """Verdicts on disk, one a line, appended as they come; a line that a crash cut short is dropped."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.known: dict[str, validate.Verdict] = {}
+        whole = 0
+        if self.path.exists():
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                self.known[row["key"]] = validate.Verdict.from_json(row["verdict"])
+                whole += len(line)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(self.path, "ab")
+            self._stream.truncate(whole)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def add(self, key: str, verdict: validate.Verdict) -> None:
+        """Appends one verdict."""
+        self.known[key] = verdict
+        line = json.dumps({"key": key, "verdict": verdict.to_json()}, ensure_ascii=False) + "\n"
+        try:
+            self._stream.write(line.encode())
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def survey_all(
+    pool: EnvPool, specs: Sequence[RepositorySpec], folder: pathlib.Path, log: Log
+) -> tuple[dict[str, validate.Survey], dict[str, str]]:
+    """Surveys by repository, kept in `folder` between runs, and why the others could not be used."""
+    surveys: dict[str, validate.Survey] = {}
+    skipped: dict[str, str] = {}
+    pool.register(specs)
+
+    def one(spec: RepositorySpec) -> Any:
+        return spec, (None if path(spec).exists() else pool.submit(
+            validate.survey, spec, SURVEY_SECONDS, repository=spec.name, deadline=900.0))
+
+    def path(spec: RepositorySpec) -> pathlib.Path:
+        state = hashlib.sha256(repr(spec).encode()).hexdigest()[:12]
+        return folder / f"{spec.name}.{state}.json"
+
+    for spec, future in [one(spec) for spec in specs]:
+        try:
+            if future is None:
+                surveys[spec.name] = validate.Survey.from_json(files.read_json(path(spec)))
+                continue
+            found = surveys[spec.name] = future.result()
+        except UserError as error:
+            skipped[spec.name] = str(error)
+            log(f"left out: {error}")
+            continue
+        files.write_json(path(spec), dataclasses.asdict(found))
+        left_out = f", {found.failing} failing and {found.unstable} unstable left out" if found.failing + found.unstable else ""
+        log(f"{spec.name}: {len(found.tests)} passing tests{left_out}; they call {len(found.callers)} functions")
+    return surveys, skipped
+
+
+def synthesize(
+    pool: EnvPool,
+    specs: Sequence[RepositorySpec],
+    settings: plan.Settings,
+    workdir: str | os.PathLike[str],
+    log: Log,
+    label: str = "tasks",
+) -> Result:
+    """Makes verified tasks; resumes from the journal in `workdir` where there is one.
+
+    Raises:
+      UserError: no repository can be used, or `workdir` cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    surveys, skipped = survey_all(pool, specs, workdir / "surveys", log)
+    usable = [spec for spec in specs if spec.name in surveys]
+    if not usable:
+        raise UserError(f"{label}: no repository can be used: {'; '.join(skipped.values())}")
+    schedule = plan.Plan(settings)
+    for spec in usable:
+        members = repository.unpack(spec)
+        texts = {name[5:]: member.data.decode("utf-8", "replace") for name, member in members.items()
+                 if name.startswith("repo/") and name.endswith(".py")}
+        schedule.add(spec, surveys[spec.name], texts)
+    verdicts: list[validate.Verdict] = []
+    with Journal(workdir / f"{label}.journal.jsonl") as journal:
+        said = time.monotonic()
+        while wave := schedule.next_wave():
+            found = []
+            for verdict in _execute(pool, wave, settings, journal):
+                found.append(verdict)
+                if time.monotonic() - said > _LOG_EVERY:
+                    said = time.monotonic()
+                    log(_progress(label, [*verdicts, *found], settings.target))
+            verdicts += found
+            schedule.record(found)
+    log(_progress(label, verdicts, settings.target))
+    kept = plan.balanced(verdicts, settings.target)
+    return Result([verdict.task for verdict in kept if verdict.task], verdicts, usable, skipped)
+
+
+def _execute(
+    pool: EnvPool, wave: Iterable[validate.Candidate], settings: plan.Settings, journal: Journal
+) -> Iterator[validate.Verdict]:
+    """Verdicts in the order of `wave`: known ones from the journal, the others from the pool."""
+    options = (settings.timeout, settings.reruns, settings.statement_characters)
+
+    def key(candidate: validate.Candidate) -> str:
+        return hashlib.sha256(f"{candidate.key}{options}".encode()).hexdigest()[:20]
+
+    wave = list(wave)
+    missing = [candidate for candidate in wave if key(candidate) not in journal.known]
+
+    def submit(candidate: validate.Candidate) -> Any:
+        return pool.submit(validate.check, candidate, *options, repository=candidate.repository)
+
+    fresh = pool.map(submit, missing)
+    for candidate in wave:
+        if key(candidate) not in journal.known:
+            journal.add(key(candidate), next(fresh))
+        yield journal.known[key(candidate)]
+
+
+def _progress(label: str, verdicts: Sequence[validate.Verdict], target: int) -> str:
+    kept = sum(verdict.task is not None for verdict in verdicts)
+    wanted = f" of {target}" if target else ""
+    return f"{label}: {kept}{wanted} verified, {len(verdicts)} candidates executed"
