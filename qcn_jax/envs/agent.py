@@ -14,10 +14,11 @@ import enum
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from qcn_jax.envs.guard import Guard
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import Message, Scaffold
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.tools import RunSummary, ToolExecutor, ToolResult
+from qcn_jax.envs.tools import RunSummary, ToolResult, skipped
 from qcn_jax.hub.chat import ToolCall
 
 MAX_UNREADABLE = 3  # turns in a row without a readable call that end an episode
@@ -109,20 +110,18 @@ class Episode:
       scaffold: how the task is presented.
       executor: runs tool calls on the task's starting state.
       max_turns: assistant turns after which the episode ends; the last one's calls still count.
-      first: system and user turn; by default the scaffold's, for which `executor` must be a ToolExecutor.
+      guard: refuses calls before they are made; scaffolds with a shell want one.
     """
 
     def __init__(
         self, task: Task, scaffold: Scaffold, executor: Executor, *, max_turns: int = 8,
-        first: Sequence[Message] | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        if first is None:
-            assert isinstance(executor, ToolExecutor)
-            first = scaffold.first_messages(task, executor)
-        self.task, self.scaffold, self.messages = task, scaffold, list(first)
+        self.task, self.scaffold, self.messages = task, scaffold, scaffold.first_messages(task, executor)
         self.turns: list[Turn] = []
         self.reason: EndReason | None = None
-        self._executor, self._max_turns, self._unreadable = executor, max_turns, 0
+        self._executor, self._max_turns, self._guard = executor, max_turns, guard
+        self._unreadable = 0
 
     @property
     def done(self) -> bool:
@@ -142,7 +141,7 @@ class Episode:
         calls = tuple(parsed.calls) if complete else ()
         self.messages.append({"role": "assistant", "content": text})
         try:
-            results = tuple(self._executor.execute(calls)) if calls else ()
+            results = self._execute(calls)
         except SandboxError:
             self.turns.append(Turn(text, calls, (), bool(parsed.problems)))
             return self._end(EndReason.INFRASTRUCTURE)
@@ -165,6 +164,16 @@ class Episode:
         self.messages.extend(messages)
         return Observation(tuple(messages), False, malformed)
 
+    def _execute(self, calls: Sequence[ToolCall]) -> tuple[ToolResult, ...]:
+        """Results of `calls`; of those before the first that the guard refuses, its refusal, and skipped ones."""
+        refusals = (self._guard.check(call.name, call.arguments) if self._guard else None for call in calls)
+        refused, message = next(((i, text) for i, text in enumerate(refusals) if text is not None), (len(calls), ""))
+        results = self._executor.execute(calls[:refused]) if refused else []
+        if refused < len(calls) and all(result.ok and not result.submitted for result in results):
+            results.append(ToolResult(calls[refused].name, message or "", ok=False, blocked=True))
+            results += [skipped(call) for call in calls[refused + 1 :]]
+        return tuple(results)
+
     def end(self, reason: EndReason) -> None:
         """Ends the episode from outside: no room for another turn, or the run is being stopped."""
         if not self.done:
@@ -185,10 +194,13 @@ class Episode:
                 passed = result.tests.passed
             elif result.changed:
                 passed = False
+        try:
+            patch = "" if self.reason is EndReason.INFRASTRUCTURE else self._executor.diff()
+        except SandboxError:
+            self.reason, patch = EndReason.INFRASTRUCTURE, ""
         return EpisodeResult(
             task_id=self.task.instance_id, scaffold=self.scaffold.name,
-            patch="" if self.reason is EndReason.INFRASTRUCTURE else self._executor.diff(),
-            reason=self.reason, turns=len(self.turns),
+            patch=patch, reason=self.reason, turns=len(self.turns),
             runs=tuple(result.tests for result in results if result.tests is not None), tests_passed=passed,
             malformed=tuple(turn.malformed for turn in self.turns), blocked=sum(result.blocked for result in results),
         )

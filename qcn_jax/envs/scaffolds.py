@@ -7,7 +7,7 @@ agents know from elsewhere; `nano` is for models too small for prose: no system 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qcn_jax.envs import operations
@@ -63,18 +63,16 @@ class Scaffold:
     output_limit: int = 10_000
     advice: str = "{problem}"
 
-    def executor(
-        self, task: Task, workspace: Workspace, guard: Callable[[ToolCall], str | None] | None = None
-    ) -> ToolExecutor:
+    def executor(self, task: Task, workspace: Workspace | None) -> ToolExecutor:
         """Runs this scaffold's tools on `workspace`, which holds `task`'s starting state."""
-        return ToolExecutor(task, self.tools, workspace, output_limit=self.output_limit, guard=guard)
+        return ToolExecutor(task, self.tools, workspace, output_limit=self.output_limit)
 
     def schemas(self) -> list[dict[str, Any]] | None:
         """Tools for the chat template's system turn; None where the prompt does not list them."""
         return [tool.schema() for tool in self.tools] if self.describe_tools else None
 
-    def first_messages(self, task: Task, executor: ToolExecutor) -> list[Message]:
-        """System and user turn of `task`."""
+    def first_messages(self, task: Task, executor: Any) -> list[Message]:
+        """System and user turn of `task`; with `show_function`, `executor` must be a ToolExecutor with its files."""
         text = self.instance.replace("{root}", ROOT).replace("{statement}", task.problem_statement.strip())
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         if not self.show_function:

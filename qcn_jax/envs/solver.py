@@ -23,10 +23,12 @@ from qcn_jax.envs.scaffolds import NANO, Message, Scaffold
 from qcn_jax.envs.spans import minimal_edit
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import ToolError, ToolExecutor, hunk_line
-from qcn_jax.envs.workspace import ProviderRunner, WorkspaceError, open_overlay
+from qcn_jax.envs.workspace import ProviderRunner, TestRunner, WorkspaceError, open_overlay
 from qcn_jax.hub.chat import ToolCall
 
-__all__ = ["SpanEdit", "Trajectory", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits"]
+__all__ = [
+    "SpanEdit", "Trajectory", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits",
+]
 
 MAX_EDITS = 3  # spans of one fix; larger ones are not what the compact edit tool is for
 GOLD_LINE = 0.5  # share of wrong edits that are made on a line which the right edit changes
@@ -137,10 +139,13 @@ def solve(
 
 def solve_with(
     provider: Provider, task: Task, scaffold: Scaffold = NANO, *, seed: int = 0, wrong: int = 0,
-    grade: Callable[[Task, str], bool] | None = None,
+    grade: Callable[[Task, str], bool] | None = None, runner: TestRunner | None = None,
 ) -> Trajectory | None:
-    """`solve` with files and test runs of `provider`, which has the task's repository prepared."""
-    workspace = open_overlay(task, provider.files(task.repo), ProviderRunner(provider, task.repo))
+    """`solve` with files and test runs of `provider`, which has the task's repository prepared.
+
+    Several trajectories of one task cost fewer test runs with a `runner` in common (`workspace.Remembering`).
+    """
+    workspace = open_overlay(task, provider.files(task.repo), runner or ProviderRunner(provider, task.repo))
     return solve(task, scaffold.executor(task, workspace), scaffold, seed=seed, wrong=wrong, grade=grade)
 
 

@@ -1,9 +1,9 @@
 """Tools: what an agent can do to its workspace, with bounded output.
 
 A tool is a `ToolSpec`: a name, a schema and an operation (`envs.operations`). Scaffolds give the same operations
-different names and parameters. A `ToolExecutor` holds one episode's workspace and
-runs the calls of one assistant turn; it knows no text format and can be pickled if its workspace can, so it works
-where the agent loop runs as well as in a worker process beside a live sandbox.
+different names and parameters. A `ToolExecutor` holds one episode's workspace and runs the calls of one assistant
+turn; it knows no text format and can be pickled if its workspace can, so it works where the agent loop runs as well as
+in a worker process beside a live sandbox (`SessionExecutor`).
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import spans
-from qcn_jax.envs.sandbox.base import ExecResult, TestRun
+from qcn_jax.envs.pool import Session
+from qcn_jax.envs.sandbox.base import ExecResult, Sandbox, TestRun
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.workspace import Workspace, WorkspaceError, relative_path
+from qcn_jax.envs.workspace import SandboxWorkspace, Workspace, WorkspaceError, relative_path
 from qcn_jax.hub.chat import ToolCall
 
 MAX_CALLS = 16  # calls of one turn that are executed; more than any scaffold needs
+SESSION_DEADLINE = 1800.0  # seconds for one turn's calls in a worker; each is bounded by itself
 MESSAGE_LENGTH = 200  # characters of a failure's last line
 _ADDRESS = re.compile(r"0x[0-9a-f]{4,}")
 FIRST_TESTS = 16  # F2P tests that run to the end before the rest runs up to its first failure
@@ -58,7 +60,7 @@ class ToolResult:
       text: for the agent; empty where there is nothing to say.
       ok: the call did its work; the calls after a failed one in the same turn are skipped.
       malformed: no such tool, or arguments that do not fit its schema.
-      blocked: refused by the guard.
+      blocked: refused by the guard (`envs.guard`).
       numbered: `text` holds line tokens that the tool wrote (and not the file).
       changed: files changed, or may have (a shell command).
       tests: set by run_tests.
@@ -106,18 +108,16 @@ class ToolExecutor:
     Args:
       task: says what is on view at first and which tests `run_tests` runs.
       tools: the scaffold's tools.
-      workspace: the task's starting state.
+      workspace: the task's starting state; None only on the way to a worker (`SessionExecutor`).
       output_limit: characters of one result; both ends of longer ones are kept.
-      guard: returns why a call is refused, or None.
     """
 
     def __init__(
-        self, task: Task, tools: Sequence[ToolSpec], workspace: Workspace, *, output_limit: int = 10_000,
-        guard: Callable[[ToolCall], str | None] | None = None,
+        self, task: Task, tools: Sequence[ToolSpec], workspace: Workspace | None, *, output_limit: int = 10_000
     ) -> None:
         self.task, self.workspace = task, workspace
         self._tools = {tool.name: tool for tool in tools}
-        self._limit, self._guard = output_limit, guard
+        self._limit = output_limit
         self._undo: list[tuple[str, str | None, _View | None]] = []
         self._view: _View | None = None
         self._revision = 0
@@ -131,7 +131,7 @@ class ToolExecutor:
         results: list[ToolResult] = []
         for call in calls[:MAX_CALLS]:
             if results and not results[-1].ok:
-                results.append(ToolResult(call.name, "skipped: the call before it failed", ok=False))
+                results.append(skipped(call))
                 continue
             result = self._call(call)
             results.append(dataclasses.replace(result, text=clip(result.text, self._limit)))
@@ -147,9 +147,6 @@ class ToolExecutor:
         spec = self._tools.get(call.name)
         if spec is None:
             return ToolResult(call.name, f"no tool {call.name[:40]!r}; tools: {', '.join(self._tools)}", False, True)
-        refusal = self._guard(call) if self._guard else None
-        if refusal is not None:
-            return ToolResult(call.name, refusal, ok=False, blocked=True)
         try:
             arguments = fit_arguments(spec.parameters, call.arguments)
         except ToolError as error:
@@ -231,6 +228,43 @@ class ToolExecutor:
             if not summary.passed:
                 break
         return dataclasses.replace(summary, seconds=seconds)
+
+
+class SessionExecutor:
+    """Runs tool calls in the pool worker that holds the sandbox of a session: one round trip for each turn.
+
+    Args:
+      session: holds the task's starting state.
+      executor: of the scaffold's tools, without a workspace (None); its state travels with the calls.
+    """
+
+    def __init__(self, session: Session, executor: ToolExecutor) -> None:
+        self._session, self._executor = session, executor
+
+    def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """As `ToolExecutor.execute`."""
+        future = self._session.call(execute_in, self._executor, list(calls), deadline=SESSION_DEADLINE)
+        self._executor, results = future.result()
+        return results
+
+    def diff(self) -> str:
+        """As `ToolExecutor.diff`; raises SandboxError."""
+        return self._session.diff().result()
+
+
+def execute_in(
+    sandbox: Sandbox, executor: ToolExecutor, calls: Sequence[ToolCall]
+) -> tuple[ToolExecutor, list[ToolResult]]:
+    """Runs in a pool worker: `executor`'s calls on `sandbox`; returns the executor's new state, without workspace."""
+    executor.workspace = SandboxWorkspace(sandbox)
+    results = executor.execute(calls)
+    executor.workspace = None
+    return executor, results
+
+
+def skipped(call: ToolCall) -> ToolResult:
+    """The result of a call that was not made because one before it in the same turn did not work."""
+    return ToolResult(call.name, "skipped: the call before it failed", ok=False)
 
 
 def clip(text: str, limit: int) -> str:

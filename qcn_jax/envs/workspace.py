@@ -11,9 +11,10 @@ import pathlib
 import posixpath
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from qcn_jax.envs.patches import apply_changes, make_diff
+from qcn_jax.envs.grading import starting_changes
+from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox.base import ExecResult, Provider, Sandbox, TestRun, sandbox
 from qcn_jax.envs.tasks import Task
 
@@ -55,7 +56,7 @@ class OverlayWorkspace:
 
     Args:
       pristine: every text file of the repository (`read_tree`); shared between episodes, never changed.
-      start: files that differ from `pristine` in the task's starting state (`starting_files`).
+      start: files that differ from `pristine` in the task's starting state (`grading.starting_changes`).
       runner: runs tests in a real sandbox.
     """
 
@@ -108,6 +109,22 @@ class ProviderRunner:
     ) -> TestRun:
         with sandbox(self.provider, self.repository, changed) as fresh:
             return fresh.run_tests(node_ids, timeout, fail_fast)
+
+
+class Remembering:
+    """A TestRunner that runs the same tests on the same files once; for several episodes of one task."""
+
+    def __init__(self, runner: TestRunner) -> None:
+        self._runner = runner
+        self._known: dict[tuple[Any, ...], TestRun] = {}
+
+    def __call__(
+        self, changed: Mapping[str, str | None], node_ids: Sequence[str] | None, timeout: float, fail_fast: bool
+    ) -> TestRun:
+        key = (tuple(sorted(changed.items())), None if node_ids is None else tuple(node_ids), timeout, fail_fast)
+        if key not in self._known:
+            self._known[key] = self._runner(changed, node_ids, timeout, fail_fast)
+        return self._known[key]
 
 
 class SandboxWorkspace:
@@ -163,18 +180,9 @@ def read_tree(folder: str | os.PathLike[str]) -> dict[str, str]:
     return tree
 
 
-def starting_files(task: Task, pristine: Mapping[str, str]) -> dict[str, str | None]:
-    """Files that differ from the pristine repository in `task`'s starting state: its `bug_patch` applied.
-
-    Raises:
-      PatchError: the patch does not apply.
-    """
-    return apply_changes(pristine, task.bug_patch)
-
-
 def open_overlay(task: Task, pristine: Mapping[str, str], runner: TestRunner) -> OverlayWorkspace:
-    """`task`'s starting state in memory; raises PatchError where its `bug_patch` does not fit `pristine`."""
-    return OverlayWorkspace(pristine, starting_files(task, pristine), runner)
+    """`task`'s starting state in memory; raises UserError where its `bug_patch` does not fit `pristine`."""
+    return OverlayWorkspace(pristine, starting_changes(task, pristine), runner)
 
 
 def relative_path(path: str) -> str:

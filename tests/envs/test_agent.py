@@ -8,10 +8,14 @@ from hypothesis import strategies as st
 
 from qcn_jax.envs import agent
 from qcn_jax.envs.agent import EndReason, Episode
+from qcn_jax.envs.grading import starting_changes
+from qcn_jax.envs.guard import Guard
+from qcn_jax.envs.pool import EnvPool
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT, nano_format
-from qcn_jax.envs.workspace import SandboxWorkspace, starting_files
+from qcn_jax.envs.tools import SessionExecutor
+from qcn_jax.envs.workspace import SandboxWorkspace
 from qcn_jax.hub.chat import ToolCall
 from tests.envs import tiny
 
@@ -136,11 +140,31 @@ def test_a_sandbox_failure_ends_the_episode_as_such():
 
 
 def test_blocked_calls_are_counted_and_told():
-    executor = NANO.executor(TASK, tiny.overlay(TASK, None), guard=lambda call: "refused")
-    episode = Episode(TASK, NANO, executor)
-    observation = episode.step(UNDO)
-    episode.end(EndReason.LENGTH_LIMIT)
-    assert observation.messages[0]["content"] == "refused" and episode.result().blocked == 1
+    guard = Guard()
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(TASK, tiny.PRISTINE)) as box:
+        episode = Episode(TASK, QWEN_CODE, QWEN_CODE.executor(TASK, SandboxWorkspace(box)), guard=guard)
+        shell = [ToolCall("run_shell_command", {"command": command}) for command in (
+            "echo one > made.txt", "git clone https://github.com/owner/repo && echo two > made.txt", "rm made.txt")]
+        observation = episode.step(QWEN_CODE.render("", shell))
+        first, refusal, last = (message["content"] for message in observation.messages)
+        assert (first, last) == ("(no output)", "skipped: the call before it failed") and "blocked" in refusal
+        assert box.read("made.txt") == "one\n"
+        assert not episode.step(QWEN_CODE.render("", shell[::2])).malformed
+        episode.step(QWEN_CODE.render("", [shell[1], ToolCall("submit")]))
+        assert not episode.done
+        episode.end(EndReason.LENGTH_LIMIT)
+        assert episode.result().blocked == 2
+        assert guard.counts["blocked"] == 2 and guard.counts["blocked/repository_link"] == 2
+
+
+def test_a_guarded_call_after_a_failed_one_is_not_counted():
+    guard = Guard()
+    episode = Episode(TASK, NANO, NANO.executor(TASK, tiny.overlay(TASK, None)), guard=guard)
+    bad = ToolCall("edit", {"line": "5", "old": "zzz", "new": "y"})
+    link = ToolCall("edit", {"line": "5", "old": ">", "new": "requests.get('https://github.com/owner/repo')"})
+    episode.step(NANO.render("", [bad, link]))
+    assert [result.blocked for result in episode.turns[0].results] == [False]
+    assert "blocked" in episode.step(NANO.render("", [link])).messages[0]["content"]
 
 
 # --- the overlay and a live sandbox agree ---------------------------------------------------------------------------
@@ -176,9 +200,41 @@ def random_texts(rng):
 def test_overlay_and_sandbox_tell_the_agent_the_same(seed):
     texts = random_texts(random.Random(seed))
     here = play(start(), texts)
-    with sandbox(tiny.provider(), "tiny==1", starting_files(TASK, tiny.PRISTINE)) as box:
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(TASK, tiny.PRISTINE)) as box:
         live = play(Episode(TASK, NANO, NANO.executor(TASK, SandboxWorkspace(box))), texts)
     assert here == live
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with EnvPool(2, {"kind": "local", "state_dir": tiny.provider().state_dir}, [tiny.spec()]) as made:
+        yield made
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_session_in_a_pool_worker_tells_the_agent_the_same(pool, seed):
+    texts = random_texts(random.Random(seed))
+    with pool.open_session("tiny==1", starting_changes(TASK, tiny.PRISTINE)) as session:
+        remote = play(Episode(TASK, NANO, SessionExecutor(session, NANO.executor(TASK, None))), texts)
+    assert remote == play(start(), texts)
+
+
+def test_tests_of_an_overlay_run_in_the_pool(pool):
+    def runner(changed, node_ids, timeout, fail_fast):
+        return pool.run_tests("tiny==1", changed, node_ids, timeout, fail_fast).result()
+
+    texts = [VIEW, WRONG, UNDO, RIGHT, SUBMIT]
+    assert play(start(runner), texts) == play(start(), texts)
+    verdict = pool.grade(TASK, play(start(runner), texts)[1]["patch"]).result()
+    assert verdict.resolved
+
+
+def test_a_lost_session_ends_the_episode_as_infrastructure(pool):
+    with pool.open_session("tiny==1", starting_changes(TASK, tiny.PRISTINE)) as session:
+        episode = Episode(TASK, NANO, SessionExecutor(session, NANO.executor(TASK, None)))
+        assert not episode.step(VIEW).done
+    assert episode.step(RIGHT).done  # the sandbox is gone
+    assert episode.result().reason is EndReason.INFRASTRUCTURE
 
 
 # --- whatever a model writes ----------------------------------------------------------------------------------------
@@ -223,5 +279,5 @@ def test_corrupted_calls_never_run_something_else(data):
     observation = episode.step(text)
     if "submit" not in text:
         assert not observation.done
-    if text != SUBMIT:
+    if "".join(text.split()) != "".join(SUBMIT.split()):  # blanks are not held against an agent
         assert observation.malformed or not observation.done

@@ -6,9 +6,10 @@ import pytest
 
 from qcn_jax.envs import scaffolds
 from qcn_jax.envs.agent import EndReason, Episode
+from qcn_jax.envs.grading import starting_changes
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT
-from qcn_jax.envs.workspace import SandboxWorkspace, starting_files
+from qcn_jax.envs.workspace import SandboxWorkspace
 from qcn_jax.errors import UserError
 from qcn_jax.hub import chat
 from qcn_jax.hub.chat import ToolCall
@@ -50,7 +51,7 @@ MEND = {
 @pytest.mark.parametrize("scaffold", ALL, ids=lambda s: s.name)
 def test_the_same_task_is_mended_in_a_live_sandbox(scaffold):
     task = tiny.make_task()
-    with sandbox(tiny.provider(), "tiny==1", starting_files(task, tiny.PRISTINE)) as box:
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
         executor = scaffold.executor(task, SandboxWorkspace(box))
         episode = Episode(task, scaffold, executor)
         for calls in MEND[scaffold.name]:
@@ -134,7 +135,7 @@ def test_mini_swe_agent_wants_one_block():
 
 def test_mini_swe_agent_submits_only_if_the_command_succeeds():
     task = tiny.make_task()
-    with sandbox(tiny.provider(), "tiny==1", starting_files(task, tiny.PRISTINE)) as box:
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
         executor = MINI_SWE_AGENT.executor(task, SandboxWorkspace(box))
         for command, submitted in [
             ("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT; false", False),

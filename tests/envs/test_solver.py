@@ -12,6 +12,7 @@ from qcn_jax.envs.agent import Episode
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.scaffolds import NANO, NANO_SINGLE, nano_format
 from qcn_jax.envs.solver import SpanEdit, Trajectory, solve, solve_with
+from qcn_jax.envs.workspace import Remembering
 from qcn_jax.hub.templates import TEMPLATES
 from tests.envs import tiny
 
@@ -80,11 +81,19 @@ def test_replaying_a_trajectory_gives_every_observation_again():
 
 def test_single_turn_and_format_trajectories():
     task = tiny.make_task()
+    runs = []
+
+    def counted(*arguments):
+        runs.append(arguments)
+        return tiny.run_tests(*arguments)
+
+    runner = Remembering(counted)
     for scaffold in (NANO_SINGLE, *map(nano_format, TEMPLATES)):
-        trajectory = solve(task, make(task, scaffold), scaffold, wrong=1)
+        trajectory = solve_with(tiny.provider(), task, scaffold, wrong=1, runner=runner)
         assert names(trajectory) == [["edit"]] and trajectory.template == scaffold.template
         assert trajectory.patch == task.patch and trajectory.wrong_edits == 0
         assert trajectory.messages[0]["content"][-1]["numbered"]
+    assert len(runs) == 2  # the failing tests and the others, once for all
 
 
 def test_several_edits_for_a_fix_of_several_lines():
@@ -184,7 +193,8 @@ def test_a_defect_in_another_function_is_looked_up_if_its_name_is_in_sight():
 
 
 def test_while_loops_are_left_alone():
-    lines = ["def f(n):", "    while n > 1:", "        n -= 1", "        if n == 2:", "            break", "    return n + 1"]
+    lines = ["def f(n):", "    while n > 1:", "        n -= 1", "        if n == 2:", "            break",
+             "    return n + 1"]
     assert {number for number, _ in solver._mutations(lines)} == {6}
 
 

@@ -138,13 +138,6 @@ def test_malformed_calls_name_what_is_wrong():
         assert result.malformed and not result.ok and result.text == message
 
 
-def test_guard_refuses_before_anything_happens():
-    executor = make(guard=lambda call: "not allowed" if call.name == "edit" else None)
-    result = call(executor, "edit", line="5", old=">", new="<")
-    assert result.blocked and not result.ok and not result.malformed and result.text == "not allowed"
-    assert executor.diff() == "" and call(executor, "view").ok
-
-
 @given(st.text(max_size=300), st.integers(1, 100))
 def test_clip_keeps_both_ends(text, limit):
     clipped = tools.clip(text, limit)

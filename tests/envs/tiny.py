@@ -103,8 +103,16 @@ def provider() -> LocalProvider:
     atexit.register(shutil.rmtree, folder, True)
     made = LocalProvider(f"{folder}/state")
     atexit.register(made.close)
-    made.prepare(RepositorySpec("tiny==1", str(write_tree(pathlib.Path(folder, "archive")))))
+    made.prepare(spec())
     return made
+
+
+@functools.cache
+def spec() -> RepositorySpec:
+    """The repository, written to a folder of its own."""
+    folder = tempfile.mkdtemp(prefix="tiny-")
+    atexit.register(shutil.rmtree, folder, True)
+    return RepositorySpec("tiny==1", str(write_tree(pathlib.Path(folder))))
 
 
 def run_tests(changed, node_ids, timeout, fail_fast) -> TestRun:
