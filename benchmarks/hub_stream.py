@@ -29,7 +29,9 @@ from qcn_jax import hub
 from qcn_jax.config import ModelConfig
 from qcn_jax.hub import layout, reading
 
-FOLDER = flags.DEFINE_string("folder", "/tmp/hub_stream", "Where the checkpoint and the destination are put; made and removed.")
+FOLDER = flags.DEFINE_string(
+    "folder", "/tmp/hub_stream", "Where the checkpoint and the destination are put; made and removed."
+)
 DESTINATION = flags.DEFINE_enum("destination", "memmap", ["memmap", "jax"], "What is loaded into.")
 EXPERTS = flags.DEFINE_integer("experts", 320, "Experts a layer (the published model has 512).")
 LIMIT = 2.5e9
@@ -110,7 +112,11 @@ def read(source: str, target: str, destination: str, results: multiprocessing.Qu
     sampler.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     peak = sampler.peak - (size if destination == "jax" else 0)
-    wrong = sum(jax.tree.leaves(jax.tree.map(count_wrong, params, computed_tree(config), is_leaf=lambda x: isinstance(x, Computed))))
+    wrong = sum(
+        jax.tree.leaves(
+            jax.tree.map(count_wrong, params, computed_tree(config), is_leaf=lambda x: isinstance(x, Computed))
+        )
+    )
     results.put({"bytes": size, "before": before, "peak": peak, "seconds": seconds, "wrong": wrong})
 
 
@@ -142,7 +148,8 @@ def arithmetic(per_tensor: float, rate: float, before: int) -> str:
         f"  staging of arrays sent whole     {reading.STAGED_BYTES / 1e9:6.2f} GB   (JAX destination only)\n"
         f"  table of tensors                 {count * per_tensor / 1e9:6.2f} GB   ({per_tensor:,.0f} bytes each)\n"
         f"  sum                              {total / 1e9:6.2f} GB\n"
-        f"  time at the rate above           {size / rate / 60:6.1f} min")
+        f"  time at the rate above           {size / rate / 60:6.1f} min"
+    )
 
 
 def table_bytes(source: str) -> float:
@@ -172,18 +179,27 @@ def main(argv: list[str]) -> None:
         sampler.stop.set()
         results: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue()
         process = multiprocessing.get_context("spawn").Process(
-            target=read, args=(str(source), str(target), DESTINATION.value, results))
+            target=read, args=(str(source), str(target), DESTINATION.value, results)
+        )
         process.start()
         found = results.get()
         process.join()
         size, rate = found["bytes"], found["bytes"] / found["seconds"]
         on_disk = sum(file.stat().st_size for file in source.iterdir())
-        print(f"checkpoint on disk {on_disk / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files, "
-              f"{sum(1 for _ in layout.tensors(config)):,} tensors; destination: {DESTINATION.value}\n")
-        print(f"{'':<8}{'GB':>8}{'seconds':>10}{'GB/s':>8}{'before, GB':>12}{'peak beyond the arrays, GB':>28}{'wrong values':>14}")
-        print(f"{'save':<8}{size / 1e9:>8.2f}{writing:>10.1f}{size / writing / 1e9:>8.2f}{'':>12}{sampler.peak / 1e9:>28.2f}")
-        print(f"{'load':<8}{size / 1e9:>8.2f}{found['seconds']:>10.1f}{rate / 1e9:>8.2f}{found['before'] / 1e9:>12.2f}"
-              f"{found['peak'] / 1e9:>28.2f}{found['wrong']:>14}")
+        print(
+            f"checkpoint on disk {on_disk / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files, "
+            f"{sum(1 for _ in layout.tensors(config)):,} tensors; destination: {DESTINATION.value}\n"
+        )
+        print(
+            f"{'':<8}{'GB':>8}{'seconds':>10}{'GB/s':>8}{'before, GB':>12}{'peak beyond the arrays, GB':>28}{'wrong values':>14}"
+        )
+        print(
+            f"{'save':<8}{size / 1e9:>8.2f}{writing:>10.1f}{size / writing / 1e9:>8.2f}{'':>12}{sampler.peak / 1e9:>28.2f}"
+        )
+        print(
+            f"{'load':<8}{size / 1e9:>8.2f}{found['seconds']:>10.1f}{rate / 1e9:>8.2f}{found['before'] / 1e9:>12.2f}"
+            f"{found['peak'] / 1e9:>28.2f}{found['wrong']:>14}"
+        )
         print(arithmetic(table_bytes(str(source)), rate, found["before"]))
         if found["wrong"] or max(found["peak"], sampler.peak) > LIMIT:
             sys.exit(1)

@@ -57,7 +57,8 @@ def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> Mode
         fields[field.name] = _typed(value, type(field.default), field.name, source)
     fields |= _rotary(values, source)
     fields["full_attention_interval"] = _interval(values, fields["num_hidden_layers"], source)
-    fields["num_nextn_predict_layers"] = _typed(values.get("num_nextn_predict_layers", 0), int, "num_nextn_predict_layers", source)
+    steps = "num_nextn_predict_layers"
+    fields[steps] = _typed(values.get(steps, 0), int, steps, source)
     dtype = values.get("dtype", values.get("torch_dtype"))
     if dtype is not None:
         if dtype not in _DTYPES:
@@ -91,7 +92,8 @@ def _rotary(values: Mapping[str, Any], source: str) -> dict[str, float]:
     """Rotary base and share of rotated channels, from whichever dialect holds them."""
     folded = values.get("rope_parameters") or {}
     if folded.get("rope_type", "default") != "default":
-        raise UserError(f"{source}: rope_parameters.rope_type={folded['rope_type']!r} is not supported; allowed: 'default'")
+        kind = folded["rope_type"]
+        raise UserError(f"{source}: rope_parameters.rope_type={kind!r} is not supported; allowed: 'default'")
     result = {}
     for name, default in (("rope_theta", None), ("partial_rotary_factor", ModelConfig.partial_rotary_factor)):
         given = [group[name] for group in (values, folded) if group.get(name) is not None] or [default]

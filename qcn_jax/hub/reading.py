@@ -74,7 +74,8 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
                 for box, piece in _pieces(parts, kind, bar, lambda box: True):
                     array[box] = piece
             else:
-                array = _to_devices(shapes[leaf], kind, sharding_of(leaf), functools.partial(_pieces, parts, kind, bar))
+                pieces = functools.partial(_pieces, parts, kind, bar)
+                array = _to_devices(shapes[leaf], kind, sharding_of(leaf), pieces)
             _insert(tree, leaf, array)
     return dataclasses.replace(config, param_dtype=tree["embed_tokens"]["embedding"].dtype.name), tree
 
@@ -88,7 +89,8 @@ def _resolve(config: ModelConfig, folder: Folder) -> dict[layout.Path, list[tupl
         used.add(name)
         parts = leaves.setdefault(tensor.leaf, [])
         if parts and parts[0][1].dtype != source.dtype:
-            raise UserError(f"{source.file}: {name} is {source.dtype.name}, but {parts[0][0].name} is {parts[0][1].dtype.name}")
+            other, kept = parts[0]
+            raise UserError(f"{source.file}: {name} is {source.dtype.name}, but {other.name} is {kept.dtype.name}")
         parts.append((tensor, source))
     if config.tie_word_embeddings:
         used.add("lm_head.weight")  # some writers store the shared matrix twice
@@ -104,7 +106,8 @@ def _check_stacked(leaves: Mapping, folder: Folder, config: ModelConfig) -> None
     """Stacked expert tensors must hold no more experts than the config has."""
     for name, source in folder.table.items():
         if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and source.shape[0] != config.num_experts:
-            raise UserError(f"{source.file}: {name} has {source.shape[0]} experts, config.json says {config.num_experts}")
+            raise UserError(
+                f"{source.file}: {name} has {source.shape[0]} experts, config.json says {config.num_experts}")
 
 
 def _pieces(parts: list[tuple[layout.Tensor, Source]], dtype: np.dtype, bar: Any,

@@ -77,7 +77,8 @@ class Folder:
         if tensor.name in self.table:
             stored = self.table[tensor.name]
             if stored.shape != tensor.shape:
-                raise UserError(f"{stored.file}: {tensor.name} has shape {list(stored.shape)}, expected {list(tensor.shape)}")
+                raise UserError(
+                    f"{stored.file}: {tensor.name} has shape {list(stored.shape)}, expected {list(tensor.shape)}")
             return tensor.name, stored
         if ".mlp.experts." in tensor.name:
             prefix, _, part = tensor.name.partition(".mlp.experts.")
@@ -91,7 +92,8 @@ class Folder:
         stored, (rows, columns) = self.table[name], tensor.shape
         fused = name.endswith("gate_up_proj")
         if stored.shape[1:] != (rows * (1 + fused), columns) or stored.shape[0] <= tensor.index[-1]:
-            raise UserError(f"{stored.file}: {name} has shape {list(stored.shape)}, expected experts of {list(tensor.shape)}")
+            raise UserError(
+                f"{stored.file}: {name} has shape {list(stored.shape)}, expected experts of {list(tensor.shape)}")
         first = tensor.index[-1] * stored.shape[1] + (rows if ".up_proj" in tensor.name else 0)
         offset = stored.offset + first * columns * stored.dtype.itemsize
         return dataclasses.replace(stored, offset=offset, shape=tensor.shape)

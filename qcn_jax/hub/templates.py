@@ -36,7 +36,8 @@ _FORMS: dict[str, Form] = {
         '<｜DSML｜invoke name="{name}">\n', "</｜DSML｜invoke>", '<｜DSML｜parameter name="{key}" string="true">',
         "</｜DSML｜parameter>\n", json_parameter='<｜DSML｜parameter name="{key}" string="false">',
         begin="<｜DSML｜function_calls>\n", end="\n</｜DSML｜function_calls>"),
-    "glm46": TaggedForm("<tool_call>{name}\n", "</tool_call>", "<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n"),
+    "glm46": TaggedForm(
+        "<tool_call>{name}\n", "</tool_call>", "<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n"),
     "minimax_m2": TaggedForm('<invoke name="{name}">\n', "</invoke>", '<parameter name="{key}">', "</parameter>\n",
                              begin="<minimax:tool_call>\n", end="\n</minimax:tool_call>"),
     "xml_cline": TaggedForm("<{name}>\n", "</{name}>", "<{key}>", "</{key}>\n"),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from qcn_jax import files
 from qcn_jax.config import ModelConfig
@@ -50,23 +51,29 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
     """
     leaves = _check(config, params)
     shards = _shards(config, leaves, shard_bytes)
-    writes = jax.process_index() == 0
     total = sum(leaf.size for leaf in leaves.values())
     with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"saving {path}", disable=not progress) as bar:
-        if not writes:  # takes part in gathering what is spread over processes
+        if jax.process_index() == 0:
+            _write_folder(path, config, leaves, shards, tokenizer, bar)
+        else:  # takes part in gathering what is spread over processes
             for tensors in shards.values():
                 for _ in _rows(tensors, leaves, bar):
                     pass
-            return
-        with files.atomic_directory(path, replaceable=CONFIG_FILE) as folder:
-            for name, tensors in shards.items():
-                _write_shard(folder / name, tensors, leaves, bar)
-            if SINGLE_FILE not in shards:
-                _write_index(folder, shards, leaves)
-            dtype = np.dtype(leaves["embed_tokens", "embedding"].dtype).name
-            files.write_json(folder / CONFIG_FILE, config_to_hf(config) | {"dtype": dtype} | _token_ids(tokenizer))
-            if tokenizer is not None:
-                _write_tokenizer(folder, tokenizer)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def _write_folder(path: files.Path, config: ModelConfig, leaves: Mapping[layout.Path, Any],
+                  shards: Mapping[str, list[layout.Tensor]], tokenizer: Tokenizer | None, bar: Any) -> None:
+    with files.atomic_directory(path, replaceable=CONFIG_FILE) as folder:
+        for name, tensors in shards.items():
+            _write_shard(folder / name, tensors, leaves, bar)
+        if SINGLE_FILE not in shards:
+            _write_index(folder, shards, leaves)
+        dtype = np.dtype(leaves["embed_tokens", "embedding"].dtype).name
+        files.write_json(folder / CONFIG_FILE, config_to_hf(config) | {"dtype": dtype} | _token_ids(tokenizer))
+        if tokenizer is not None:
+            _write_tokenizer(folder, tokenizer)
 
 
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, Any]:
@@ -89,7 +96,8 @@ def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, 
         if tuple(leaves[path].shape) != shape:
             raise UserError(f"params: {name} has shape {list(leaves[path].shape)}, expected {list(shape)}")
         if np.dtype(leaves[path].dtype) not in _CODES:
-            raise UserError(f"params: {name} has dtype {leaves[path].dtype}, supported: {', '.join(d.name for d in _CODES)}")
+            supported = ", ".join(dtype.name for dtype in _CODES)
+            raise UserError(f"params: {name} has dtype {leaves[path].dtype}, supported: {supported}")
     surplus = sorted(set(leaves) - set(shapes))
     if surplus:
         raise UserError(f"params: {'/'.join(surplus[0])} is not part of this model")
@@ -165,10 +173,12 @@ def _slicer(sizes: tuple[int, ...], sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(lambda leaf, start: jax.lax.dynamic_slice(leaf, start, sizes), out_shardings=whole)
 
 
-def _write_index(folder: pathlib.Path, shards: Mapping[str, list[layout.Tensor]], leaves: Mapping[layout.Path, Any]) -> None:
+def _write_index(folder: pathlib.Path, shards: Mapping[str, list[layout.Tensor]],
+                 leaves: Mapping[layout.Path, Any]) -> None:
     total = sum(_bytes(tensor, leaves) for tensors in shards.values() for tensor in tensors)
     names = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
-    files.write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    files.write_json(folder / INDEX_FILE, index)
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int]:

@@ -14,10 +14,25 @@ from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.model import abstract_params
 
 CONFIG = ModelConfig(
-    vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    linear_num_key_heads=1, linear_key_head_dim=8, linear_num_value_heads=2, linear_value_head_dim=8, num_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8, full_attention_interval=2,
-    num_nextn_predict_layers=1, dtype="bfloat16", param_dtype="bfloat16")
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    linear_num_key_heads=1,
+    linear_key_head_dim=8,
+    linear_num_value_heads=2,
+    linear_value_head_dim=8,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=8,
+    full_attention_interval=2,
+    num_nextn_predict_layers=1,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +54,9 @@ def test_there_and_back_is_bit_for_bit(model, tmp_path, capsys):
         assert file.read_bytes() == (back / file.name).read_bytes(), file.name
     config, params = hub.load(orbax)  # what every stage and verb does with --checkpoint or init
     assert config == CONFIG
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), params, hub.load(model)[1]))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), params, hub.load(model)[1])
+    )
 
 
 def test_dtype_is_changed_on_request(model, tmp_path):
@@ -50,11 +67,17 @@ def test_dtype_is_changed_on_request(model, tmp_path):
     assert hub.load(tmp_path / "o", dtype="bfloat16")[0].param_dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("arguments, line", [
-    (["--to=x"], "--from is required"), (["--from=/nowhere", "--to=x"], "--from=/nowhere: there is no such folder"),
-    (["--from={model}", "--to={model}"], "--to: is the same folder"), (["--from={tmp}", "--to=x"], "config.json: cannot be read"),
-    (["--from={model}", "--to={full}"], "holds other things"), (["--from={model}", "--to=x", "--dtype=int8"], "--dtype"),
-])
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--to=x"], "--from is required"),
+        (["--from=/nowhere", "--to=x"], "--from=/nowhere: there is no such folder"),
+        (["--from={model}", "--to={model}"], "--to: is the same folder"),
+        (["--from={tmp}", "--to=x"], "config.json: cannot be read"),
+        (["--from={model}", "--to={full}"], "holds other things"),
+        (["--from={model}", "--to=x", "--dtype=int8"], "--dtype"),
+    ],
+)
 def test_refusals_are_one_line(model, tmp_path, capsys, arguments, line):
     (tmp_path / "full").mkdir()
     pathlib.Path(tmp_path / "full" / "notes").write_text("x")

@@ -32,18 +32,28 @@ def test_generated_segments_are_what_follows_the_generation_prompt():
 def test_tool_calls_may_be_objects_or_mappings_and_content_a_list_of_parts():
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "1"}}}
     one = chat.render([USER, {"role": "assistant", "tool_calls": [call]}])
-    other = chat.render([{"role": "user", "content": [{"type": "text", "text": "Mend "}, {"type": "text", "text": "f."}]},
-                         {"role": "assistant", "content": "", "tool_calls": [chat.ToolCall("f", {"a": "1"})]}])
+    other = chat.render(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "Mend "}, {"type": "text", "text": "f."}]},
+            {"role": "assistant", "content": "", "tool_calls": [chat.ToolCall("f", {"a": "1"})]},
+        ]
+    )
     assert one == other
 
 
-@pytest.mark.parametrize("messages, named", [
-    ([{"role": "robot", "content": "x"}], r"messages\[0\].role.*'robot'"),
-    ([USER, {"role": "user", "content": 5}], r"messages\[1\].content"),
-    ([{"role": "tool", "content": "x"}], r"messages\[0\].*tool message"),
-    ([USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}], r"messages\[1\].tool_calls.*mapping"),
-    ([USER, {"role": "assistant", "tool_calls": [{"name": "", "arguments": {}}]}], "cannot name"),
-])
+@pytest.mark.parametrize(
+    "messages, named",
+    [
+        ([{"role": "robot", "content": "x"}], r"messages\[0\].role.*'robot'"),
+        ([USER, {"role": "user", "content": 5}], r"messages\[1\].content"),
+        ([{"role": "tool", "content": "x"}], r"messages\[0\].*tool message"),
+        (
+            [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{}"}]}],
+            r"messages\[1\].tool_calls.*mapping",
+        ),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "", "arguments": {}}]}], "cannot name"),
+    ],
+)
 def test_bad_messages_are_named(messages, named):
     with pytest.raises(UserError, match=named):
         chat.render(messages)

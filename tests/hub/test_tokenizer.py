@@ -15,10 +15,35 @@ from qcn_jax.errors import UserError
 from qcn_jax.hub import tokenizer as tokenizer_lib
 from qcn_jax.hub.tokenizer import IncrementalDecoder, Tokenizer
 
-ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "<function=", "</function>", *(f"<|{i}|>" for i in range(1, 12))]
-SOURCES = [path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(tokenizer_lib.__file__).parent.glob("*.py"))]
-HARD = ["", " ", "\r\n\n", "ﬁ e\u0301 Å ẛ̣", "中文 한국어 עברית", "👩‍👩‍👧🇩🇪", "\u0338", "<|im_end|>\u0338", "a\x00b", "\ud800", "１２３",
-        "x  =  1\t# tab", "don't DON'T we'LL", "<|im_start|>user\n<tool_call>", "\u2028\u00a0\ufeff"]
+ADDED = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<tool_call>",
+    "<function=",
+    "</function>",
+    *(f"<|{i}|>" for i in range(1, 12)),
+]
+SOURCES = [
+    path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(tokenizer_lib.__file__).parent.glob("*.py"))
+]
+HARD = [
+    "",
+    " ",
+    "\r\n\n",
+    "ﬁ e\u0301 Å ẛ̣",
+    "中文 한국어 עברית",
+    "👩‍👩‍👧🇩🇪",
+    "\u0338",
+    "<|im_end|>\u0338",
+    "a\x00b",
+    "\ud800",
+    "１２３",
+    "x  =  1\t# tab",
+    "don't DON'T we'LL",
+    "<|im_start|>user\n<tool_call>",
+    "\u2028\u00a0\ufeff",
+]
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +134,16 @@ def test_a_streamed_emoji_appears_at_once(small):
 
 def test_qwen_ids(qwen):
     assert qwen.vocab_size == 151_669
-    expected = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<tool_call>": 151657,
-                "</tool_call>": 151658, "<|fim_prefix|>": 151659, "<|file_sep|>": 151664, "</think>": 151668}
+    expected = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<tool_call>": 151657,
+        "</tool_call>": 151658,
+        "<|fim_prefix|>": 151659,
+        "<|file_sep|>": 151664,
+        "</think>": 151668,
+    }
     assert {token: qwen.id(token) for token in expected} == expected
     assert qwen.encode("<|im_end|>\u0338")[0] == 151645  # added tokens split before normalisation, as HF does
     assert qwen.token_bytes(151_900) == b""  # a dead embedding row
@@ -135,7 +168,16 @@ def test_qwen_agrees_with_tiktoken(qwen, ranks_file):
     ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in ranks_file.read_bytes().splitlines()}
     encoding = tiktoken.Encoding("qwen", pat_str=tokenizer_lib.PRETOKENIZER, mergeable_ranks=ranks, special_tokens={})
     rng = random.Random(0)
-    alphabets = [(32, 126), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF), (0x4E00, 0x4FFF), (0xAC00, 0xAC80), (0x1F300, 0x1F6FF), (9, 13)]
+    alphabets = [
+        (32, 126),
+        (0xA0, 0x24F),
+        (0x300, 0x36F),
+        (0x400, 0x4FF),
+        (0x4E00, 0x4FFF),
+        (0xAC00, 0xAC80),
+        (0x1F300, 0x1F6FF),
+        (9, 13),
+    ]
     texts = HARD + SOURCES + [line for source in SOURCES for line in source.splitlines()]
     for _ in range(600):
         texts.append("".join(chr(rng.randint(*rng.choice(alphabets))) for _ in range(rng.randint(1, 60))))
@@ -162,8 +204,11 @@ def test_bad_files_are_named(small, tmp_path):
     with pytest.raises(UserError, match="tokenizer.json: is not a tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
     bytes_ = [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
-    for lines, reason in ((["???"], ":1: expected"), (bytes_[:-1], "256 single bytes"),
-                          ([*bytes_, base64.b64encode(b"abc").decode() + " 256"], "rank 256")):
+    for lines, reason in (
+        (["???"], ":1: expected"),
+        (bytes_[:-1], "256 single bytes"),
+        ([*bytes_, base64.b64encode(b"abc").decode() + " 256"], "rank 256"),
+    ):
         (tmp_path / "ranks").write_text("\n".join(lines))
         with pytest.raises(UserError, match=f"ranks.*{reason}"):
             Tokenizer.from_tiktoken(tmp_path / "ranks", ())

@@ -18,21 +18,41 @@ from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.model import abstract_params
 
 SMALL = ModelConfig(
-    vocab_size=96, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    linear_num_key_heads=2, linear_key_head_dim=8, linear_num_value_heads=4, linear_value_head_dim=12, num_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20, dtype="float32",
-    num_nextn_predict_layers=1, max_position_embeddings=512, rope_theta=12_345.0)
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_num_value_heads=4,
+    linear_value_head_dim=12,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=20,
+    dtype="float32",
+    num_nextn_predict_layers=1,
+    max_position_embeddings=512,
+    rope_theta=12_345.0,
+)
+
+TINY = dataclasses.replace(SMALL, num_hidden_layers=2, full_attention_interval=2, num_nextn_predict_layers=0)
 
 
 def random_params(config, seed=0, dtype="float32"):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(jax.numpy.dtype(dtype)), abstract_params(config))
+    return jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(jax.numpy.dtype(dtype)), abstract_params(config)
+    )
 
 
 def equal(one, other):
     return jax.tree.structure(one) == jax.tree.structure(other) and all(
         a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +67,17 @@ def copy(saved, tmp_path):
     return pathlib.Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"num_hidden_layers": 8, "num_nextn_predict_layers": 0}, {"tie_word_embeddings": True},
-    {"num_hidden_layers": 3, "num_nextn_predict_layers": 0}, {"full_attention_interval": 1, "num_hidden_layers": 2},
-    {"full_attention_interval": 2, "num_hidden_layers": 5}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_hidden_layers": 8, "num_nextn_predict_layers": 0},
+        {"tie_word_embeddings": True},
+        {"num_hidden_layers": 3, "num_nextn_predict_layers": 0},
+        {"full_attention_interval": 1, "num_hidden_layers": 2},
+        {"full_attention_interval": 2, "num_hidden_layers": 5},
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_loads_bit_for_bit(change, dtype, tmp_path):
     config = dataclasses.replace(SMALL, dtype=dtype, param_dtype=dtype, **change)
@@ -64,8 +91,10 @@ def test_what_is_saved_loads_bit_for_bit(change, dtype, tmp_path):
 def test_the_layout_is_the_models_tree():
     for change in ({}, {"tie_word_embeddings": True}, {"num_hidden_layers": 8}, {"full_attention_interval": 1}):
         config = dataclasses.replace(SMALL, **change)
-        tree = {tuple(key.key for key in path): leaf.shape
-                for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
+        tree = {
+            tuple(key.key for key in path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
+        }
         assert layout.leaf_shapes(config) == tree
 
 
@@ -89,7 +118,14 @@ def test_transformers_weights_come_and_go_bit_for_bit(tmp_path, tied):
     import transformers
 
     values = hub.config_to_hf(dataclasses.replace(SMALL, num_nextn_predict_layers=0, tie_word_embeddings=tied))
-    for name in ("rope_theta", "partial_rotary_factor", "rope_scaling", "full_attention_interval", "model_type", "architectures"):
+    for name in (
+        "rope_theta",
+        "partial_rotary_factor",
+        "rope_scaling",
+        "full_attention_interval",
+        "model_type",
+        "architectures",
+    ):
         del values[name]  # transformers' own dialect; it writes back only this one
     model = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**values))
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
@@ -102,8 +138,11 @@ def test_transformers_weights_come_and_go_bit_for_bit(tmp_path, tied):
     assert ours.config.layer_types == model.config.layer_types
     assert ours.config.rope_parameters == model.config.rope_parameters
     # What transformers writes and what this library writes hold the same tensors.
-    read = lambda folder: {name: value for file in folder.glob("*.safetensors")
-                           for name, value in safetensors.numpy.load_file(file).items()}
+    read = lambda folder: {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in safetensors.numpy.load_file(file).items()
+    }
     first, second = read(tmp_path / "theirs"), read(tmp_path / "ours")
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -112,7 +151,9 @@ def test_transformers_weights_come_and_go_bit_for_bit(tmp_path, tied):
 def test_both_config_dialects_give_the_model_that_transformers_builds(tmp_path):
     import transformers
 
-    flat = {name: value for name, value in hub.config_to_hf(SMALL).items() if name not in ("rope_parameters", "layer_types")}
+    flat = {
+        name: value for name, value in hub.config_to_hf(SMALL).items() if name not in ("rope_parameters", "layer_types")
+    }
     files.write_json(tmp_path / "config.json", flat)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "folded")
@@ -123,7 +164,11 @@ def test_both_config_dialects_give_the_model_that_transformers_builds(tmp_path):
 
 def stack_experts(folder):
     """Rewrites per-expert tensors as transformers holds them in memory."""
-    table = {name: value for file in folder.glob("*.safetensors") for name, value in safetensors.numpy.load_file(file).items()}
+    table = {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in safetensors.numpy.load_file(file).items()
+    }
     for name in [name for name in table if ".experts.0.gate_proj" in name]:
         prefix = name.split(".experts.")[0] + ".experts."
         part = lambda i, kind: table.pop(f"{prefix}{i}.{kind}_proj.weight")
@@ -172,8 +217,7 @@ def sharded_round_trip():
     from jax.sharding import NamedSharding, PartitionSpec
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("copy", "rows", "columns"))
-    config = dataclasses.replace(SMALL, num_hidden_layers=2, full_attention_interval=2, num_nextn_predict_layers=0)
-    params = random_params(config)
+    config, params = TINY, random_params(TINY)
 
     def spec(leaf):  # shard the last two axes where they divide; the axis "copy" replicates
         axes = [None] * leaf.ndim
@@ -192,12 +236,57 @@ def sharded_round_trip():
             assert jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding == s, read, shardings)).count(False) == 0
             assert equal(read, params)
         hub.save(folder / "again", config, read)
-        assert (folder / "again" / "model.safetensors").read_bytes() == (folder / "m" / "model.safetensors").read_bytes()
+        assert (folder / "again" / "model.safetensors").read_bytes() == (
+            folder / "m" / "model.safetensors"
+        ).read_bytes()
     print("same")
 
 
 def test_sharded_arrays_are_filled_and_saved(run_with_devices):
     assert "same" in run_with_devices(sharded_round_trip, 8)
+
+
+PROCESS = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from qcn_jax import hub
+sharding = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec())
+by_first = lambda leaf: NamedSharding(sharding.mesh, PartitionSpec("x") if leaf.shape[0] % 2 == 0 else PartitionSpec())
+config = hub.reading.inspect(sys.argv[3])
+tree = {}
+for path, shape in hub.layout.leaf_shapes(config).items():
+    node = tree
+    for key in path[:-1]:
+        node = node.setdefault(key, {})
+    node[path[-1]] = by_first(np.empty(shape))
+config, params = hub.load(sys.argv[3], shardings=tree)
+assert not params["embed_tokens"]["embedding"].is_fully_addressable
+hub.save(sys.argv[4], config, params)
+"""
+
+
+def test_two_processes_load_their_shards_and_save_together(tmp_path):
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    params = random_params(TINY)
+    hub.save(tmp_path / "saved", TINY, params)
+    command = [sys.executable, "-c", PROCESS, address]
+    children = [
+        subprocess.Popen([*command, str(i), str(tmp_path / "saved"), str(tmp_path / "m")], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for child in children:
+        _, errors = child.communicate(timeout=300)
+        assert child.returncode == 0, errors[-3000:]
+    assert equal(hub.load(tmp_path / "m")[1], params)
 
 
 def rewrite(folder, change):
@@ -207,18 +296,32 @@ def rewrite(folder, change):
     change(table)
     safetensors.numpy.save_file(table, file)
     index = files.read_json(folder / "model.safetensors.index.json")
-    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != file.name} | dict.fromkeys(table, file.name)
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != file.name} | dict.fromkeys(
+        table, file.name
+    )
     files.write_json(folder / "model.safetensors.index.json", index)
 
 
 NORM = "model.layers.0.input_layernorm.weight"
 FAULTS = {
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"{NORM} is missing"),
-    "missing expert": (lambda f: rewrite(f, lambda t: t.pop("model.layers.0.mlp.experts.2.up_proj.weight")), "experts.2.up_proj.weight is missing"),
-    "surplus tensor": (lambda f: rewrite(f, lambda t: t.update(extra=np.zeros(3, "float32"))), "00001-of.*: extra is not part of this model"),
-    "wrong shape": (lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(31, "float32")})), rf"{NORM} has shape \[31\], expected \[32\]"),
+    "missing expert": (
+        lambda f: rewrite(f, lambda t: t.pop("model.layers.0.mlp.experts.2.up_proj.weight")),
+        "experts.2.up_proj.weight is missing",
+    ),
+    "surplus tensor": (
+        lambda f: rewrite(f, lambda t: t.update(extra=np.zeros(3, "float32"))),
+        "00001-of.*: extra is not part of this model",
+    ),
+    "wrong shape": (
+        lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(31, "float32")})),
+        rf"{NORM} has shape \[31\], expected \[32\]",
+    ),
     "wrong dtype": (lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "int64")})), f"{NORM} has dtype I64"),
-    "mixed dtypes": (lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "float16")})), "float16, but|float32, but"),
+    "mixed dtypes": (
+        lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "float16")})),
+        "float16, but|float32, but",
+    ),
     "truncated file": (lambda f: truncate(f, 100), "00001-of-.*is truncated"),
     "cut header": (lambda f: truncate(f, None), "00001-of-.*is (truncated|damaged)"),
     "missing file": (lambda f: sorted(f.glob("model-*"))[1].unlink(), "00002-of-.*is missing"),
@@ -250,16 +353,25 @@ def test_faults_are_named_in_one_line(fault, copy):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key, value, line", [
-    ("model_type", "qwen3_moe", "model_type must be 'qwen3_next'"), ("attention_bias", True, "attention_bias=True is not supported"),
-    ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling=.* is not supported"), ("hidden_act", "gelu", "hidden_act"),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}, "rope_type='yarn' is not supported"),
-    ("rope_theta", 1.0, "rope_theta is 1.0 but rope_parameters.rope_theta is 12345.0"), ("mlp_only_layers", [1], "mlp_only_layers"),
-    ("layer_types", ["full_attention"] * 6, "layer_types is not supported"), ("decoder_sparse_step", 2, "decoder_sparse_step"),
-    ("quantization_config", {"quant_method": "fp8"}, "quantization_config"), ("hidden_size", "32", "hidden_size must be int, got '32'"),
-    ("dtype", "float8_e4m3fn", "dtype='float8_e4m3fn' is not supported"), ("full_attention_interval", 0, "at least 1"),
-    ("num_experts", 5, r"(shape \[4, 32\], expected \[5, 32\]|experts.4.gate_proj.weight is missing)"),
-])
+@pytest.mark.parametrize(
+    "key, value, line",
+    [
+        ("model_type", "qwen3_moe", "model_type must be 'qwen3_next'"),
+        ("attention_bias", True, "attention_bias=True is not supported"),
+        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling=.* is not supported"),
+        ("hidden_act", "gelu", "hidden_act"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}, "rope_type='yarn' is not supported"),
+        ("rope_theta", 1.0, "rope_theta is 1.0 but rope_parameters.rope_theta is 12345.0"),
+        ("mlp_only_layers", [1], "mlp_only_layers"),
+        ("layer_types", ["full_attention"] * 6, "layer_types is not supported"),
+        ("decoder_sparse_step", 2, "decoder_sparse_step"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("hidden_size", "32", "hidden_size must be int, got '32'"),
+        ("dtype", "float8_e4m3fn", "dtype='float8_e4m3fn' is not supported"),
+        ("full_attention_interval", 0, "at least 1"),
+        ("num_experts", 5, r"(shape \[4, 32\], expected \[5, 32\]|experts.4.gate_proj.weight is missing)"),
+    ],
+)
 def test_unsupported_options_are_named(copy, key, value, line):
     files.write_json(copy / "config.json", files.read_json(copy / "config.json") | {key: value})
     with pytest.raises(UserError, match=line) as caught:
@@ -277,7 +389,11 @@ def test_a_config_without_rotary_base_is_refused_and_absent_fields_take_transfor
 def test_mtp_is_read_where_present_and_missing_without_complaint(saved, tmp_path):
     config, params = hub.load(saved)
     assert config.num_nextn_predict_layers == 1 and "mtp" in params
-    hub.save(tmp_path / "m", dataclasses.replace(config, num_nextn_predict_layers=0), {k: v for k, v in params.items() if k != "mtp"})
+    hub.save(
+        tmp_path / "m",
+        dataclasses.replace(config, num_nextn_predict_layers=0),
+        {k: v for k, v in params.items() if k != "mtp"},
+    )
     values = files.read_json(tmp_path / "m" / "config.json") | {"num_nextn_predict_layers": 1}
     files.write_json(tmp_path / "m" / "config.json", values)
     config, params = hub.load(tmp_path / "m")
@@ -306,11 +422,15 @@ def test_saving_is_atomic_and_guards_other_folders(tmp_path, monkeypatch):
         hub.save(tmp_path / "other", SMALL, params)
 
 
-@pytest.mark.parametrize("change, line", [
-    (lambda p: p["norm"].pop("weight"), "norm/weight is missing"), (lambda p: p.update(extra={"x": np.zeros(1, "float32")}), "extra/x is not part"),
-    (lambda p: p["norm"].update(weight=np.zeros(3, "float32")), r"norm/weight has shape \[3\]"),
-    (lambda p: p["norm"].update(weight=np.zeros(32)), "norm/weight has dtype float64"),
-])
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (lambda p: p["norm"].pop("weight"), "norm/weight is missing"),
+        (lambda p: p.update(extra={"x": np.zeros(1, "float32")}), "extra/x is not part"),
+        (lambda p: p["norm"].update(weight=np.zeros(3, "float32")), r"norm/weight has shape \[3\]"),
+        (lambda p: p["norm"].update(weight=np.zeros(32)), "norm/weight has dtype float64"),
+    ],
+)
 def test_trees_that_do_not_fit_are_refused(change, line, tmp_path):
     params = random_params(SMALL)
     change(params)
@@ -322,15 +442,20 @@ def test_trees_that_do_not_fit_are_refused(change, line, tmp_path):
 def test_a_saved_tokenizer_works_in_transformers(tmp_path):
     import transformers
 
-    tokenizer = Tokenizer.train([pathlib.Path(__file__).read_text()], 400, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"])
+    tokenizer = Tokenizer.train(
+        [pathlib.Path(__file__).read_text()], 400, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"]
+    )
     hub.save(tmp_path / "m", SMALL, random_params(SMALL), tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     text = "<|im_start|>user\nHi é 👩‍👩‍👧 <tool_call> x  =  1<|im_end|>\n"
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
     assert theirs.decode(tokenizer.encode(text)) == text
-    for case in json.loads((pathlib.Path(__file__).parent.parent / "golden/qwen3_coder_chat.json").read_text())["cases"]:
-        text = theirs.apply_chat_template(case["messages"], case["tools"], tokenize=False,
-                                          add_generation_prompt=case["add_generation_prompt"])
+    for case in json.loads((pathlib.Path(__file__).parent.parent / "golden/qwen3_coder_chat.json").read_text())[
+        "cases"
+    ]:
+        text = theirs.apply_chat_template(
+            case["messages"], case["tools"], tokenize=False, add_generation_prompt=case["add_generation_prompt"]
+        )
         assert text == case["text"]
     assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>"
     assert Tokenizer.from_folder(tmp_path / "m").encode(text) == tokenizer.encode(text)
