@@ -227,7 +227,7 @@ def get_config():
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
         tasks=TasksConfig(repos_train=({train!r},), repos_heldout=({heldout!r},), train=12, heldout=6,
                           candidates_per_repo=40, test_timeout=10.0),
-        midtrain=MidtrainConfig(train=train),
+        midtrain=MidtrainConfig(train=train, corpus_megabytes=0.2),
         sft=SftConfig(train=train, trajectories_per_task=1),
         rl=RLConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                     rollout=rollout),
