@@ -11,10 +11,11 @@ same way. Every patch is graded in a fresh sandbox that its author never saw. DI
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tqdm
@@ -22,7 +23,7 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing
-from qcn_jax.envs.sandbox import RepositorySpec
+from qcn_jax.envs.sandbox import RepositorySpec, make_provider
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import Task, read_tasks
 from qcn_jax.errors import UserError
@@ -75,7 +76,7 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
     with EnvPool(values.workers, arguments, specs) as pool:
         path = values.predictions or out / "preds.jsonl"
         if values.checkpoint:
-            files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool))
+            files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool, arguments))
         rows = predictions.read_predictions(path, tasks)
         with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
             verdicts = predictions.grade(rows, tasks, pool, lambda _: bar.update())
@@ -99,9 +100,9 @@ def find_repositories(tasks: Iterable[Task], given: Sequence[str]) -> list[Repos
     return list(found.values())
 
 
-def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec],
-         pool: EnvPool) -> Iterator[dict[str, str]]:
-    """Lets the checkpoint work on the tasks; yields predictions."""
+def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec], pool: EnvPool,
+         provider_arguments: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Lets the checkpoint work on the tasks; returns predictions."""
     from qcn_jax import hub
     from qcn_jax.config import EvaluateConfig, RolloutConfig
     from qcn_jax.hub.tokenizer import Tokenizer
@@ -112,6 +113,10 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
     limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,
                            max_length=values.max_length, slots=values.slots)
     encoder = ChatEncoder(Tokenizer.from_folder(values.checkpoint))
-    bench = Bench(tasks, (), EvaluateConfig(rollout=limits), encoder, pool_services(pool, specs), 0, print)
-    for task, patch in bench.patches(*hub.load(values.checkpoint)):
-        yield {"instance_id": task.instance_id, "model_name_or_path": values.checkpoint, "model_patch": patch}
+    model, params = hub.load(values.checkpoint)
+    with contextlib.closing(make_provider(**provider_arguments)) as provider:
+        services = pool_services({spec.name: spec for spec in specs}, provider, pool)
+        bench = Bench(tasks, (), EvaluateConfig(rollout=limits), encoder, services, 0, print)
+        patches = bench.patches(model, params)
+    return [{"instance_id": task.instance_id, "model_name_or_path": values.checkpoint, "model_patch": patch}
+            for task, patch in patches]

@@ -27,7 +27,7 @@ VERBS = {
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended
 
 _QUIET = {  # chatter of libraries on stderr that says nothing about this program
-    "TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -28,6 +28,8 @@ from qcn_jax.pipeline.rewards import format_outcome, task_outcome
 from qcn_jax.pipeline.rollout import Outcome, Reply
 
 if TYPE_CHECKING:
+    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.sandbox.repository import RepositorySpec
     from qcn_jax.pipeline.context import StageContext
 
 T = TypeVar("T")
@@ -203,8 +205,15 @@ def provider_services(provider: Provider) -> Services:
 
 
 def make_services(context: "StageContext") -> Services:
-    """Services of a run: test runs and gradings go to its pool of workers, every one done once."""
-    repositories, provider, pool = context.repositories(), context.provider(), context.pool()
+    """Services of a run."""
+    return pool_services(context.repositories(), context.provider(), context.pool())
+
+
+def pool_services(repositories: Mapping[str, "RepositorySpec"], provider: Provider, pool: "EnvPool") -> Services:
+    """Services whose test runs and gradings go to `pool`'s workers, every one done once.
+
+    `provider` only reads the pristine files of `repositories` (by the name that tasks use) in this process.
+    """
     pool.register(repositories.values())
     prepared, lock = {}, threading.Lock()
 

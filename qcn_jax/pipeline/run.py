@@ -107,11 +107,11 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
         done = files.read_json(done_path)
         context.log(f"done before ({done['seconds']:.1f} s), skipped")
         return done["results"]
+    began = time.monotonic()
     spent = _record_start(context, name)
+    context.log("starts" if spent is None else f"resumes after {spent:.1f} s of an earlier attempt")
     if STAGES[name].sandbox:
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
-    context.log("starts" if spent is None else f"resumes after {spent:.1f} s of an earlier attempt")
-    began = time.monotonic()
     stage_results = importlib.import_module(STAGES[name].module).run_stage(context)
     seconds = time.monotonic() - began + (spent or 0.0)
     files.write_json(done_path, {
