@@ -37,8 +37,9 @@ TEST_FILE = re.compile(r"(test_.*|.*_test|tests?)\.py")
 # patch is not counted as resolving. What this does not see it does not stop (see tests/attacks).
 FORBIDDEN = re.compile(
     r"\b_pytest\b|\bPYTEST_|\bsys\s*\.\s*_getframe|\bcurrentframe\b|\binspect\s*\.\s*(stack|trace)\b|"
-    r"\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
+    r"__eq__\s*=|\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
     r"\b(import|from)\s+(pytest|pluggy|_pytest|ctypes)\b|\bsys\s*\.\s*set(trace|profile)\b|\btb_frame\b|\bf_(back|locals)\b")
+ALWAYS_EQUAL = re.compile(r"def\s+__eq__\s*\([^)]*\)[^:\n]*:\s*return\s+(?:True|1|not\s+False|not\s+0)\b")
 INFRASTRUCTURE_ATTEMPTS = 3
 
 
@@ -115,6 +116,8 @@ def forbidden_lines(changes: Mapping[str, str | None], before: Mapping[str, str 
         known = set((before.get(path) or "").split("\n"))
         found += [f"{path}: {line.strip()[:100]}" for line in (text or "").split("\n")
                   if line not in known and FORBIDDEN.search(line)]
+        if len(ALWAYS_EQUAL.findall(text or "")) > len(ALWAYS_EQUAL.findall(before.get(path) or "")):
+            found.append(f"{path}: __eq__ that is always true")
     return tuple(found[:10])
 
 
