@@ -10,6 +10,7 @@ import heapq
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
+from qcn_jax.envs import grading
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, validate
 
@@ -60,7 +61,10 @@ class Plan:
         """Finds the candidates of a repository; returns how many there are."""
         cells: dict[str, list[inject.Injection]] = collections.defaultdict(list)
         seen: set[tuple[str, int, int, str]] = set()
+        tests = {name.split("::")[0] for name in survey.tests}
         for path in sorted({name.split("::")[0] for name in survey.callers}):
+            if not grading.allowed(path, files, tests):
+                continue  # a fix of it would not be graded
             rng = random.Random(f"{self.settings.seed}/{spec.name}/{path}")
             found = inject.candidates(
                 files.get(path, ""), path, self.settings.kinds or None, self.settings.max_function_lines, rng

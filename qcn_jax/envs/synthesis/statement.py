@@ -14,7 +14,7 @@ from typing import Any
 from qcn_jax.envs import patches
 
 SHORT = 220  # characters: at most about 80 tokens of a small BPE
-FULL = 2000
+FULL = 1500
 _ELLIPSIS = "..."
 
 
@@ -80,20 +80,19 @@ def write(observation: Observation, failing: Sequence[str], message: str = "", l
     Long values are cut so that the first difference stays in sight. `message` (the test's own words) and more
     test names are added where `limit` leaves room for them.
     """
-    place = f" in {observation.path}"
     test = failing[0].split("::")[-1] if failing else ""
     tail = f" Failing test: {test}." if test else ""
-    room = limit - len(observation.function) - len(place) - len(tail) - len("`()`  ;  expected .") - 16
-    if room < 60:
-        tail, room = "", room + len(tail)
-    share = max(room // 3, 12)
-    arguments = [f"{name}={text}" if name not in ("self", "cls") else "" for name, text in observation.arguments]
-    arguments = [text.split("=", 1)[1] if limit <= SHORT else text for text in arguments if text]
-    call = _cut(", ".join(arguments), share)
-    came, expected = _contrast(observation.came[1], observation.expected[1], max((room - len(call)) // 2, share))
-    verb, wanted = observation.came[0], observation.expected[0]
-    expectation = f"expected it to {_present(wanted)} {expected}" if wanted and wanted != verb else f"expected {expected}"
-    text = f"`{observation.function}({call})`{place} {verb} {came}; {expectation}.{tail}"
+    named = [text if limit <= SHORT else f"{name}={text}" for name, text in observation.arguments
+             if name not in ("self", "cls")]
+    came, wanted = observation.came[0], observation.expected[0]
+    turn = f"expected it to {_present(wanted)} " if wanted and wanted != came else "expected "
+    frame = f"`{observation.function}()` in {observation.path} {came} ; {turn}."
+    if len(frame) + len(tail) > limit - 72:
+        tail = ""  # the values say more than the test's name
+    share = max((min(limit, FULL) - len(frame) - len(tail)) // 3, 8)
+    call = _cut(", ".join(named), share)
+    got, expected = _contrast(observation.came[1], observation.expected[1], share + (share - len(call)) // 2)
+    text = f"`{observation.function}({call})` in {observation.path} {came} {got}; {turn}{expected}.{tail}"
     if limit > SHORT:
         names = "".join(f"\n- {name}" for name in failing[:8])
         details = f"\n\nThese tests fail:{names}" + (f"\n\nThe first one says: {message}" if message else "")

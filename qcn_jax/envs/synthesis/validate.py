@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from qcn_jax.envs import patches
+from qcn_jax.envs import grading, patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, statement
@@ -22,7 +22,7 @@ from qcn_jax.errors import UserError
 MAX_TESTS = 40  # run for one candidate
 MAX_TEST_SECONDS = 1.0  # slower tests are not used
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
-_SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py")
+_SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py").read_text()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,12 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     """
     baseline = provider.prepare(spec).baseline
     with provider.create(spec.name) as sandbox:
-        run = sandbox.run_python(_SCRIPT.read_text(), {"mode": "calls", "seconds": seconds}, timeout=3 * seconds)
+        run = sandbox.run_python(_SCRIPT, {"mode": "calls", "seconds": seconds}, timeout=3 * seconds)
     if run.status != "ok":
         raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
     value = run.value
     with provider.create(spec.name, role="grading") as sandbox:  # another process, another layout of memory
-        elsewhere = sandbox.run_python(_SCRIPT.read_text(), {"mode": "ids"}, timeout=seconds).value or []
+        elsewhere = sandbox.run_python(_SCRIPT, {"mode": "ids"}, timeout=seconds).value or []
     wandering = _wandering(set(value["outcomes"]), set(baseline.outcomes), set(elsewhere))
     ids = list(value["calls"])
     passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
@@ -190,6 +190,8 @@ def check(
         seconds, cpu = (round(sum(column), 4) for column in zip(*spent))
         return Verdict(candidate.key, candidate.repository, candidate.kind, outcome, seconds, cpu, task)
 
+    if grading.forbidden_lines({candidate.path: candidate.before}, {candidate.path: candidate.after}):
+        return Verdict(candidate.key, candidate.repository, candidate.kind, "not_gradable", 0.0, 0.0)
     timeout = min(timeout, 3.0 + 8 * candidate.seconds)
     with provider.create(candidate.repository, {candidate.path: candidate.after}) as sandbox:
         status, first = _run(sandbox, candidate, candidate.observe, timeout, spent)
@@ -235,7 +237,7 @@ def _run(
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
     arguments = {"mode": "check", "tests": candidate.tests, "observe": observe, "always": always,
                  "sources": candidate.sources, "too_many": too_many}
-    run = sandbox.run_python(_SCRIPT.read_text(), arguments, timeout)
+    run = sandbox.run_python(_SCRIPT, arguments, timeout)
     spent.append((run.seconds, run.value["cpu"] if run.value else 0.0))
     status = {"ok": "ok", "timeout": "timeout", "out_of_memory": "out_of_memory"}.get(run.status, "crashed")
     return status, run.value

@@ -1,0 +1,52 @@
+"""Checks tasks by execution: the gold patch must resolve each one, and the empty patch must not.
+
+  qcn verify --tasks=tasks.jsonl
+  qcn verify --tasks=runs/nano/tasks/heldout.jsonl --workers=8 --isolation=shared
+
+Repositories named `name==version` are downloaded (or taken from the cache); archives and folders are given with
+--repo. Every grading and every unpatched run has a fresh sandbox. Exit status 0 means that all tasks are sound.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import tqdm
+from absl import flags
+
+from qcn_jax.cli import parsing
+from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.tasks import read_tasks
+from qcn_jax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses flags and verifies; returns 0 when every task is sound."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema.", flag_values=values, required=True)
+    flags.DEFINE_list("repo", [], "Archives or folders of the tasks' repositories; those not given are downloaded.",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
+    flags.DEFINE_enum("isolation", "container", ["container", "shared"],
+                      "A fresh container for each run, or warm ones with a fresh workspace.", flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("workers", 2, "Tasks side by side.", flag_values=values, lower_bound=1)
+    parsing.parse(values, "verify", __doc__, argv)
+    tasks = read_tasks(values.tasks)
+    if not tasks:
+        raise UserError(f"--tasks={values.tasks}: holds no task")
+    from qcn_jax.cli.evaluate import find_repositories
+    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.synthesis import verify
+
+    specs = find_repositories(tasks, values.repo)
+    arguments = {"kind": values.sandbox, "isolation": values.isolation,
+                 "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
+    unsound = 0
+    with EnvPool(values.workers, arguments, specs) as pool:
+        print(f"sandbox: {pool.describe()['description']}")
+        checks = verify.verify(pool, tasks)
+        for check in tqdm.tqdm(checks, total=len(tasks), desc="verifying", unit="task", file=sys.stderr):
+            if check.problems:
+                unsound += 1
+                print(f"{check.instance_id}: {'; '.join(check.problems)}")
+    print(f"{len(tasks) - unsound} of {len(tasks)} tasks are sound: gold patch resolves, empty patch does not")
+    return 1 if unsound else 0

@@ -1,0 +1,127 @@
+"""Validation by execution, on a small repository in a local sandbox."""
+
+import ast
+import dataclasses
+import json
+import random
+
+import pytest
+from tests.envs.synthesis.small import SOURCE, write_repository
+
+from qcn_jax.envs import grading, patches
+from qcn_jax.envs.sandbox import make_provider
+from qcn_jax.envs.synthesis import inject, sources, validate, verify
+from qcn_jax.errors import UserError
+
+PATH = "numbers_pkg/core.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """(provider, spec, survey) of the small repository."""
+    folder = tmp_path_factory.mktemp("small")
+    spec = sources.locate(str(write_repository(folder)), {})
+    with make_provider("local", str(folder / "state")) as provider:
+        yield provider, spec, validate.survey(provider, spec)
+
+
+def candidate(place, old, new, kind="change_boundary"):
+    """The candidate that replaces `old` by `new` in SOURCE."""
+    _, spec, survey = place
+    start = SOURCE.index(old)
+    line = SOURCE.count("\n", 0, start) + 1
+    holder = [f for f in inject.functions(ast.parse(SOURCE)) if f.start_line <= line <= f.end_line][-1]
+    injection = inject.Injection(kind, PATH, holder.qualname, holder.start_line, holder.end_line, SOURCE, start,
+                                 start + len(old), new)  # fmt: skip
+    return validate.make_candidate(injection, spec, survey, random.Random(0))
+
+
+def test_survey(place):
+    """Which tests call what; failing tests and those without lasting ids are left out and counted."""
+    _, spec, survey = place
+    assert spec.name == "numbers_pkg==1.0"
+    assert len(survey.tests) == 9 and survey.failing == 1 and survey.unstable == 3
+    called = {name: [survey.tests[i].split("::")[1] for i in found] for name, found in survey.callers.items()}
+    assert called[f"{PATH}::clamp"] == [f"test_clamp[{case}]" for case in ("5-5", "-1-0", "11-10", "0-0", "10-10")]
+    assert called[f"{PATH}::Stack.pop"] == ["test_stack", "test_empty_stack"]
+    assert called[f"{PATH}::countdown"] == ["test_countdown"] and f"{PATH}::unused" not in called
+    assert survey == validate.Survey.from_json(json.loads(json.dumps(dataclasses.asdict(survey))))
+
+
+def test_kept_candidate(place):
+    """F2P fail, P2P pass, the reverse patch is the gold one, and the statement says what was seen."""
+    provider = place[0]
+    verdict = validate.check(provider, candidate(place, "total += value", "total -= value", "change_augmented"))
+    task = verdict.task
+    assert verdict.outcome == "kept" and verdict == validate.Verdict.from_json(verdict.to_json())
+    assert [name.split("::")[1] for name in task.FAIL_TO_PASS] == ["test_mean"] and task.PASS_TO_PASS == ()
+    assert task.problem_statement == (
+        "`mean([1, 2, 3])` in numbers_pkg/core.py returned -2.0; expected 2.0. Failing test: test_mean.")  # fmt: skip
+    assert (task.function, task.path, task.kind) == ("mean", PATH, "change_augmented")
+    start = patches.apply_diff({PATH: SOURCE}, task.bug_patch)
+    assert "total -= value" in start[PATH] and patches.apply_diff(start, task.patch)[PATH] == SOURCE
+    assert grading.Grader(provider).grade(task, task.patch).resolved
+    assert verify.verify_task(provider, task).problems == ()
+
+
+def test_pass_to_pass(place):
+    verdict = validate.check(place[0], candidate(place, "value > high", "value >= low"))
+    assert {name.split("::")[1] for name in verdict.task.FAIL_TO_PASS} == {"test_clamp[5-5]", "test_clamp[0-0]"}
+    assert {name.split("::")[1] for name in verdict.task.PASS_TO_PASS} == {
+        "test_clamp[-1-0]", "test_clamp[11-10]", "test_clamp[10-10]"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "function", "text"),
+    [
+        ("return self\n", "return item\n", "Stack.push", "returned 3; expected Stack(items=[1, 2, 3])"),
+        ("raise IndexError", "raise KeyError", "Stack.pop", "raised KeyError: 'empty stack'; expected IndexError: empty stack"),
+        ("start > 0", "start > 1", "countdown", "yielded 3, 2; expected 3, 2, 1"),
+    ],
+)  # fmt: skip
+def test_observations(place, old, new, function, text):
+    """The innermost function seen misbehaving, whichever one the defect stands in."""
+    task = validate.check(place[0], candidate(place, old, new)).task
+    assert task.function == function and text in task.problem_statement
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "outcome"),
+    [
+        ("value < low", "value <= low", "survived"),  # an equivalent change
+        ("list(items)", "items", "unobserved"),  # the caller's list is shared: no call returns anything else
+        ("start -= 1", "start -= 0", "timeout"),
+        ("def countdown(start):", "def renamed(start):", "broken"),  # the test file cannot be imported
+        ("total = 0", "import os; os._exit(1)", "crashed"),
+    ],
+)
+def test_rejected(place, old, new, outcome):
+    item = candidate(place, old, new)
+    verdict = validate.check(place[0], item, timeout=3.0)
+    assert (verdict.outcome, verdict.task) == (outcome, None)
+
+
+def test_flaky_candidate(place):
+    """A defect that shows itself in some runs only is no task."""
+    text = "(total if __import__('time').time_ns() // 1000 % 2 else 0)"
+    outcomes = {
+        validate.check(place[0], candidate(place, "total / len", f"{text} / len"), reruns=3).outcome for _ in range(6)
+    }
+    assert "kept" not in outcomes and "flaky" in outcomes
+
+
+def test_verify_notices_wrong_tasks(place):
+    """A gold patch that does not resolve, and a task that is resolved from the start."""
+    provider = place[0]
+    task = validate.check(provider, candidate(place, "value > high", "value >= low")).task
+    useless = dataclasses.replace(task, patch=patches.make_diff({PATH: "a\n"}, {PATH: "b\n"}))
+    assert "gold patch gives patch_failed" in verify.verify_task(provider, useless).problems[0]
+    solved = dataclasses.replace(task, FAIL_TO_PASS=task.PASS_TO_PASS, PASS_TO_PASS=())
+    assert any("passes" in problem for problem in verify.verify_task(provider, solved).problems)
+
+
+def test_repository_without_passing_tests(place, tmp_path):
+    root = write_repository(tmp_path)
+    (root / "tests/test_core.py").write_text("def test_no():\n    assert False\n")
+    with pytest.raises(UserError, match="none of its tests passes before any defect"):
+        validate.survey(place[0], sources.locate(str(root), {}))
