@@ -16,7 +16,7 @@ KINDS = (
     "add_not", "drop_not", "flip_boolean", "swap_and_or", "flip_comparison", "change_boundary", "flip_membership",
     "flip_identity", "change_arithmetic", "change_constant", "slice_off_by_one", "break_continue",
 )
-LENGTH = 768  # tokens of a packed row, and the longest episode
+LENGTH = 512  # tokens of a packed row, and the longest episode
 
 
 def get_config():
@@ -30,7 +30,7 @@ def get_config():
     )
     rollout = RolloutConfig(max_turns=8, max_new_tokens=64, max_length=LENGTH, slots=64)
     train = lambda steps, rate, mtp_coef=0.0: TrainConfig(
-        steps=steps, rows=4, sequence_length=LENGTH, mtp_coef=mtp_coef,
+        steps=steps, rows=6, sequence_length=LENGTH, mtp_coef=mtp_coef,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))
     gentle = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, weight_decay=0.0)
     return to_config_dict(RunConfig(
@@ -39,11 +39,11 @@ def get_config():
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         tasks=TasksConfig(
             repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=600, heldout=200,
-            kinds=KINDS, max_function_lines=24),
+            kinds=KINDS, max_function_lines=14),
         midtrain=MidtrainConfig(train=train(60, 1e-3, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7, corpus_megabytes=3.0),
         sft=SftConfig(train=train(150, 1e-3)),
-        rl=RLConfig(updates=25, prompts=16, group_size=8, rows=4, sequence_length=LENGTH, optimizer=gentle,
+        rl=RLConfig(updates=25, prompts=16, group_size=8, rows=6, sequence_length=LENGTH, optimizer=gentle,
                     rollout=rollout),
-        distill=DistillConfig(updates=12, rows=4, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),
+        distill=DistillConfig(updates=12, rows=6, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),
         evaluate=EvaluateConfig(tasks=200, pass_k_tasks=60, rollout=rollout),
     ))

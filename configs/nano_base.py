@@ -1,25 +1,32 @@
 """Pretraining of the packaged nano base checkpoint, from random weights, on the same corpus as `nano` mid-trains on.
 
-    qcn run --config=configs/nano_base.py --workdir=runs/nano_base --stages=tasks,midtrain
+    qcn run --config=configs/nano_base.py:code --workdir=runs/nano_base_code --stages=tasks,midtrain
+    qcn run --config=configs/nano_base.py:edits --workdir=runs/nano_base_edits --stages=tasks,midtrain \\
+        --config.init=runs/nano_base_code/midtrain/model
 
-Held-out repositories are seen neither by the tokenizer nor by the model. Provenance of the packaged weights (command,
-time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
+Held-out repositories are seen neither by the tokenizer nor by the model. Provenance of the packaged weights (what was
+run, time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
 """
 
 import pathlib
 import runpy
 
 
-def get_config():
-    """The configuration `nano` with `init=random`, the whole corpus, and a long mid-training."""
+def get_config(phase: str = "code"):
+    """The configuration `nano` with a long mid-training; `phase` is code (from random weights) or edits (after it)."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
-    config.name, config.init = "nano_base", "random"
+    config.name, config.init = f"nano_base_{phase}", "random"
     config.model.num_nextn_predict_layers, config.midtrain.train.mtp_coef = 0, 0.0
     config.tasks.train = config.tasks.heldout = 0  # repositories are downloaded, no tasks are made
-    config.midtrain.corpus_megabytes = 14.0
-    config.midtrain.repository, config.midtrain.fim, config.midtrain.edits = 0.2, 0.05, 0.75
-    config.midtrain.train.steps = 2600
-    config.midtrain.train.checkpoint_every = 200
-    config.midtrain.train.optimizer.learning_rate = 3e-3
-    config.midtrain.train.optimizer.warmup_steps = 100
+    stage = config.midtrain
+    stage.corpus_megabytes = 14.0
+    stage.train.checkpoint_every = 200
+    stage.train.optimizer.warmup_steps = 50
+    if phase == "code":
+        config.tasks.max_function_lines = 24
+        stage.repository, stage.fim, stage.edits = 0.2, 0.05, 0.75
+        stage.train.steps, stage.train.optimizer.learning_rate = 900, 3e-3
+    else:
+        stage.repository, stage.fim, stage.edits = 0.1, 0.05, 0.85
+        stage.train.steps, stage.train.optimizer.learning_rate = 1500, 2e-3
     return config

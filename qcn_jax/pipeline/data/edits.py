@@ -28,7 +28,7 @@ from qcn_jax.envs.spans import MAX_LINE_TOKENS, dedent, line_token, minimal_edit
 from qcn_jax.envs.synthesis.inject import Injection, candidates
 from qcn_jax.hub.tokenizer import Tokenizer
 
-CODE_WEIGHT = 0.3  # of next-token loss on code lines; the edit itself has weight 1
+CODE_WEIGHT = 0.1  # of next-token loss on code lines, which are many; the edit's few tokens have weight 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class EditDocuments:
 
     def __init__(
         self, table: Sequence[FunctionDefects], tokenizer: Tokenizer, *, seed: int, max_tokens: int,
-        kinds: Sequence[str] = (), multiple: float = 0.3,
+        kinds: Sequence[str] = (), multiple: float = 0.5,
     ):
         self._table, self._tokenizer, self._seed = table, tokenizer, seed
         self._max_tokens, self._multiple = max_tokens, multiple
