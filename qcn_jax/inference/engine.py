@@ -3,10 +3,12 @@
 Axes: N slots, P prefill rows, C prefill chunk, M new tokens, V vocabulary. Everything compiled has one fixed
 shape, whatever the conversations look like: one prefill of [P, C] tokens that is called as often as the
 prompts need, one copy of cache rows, and one decoding loop over all N slots that runs inside the jitted
-function until every active slot has met a stop token or its limit.
+function until every active slot, or all but a few, has met a stop token or its limit. Prefill and decoding are
+compiled once more each time the longest sequence outgrows the part of the cache that attention reads.
 
-What a slot generates depends on its tokens, its seed and the weights, never on the other slots. Weights are
-an argument of the compiled functions: `engine.params = new` costs nothing.
+What a slot generates depends on its tokens, its seed and the weights, not on the other slots (but for rounding:
+longer neighbours may make attention read more of the empty cache). Weights are an argument of the compiled
+functions: `engine.params = new` costs nothing.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
 from qcn_jax.inference.sampling import Sampling, sample
 from qcn_jax.model import Qwen3Next, unroll
 
+FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
 MAX_STOP_IDS = 8  # stop ids are padded to this many, so that their number is not part of the compiled shape
 
 
@@ -29,13 +32,14 @@ MAX_STOP_IDS = 8  # stop ids are padded to this many, so that their number is no
 class Generation:
     """One turn of one slot.
 
-    `tokens` end with the stop token when `finish` is "stop". `logprobs` [len(tokens)] float32 are those of the
+    `tokens` end with the stop token when `finish` is "stop"; "length" is the limit of new tokens or of the slot;
+    "paused" turns may be continued by the next `generate`. `logprobs` [len(tokens)] float32 are those of the
     untempered policy, softmax of the model's own logits.
     """
 
     tokens: list[int]
     logprobs: np.ndarray
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "paused"]
 
 
 class Engine:
@@ -88,10 +92,12 @@ class Engine:
         self._cache = model.init_cache(slots, max_length)
         self._logits = jnp.zeros((slots, config.vocab_size), jnp.float32)  # of each slot's next token
 
-        def prefill(params, cache, logits, indices, fresh, tokens, lengths):
+        def prefill(params, cache, logits, indices, fresh, tokens, lengths, key_limit):
             """Appends lengths[p] of tokens [P, C] to slot indices[p]; an index of N means no slot."""
             rows = cache_reset(cache_take(cache, jnp.minimum(indices, slots - 1)), fresh)
-            out = model.apply({"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False)
+            out = model.apply(
+                {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit
+            )
             last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
             last = model.head(params, last)[:, 0].astype(jnp.float32)
             target = jnp.where(lengths > 0, indices, slots)
@@ -101,16 +107,19 @@ class Engine:
             """Slot n becomes a copy of slot source[n]."""
             return cache_take(cache, source), logits[source]
 
-        def decode(params, cache, logits, seeds, positions, limits, temperature, top_p, top_k, stop):
+        def decode(params, cache, logits, seeds, positions, limits, enough, draw, stop, key_limit):
             """Samples up to limits[n] tokens for every slot; returns tokens and logprobs [N, M], counts [N]."""
 
             def body(carry):
                 step, cache, logits, active, tokens, logprobs, counts = carry
-                token, logprob = sample(logits, seeds, positions + step, temperature, top_p, top_k)
+                token, logprob = sample(logits, seeds, positions + step, **draw)
                 token = jnp.where(active, token, 0)
                 tokens = tokens.at[:, step].set(token)
                 logprobs = logprobs.at[:, step].set(logprob)
-                out = model.apply({"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32))
+                out = model.apply(
+                    {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32),
+                    key_limit=key_limit,
+                )  # fmt: skip
                 logits = jnp.where(active[:, None], out.logits[:, 0].astype(jnp.float32), logits)
                 counts = counts + active
                 active = active & ~jnp.any(token[:, None] == stop[None], axis=-1) & (counts < limits)
@@ -118,13 +127,13 @@ class Engine:
 
             shape = (slots, max_new_tokens)
             start = (0, cache, logits, limits > 0, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-            carry = jax.lax.while_loop(lambda c: jnp.any(c[3]), body, (*start, jnp.zeros(slots, jnp.int32)))
+            carry = jax.lax.while_loop(lambda c: jnp.sum(c[3]) > enough, body, (*start, jnp.zeros(slots, jnp.int32)))
             _, cache, logits, _, tokens, logprobs, counts = carry
             return cache, logits, tokens, logprobs, counts
 
-        self._prefill = jax.jit(prefill, donate_argnums=(1, 2))
+        self._prefill = jax.jit(prefill, donate_argnums=(1, 2), static_argnames="key_limit")
         self._copy = jax.jit(copy)
-        self._decode = jax.jit(decode, donate_argnums=(1, 2))
+        self._decode = jax.jit(decode, donate_argnums=(1, 2), static_argnames="key_limit")
         self._fresh = np.ones(slots, bool)  # the slot's cache rows are to be cleared before their next use
 
     @property
@@ -142,7 +151,7 @@ class Engine:
         return int(self._lengths[slot])
 
     def compilations(self) -> int:
-        """How many shapes have been compiled so far: at most one of prefill, one of copying, one of decoding."""
+        """How many shapes have been compiled so far: one of copying, one of prefill and decoding per key limit."""
         return sum(function._cache_size() for function in (self._prefill, self._copy, self._decode))
 
     def reset(self, slots: Sequence[int]) -> None:
@@ -178,8 +187,16 @@ class Engine:
             self._fresh[slot] = False
             self._lengths[slot] += len(piece)
         self._cache, self._logits = self._prefill(
-            self._weights, self._cache, self._logits, indices, fresh, tokens, lengths
-        )
+            self._weights, self._cache, self._logits, indices, fresh, tokens, lengths,
+            key_limit=self._key_limit(int(self._lengths[list(group)].max())),
+        )  # fmt: skip
+
+    def _key_limit(self, longest: int) -> int:
+        """How much of the cache attention must read for sequences of up to `longest` tokens."""
+        limit = FIRST_KEY_LIMIT
+        while limit < longest:
+            limit *= 2
+        return min(limit, self.max_length)
 
     def fork(self, copies: Mapping[int, Sequence[int]]) -> None:
         """Makes slots copies of others (source -> targets), so that one prefill serves a whole group."""
@@ -197,6 +214,7 @@ class Engine:
         seeds: Sequence[int],
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         max_new_tokens: int | Sequence[int] | None = None,
+        enough: int = 0,
     ) -> list[Generation]:
         """Generates one turn for each of `slots`, which must hold at least one token.
 
@@ -206,6 +224,8 @@ class Engine:
             stream counts positions.
           sampling: how to draw, for all or one each.
           max_new_tokens: at most this many, for all or one each; never past a slot's `max_length`.
+          enough: stop once no more than this many slots are still generating, so that a few long turns do not
+            keep all others waiting. Less than the number of slots.
 
         Returns:
           One Generation a slot, in the order of `slots`. All their tokens, a stop token included, are in the
@@ -218,21 +238,23 @@ class Engine:
         wanted = self.max_new_tokens if max_new_tokens is None else np.asarray(max_new_tokens)
         limits = np.zeros(self.slots, np.int32)
         limits[chosen] = np.minimum(np.minimum(wanted, self.max_new_tokens), self.max_length - self._lengths[chosen])
-        values = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32}
-        arrays = {name: np.full(self.slots, getattr(Sampling(0.0), name), dtype) for name, dtype in values.items()}
-        for name, array in arrays.items():
-            array[chosen] = [getattr(draw, name) for draw in draws]
+        draw = {}
+        for name, dtype in (("temperature", np.float32), ("top_p", np.float32), ("top_k", np.int32)):
+            draw[name] = np.full(self.slots, getattr(Sampling(0.0), name), dtype)
+            draw[name][chosen] = [getattr(one, name) for one in draws]
         streams = np.zeros(self.slots, np.uint32)
         streams[chosen] = np.asarray(seeds, np.uint64) & 0xFFFFFFFF
         self._cache, self._logits, tokens, logprobs, counts = self._decode(
             self._weights, self._cache, self._logits, streams, self._lengths.astype(np.int32), limits,
-            arrays["temperature"], arrays["top_p"], arrays["top_k"], self._stop,
+            np.int32(enough), draw, self._stop,
+            key_limit=self._key_limit(int((self._lengths[chosen] + limits[chosen]).max(initial=0))),
         )  # fmt: skip
         tokens, logprobs, counts = np.asarray(tokens), np.asarray(logprobs), np.asarray(counts)
         self._lengths = self._lengths + counts
         results = []
         for slot in chosen:
             new = tokens[slot, : counts[slot]].tolist()
-            stopped = bool(new) and new[-1] in self._stop
-            results.append(Generation(new, logprobs[slot, : counts[slot]].copy(), "stop" if stopped else "length"))
+            ended = "length" if counts[slot] == limits[slot] else "paused"
+            finish = "stop" if new and new[-1] in self._stop else ended
+            results.append(Generation(new, logprobs[slot, : counts[slot]].copy(), finish))
         return results

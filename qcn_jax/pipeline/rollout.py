@@ -1,7 +1,8 @@
 """Rollouts: a policy acts in many conversations at once, and everything that training needs is written down.
 
-All conversations that are open take one turn together: the engine generates for every one of them, then the
-environments answer, tool calls running side by side in worker processes, then the answers go into the caches.
+All conversations that are open take a turn together: the engine generates until most of them have ended theirs
+(the others go on next time), then the environments answer, tool calls running side by side in worker processes,
+then the answers go into the caches.
 The samples of one prompt share the prefill of their opening. Conversations beyond the engine's slots wait for
 free ones. What a conversation samples depends on its own seed and tokens, so results do not depend on the
 schedule.
@@ -21,6 +22,7 @@ import numpy as np
 from qcn_jax.inference.engine import Engine, Generation
 from qcn_jax.inference.sampling import Sampling
 
+STRAGGLERS = 0.25  # share of turns under way that the rest does not wait for
 THREADS = 32  # each only waits for a worker process; how many tools really run at once is the pool's choice
 
 
@@ -111,15 +113,23 @@ class _Open:
     def __init__(self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int]) -> None:
         self.prompt, self.sample, self.conversation, self.seed = prompt, sample, conversation, seed
         self.tokens, self.logprobs, self.turns = list(opening), [0.0] * len(opening), []
+        self.start, self.stopped = len(opening), False  # of the turn under way
 
-    def take(self, generation: Generation, reply: Reply) -> None:
-        start = len(self.tokens)
+    def generated(self, generation: Generation) -> None:
         self.tokens += generation.tokens
         self.logprobs += generation.logprobs.tolist()
-        self.turns.append(Turn(start, len(self.tokens), reply.malformed, generation.finish == "stop"))
+        self.stopped = generation.finish == "stop"
+
+    def reply(self) -> Reply:
+        """Hands the turn to the environment."""
+        return self.conversation.reply(self.tokens[self.start :], self.stopped)
+
+    def take(self, reply: Reply) -> None:
+        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped))
         if not reply.done:
             self.tokens += reply.tokens
             self.logprobs += [0.0] * len(reply.tokens)
+        self.start = len(self.tokens)
 
     def record(self, outcome: Outcome) -> RolloutRecord:
         sampled = np.zeros(len(self.tokens), bool)
@@ -172,19 +182,12 @@ def rollout(
                 else:  # the opening alone fills the slot
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, True)))
                     free.append(slot)
-            slots = sorted(active)
-            generations = engine.generate(
-                slots, seeds=[active[slot].seed for slot in slots], sampling=sampling, max_new_tokens=max_new_tokens
-            ) if slots else []  # fmt: skip
-            replies = list(threads.map(
-                lambda pair: active[pair[0]].conversation.reply(pair[1].tokens, pair[1].finish == "stop"),
-                zip(slots, generations, strict=True),
-            ))  # fmt: skip
+            ended = _generate(engine, active, sampling, max_new_tokens or engine.max_new_tokens)
             added = {}
-            for slot, generation, reply in zip(slots, generations, replies, strict=True):
+            for slot, reply in zip(ended, threads.map(lambda slot: active[slot].reply(), ended), strict=True):
                 # A further turn needs its answer and at least one token of its own.
                 truncated = not reply.done and engine.length(slot) + len(reply.tokens) >= engine.max_length
-                active[slot].take(generation, Reply(done=True, malformed=reply.malformed) if truncated else reply)
+                active[slot].take(Reply(done=True, malformed=reply.malformed) if truncated else reply)
                 if reply.done or truncated:
                     opened = active.pop(slot)
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, truncated)))
@@ -200,6 +203,21 @@ def rollout(
     if progress is not None:
         progress(total, total)
     return sorted(records, key=lambda record: (record.prompt, record.sample))
+
+
+def _generate(engine: Engine, active: dict[int, _Open], sampling: Sampling, limit: int) -> list[int]:
+    """Generates for all open conversations until most turns have ended; returns the slots of those."""
+    slots = sorted(active)
+    if not slots:
+        return []
+    generations = engine.generate(
+        slots, seeds=[active[slot].seed for slot in slots], sampling=sampling,
+        max_new_tokens=[limit - (len(active[slot].tokens) - active[slot].start) for slot in slots],
+        enough=int(STRAGGLERS * len(slots)),
+    )  # fmt: skip
+    for slot, generation in zip(slots, generations, strict=True):
+        active[slot].generated(generation)
+    return [slot for slot, generation in zip(slots, generations, strict=True) if generation.finish != "paused"]
 
 
 def _units(groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], slots: int) -> list[list[_Open]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qcn_jax.config import ModelConfig
+from qcn_jax.inference import engine as engine_module
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.model import Qwen3Next
@@ -33,6 +34,14 @@ def make_params(config: ModelConfig):
 
 @pytest.fixture(scope="module")
 def shared(params):
+    """Attention reads 32, 64 or all 96 of the cached tokens, so that every test passes through several limits."""
+    limit = pytest.MonkeyPatch()
+    limit.setattr(engine_module, "FIRST_KEY_LIMIT", 32)
+    yield make_engine(params)
+    limit.undo()
+
+
+def make_engine(params) -> Engine:
     return Engine(
         CONFIG, params, slots=SLOTS, max_length=LENGTH, max_new_tokens=NEW, stop_ids=(7,), prefill_rows=2,
         prefill_chunk=16,
@@ -173,3 +182,22 @@ def test_scanned_layers_and_tied_embeddings() -> None:
     whole = jnp.asarray([prompt(1, 11) + generation.tokens])
     logits = np.asarray(jax.jit(Qwen3Next(config).apply)({"params": params}, whole).logits[0])
     assert generation.tokens == logits[10:-1].argmax(-1).tolist()
+
+
+def test_pausing_for_stragglers_changes_nothing(engine) -> None:
+    lengths, limits = [5, 30, 12, 8], [2, 12, 3, 9]
+    engine.extend({slot: prompt(slot, length) for slot, length in enumerate(lengths)})
+    whole = engine.generate(range(4), seeds=range(4), max_new_tokens=limits)
+    engine.reset(range(4))
+    engine.extend({slot: prompt(slot, length) for slot, length in enumerate(lengths)})
+    first = engine.generate(range(4), seeds=range(4), max_new_tokens=limits, enough=2)
+    paused = [slot for slot in range(4) if first[slot].finish == "paused"]
+    assert 1 <= len(paused) <= 2 and all(len(first[s].tokens) < len(whole[s].tokens) for s in paused)
+    rest = engine.generate(
+        paused, seeds=paused, max_new_tokens=[limits[s] - len(first[s].tokens) for s in paused]
+    )
+    joined = {slot: generation.tokens for slot, generation in enumerate(first)}
+    for slot, generation in zip(paused, rest):
+        joined[slot] = joined[slot] + generation.tokens
+        assert generation.finish == whole[slot].finish
+    assert joined == {slot: generation.tokens for slot, generation in enumerate(whole)}
