@@ -19,6 +19,7 @@ from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.solver import Trajectory
 from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.workspace import ProviderRunner, Remembering
 from qcn_jax.errors import UserError
 
 MAX_WRONG = 2  # edits that the tests refute, in trajectories that show a recovery
@@ -59,21 +60,15 @@ def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, t
 def act(provider: Provider, task: Task, requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Runs in a worker: the trajectories of one task that ended with passing tests, as JSON-ready rows.
 
-    Equal patches of one task are executed once: the tests that the first trajectory ran decide for the others.
+    The same tests on the same files run once, however many trajectories come to that state.
     """
-    known: dict[str, bool] = {}
-    rows = []
-    for request in requests:
-        scaffold = scaffolds.by_name(request.scaffold)
-        grade = (lambda _, patch: known[patch]) if scaffold.single_turn and known else None
-        try:
-            made = solver.solve_with(provider, task, scaffold, seed=request.seed, wrong=request.wrong, grade=grade)
-        except KeyError:  # another patch than those executed so far
-            made = solver.solve_with(provider, task, scaffold, seed=request.seed, wrong=request.wrong)
-        if made is not None:
-            known[made.patch] = True
-            rows.append(made.to_json())
-    return rows
+    runner = Remembering(ProviderRunner(provider, task.repo))
+    made = (
+        solver.solve_with(provider, task, scaffolds.by_name(request.scaffold), seed=request.seed, wrong=request.wrong,
+                          runner=runner)
+        for request in requests
+    )
+    return [trajectory.to_json() for trajectory in made if trajectory is not None]
 
 
 class Journal:

@@ -139,6 +139,9 @@ def test_only_line_tokens_in_sequence_at_line_starts_are_the_scaffolds(nano):
     assert found("p\n<|1|>a <|2|> b\n<|2|>c", numbered=True) == [1, 2]
     assert found("p\n<|2|>a\n<|1|>c\n<|3|>", numbered=True) == [1]
     assert found("p\n<|1|>a\n<|2|>c") == []
+    assert found("p <|1|>\n<|1|>a <|2|>\n<|2|>", numbered=True) == [1, 2]
+    text = nano.tokenizer.decode(nano.encode_prompt([{"role": "user", "content": "p <|1|>\n<|1|>a", "numbered": True}]))
+    assert text == "<|im_start|>user\np <|1|>\n<|1|>a<|im_end|>\n<|im_start|>assistant\n"
     parts = [{"type": "text", "text": "<|1|>x\n"}, {"type": "text", "text": "p\n<|1|>y", "numbered": True}]
     assert found(parts) == [1]
 
