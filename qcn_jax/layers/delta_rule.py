@@ -3,9 +3,14 @@
 Per value head, with state S [dk, dv] and S = 0 at the start of every document:
     S <- exp(g_t) S;  S <- S + k_t (beta_t (v_t - k_t^T S))^T;  o_t = q_t^T S.
 
-Axes: B batch, T tokens, H key heads, R value heads per key head, dk/dv their widths, C chunk, N chunks.
+The chunked form writes the C updates of a chunk as one unit lower triangular system. Groups of chunks are
+scanned, and a group's matrices are recomputed in the backward pass: what is kept is one state per group.
+
+Axes: B batch, T tokens, H key heads, R value heads per key head, dk/dv their widths, C chunk, N chunks of a group.
 Keys and queries are never repeated over R: products with them are shared by the R value heads.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,8 @@ Array = jax.Array
 # g is split into a multiple of 2^-6, whose cumulative sum is exact in float32 up to 2^18, and a rest below
 # 2^-7, so that differences of cumulative decays keep their digits however strong the decay before them was.
 _GRID = 64.0
+# Chunks of a group: their matrices are formed side by side; more is more parallel and takes more memory.
+_GROUP = 8
 
 
 def gated_delta_rule(
@@ -77,74 +84,108 @@ def _recurrent(
     return jnp.moveaxis(o, 0, 1), state
 
 
-def _into_chunks(x: Array, count: int, chunk: int) -> Array:
-    """[B, T, H, ...] -> [N, B, H, C, ...], zero-padded at the end."""
-    pad = [(0, 0), (0, count * chunk - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad).reshape(x.shape[0], count, chunk, *x.shape[2:])
-    return jnp.moveaxis(x, (1, 3), (0, 2))
-
-
-def _segment_masks(segment_ids: Array, count: int, chunk: int) -> tuple[Array, Array, Array, Array]:
-    """Which pairs of tokens, and which tokens and the state, belong to one document.
-
-    Returns:
-      pair [N, B, 1, 1, C, C], head [N, B, 1, C, 1] (token continues the incoming state's document),
-      tail [N, B, 1, C, 1] (token belongs to the outgoing state's), keep [N, B, 1, 1] (the state survives the chunk).
-    """
-    batch, length = segment_ids.shape
-    # Padding continues the last document, so that the final state is that document's.
-    ids = jnp.pad(segment_ids, ((0, 0), (0, count * chunk - length)), mode="edge")
-    ids = jnp.moveaxis(ids.reshape(batch, count, chunk), 1, 0)
-    last = ids[..., -1]
-    incoming = jnp.concatenate([ids[:1, :, 0], last[:-1]])
-    return (
-        (ids[..., :, None] == ids[..., None, :])[:, :, None, None],
-        (ids == incoming[..., None])[:, :, None, :, None],
-        (ids == last[..., None])[:, :, None, :, None],
-        (last == incoming)[:, :, None, None],
-    )
-
-
 def _chunked(
     q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, segment_ids: Array | None, chunk: int
 ) -> tuple[Array, Array]:
-    batch, length, heads, key_dim = q.shape
-    repeats, value_dim = v.shape[3:]
-    count = -(-length // chunk)
-    q, k, v, g, beta = (_into_chunks(x, count, chunk) for x in (q, k, v, g, beta))  # [N, B, H, C, ...]
+    batch, length = q.shape[:2]
+    chunks = -(-length // chunk)
+    groups = -(-chunks // _GROUP)
+    group = -(-chunks // groups) * chunk  # tokens of a group
+    padding = groups * group - length
 
-    coarse = jax.lax.stop_gradient(jnp.round(g * _GRID) / _GRID)
-    coarse, fine = jnp.cumsum(coarse, axis=3), jnp.cumsum(g - coarse, axis=3)  # [N, B, H, C, R]
-    across = lambda x: jnp.moveaxis(x, -1, 3)  # [N, B, H, R, C]
-    difference = lambda x: across(x)[..., :, None] - across(x)[..., None, :]
-    visible = jnp.tril(jnp.ones((chunk, chunk), bool))
-    into_chunk, out_of_chunk = coarse + fine, (coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine)
-    from_state, to_state = jnp.exp(into_chunk), jnp.exp(out_of_chunk)  # [N, B, H, C, R]
-    carry_decay = from_state[..., -1, :]  # [N, B, H, R]
+    def split(x: Array, mode: str = "constant") -> Array:
+        """[B, T, ...] -> [groups, B, group, ...]"""
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+        return jnp.moveaxis(x.reshape(batch, groups, group, *x.shape[2:]), 1, 0)
+
+    segments = None
     if segment_ids is not None:
-        pair, head, tail, keep = _segment_masks(segment_ids, count, chunk)
-        visible = visible & pair
-        from_state, to_state, carry_decay = from_state * head, to_state * tail, carry_decay * keep
-    # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = jnp.exp(jnp.where(visible, difference(coarse) + difference(fine), -jnp.inf))  # [N, B, H, R, C, C]
+        # Padding continues the last document, so that the final state is that document's.
+        ids = split(segment_ids, "edge")
+        segments = (ids, jnp.concatenate([ids[:1, :, 0], ids[:-1, :, -1]]))
+    step = jax.checkpoint(functools.partial(_group, chunk=chunk), prevent_cse=False)
+    xs = (*(split(x) for x in (q, k, v, g, beta)), segments)
+    if groups == 1:
+        state, o = step(state, jax.tree.map(lambda x: x[0], xs))
+        return o[:, :length], state
+    state, o = jax.lax.scan(step, state, xs)
+    o = jnp.moveaxis(o, 0, 1)
+    return o.reshape(batch, groups * group, *o.shape[3:])[:, :length], state
+
+
+def _segment_masks(ids: Array, incoming: Array, chunk: int) -> tuple[Array, Array, Array, Array]:
+    """Which pairs of tokens, and which tokens and the state, belong to one document.
+
+    Args:
+      ids: [B, N * C] segment ids of a group.
+      incoming: [B], the id of the token before them.
+      chunk: C.
+
+    Returns:
+      pair [N, B, 1, 1, C, C]; head [N, B, 1, C, 1], token continues the incoming state's document; tail
+      [N, B, 1, C, 1], token belongs to the outgoing state's; keep [N, B, 1, 1], the state survives the chunk.
+    """
+    ids = jnp.moveaxis(ids.reshape(ids.shape[0], -1, chunk), 1, 0)
+    last = ids[..., -1]
+    before = jnp.concatenate([incoming[None], last[:-1]])
+    return (
+        (ids[..., :, None] == ids[..., None, :])[:, :, None, None],
+        (ids == before[..., None])[:, :, None, :, None],
+        (ids == last[..., None])[:, :, None, :, None],
+        (last == before)[:, :, None, None],
+    )
+
+
+def _group(state: Array, xs: tuple, chunk: int) -> tuple[Array, Array]:
+    """N chunks: (state, (q, k, v, g, beta [B, N * C, H, ...], segments)) -> (state, o [B, N * C, H, R, dv])."""
+    *tokens, segments = xs
+    # [B, N * C, H, ...] -> [N, B, H, C, ...]
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), (1, 3), (0, 2))
+    q, k, v, g, beta = map(split, tokens)
+    masks = None if segments is None else _segment_masks(*segments, chunk)
+    pair_decay, from_state, to_state, carry_decay = _decays(g, masks)
 
     keys_t = jnp.swapaxes(k, -1, -2)
-    strength = across(beta)[..., None]  # [N, B, H, R, C, 1]
-    inverse = unit_lower_inverse(strength * (k @ keys_t)[:, :, :, None] * decay)
-    attention = (q @ keys_t)[:, :, :, None] * decay
-    flat = lambda x: x.reshape(*x.shape[:-2], repeats * value_dim)
-    by_head = lambda x: x.reshape(*x.shape[:-1], repeats, value_dim)
+    strength = jnp.moveaxis(beta, -1, 3)[..., None]  # [N, B, H, R, C, 1]
+    inverse = unit_lower_inverse(strength * (k @ keys_t)[:, :, :, None] * pair_decay)
+    attention = (q @ keys_t)[:, :, :, None] * pair_decay
+    flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    by_head = lambda x: x.reshape(*x.shape[:-1], *v.shape[-2:])
 
     def step(s: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
         qk, k_t, v, beta, inverse, attention, from_state, to_state, carry_decay = xs
-        read = by_head(qk @ flat(s)) * jnp.tile(from_state, (1, 1, 2, 1))[..., None]  # [B, H, 2C, R, dv]
-        read_q, read_k = jnp.split(read, 2, axis=2)
-        written = inverse @ jnp.moveaxis(beta[..., None] * (v - read_k), 3, 2)  # [B, H, R, C, dv]
-        o = jnp.moveaxis(read_q, 3, 2) + attention @ written
+        read_q, read_k = jnp.split(by_head(qk @ flat(s)), 2, axis=2)  # [B, H, C, R, dv]
+        wanted = beta[..., None] * (v - from_state[..., None] * read_k)
+        written = inverse @ jnp.moveaxis(wanted, 3, 2)  # [B, H, R, C, dv]
+        o = jnp.moveaxis(from_state[..., None] * read_q, 3, 2) + attention @ written
         gain = flat(jnp.moveaxis(written, 2, 3) * to_state[..., None])
         return s * carry_decay[:, :, None, :, None] + by_head(k_t @ gain), o
 
     xs = (jnp.concatenate([q, k], axis=3), keys_t, v, beta, inverse, attention, from_state, to_state, carry_decay)
     state, o = jax.lax.scan(step, state, xs)  # o [N, B, H, R, C, dv]
-    o = jnp.transpose(o, (1, 0, 4, 2, 3, 5)).reshape(batch, count * chunk, heads, repeats, value_dim)
-    return o[:, :length], state
+    o = jnp.transpose(o, (1, 0, 4, 2, 3, 5))
+    return state, o.reshape(o.shape[0], -1, *o.shape[3:])
+
+
+def _decays(g: Array, masks: tuple[Array, ...] | None) -> tuple[Array, Array, Array, Array]:
+    """Decay factors of log decays g [N, B, H, C, R], zero across documents.
+
+    Returns:
+      pair [N, B, H, R, C, C] from token j to token i >= j; from_state [N, B, H, C, R] from the incoming state to
+      a token; to_state [N, B, H, C, R] from a token to the outgoing state; carry [N, B, H, R] of the state itself.
+    """
+    coarse = jax.lax.stop_gradient(jnp.round(g * _GRID) / _GRID)
+    coarse, fine = jnp.cumsum(coarse, axis=3), jnp.cumsum(g - coarse, axis=3)
+    from_state = jnp.exp(coarse + fine)
+    to_state = jnp.exp((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
+    carry = from_state[..., -1, :]
+    visible = jnp.tril(jnp.ones((g.shape[3], g.shape[3]), bool))
+    if masks is not None:
+        pair, head, tail, keep = masks
+        visible = visible & pair
+        from_state, to_state, carry = from_state * head, to_state * tail, carry * keep
+    coarse, fine = jnp.moveaxis(coarse, -1, 3), jnp.moveaxis(fine, -1, 3)
+    difference = lambda x: x[..., :, None] - x[..., None, :]
+    # Masked before exp: above the diagonal the difference is positive and may overflow.
+    pair_decay = jnp.exp(jnp.where(visible, difference(coarse) + difference(fine), -jnp.inf))
+    return pair_decay, from_state, to_state, carry

@@ -23,10 +23,16 @@ def _substitute(a: Array) -> Array:
     """(I + a)^-1 row by row, for strictly lower a [..., n, n]."""
     n = a.shape[-1]
     eye = jnp.eye(n, dtype=a.dtype)
-    rows = [jnp.broadcast_to(eye[0], a.shape[:-1])]
-    for i in range(1, n):
-        rows.append(eye[i] - sum(a[..., i, j, None] * rows[j] for j in range(i)))
-    return jnp.stack(rows, axis=-2)
+
+    def solve_row(i: Array, inverse: Array) -> Array:
+        row = jax.lax.dynamic_index_in_dim(a, i, a.ndim - 2)
+        # Rows from i on are still zero, so what stands right of the diagonal has no effect.
+        return jax.lax.dynamic_update_index_in_dim(
+            inverse, eye[i] - jnp.matmul(row, inverse, precision=_EXACT), i, a.ndim - 2
+        )
+
+    first = jnp.zeros_like(eye).at[0, 0].set(1)
+    return jax.lax.fori_loop(1, n, solve_row, jnp.broadcast_to(first, a.shape))
 
 
 def _inverse(a: Array) -> Array:
