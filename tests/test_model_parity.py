@@ -1,0 +1,154 @@
+"""The model against transformers' Qwen3NextForCausalLM in float32: logits, losses, every gradient, generation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qcn_jax import hub
+from qcn_jax.model import Qwen3Next
+from qcn_jax.moe.losses import balance_loss
+
+pytestmark = pytest.mark.torch
+
+LOGITS = 3e-4  # absolute; transformers' own float32 error on such models is 1.3e-4 (strong decay in its chunks)
+LOSS = 1e-5  # relative
+GRADIENT = 1e-3  # relative norm, per parameter
+
+
+def random_config(seed):
+    """A tiny transformers config with sizes drawn at random, and a batch shape."""
+    import transformers
+
+    rng = np.random.default_rng(seed)
+    pick = lambda *values: values[rng.integers(len(values))]
+    kv_heads, key_heads, interval = pick(1, 2), pick(1, 2, 3), pick(2, 3, 4)
+    layers = pick(interval, 2 * interval, 2 * interval + 1)
+    experts = pick(4, 8, 13)
+    config = transformers.Qwen3NextConfig(
+        vocab_size=int(rng.integers(50, 320)), hidden_size=pick(32, 48, 64), num_hidden_layers=layers,
+        layer_types=["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)],
+        num_attention_heads=kv_heads * pick(1, 2, 3), num_key_value_heads=kv_heads, head_dim=pick(16, 32),
+        linear_num_key_heads=key_heads, linear_num_value_heads=key_heads * pick(1, 2, 4),
+        linear_key_head_dim=pick(8, 16), linear_value_head_dim=pick(8, 16, 24), linear_conv_kernel_dim=pick(2, 3, 4),
+        num_experts=experts, num_experts_per_tok=pick(1, 2, 3), moe_intermediate_size=pick(16, 24),
+        shared_expert_intermediate_size=pick(16, 40), norm_topk_prob=pick(True, True, False),
+        tie_word_embeddings=pick(False, False, True), initializer_range=0.2, router_aux_loss_coef=0.02,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": pick(0.25, 0.5)})
+    return config, (int(rng.integers(1, 4)), int(rng.integers(2, 150))), pick(16, 32, 64)
+
+
+def reference(config, seed):
+    """A transformers model whose every parameter (norms and biases too) is random."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.Qwen3NextForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "dt_bias" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def converted(model, folder, chunk_size=32):
+    """(config, params) of a transformers model, by way of its files."""
+    model.save_pretrained(folder)
+    config, params = hub.load(folder)
+    return dataclasses.replace(config, dtype="float32", chunk_size=chunk_size), params
+
+
+@functools.cache
+def jitted(config):
+    """(forward, loss with gradient) of a config, compiled once for all tests that share it."""
+    model = Qwen3Next(config)
+
+    def loss(params, tokens):
+        out = model.apply({"params": params}, tokens)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(out.logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+        balance = balance_loss(out.aux)
+        return -jnp.mean(picked) + config.router_aux_loss_coef * balance, (out.logits, balance)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 20))])
+def test_logits_losses_and_gradients(seed, tmp_path):
+    import torch
+
+    hf_config, shape, chunk_size = random_config(seed)
+    model = reference(hf_config, seed)
+    config, params = converted(model, tmp_path / "weights", chunk_size)
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, shape)
+    (loss, (logits, balance)), gradients = jitted(config)(params, jnp.asarray(tokens, jnp.int32))
+
+    ids = torch.from_numpy(tokens)
+    expected = model(input_ids=ids, labels=ids, output_router_logits=True)
+    expected.loss.backward()
+    assert np.abs(logits - expected.logits.detach().numpy()).max() < LOGITS
+    np.testing.assert_allclose(balance, expected.aux_loss.item(), rtol=LOSS)
+    np.testing.assert_allclose(loss, expected.loss.item(), rtol=LOSS)
+
+    # Gradients travel through the same files as weights, so that they come in our layout.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    _, wanted = converted(model, tmp_path / "gradients")
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(wanted)):
+        scale = np.linalg.norm(want)
+        assert np.linalg.norm(got - want) <= GRADIENT * max(scale, 1e-7), (jax.tree_util.keystr(path), scale)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """A reference model with wide logits, and its conversion."""
+    config, _, _ = random_config(1)
+    model = reference(config, 5)
+    return model, *converted(model, tmp_path_factory.mktemp("weights"))
+
+
+def test_left_padding(generator):
+    import torch
+
+    model, config, params = generator
+    tokens = np.random.default_rng(3).integers(1, config.vocab_size, (3, 40))
+    pads = np.array([0, 7, 33])
+    real = np.arange(40)[None] >= pads[:, None]
+    out = jax.jit(Qwen3Next(config).apply)({"params": params}, jnp.asarray(tokens), segment_ids=jnp.asarray(real, jnp.int32))
+    expected = model(
+        input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(real.astype(np.int64)),
+        output_router_logits=True)
+    assert np.abs(out.logits - expected.logits.detach().numpy())[real].max() < LOGITS
+    np.testing.assert_allclose(balance_loss(out.aux), expected.aux_loss.item(), rtol=LOSS)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_greedy_generation(generator, unrolled):
+    import torch
+
+    from qcn_jax.model import unroll
+
+    model, config, params = generator
+    prompt = np.random.default_rng(4).integers(1, config.vocab_size, (2, 13))
+    expected = model.generate(
+        torch.from_numpy(prompt), max_new_tokens=200, min_new_tokens=200, do_sample=False, use_cache=True,
+        pad_token_id=0, eos_token_id=None)[:, 13:]
+    ours = Qwen3Next(config, unrolled=unrolled)
+    variables = {"params": unroll(config, params) if unrolled else params}
+    prefill = jax.jit(ours.apply)(variables, jnp.asarray(prompt), cache=ours.init_cache(2, 256))
+
+    @jax.jit
+    def decode(variables, cache, token):
+        def step(carry, _):
+            cache, token = carry
+            out = ours.apply(variables, token[:, None], cache=cache)
+            return (out.cache, jnp.argmax(out.logits[:, -1], axis=-1)), token
+
+        return jax.lax.scan(step, (cache, token), None, length=200)[1]
+
+    tokens = decode(variables, prefill.cache, jnp.argmax(prefill.logits[:, -1], axis=-1))
+    np.testing.assert_array_equal(tokens.T, expected.numpy())
