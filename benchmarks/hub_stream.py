@@ -8,11 +8,15 @@ its own into memory-mapped arrays (or JAX arrays), checks every value, and print
 the destination. Needs twice the checkpoint's size on disk, and removes both afterwards. Exit status 1 where a value
 differs or the peak exceeds 2.5 GB.
 
-How it is measured: a thread samples /proc/self/smaps every 50 ms and adds up resident pages of all mappings but the
-destination's files. For JAX arrays the destination's bytes are taken off the peak instead.
+How it is measured: a thread samples the process's anonymous resident memory every 10 ms, and every 2 s (walking the
+page tables costs time) the resident pages of all mapped files but the destination's; the peaks are added. For JAX
+arrays, which are anonymous memory, the destination's bytes are taken off. CPU seconds say what a machine with other
+work on it would need when idle.
 """
 
+import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
 import pathlib
 import shutil
@@ -52,6 +56,7 @@ class Computed:
         return int(np.prod(self.shape, dtype=np.int64))
 
     def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        """The values in a box."""
         bits = np.full((1,) * len(self.shape), self.seed * 7919 % 65_536, np.uint16)
         for axis, part in enumerate(box):
             line = (np.arange(part.start, part.stop, dtype=np.uint32) * (40_503 - 6_100 * axis)).astype(np.uint16)
@@ -71,43 +76,57 @@ def computed_tree(config: ModelConfig) -> dict:
 
 
 class Sampler(threading.Thread):
-    """Peak of resident memory outside the mappings of files under `ignored`."""
+    """Peaks of this process's anonymous memory, and of its resident pages of files that are not under `ignored`."""
 
     def __init__(self, ignored: str):
+        """Starts nothing yet."""
         super().__init__(daemon=True)
-        self.ignored, self.peak, self.stop = ignored, 0, threading.Event()
+        self.ignored, self.anonymous, self.mapped, self.stop = ignored, 0, 0, threading.Event()
 
-    def resident(self) -> int:
-        """Bytes now."""
+    @property
+    def peak(self) -> int:
+        """The sum of both peaks, in bytes."""
+        return self.anonymous + self.mapped
+
+    def sample(self, with_files: bool) -> None:
+        """Looks once."""
+        with open("/proc/self/status", encoding="utf-8") as stream:
+            found = {line.split()[0]: line.split()[1] for line in stream if line.startswith("Rss")}
+        self.anonymous = max(self.anonymous, 1024 * (int(found["RssAnon:"]) + int(found["RssShmem:"])))
+        if not with_files:
+            return
         total, counted = 0, True
         with open("/proc/self/smaps", encoding="utf-8") as stream:
             for line in stream:
                 if line.startswith("Rss:"):
                     total += int(line.split()[1]) * 1024 * counted
                 elif "-" in line.split(" ", 1)[0]:
-                    counted = self.ignored not in line
-        return total
+                    counted = "/" in line and self.ignored not in line
+        self.mapped = max(self.mapped, total)
 
     def run(self) -> None:
-        while not self.stop.is_set():
-            self.peak = max(self.peak, self.resident())
-            self.stop.wait(0.05)
+        """Samples until `stop` is set."""
+        for tick in itertools.count():
+            self.sample(with_files=tick % 200 == 0)
+            if self.stop.wait(0.01):
+                return
 
 
-def read(source: str, target: str, destination: str, results: multiprocessing.Queue) -> None:
+def read(source: str, target: str, destination: str) -> dict:
     """In a process of its own: loads, measures, checks every value."""
     pathlib.Path(target).mkdir(parents=True)
     sampler = Sampler(target)
-    before = sampler.resident()
+    sampler.sample(with_files=True)
+    before = sampler.peak
     sampler.start()
 
     def allocate(path: layout.Path, shape: layout.Shape, dtype: np.dtype) -> np.ndarray:
         return np.memmap(f"{target}/{'.'.join(path)}", dtype, "w+", shape=shape)
 
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     config, params = hub.load(source, allocate=allocate if destination == "memmap" else None)
     jax.block_until_ready(params)
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, time.process_time() - used
     sampler.stop.set()
     sampler.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -117,7 +136,7 @@ def read(source: str, target: str, destination: str, results: multiprocessing.Qu
             jax.tree.map(count_wrong, params, computed_tree(config), is_leaf=lambda x: isinstance(x, Computed))
         )
     )
-    results.put({"bytes": size, "before": before, "peak": peak, "seconds": seconds, "wrong": wrong})
+    return {"bytes": size, "before": before, "peak": peak, "seconds": seconds, "cpu": used, "wrong": wrong}
 
 
 def count_wrong(leaf: jax.Array | np.ndarray, expected: Computed) -> int:
@@ -148,7 +167,7 @@ def arithmetic(per_tensor: float, rate: float, before: int) -> str:
         f"  staging of arrays sent whole     {reading.STAGED_BYTES / 1e9:6.2f} GB   (JAX destination only)\n"
         f"  table of tensors                 {count * per_tensor / 1e9:6.2f} GB   ({per_tensor:,.0f} bytes each)\n"
         f"  sum                              {total / 1e9:6.2f} GB\n"
-        f"  time at the rate above           {size / rate / 60:6.1f} min"
+        f"  CPU time at the rate above       {size / rate / 60:6.1f} min"
     )
 
 
@@ -163,7 +182,36 @@ def table_bytes(source: str) -> float:
     return used / sum(map(len, leaves.values()))
 
 
+def write(source: pathlib.Path, config: ModelConfig) -> dict:
+    """Saves the computed arrays and measures."""
+    sampler = Sampler(str(source))
+    sampler.start()
+    start, used = time.perf_counter(), time.process_time()
+    hub.save(source, config, computed_tree(config))
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    sampler.stop.set()
+    sampler.join()
+    return {"seconds": seconds, "cpu": used, "peak": sampler.peak}
+
+
+def report(source: pathlib.Path, config: ModelConfig, saved: dict, loaded: dict) -> None:
+    """Prints the table and the arithmetic."""
+    on_disk = sum(file.stat().st_size for file in source.iterdir())
+    shards = len(list(source.glob("*.safetensors")))
+    count = sum(1 for _ in layout.tensors(config))
+    print(f"on disk {on_disk / 1e9:.2f} GB, {shards} files, {count:,} tensors; loaded into {DESTINATION.value}\n")
+    heads = ("", "GB", "seconds", "CPU s", "GB/CPU s", "peak beyond arrays, GB", "wrong values")
+    print("".join(f"{head:>{max(10, len(head) + 2)}}" for head in heads))
+    for name, row in (("save", saved), ("load", loaded)):
+        size = loaded["bytes"] / 1e9
+        cells = (name, f"{size:.2f}", f"{row['seconds']:.1f}", f"{row['cpu']:.1f}", f"{size / row['cpu']:.2f}",
+                 f"{row['peak'] / 1e9:.2f}", str(row.get("wrong", "")))
+        print("".join(f"{cell:>{max(10, len(head) + 2)}}" for cell, head in zip(cells, heads, strict=True)))
+    print(arithmetic(table_bytes(str(source)), loaded["bytes"] / loaded["cpu"], loaded["before"]))
+
+
 def main(argv: list[str]) -> None:
+    """Writes, reads in a child process, reports."""
     del argv
     root = pathlib.Path(FOLDER.value).absolute()
     if root.exists():
@@ -171,37 +219,11 @@ def main(argv: list[str]) -> None:
     source, target = root / "checkpoint", root / "destination"
     config = dataclasses.replace(PUBLISHED, num_hidden_layers=4, num_experts=EXPERTS.value, param_dtype="bfloat16")
     try:
-        sampler = Sampler(str(root))
-        sampler.start()
-        start = time.perf_counter()
-        hub.save(source, config, computed_tree(config))
-        writing = time.perf_counter() - start
-        sampler.stop.set()
-        results: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue()
-        process = multiprocessing.get_context("spawn").Process(
-            target=read, args=(str(source), str(target), DESTINATION.value, results)
-        )
-        process.start()
-        found = results.get()
-        process.join()
-        size, rate = found["bytes"], found["bytes"] / found["seconds"]
-        on_disk = sum(file.stat().st_size for file in source.iterdir())
-        print(
-            f"checkpoint on disk {on_disk / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files, "
-            f"{sum(1 for _ in layout.tensors(config)):,} tensors; destination: {DESTINATION.value}\n"
-        )
-        print(
-            f"{'':<8}{'GB':>8}{'seconds':>10}{'GB/s':>8}{'before, GB':>12}{'peak beyond the arrays, GB':>28}{'wrong values':>14}"
-        )
-        print(
-            f"{'save':<8}{size / 1e9:>8.2f}{writing:>10.1f}{size / writing / 1e9:>8.2f}{'':>12}{sampler.peak / 1e9:>28.2f}"
-        )
-        print(
-            f"{'load':<8}{size / 1e9:>8.2f}{found['seconds']:>10.1f}{rate / 1e9:>8.2f}{found['before'] / 1e9:>12.2f}"
-            f"{found['peak'] / 1e9:>28.2f}{found['wrong']:>14}"
-        )
-        print(arithmetic(table_bytes(str(source)), rate, found["before"]))
-        if found["wrong"] or max(found["peak"], sampler.peak) > LIMIT:
+        saved = write(source, config)
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
+            loaded = child.submit(read, str(source), str(target), DESTINATION.value).result()
+        report(source, config, saved, loaded)
+        if loaded["wrong"] or max(loaded["peak"], saved["peak"]) > LIMIT:
             sys.exit(1)
     finally:
         shutil.rmtree(root, ignore_errors=True)
