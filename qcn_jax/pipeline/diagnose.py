@@ -38,9 +38,10 @@ def first_bad_layer(config: ModelConfig, params: Params, batch: Mapping[str, jax
 
     def finite(layers: int) -> bool:
         smaller, cut = truncated(config, params, layers)
-        out = Qwen3Next(smaller).apply({"params": cut}, batch["tokens"], positions=batch["positions"],
-                                       segment_ids=batch["segment_ids"], with_logits=False)
-        return bool(jnp.all(jnp.isfinite(out.hidden) | (batch["segment_ids"] == 0)[..., None]))
+        forward = jax.jit(lambda params, tokens, positions, segments: Qwen3Next(smaller).apply(
+            {"params": params}, tokens, positions=positions, segment_ids=segments, with_logits=False).hidden)
+        hidden = forward(cut, batch["tokens"], batch["positions"], batch["segment_ids"])
+        return bool(jnp.all(jnp.isfinite(hidden) | (batch["segment_ids"] == 0)[..., None]))
 
     if finite(config.num_hidden_layers):
         return None
@@ -63,7 +64,7 @@ def explain(config: ModelConfig, loss_fn: Callable[..., Any]) -> Callable[[Param
             kind = "attention" if (layer + 1) % config.full_attention_interval == 0 else "DeltaNet"
             return f"layer {layer} ({kind}) is the first whose output is not finite"
         scalars = {"weight_sum": jnp.maximum(jnp.sum(batch["weights"]), 1e-6), "fraction": jnp.float32(1)}
-        gradients = jax.grad(lambda p: loss_fn(p, dict(batch) | scalars)[0])(params)
+        gradients = jax.jit(jax.grad(lambda p, b: loss_fn(p, b)[0]))(params, dict(batch) | scalars)
         bad = _first_bad_leaf(gradients)
         return f"the gradient of {bad} is not finite" if bad else "head or loss: every layer's output is finite"
 
