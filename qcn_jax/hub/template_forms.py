@@ -63,13 +63,15 @@ def render(form: Form, content: str, calls: Sequence[ToolCall]) -> str:
 
 def parse(form: Form, text: str, tools: Sequence[Mapping[str, Any]] | None) -> ParsedMessage:
     """The inverse of `render`, for any text."""
-    escape, message = _content_escape(form.start.pattern), ParsedMessage()
-    start = form.start.search(text)
+    escape, message, schemas = _content_escape(form.start.pattern), ParsedMessage(), parameter_schemas(tools)
+    # Where a tag that opens a call is the tool's name, only names of known tools open one.
+    known = (match for match in form.start.finditer(text) if match.groupdict().get("name") in (None, *schemas))
+    start = next(known, None) if schemas else form.start.search(text)
     if start is None:
         message.content = escape.unmark(text)
         return message
     message.content = escape.unmark(text[:start.start()].strip())
-    position = form.read(text, start.start(), parameter_schemas(tools), message)
+    position = form.read(text, start.start(), schemas, message)
     if text[position:].strip():
         message.problems.append("text after the calls")
     return message
@@ -162,7 +164,9 @@ class JsonForm:
                 call = None
             if call is None:
                 message.problems.append("arguments are no JSON object")
-                return len(text)
+                later = head_pattern.search(text, match.end()) if self.prefix else None
+                position = later.start() if later else len(text)
+                continue
             message.calls.append(call)
             position, missing = self._behind(text, end)
             message.problems += [f"missing {missing}"] if missing else []
@@ -217,7 +221,7 @@ class TaggedForm:
         """What begins the first call."""
         literal = (self.begin + self.call).strip()
         if literal.startswith("<{name}>"):  # the tag is the tool's name: only a tag that ends its line
-            return re.compile(rf"<{IDENTIFIER}>[ \t]*(?:\n|\Z)")
+            return re.compile(rf"<(?P<name>{IDENTIFIER})>[ \t]*(?:\n|\Z)")
         return re.compile(re.escape(literal.split("{name}")[0].rstrip()))
 
     def render(self, calls: Sequence[ToolCall]) -> str:

@@ -164,6 +164,19 @@ def test_schemas_give_tagged_values_their_types():
         ].arguments == {"a": 3}
 
 
+def test_a_good_call_survives_one_whose_arguments_are_no_json():
+    for name in ("hermes", "kimi_k2", "mistral3", "deepseek_v31", "harmony_json", "react"):
+        text = templates.render(name, "", [ToolCall("f", {"a": "x"}), ToolCall("g", {"b": "y"})])
+        message = templates.parse(name, text.replace('"a": "x"', '"a": x', 1))
+        assert message.calls == [ToolCall("g", {"b": "y"})] and message.malformed
+
+
+def test_only_known_tools_open_a_call_where_the_tag_is_the_name():
+    text = "<details>\nsee below\n</details>\n\n<f>\n<a>x</a>\n</f>"
+    message = templates.parse("xml_cline", text, [{"name": "f"}])
+    assert message.content == "<details>\nsee below\n</details>" and message.calls == [ToolCall("f", {"a": "x"})]
+
+
 def test_bad_requests_are_named():
     with pytest.raises(UserError, match="'nope' is unknown; known: qwen3_coder"):
         templates.render("nope", "", [])
