@@ -3,14 +3,27 @@
 import ast
 import functools
 import re
+import threading
 from collections.abc import Sequence
 
 MAX_LINE_TOKENS = 64  # the tokenizer has <|1|> .. <|64|>
+
+_PARSING = threading.Lock()
 
 # Python's tokens, except that strings are taken apart into words: a change inside one stays small.
 _TOKEN = re.compile(
     r"\w+(?:\.\d+)?|\*\*=|//=|>>=|<<=|\.\.\.|->|:=|==|!=|<=|>=|\*\*|//|>>|<<|[-+*/%&|^@]=|\S"
 )
+
+
+def parse(source: str) -> ast.Module:
+    """`ast.parse` that may be called from several threads; raises what it raises.
+
+    CPython 3.11 counts the depth of recursion in a place that all threads share, and when a garbage collection lets
+    another thread parse in between it raises SystemError ("AST constructor recursion depth mismatch").
+    """
+    with _PARSING:
+        return ast.parse(source)
 
 
 def line_token(number: int) -> str:
@@ -81,7 +94,7 @@ def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     parse has none.
     """
     try:
-        tree = ast.parse(source)
+        tree = parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return ()
     found: list[tuple[str, int, int]] = []

@@ -5,7 +5,6 @@ suspicion while turns are left, submit when the tests pass. What it resolves is 
 gives, and every rate of a model is to be read beside it.
 """
 
-import ast
 import io
 import tokenize
 from collections.abc import Sequence
@@ -100,7 +99,7 @@ def _swaps(token: tokenize.TokenInfo) -> list[tuple[int, str]]:
 
 def _parses(lines: Sequence[str]) -> bool:
     try:
-        ast.parse("\n".join(lines))
+        spans.parse("\n".join(lines))
     except (SyntaxError, ValueError):
         return False
     return True

@@ -1,11 +1,15 @@
 """The heuristic baseline: what it suspects, in which order, and that it plays by an episode's rules."""
 
+import concurrent.futures
+import gc
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from qcn_jax.envs import spans
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.patches import apply_diff, make_diff
 from qcn_jax.envs.sandbox.base import TestRun
@@ -80,3 +84,34 @@ def test_stops_at_the_turn_limit_like_everyone(tmp_path):
     heuristic.act(episode)
     assert episode.reason is EndReason.TURN_LIMIT and len(episode.turns) == 3
     assert not episode.result().tests_passed
+
+
+class _Garbage:
+    """Lets other threads run in the middle of whatever allocation triggers its collection."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        time.sleep(0.0005)
+
+
+def test_many_threads_may_parse_at_once():
+    """Interpreters before 3.12 fail here when ast.parse is called from several threads without a lock."""
+    source = "\n".join(f"def f{i}(a):\n    return [(a + {i}) * (b - 1) for b in (a, {{a: [a]}})]" for i in range(50))
+
+    def parse(number):
+        gc.disable()
+        for _ in range(5):
+            _Garbage()
+        gc.enable()
+        return spans.function_spans(f"{source}\nx = {number}")
+
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(parse, range(40)))
+    finally:
+        gc.set_threshold(*before)
+    assert all(len(one) == 50 for one in found)
