@@ -3,12 +3,14 @@
 Each measured model leaves `DIR/evaluate/models/<name>.json`, so a resumed stage measures only what is missing.
 """
 
+import statistics
 from typing import Any
 
 from qcn_jax import files
 from qcn_jax.pipeline import evaluate_metrics
 from qcn_jax.pipeline.bench import Bench, balanced
 from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.metrics import read_metrics
 
 SHOWN = 10  # sample trajectories of the report
 
@@ -27,7 +29,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         models[name] = files.read_json(path)
 
     measured("heuristic", bench.heuristic)
-    control = train_control(context) if context.config.evaluate.sft_control else None
+    with_control = context.config.evaluate.sft_control and "swe" in context.config.rl.experts
+    control = train_control(context) if with_control else None
     for name in model_names(context):
         measured(name, lambda name=name: bench.model(name, *hub.load(context.model_path(name))))
     files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench))
@@ -46,7 +49,7 @@ def model_names(context: StageContext) -> list[str]:
     """Models that this run trains, in the order of the report."""
     config = context.config
     experts = [f"expert_{name}" for name in config.rl.experts]
-    return ["base", "midtrain", "sft", *(["sft_control"] if config.evaluate.sft_control else []), *experts, "unified"]
+    return ["base", "midtrain", "sft", *(["sft_control"] if config.evaluate.sft_control and "swe" in config.rl.experts else []), *experts, "unified"]
 
 
 def make_bench(context: StageContext) -> Bench:
@@ -64,8 +67,8 @@ def make_bench(context: StageContext) -> Bench:
 def train_control(context: StageContext) -> dict[str, Any]:
     """Continues SFT for as many steps as take the time that the SWE expert's reinforcement learning took.
 
-    The time is turned into steps by the speed that SFT itself had, and written down before training, so that a
-    resumed run trains the same number.
+    Both times are without compilation: the median update times the number of updates, and SFT's own median step.
+    The number of steps is written down before training, so that a resumed run trains the same number.
     """
     from qcn_jax.pipeline import sft
 
@@ -74,10 +77,10 @@ def train_control(context: StageContext) -> dict[str, Any]:
         return files.read_json(done)
     plan_path = context.workdir / "control_plan.json"
     if not plan_path.exists():
-        sft_results = context.result("sft")
-        target = context.result("experts")["experts"]["swe"]["seconds"]
-        files.write_json(plan_path, {"target_seconds": target,
-                                     "steps": max(1, round(target / sft_results["seconds_per_step"]))})
+        updates = [row["seconds"] for row in read_metrics(context.root / "experts" / "swe" / "metrics.jsonl")]
+        target = statistics.median_low(updates) * len(updates)
+        steps = max(1, round(target / context.result("sft")["seconds_per_step"]))
+        files.write_json(plan_path, {"target_seconds": round(target, 2), "steps": steps})
     plan = files.read_json(plan_path)
     context.log(f"sft_control: {plan['steps']} steps, as long as {plan['target_seconds']:.1f} s of reinforcement learning")
     trained = sft.train_control(context, plan["steps"], context.workdir / "sft_control")

@@ -112,7 +112,11 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
     context.log("starts" if spent is None else f"resumes after {spent:.1f} s of an earlier attempt")
     if STAGES[name].sandbox:
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
-    stage_results = importlib.import_module(STAGES[name].module).run_stage(context)
+    try:
+        stage_results = importlib.import_module(STAGES[name].module).run_stage(context)
+    except BaseException:
+        _record_end(context, time.monotonic() - began)
+        raise
     seconds = time.monotonic() - began + (spent or 0.0)
     files.write_json(done_path, {
         "seconds": round(seconds, 2), "config_hash": config_hash(context.config, name), "results": stage_results})
@@ -127,13 +131,21 @@ def _record_start(context: StageContext, name: str) -> float | None:
     """
     path = context.workdir / "START.json"
     start = files.read_json(path) if path.exists() and name != "report" else {"seconds": []}
-    if start["seconds"]:
+    if start["seconds"] and start["seconds"][-1] is None:
         newest = max(p.stat().st_mtime for p in context.workdir.rglob("*") if p.exists())
         start["seconds"][-1] = round(max(0.0, newest - start["began"]), 2)
     spent = sum(start["seconds"]) if start["seconds"] else None
-    start = {"config": stage_config(context.config, name), "began": time.time(), "seconds": [*start["seconds"], 0.0]}
+    start = {"config": stage_config(context.config, name), "began": time.time(), "seconds": [*start["seconds"], None]}
     files.write_json(path, start)
     return spent
+
+
+def _record_end(context: StageContext, seconds: float) -> None:
+    """Notes how long an attempt that failed took; never hides why it failed (the disk may be full)."""
+    path = context.workdir / "START.json"
+    with contextlib.suppress(UserError):
+        start = files.read_json(path)
+        files.write_json(path, start | {"seconds": [*start["seconds"][:-1], round(seconds, 2)]})
 
 
 def _check_unchanged(config: RunConfig, root: pathlib.Path, name: str) -> None:
