@@ -93,12 +93,12 @@ class TasksConfig:
     repos_heldout: tuple[str, ...] = ()
     train: int = 800  # verified tasks wanted
     heldout: int = 200
-    kinds: tuple[str, ...] = ()  # injection kinds, of the tasks and of mid-training's edit documents; all by default
     candidates_per_repo: int = 400  # at most this many are executed
     max_function_lines: int = 30
     test_timeout: float = 10.0  # seconds for one candidate's tests
     reruns: int = 1  # further runs of every kept task that must agree (flakiness)
-    kinds: tuple[str, ...] = ()  # names of envs.synthesis.inject.KINDS; all of them where empty
+    # Names of envs.synthesis.inject.KINDS, all where empty; of the tasks and of mid-training's edit documents.
+    kinds: tuple[str, ...] = ()
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
     statement_characters: int = 220  # longest problem statement
 
