@@ -7,6 +7,7 @@ so that any number of workers, and a run resumed from its journal, choose the sa
 import collections
 import dataclasses
 import heapq
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -56,6 +57,7 @@ class Plan:
         self._taken: collections.Counter[tuple[str, str]] = collections.Counter()  # by kind and repository
         self.tried: collections.Counter[str] = collections.Counter()
         self.kept: collections.Counter[str] = collections.Counter()
+        self._exhausted: set[str] = set()
 
     def add(self, spec: RepositorySpec, survey: validate.Survey, files: Mapping[str, str]) -> int:
         """Finds the candidates of a repository; returns how many there are."""
@@ -82,20 +84,40 @@ class Plan:
 
     def next_wave(self) -> list[validate.Candidate]:
         """The next candidates to execute; empty when the target is met or nothing is left."""
-        wanted = self.settings.target - sum(self.kept.values()) if self.settings.target else WAVE
         wave: list[validate.Candidate] = []
-        expected = 0.0
-        heap = [(float(self.kept[kind]), number, kind) for number, kind in enumerate(self.kinds)]
+        level = self._level()
+        heap = [(float(self.kept[kind]), number, kind) for number, kind in enumerate(self.kinds)
+                if self.kept[kind] < level and kind not in self._exhausted and not self._poor(kind)]
         heapq.heapify(heap)
-        while heap and expected < wanted and len(wave) < WAVE:
-            level, number, kind = heapq.heappop(heap)
+        while heap and len(wave) < WAVE:
+            expected, number, kind = heapq.heappop(heap)
             candidate = self._take(kind)
-            if candidate is not None:
-                wave.append(candidate)
-                share = (self.kept[kind] + 1) / (self.tried[kind] + 2)  # Laplace's rule of succession
-                expected += share
-                heapq.heappush(heap, (level + share, number, kind))
+            if candidate is None:
+                self._exhausted.add(kind)
+                continue
+            wave.append(candidate)
+            expected += (self.kept[kind] + 2) / (self.tried[kind] + 3)  # before any is tried: two in three
+            if expected < level:
+                heapq.heappush(heap, (expected, number, kind))
+        if not wave and self._level() > level:
+            return self.next_wave()  # kinds ran dry just now: the others have to give more
         return wave
+
+    def _level(self) -> float:
+        """How many tasks of each kind are wanted: kinds that have run dry leave their share to the others."""
+        if not self.settings.target:
+            return math.inf
+        dry = [self.kept[kind] for kind in self.kinds if kind in self._exhausted or self._poor(kind)]
+        level = 0
+        while len(dry) < len(self.kinds) and (
+            sum(min(kept, level) for kept in dry) + level * (len(self.kinds) - len(dry)) < self.settings.target
+        ):
+            level += 1
+        return level
+
+    def _poor(self, kind: str) -> bool:
+        """Whether so few candidates of a kind become tasks that trying more is waste."""
+        return bool(self.settings.target) and self.tried[kind] >= 30 and self.kept[kind] < 0.1 * self.tried[kind]
 
     def record(self, verdicts: Iterable[validate.Verdict]) -> None:
         """Takes note of a wave's verdicts."""

@@ -21,6 +21,7 @@ from qcn_jax.errors import UserError
 
 MAX_TESTS = 40  # run for one candidate
 MAX_TEST_SECONDS = 1.0  # slower tests are not used
+LEAST_SECONDS = 2.0  # of processor time that every run may use
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
 _SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py").read_text()
 
@@ -29,7 +30,7 @@ _SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("o
 class Survey:
     """What one traced run of a repository's suite showed; JSON-ready through `dataclasses.asdict`.
 
-    `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests in suite order).
+    `seconds` is processor time. `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests in suite order).
     """
 
     repository: str
@@ -180,7 +181,8 @@ def check(
     """Executes a candidate: defective state, `reruns` more times, then mended by the reverse patch.
 
     Args:
-      timeout: seconds for one run of the candidate's tests.
+      timeout: wall seconds for one run of the candidate's tests; the limit that usually acts is one of processor
+        time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome.
       reruns: further runs of the defective state, whose outcomes must agree with the first.
       limit: characters of the statement.
     """
@@ -192,7 +194,6 @@ def check(
 
     if grading.forbidden_lines({candidate.path: candidate.before}, {candidate.path: candidate.after}):
         return Verdict(candidate.key, candidate.repository, candidate.kind, "not_gradable", 0.0, 0.0)
-    timeout = min(timeout, 3.0 + 8 * candidate.seconds)
     with provider.create(candidate.repository, {candidate.path: candidate.after}) as sandbox:
         status, first = _run(sandbox, candidate, candidate.observe, timeout, spent)
         if status != "ok":
@@ -236,11 +237,13 @@ def _run(
     """One run of the candidate's tests: (ok, timeout, crashed or out_of_memory; what observe.py returned)."""
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
     arguments = {"mode": "check", "tests": candidate.tests, "observe": observe, "always": always,
-                 "sources": candidate.sources, "too_many": too_many}
+                 "sources": candidate.sources, "too_many": too_many,
+                 "seconds": min(timeout, LEAST_SECONDS + 8 * candidate.seconds)}
     run = sandbox.run_python(_SCRIPT, arguments, timeout)
     spent.append((run.seconds, run.value["cpu"] if run.value else 0.0))
-    status = {"ok": "ok", "timeout": "timeout", "out_of_memory": "out_of_memory"}.get(run.status, "crashed")
-    return status, run.value
+    if run.status == "ok":
+        return ("timeout" if run.value["timeout"] else "ok"), run.value
+    return (run.status if run.status in ("timeout", "out_of_memory") else "crashed"), run.value
 
 
 def _task(

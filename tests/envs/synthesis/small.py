@@ -87,9 +87,9 @@ def test_wandering_ids(name):
 '''
 
 
-def write_repository(folder: pathlib.Path) -> pathlib.Path:
+def write_repository(folder: pathlib.Path, name: str = "numbers_pkg-1.0") -> pathlib.Path:
     """Writes the repository below `folder` and returns its root."""
-    root = folder / "numbers_pkg-1.0"
+    root = folder / name
     for path, text in {
         "numbers_pkg/__init__.py": "",
         "numbers_pkg/core.py": SOURCE,

@@ -91,6 +91,7 @@ def test_observations(place, old, new, function, text):
         ("value < low", "value <= low", "survived"),  # an equivalent change
         ("list(items)", "items", "unobserved"),  # the caller's list is shared: no call returns anything else
         ("start -= 1", "start -= 0", "timeout"),
+        ("start -= 1", "import time; time.sleep(60)", "timeout"),
         ("def countdown(start):", "def renamed(start):", "broken"),  # the test file cannot be imported
         ("total = 0", "import os; os._exit(1)", "crashed"),
     ],

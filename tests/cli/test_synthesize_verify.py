@@ -1,0 +1,68 @@
+"""`qcn synthesize` and `qcn verify` as commands: a killed run continues, unsound tasks are named."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.envs.synthesis.small import write_repository
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def qcn(tmp_path, *arguments, **options):
+    """Starts `python -m qcn_jax ARGUMENTS` with a cache of its own."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "qcn_jax", *map(str, arguments)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, **options)  # fmt: skip
+
+
+def test_synthesize_killed_and_verified(tmp_path):
+    """kill -9 in the middle, the same command again: the tasks of an uninterrupted run; all of them sound."""
+    repo = write_repository(tmp_path)
+    common = ["synthesize", f"--repo={repo}", "--kinds=flip_comparison,change_constant", "--sandbox=local", "--workers=1"]
+    first = qcn(tmp_path, *common, "--out=a.jsonl")
+    journal = tmp_path / "a.jsonl.work" / "tasks.journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2) and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    for name in ("a", "b"):
+        process = qcn(tmp_path, *common, f"--out={name}.jsonl")
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "verified tasks" in out and "flip_comparison" in out
+    tasks = (tmp_path / "a.jsonl").read_text()
+    assert tasks == (tmp_path / "b.jsonl").read_text() and tasks.count("\n") >= 5
+    yields = json.loads((tmp_path / "a.jsonl.yields.json").read_text())
+    assert sum(row["kept"] for row in yields["kinds"].values()) == tasks.count("\n")
+
+    rows = [json.loads(line) for line in tasks.splitlines()]
+    rows[1]["patch"] = rows[0]["patch"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    for name, status in (("a", 0), ("c", 1)):
+        process = qcn(tmp_path, "verify", f"--tasks={name}.jsonl", f"--repo={repo}", "--sandbox=local", "--isolation=shared")
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, out + err
+    assert rows[1]["instance_id"] in out and "2 of 3 tasks are sound" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["synthesize", "--repo=nowhere", "--out=x.jsonl"], "--repo: 'nowhere' is neither"),
+        (["synthesize", "--repo=.", "--strategies=magic", "--out=x.jsonl"], "--strategies: unknown 'magic'"),
+        (["synthesize", "--repo=.", "--kinds=magic", "--out=x.jsonl"], "--kinds: unknown 'magic'"),
+        (["verify", "--tasks=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+    ],
+)
+def test_refusals(tmp_path, arguments, line):
+    process = qcn(tmp_path, *arguments)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and line in err and err.strip().count("\n") == 0
