@@ -39,7 +39,7 @@ def get_config():
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         tasks=TasksConfig(
             repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=600, heldout=200,
-            kinds=KINDS, max_function_lines=14),
+            kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(train=train(60, 1e-3, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7, corpus_megabytes=3.0),
         sft=SftConfig(train=train(150, 1e-3)),
         rl=RLConfig(updates=25, prompts=16, group_size=8, rows=6, sequence_length=LENGTH, optimizer=gentle,

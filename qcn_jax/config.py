@@ -101,6 +101,7 @@ class TasksConfig:
     kinds: tuple[str, ...] = ()
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
     statement_characters: int = 220  # longest problem statement
+    at_fault: bool = False  # only tasks whose statement tells of the defective function itself, not of one it misleads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,7 @@ def _settings(context: StageContext, target: int) -> plan.Settings:
         timeout=config.test_timeout,
         reruns=config.reruns,
         statement_characters=config.statement_characters,
+        at_fault=config.at_fault,
         seed=context.config.seed,
     )
 

@@ -35,6 +35,7 @@ class Settings:
     timeout: float = 10.0
     reruns: int = 1
     statement_characters: int = 220
+    at_fault: bool = False
     seed: int = 0
 
 

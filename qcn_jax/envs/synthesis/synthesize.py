@@ -186,7 +186,7 @@ def _execute(
     pool: EnvPool, wave: Iterable[validate.Candidate], settings: plan.Settings, journal: Journal
 ) -> Iterator[validate.Verdict]:
     """Verdicts in the order of `wave`: known ones from the journal, the others from the pool."""
-    options = (settings.timeout, settings.reruns, settings.statement_characters)
+    options = (settings.timeout, settings.reruns, settings.statement_characters, settings.at_fault)
 
     def key(candidate: validate.Candidate) -> str:
         return hashlib.sha256(f"{candidate.key}{options}".encode()).hexdigest()[:20]

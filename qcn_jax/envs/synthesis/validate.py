@@ -21,6 +21,7 @@ from qcn_jax.errors import UserError
 
 MAX_TESTS = 40  # run for one candidate
 MAX_TEST_SECONDS = 1.0  # slower tests are not used
+TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they need without the defect
 LEAST_SECONDS = 2.0  # of processor time that every run may use
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
 _SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py").read_text()
@@ -176,7 +177,8 @@ class Verdict:
 
 
 def check(
-    provider: Provider, candidate: Candidate, timeout: float = 10.0, reruns: int = 1, limit: int = statement.SHORT
+    provider: Provider, candidate: Candidate, timeout: float = 10.0, reruns: int = 1, limit: int = statement.SHORT,
+    at_fault: bool = False,
 ) -> Verdict:
     """Executes a candidate: defective state, `reruns` more times, then mended by the reverse patch.
 
@@ -185,6 +187,7 @@ def check(
         time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome.
       reruns: further runs of the defective state, whose outcomes must agree with the first.
       limit: characters of the statement.
+      at_fault: the function seen misbehaving must be the defective one; otherwise it may be one that it misleads.
     """
     spent: list[tuple[float, float]] = []
 
@@ -223,6 +226,8 @@ def check(
     observation = statement.find(first["calls"], fixed["calls"])
     if observation is None:
         return verdict("unobserved")
+    if at_fault and (observation.path, observation.function) != (candidate.path, candidate.function):
+        return verdict("observed_elsewhere")
     ordered = [first["test"], *(name for name in failing if name != first["test"])]
     text = statement.write(observation, ordered, first["messages"].get(first["test"], ""), limit)
     if statement.contains_fix(text, gold):
@@ -269,4 +274,5 @@ def _task(
         bug_patch=bug,
         path=observation.path,
         function=observation.function,
+        timeout=round(TASK_SECONDS + 10 * candidate.seconds, 1),
     )
