@@ -174,7 +174,9 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches:
         with stop_signals() as stop:
             while done < steps:
                 before, batch = batch, _next(batches, done, steps)
-                state, latest = step_fn(state, batch)
+                # Nothing but the batch, which `_next` put there, may travel to the device in a step.
+                with jax.transfer_guard_host_to_device("disallow"):
+                    state, latest = step_fn(state, batch)
                 # Reading the previous step's verdict lets the device run one step ahead of the host.
                 _require_finite(metrics, done, state, before, explain)
                 metrics, done = latest, done + 1

@@ -136,6 +136,11 @@ def test_a_signal_saves_and_exits(whole, tmp_path, number):
     assert result.steps_done == STEPS - 9 and same(result.state, whole[1].state)
 
 
+def test_hidden_transfers_to_the_device_are_refused(tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="[Dd]isallow"):
+        run(tmp_path, lambda state, batch: STEP(state, {**batch, "weights": np.ones((ROWS, LENGTH), np.float32)}))
+
+
 def test_half_a_metrics_line_is_forgotten(whole, tmp_path):
     log = metrics.MetricsLog(tmp_path / "m.jsonl")
     log.write(1, {"loss": jnp.float32(2.5), "bad": float("nan")})
