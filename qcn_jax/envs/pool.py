@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from qcn_jax.envs.grading import Verdict, VerdictCache, verdict_key
-from qcn_jax.envs.sandbox.base import Sandbox, TestRun
+from qcn_jax.envs.sandbox.base import STARVATION, Sandbox, TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks import Task
@@ -95,7 +95,7 @@ class EnvPool:
                   timeout: float = 30.0, fail_fast: bool = False, role: str = "agent") -> "Future[TestRun]":
         """Runs tests of a repository with `overlay` on top, in a sandbox of their own."""
         arguments = (self._specs[repository], dict(overlay), node_ids and list(node_ids), timeout, fail_fast, role)
-        return self._submit("run_tests", arguments, PREPARE_DEADLINE + timeout)
+        return self._submit("run_tests", arguments, PREPARE_DEADLINE + STARVATION * timeout)
 
     def grade(self, task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> "Future[Verdict]":
         """The verdict on a patch. Known verdicts return at once; equal requests under way are answered together."""
@@ -113,7 +113,7 @@ class EnvPool:
             running.add_done_callback(lambda done: _copy(done, future))
             return future
         arguments = (self._specs[task.repo], task, patch, fail_fast, strict)
-        deadline = PREPARE_DEADLINE + task.timeout
+        deadline = PREPARE_DEADLINE + STARVATION * task.timeout
         self._submit("grade", arguments, deadline).add_done_callback(
             lambda done: self._graded(key, task.instance_id, done, future))
         return future
@@ -270,7 +270,7 @@ class Session:
 
     def exec(self, command: str, timeout: float = 30.0) -> Future:
         """`Sandbox.exec`."""
-        return self.call(Sandbox.exec, command, timeout, deadline=timeout)
+        return self.call(Sandbox.exec, command, timeout, deadline=STARVATION * timeout)
 
     def read(self, path: str) -> Future:
         """`Sandbox.read`."""
@@ -283,7 +283,7 @@ class Session:
     def run_tests(self, node_ids: Sequence[str] | None = None, timeout: float = 30.0,
                   fail_fast: bool = False) -> "Future[TestRun]":
         """`Sandbox.run_tests`."""
-        return self.call(Sandbox.run_tests, node_ids, timeout, fail_fast, deadline=timeout)
+        return self.call(Sandbox.run_tests, node_ids, timeout, fail_fast, deadline=STARVATION * timeout)
 
     def diff(self) -> "Future[str]":
         """`Sandbox.diff`."""

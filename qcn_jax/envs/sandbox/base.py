@@ -18,6 +18,7 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec
 
 PASSING = frozenset({"passed", "xfailed"})  # SWE-bench's reading: an expected failure counts as a pass
 ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
+STARVATION = 5.0  # on a busy machine a job may take this many times its limit (inside/server.py, STARVED)
 PREPARE_TIMEOUT = 300.0
 
 
@@ -93,7 +94,7 @@ class Sandbox:
         if self._workspace is None:
             raise SandboxError("the sandbox was destroyed")
         return self._server.call({"op": op, "workspace": self._workspace, **request}, payload,
-                                 request.get("timeout", 0.0) + ANSWER_GRACE)
+                                 STARVATION * request.get("timeout", 0.0) + ANSWER_GRACE)
 
     def exec(self, command: str, timeout: float = 30.0, env: Mapping[str, str] | None = None) -> ExecResult:
         """Runs a shell command in the repository folder; everything it started is killed when it ends."""
@@ -227,7 +228,7 @@ class Provider:
             made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
             reply, payload = server.call(
                 {"op": "tests", "kind": "warm", "workspace": made["workspace"], "node_ids": None, "fail_fast": False,
-                 "timeout": PREPARE_TIMEOUT}, b"", PREPARE_TIMEOUT + ANSWER_GRACE)
+                 "timeout": PREPARE_TIMEOUT}, b"", STARVATION * PREPARE_TIMEOUT + ANSWER_GRACE)
         offset = 0
         for path, (size, mtime) in reply.pop("compiled").items():
             members[path] = repository.Member(payload[offset:offset + size], 0o644, mtime)

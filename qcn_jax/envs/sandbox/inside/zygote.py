@@ -284,6 +284,7 @@ class Zygote:
         for descriptor in descriptors:
             os.close(descriptor)
         self.running = pid
+        self.send({"pid": pid})
 
     def collect(self):
         for pid, status, usage in reap():
