@@ -19,6 +19,7 @@ from qcn_jax.layers.context import TokenContext, segment_positions
 from qcn_jax.layers.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
 from qcn_jax.layers.dense import dense, normal_init
 from qcn_jax.layers.norm import RMSNorm
+from qcn_jax.layers.products import einsum_float32
 from qcn_jax.layers.remat import rematerialised
 from qcn_jax.layers.rotary import rotary_angles, rotary_dim
 from qcn_jax.moe.router import RouterStatistics
@@ -250,7 +251,7 @@ class Qwen3Next(nn.Module):
 
 
 def _project(hidden: Array, kernel: Array) -> Array:
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return einsum_float32("...d,dv->...v", hidden, kernel.astype(hidden.dtype))
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Array:

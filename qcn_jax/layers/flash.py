@@ -6,10 +6,10 @@ Keys lie on the major and queries on the minor axis of the logits, so that reduc
 Axes: B batch, K key/value heads, R query heads per key/value head, T queries, S keys, H head dim, Q = R * block.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from qcn_jax.layers.products import einsum_float32
 
 Array = jax.Array
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
@@ -19,7 +19,7 @@ MAX_BLOCKS = 8
 
 def masked_logits(q: Array, k: Array, mask: Array) -> Array:
     """Scaled logits [B, K, S, R, T] float32 of q [B, K, R, T, H] and k [B, K, S, H] where mask [B | 1, S, T]."""
-    logits = jnp.einsum("bksh,bkrth->bksrt", k, q, preferred_element_type=jnp.float32)
+    logits = einsum_float32("bksh,bkrth->bksrt", k, q)
     return jnp.where(mask[:, None, :, None], logits * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -38,7 +38,7 @@ def _combine(values: Array, weights: Array) -> Array:
 
     The product is formed as [H, R * T], for which the large operand needs no transposition.
     """
-    out = jnp.einsum("bksh,bksrt->bkhrt", values, weights, preferred_element_type=jnp.float32)
+    out = einsum_float32("bksh,bksrt->bkhrt", values, weights)
     return jnp.moveaxis(out, 2, -1)
 
 
@@ -82,7 +82,6 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[A
 
 def _backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segment_ids, out, log_sum = residuals
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scale = q.shape[-1] ** -0.5
     inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, K, R, T]
     dk, dv, dq = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), []
@@ -90,11 +89,11 @@ def _backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, 
         rows = lambda x: x[:, :, :, begin:end]
         query, key, value, grad = rows(q), k[:, :, :end], v[:, :, :end], rows(cotangent)
         weights = jnp.exp(masked_logits(query, key, _mask(begin, end, segment_ids)) - rows(log_sum)[:, :, None])
-        dweights = product("bksh,bkrth->bksrt", value, grad)
+        dweights = einsum_float32("bksh,bkrth->bksrt", value, grad)
         dlogits = (weights * (dweights - rows(inner)[:, :, None]) * scale).astype(q.dtype)
         dq.append(_combine(key, dlogits))
-        dk = dk.at[:, :, :end].add(product("bksrt,bkrth->bksh", dlogits, query))
-        dv = dv.at[:, :, :end].add(product("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
+        dk = dk.at[:, :, :end].add(einsum_float32("bksrt,bkrth->bksh", dlogits, query))
+        dv = dv.at[:, :, :end].add(einsum_float32("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
