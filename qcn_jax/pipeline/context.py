@@ -132,7 +132,7 @@ class StageContext:
         def build() -> Any:
             provider = make_provider(self.config.sandbox, state_dir=self.root / "sandbox")
             passed_over = f" (docker passed over: {provider.reason})" if getattr(provider, "reason", "") else ""
-            self.log(f"sandbox: {provider.kind}: {provider.describe()}{passed_over}")
+            self.log(f"sandbox: {provider.describe()}{passed_over}")
             return provider
 
         return self.shared.get("provider", build)

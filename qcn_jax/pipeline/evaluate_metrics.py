@@ -12,7 +12,7 @@ from typing import Any
 from qcn_jax.pipeline import statistics
 
 Row = Mapping[str, Any]
-MAX_ATTEMPTS = 6  # points of the curve over attempts; nano's turn limit allows fewer
+MAX_ATTEMPTS = 6  # points of the curve over attempts: view, six edits and submit are nano's eight turns
 PASS_K = 8  # the k of summary.json's pass_at_8
 
 # (first, second, domain): which models are compared on the same tasks.
@@ -48,9 +48,8 @@ def greedy(rows: Sequence[Row]) -> dict[str, Any]:
 
 def attempts_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Share resolved by episodes that ran the tests at most 1, 2, ... times; a blind submission is one attempt."""
-    most = min(MAX_ATTEMPTS, max((max(row["attempts"], 1) for row in rows), default=0))
     return [{"attempts": limit} | proportion(sum(row["solved"] and max(row["attempts"], 1) <= limit for row in rows),
-                                             len(rows)) for limit in range(1, most + 1)]
+                                             len(rows)) for limit in range(1, MAX_ATTEMPTS + 1)]
 
 
 def sampled(rows: Sequence[Row]) -> dict[str, Any]:

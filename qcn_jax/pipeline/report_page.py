@@ -9,13 +9,13 @@ from qcn_jax.pipeline.report_style import CSS
 from qcn_jax.pipeline.report_turns import trajectories_section
 
 TITLES = {
-    "heuristic": "heuristic, no model", "base": "base", "midtrain": "mid-trained", "sft": "SFT",
+    "heuristic_once": "heuristic, one guess", "heuristic": "heuristic, guessing on", "base": "base", "midtrain": "mid-trained", "sft": "SFT",
     "sft_control": "SFT control, equal time", "expert_swe": "SWE expert (RL)",
     "expert_single_turn": "single-turn expert", "expert_format": "format expert", "unified": "unified (distilled)",
 }
-_COLOURS = {"heuristic": 7, "base": 7, "midtrain": 7, "sft": 0, "sft_control": 4, "expert_swe": 2,
+_COLOURS = {"heuristic_once": 7, "heuristic": 7, "base": 7, "midtrain": 7, "sft": 0, "sft_control": 4, "expert_swe": 2,
             "expert_single_turn": 6, "expert_format": 3, "unified": 1}
-_ATTEMPT_MODELS = ("sft", "sft_control", "expert_swe", "unified")
+_ATTEMPT_MODELS = ("heuristic", "sft", "sft_control", "expert_swe", "unified")
 SIGNIFICANT = 0.05
 KEPT = 0.9  # of the best expert in each domain, what the unified model is meant to keep
 
@@ -115,8 +115,8 @@ def _rates(evaluation: dict[str, Any]) -> str:
     return _section(
         "Resolved rate on repositories never seen in training",
         "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no passing "
-        "test breaks. Whiskers are 95 % Wilson intervals. The heuristic deletes or flips the most suspicious token; the "
-        "SFT control had the same minutes of more imitation that the SWE expert had of reinforcement learning. Format "
+        "test breaks. Whiskers are 95 % Wilson intervals. The heuristic has no model: it mends the most "
+        "suspicious token, once or, with the same tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that the SWE expert had of reinforcement learning. Format "
         "valid: share of tool calls that parse, over the templates. Infra: episodes without a verdict, left out of rates.",
         charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == "expert_swe"])
                                       if rows else ""))
@@ -157,15 +157,18 @@ def _losses(data: dict[str, Any]) -> str:
 
 def _distillation(data: dict[str, Any]) -> str:
     rows = data["curves"].get("distill", [])
-    names = [name for name in (rows[0] if rows else {}) if name.startswith(("kl", "reverse_kl", "forward_kl"))]
-    series = [_series(rows, name.replace("_", " "), index, (name,)) for index, name in enumerate(names)]
-    reward = [_series(rows, name.replace("_", " "), index, (name,)) for index, name in enumerate(
-        name for name in (rows[0] if rows else {}) if name.startswith(("solved", "reward", "pass_rate")))]
-    content = charts.line_chart([s for s in series if s], "update", "KL to the expert, nats a token", zero=True)
-    if any(reward):
-        content += "<h3>Solved by the student meanwhile</h3>" + charts.line_chart(
-            [s for s in reward if s], "update", "share or reward")
-    return _section("Distillation into one model", "The student acts, its expert for that domain says how likely each "
+
+    def curves(prefix: str) -> list[charts.Series]:
+        names = [name for name in (rows[-1] if rows else {}) if name.startswith(f"{prefix}/")] or [prefix]
+        found = [_series(rows, name.partition("/")[2].replace("_", " ") or name, index, (name,))
+                 for index, name in enumerate(names)]
+        return [series for series in found if series]
+
+    content = charts.line_chart(curves("loss"), "update", "divergence, nats a token", zero=True)
+    agreement = charts.line_chart(curves("agreement"), "update", "same first choice", percent=True)
+    if agreement:
+        content += f"<h3>Tokens on which both would choose the same</h3>{agreement}"
+    return _section("Distillation into one model", "The student acts, and the expert of that domain says how likely each "
                     "token was.", content)
 
 

@@ -23,7 +23,7 @@ section { background:var(--card); border:1px solid var(--line); border-radius:10
 .card b { display:block; white-space:nowrap; font-size:24px; line-height:1.25; letter-spacing:-.02em; font-variant-numeric:tabular-nums; }
 .card span { color:var(--soft); font-size:13px; }
 .two { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr)); gap:18px; }
-.two section { min-width:0; }
+.two section { min-width:0; } .two section svg { max-width:620px; }
 svg { display:block; width:100%; height:auto; overflow:visible; }
 svg text { fill:var(--ink); font-size:12.5px; font-variant-numeric:tabular-nums; }
 svg .note, svg .axis { fill:var(--soft); font-size:11.5px; } svg .strong { font-weight:650; }

@@ -27,12 +27,13 @@ def test_greedy_counts_verdicts_only():
 
 def test_attempts_curve_grows_to_the_resolved_rate():
     curve = metrics.attempts_curve(ROWS[:4])
-    assert [(point["attempts"], point["rate"]) for point in curve] == [(1, 0.5), (2, 0.5), (3, 0.75), (4, 0.75)]
+    assert [(point["attempts"], point["rate"]) for point in curve] == [
+        (1, 0.5), (2, 0.5), (3, 0.75), (4, 0.75), (5, 0.75), (6, 0.75)]
 
 
 def test_nothing_attempted_has_a_rate_of_zero_and_no_knowledge():
     found = metrics.greedy([])
-    assert (found["rate"], found["ci95"], found["mean_turns"], found["attempts"]) == (0.0, [0.0, 1.0], None, [])
+    assert (found["rate"], found["ci95"], found["mean_turns"]) == (0.0, [0.0, 1.0], None)
 
 
 def test_pass_at_k_averages_over_tasks_with_enough_samples():

@@ -54,7 +54,7 @@ def _context(tmp_path):
     put("midtrain/metrics.jsonl", [{"step": step, "ce": 5 / step} for step in range(1, 40)])
     put("sft/metrics.jsonl", [{"step": step, "ce": 1 / step} for step in range(1, 9)])
     put("experts/swe/metrics.jsonl", [{"step": step, "reward": 0.1 * step} for step in range(6)])
-    put("distill/metrics.jsonl", [{"step": step, "kl_swe": 0.1} for step in range(6)])
+    put("distill/metrics.jsonl", [{"step": step, "loss": 0.1, "loss/swe": 0.1, "agreement/swe": 0.9} for step in range(6)])
     put("evaluate/trajectories.jsonl", [
         {"model": "expert_swe", "instance_id": f"toolz{NASTY}", "kind": "delete_not", "resolved": True, "messages": [
             {"role": "user", "content": f"broken {NASTY}"},
@@ -119,7 +119,7 @@ def test_page_is_whole_and_fetches_nothing(context):
 def test_page_shows_the_numbers(context):
     page = _page(context)
     for text in ("12/40", "30.0%", "24.0% – 44.0%", "+20.0 points", "0.0215", "33 further SFT steps", "90/200",
-                 "SFT control, equal time", "heuristic, no model", "75%", "network none", "schema==0.7.8", "1.0 min"):
+                 "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min", "same first choice"):
         assert text in page, text
     assert page.count("<svg") >= 7
     assert "none_tried" not in page
