@@ -219,8 +219,8 @@ def get_config():
     return to_config_dict(RunConfig(
         name="micro", init="random", sandbox="local", workers=2,
         model=ModelConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16, max_position_embeddings=384, linear_num_key_heads=2, linear_key_head_dim=8,
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, full_attention_interval=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=384, linear_num_key_heads=2, linear_key_head_dim=8,
             linear_num_value_heads=2, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=16, shared_expert_intermediate_size=16, num_nextn_predict_layers=1, dtype="float32",
             chunk_size=32),

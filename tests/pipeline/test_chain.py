@@ -65,7 +65,7 @@ def _run_and_interrupt(config, workdir, stage, lines, signum):
         if seen == lines:
             child.send_signal(signum)
             break
-    rest, _ = child.communicate(timeout=120)
+    rest, _ = child.communicate(timeout=600)
     text = "".join(output) + rest
     assert seen == lines, text
     assert child.returncode == (-9 if signum == signal.SIGKILL else 143), text
@@ -82,7 +82,7 @@ def _finished(tmp_path_factory):
     for stage, lines, signum in INTERRUPTIONS:
         _run_and_interrupt(config, workdir, stage, lines, signum)
         _wait_until_gone(workdir)
-    done = subprocess.run(_command(config, workdir), capture_output=True, text=True, check=False, timeout=300,
+    done = subprocess.run(_command(config, workdir), capture_output=True, text=True, check=False, timeout=1800,
                           env=_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     _wait_until_gone(workdir)
@@ -161,9 +161,9 @@ def test_no_half_written_file_is_left(finished):
 def test_a_finished_run_is_not_done_again_and_a_changed_one_is_refused(finished):
     config, workdir, _ = finished
     done = subprocess.run(_command(config, workdir, "--stages=tasks,midtrain"), capture_output=True, text=True,
-                          check=False, timeout=60, env=_environment())
+                          check=False, timeout=600, env=_environment())
     assert done.returncode == 0 and done.stdout.count("skipped") == 2
     done = subprocess.run(_command(config, workdir, "--config.sft.recovery=0.25"), capture_output=True, text=True,
-                          check=False, timeout=60, env=_environment())
+                          check=False, timeout=600, env=_environment())
     assert done.returncode == 1
     assert "config.sft.recovery was" in done.stderr and len(done.stderr.strip().splitlines()) == 1
