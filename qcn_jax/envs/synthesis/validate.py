@@ -77,7 +77,7 @@ class Candidate:
 
 
 def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> Survey:
-    """Prepares a repository and learns which tests call which functions.
+    """Prepares a repository and learns which tests call which functions, in at most `seconds` of processor time.
 
     Left out are tests that fail, that disagree between the preparing and the traced run, or whose ids are not
     the same in every process (parameters taken from a set, say).
@@ -87,12 +87,12 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     """
     baseline = provider.prepare(spec).baseline
     with provider.create(spec.name) as sandbox:
-        run = sandbox.run_python(_SCRIPT, {"mode": "calls", "seconds": seconds}, timeout=3 * seconds)
+        run = sandbox.run_python(_SCRIPT, {"mode": "calls", "seconds": seconds}, timeout=10 * seconds)
     if run.status != "ok":
         raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
     value = run.value
     with provider.create(spec.name, role="grading") as sandbox:  # another process, another layout of memory
-        elsewhere = sandbox.run_python(_SCRIPT, {"mode": "ids"}, timeout=seconds).value or []
+        elsewhere = sandbox.run_python(_SCRIPT, {"mode": "ids"}, timeout=10 * seconds).value or []
     wandering = _wandering(set(value["outcomes"]), set(baseline.outcomes), set(elsewhere))
     ids = list(value["calls"])
     passing = [name for name in ids if value["outcomes"].get(name) in PASSING]

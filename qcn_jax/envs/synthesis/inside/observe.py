@@ -87,7 +87,7 @@ class Suite(Tracing):
 
     def __init__(self, seconds):
         super().__init__()
-        self.called, self.deadline = {}, time.monotonic() + seconds
+        self.called, self.deadline = {}, time.process_time() + seconds
         self.codes = set()
 
     @pytest.hookimpl(hookwrapper=True)
@@ -101,7 +101,7 @@ class Suite(Tracing):
 
     @pytest.hookimpl
     def pytest_runtest_logfinish(self, nodeid):
-        if time.monotonic() > self.deadline:
+        if time.process_time() > self.deadline:
             self.session.shouldstop = "time for tracing is over"
 
     @pytest.hookimpl
