@@ -1,0 +1,145 @@
+"""Continuous batching: requests come and go while the engine decodes, a few tokens at a time for all of them."""
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.sampling import Sampling
+
+PIECE = 8  # tokens between two looks at who came and who went
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Some tokens of a request; `finish` is None while more may come, else stop, length or "error: ..."."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish: str | None
+
+
+class Request:
+    """One sequence to be continued.
+
+    Args:
+      tokens: the prompt.
+      sampling: how to draw.
+      max_new_tokens: at most this many.
+      seed: of the random stream.
+      emit: called from the scheduler's thread with every Piece; must not block.
+    """
+
+    def __init__(
+        self, tokens: Sequence[int], sampling: Sampling, max_new_tokens: int, seed: int, emit: Callable[[Piece], None]
+    ) -> None:
+        self.tokens, self.sampling, self.seed, self.emit = list(tokens), sampling, seed, emit
+        self.left = max_new_tokens
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody waits for the rest; its slot is freed before the next piece."""
+        self.cancelled = True
+
+
+class Scheduler:
+    """Owns an engine and serves requests with it from a thread of its own."""
+
+    def __init__(self, engine: Engine, most_waiting: int = 256) -> None:
+        """Starts the thread; `most_waiting` requests may wait for a slot."""
+        self.engine, self._most_waiting = engine, most_waiting
+        self._waiting: deque[Request] = deque()
+        self._active: dict[int, Request] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> bool:
+        """Queues requests, all or none; False where too many wait already."""
+        with self._changed:
+            if self._closed or len(self._waiting) + len(requests) > self._most_waiting:
+                return False
+            self._waiting.extend(requests)
+            self._changed.notify()
+        return True
+
+    def load(self) -> tuple[int, int]:
+        """How many requests (are being served, wait)."""
+        with self._changed:
+            return len(self._active), len(self._waiting)
+
+    def close(self) -> None:
+        """Ends the thread; whoever still waits gets an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._active or self._waiting)
+                if self._closed:
+                    break
+                admitted = self._admit()
+            try:
+                self._step(admitted)
+            except Exception as error:  # the server must outlive whatever the accelerator throws
+                self._fail(f"the engine failed: {error}")
+        self._fail("the server is shutting down")
+
+    def _admit(self) -> dict[int, Request]:
+        """Gives free slots to those who wait, dropping those who left."""
+        for slot in [slot for slot, request in self._active.items() if request.cancelled]:
+            del self._active[slot]
+        admitted = {}
+        for slot in range(self.engine.slots):
+            while self._waiting and self._waiting[0].cancelled:
+                self._waiting.popleft()
+            if self._waiting and slot not in self._active:
+                admitted[slot] = self._active[slot] = self._waiting.popleft()
+        return admitted
+
+    def _step(self, admitted: dict[int, Request]) -> None:
+        if admitted:
+            self.engine.reset(list(admitted))
+            self._prefill(admitted)
+        slots = sorted(self._active)
+        if not slots:
+            return
+        chosen = [self._active[slot] for slot in slots]
+        generations = self.engine.generate(
+            slots, seeds=[request.seed for request in chosen], sampling=[request.sampling for request in chosen],
+            max_new_tokens=[min(PIECE, request.left) for request in chosen],
+        )  # fmt: skip
+        for slot, request, generation in zip(slots, chosen, generations, strict=True):
+            request.left -= len(generation.tokens)
+            full = self.engine.length(slot) >= self.engine.max_length
+            finish = "stop" if generation.finish == "stop" else "length" if full or request.left <= 0 else None
+            if finish is not None:
+                with self._changed:
+                    del self._active[slot]
+            request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish))
+
+    def _prefill(self, admitted: dict[int, Request]) -> None:
+        """One prefill for each distinct prompt, copied where several requests have the same."""
+        first: dict[tuple[int, ...], int] = {}
+        copies: dict[int, list[int]] = {}
+        for slot, request in admitted.items():
+            origin = first.setdefault(tuple(request.tokens), slot)
+            if origin != slot:
+                copies.setdefault(origin, []).append(slot)
+        self.engine.extend({slot: list(tokens) for tokens, slot in first.items()})
+        if copies:
+            self.engine.fork(copies)
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            lost = [*self._active.values(), *(self._waiting if self._closed else ())]
+            self._active.clear()
+            if self._closed:
+                self._waiting.clear()
+        for request in lost:
+            request.emit(Piece([], [], f"error: {reason}"))

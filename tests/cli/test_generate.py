@@ -1,0 +1,79 @@
+"""qcn generate and qcn serve as command lines: what they print, and one line for every mistake."""
+
+import dataclasses
+import io
+import socket
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qcn_jax import hub
+from qcn_jax.cli.main import main
+from qcn_jax.hub.tokenizer import Tokenizer
+from qcn_jax.model import Qwen3Next
+from tests.pipeline.micro import MODEL
+
+ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = Tokenizer.train(["hello world\n"] * 3, 256 + 10 + len(ADDED), ADDED)
+    config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
+    params = jax.jit(Qwen3Next(config).init)(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    hub.save(folder, config, params)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_text_goes_on_greedily(folder, capsys, monkeypatch) -> None:
+    arguments = ["generate", f"--checkpoint={folder}", "--prompt=hello", "--max_new_tokens=20", "--max_length=40"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    config, params = hub.load(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    tokens, written = tokenizer.encode("hello"), []
+    apply = jax.jit(Qwen3Next(config).apply)
+    while len(written) < 20:
+        padded = jnp.asarray([(tokens + written + [0] * 40)[:40]])
+        token = int(apply({"params": params}, padded).logits[0, len(tokens) + len(written) - 1].argmax())
+        if token in (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>")):
+            break
+        written.append(token)
+    assert out == tokenizer.decode(written) + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert main([*arguments[:2], "--prompt=-", *arguments[3:]]) == 0 and capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("arguments,line", [
+    (["generate"], "--checkpoint"), (["generate", "--checkpoint=X"], "either --prompt=TEXT or --chat=TEXT"),
+    (["generate", "--checkpoint=X", "--prompt=a", "--chat=b"], "either --prompt"),
+    (["generate", "--checkpoint=X", "--prompt=a", "--system=b"], "--system goes with --chat"),
+    (["generate", "--checkpoint=/nowhere", "--prompt=a"], "/nowhere"),
+    (["generate", "--checkpoint=X", "--prompt=a", "--top_p=2"], "top_p"),
+    (["serve", "--checkpoint=/nowhere", "--port=0"], "/nowhere"), (["serve", "--port=0"], "--checkpoint"),
+    (["serve", "--checkpoint=X", "--host=no.such.host.invalid"], "no.such.host.invalid"),
+])  # fmt: skip
+def test_mistakes_are_one_line(arguments, line, capsys) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1 and error.startswith(f"qcn {arguments[0]}: ")
+
+
+def test_prompts_and_ports_that_do_not_fit(folder, capsys) -> None:
+    long = ["generate", f"--checkpoint={folder}", "--prompt=" + "hello world " * 50, "--max_length=32"]
+    assert main(long) == 1 and "--max_length" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--checkpoint=X", f"--port={port}"]) == 1
+    assert f"--port={port}: cannot listen there" in capsys.readouterr().err
+
+
+def test_help_explains(capsys) -> None:
+    for verb in ("generate", "serve"):
+        assert main([verb, "--help"]) == 0
+        assert f"qcn {verb} --checkpoint=DIR" in capsys.readouterr().out
