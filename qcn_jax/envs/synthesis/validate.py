@@ -93,7 +93,8 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     value = run.value
     with provider.create(spec.name, role="grading") as sandbox:  # another process, another layout of memory
         elsewhere = sandbox.run_python(_SCRIPT, {"mode": "ids"}, timeout=10 * seconds).value or []
-    wandering = _wandering(set(value["outcomes"]), set(baseline.outcomes), set(elsewhere))
+    known = set(baseline.outcomes)
+    wandering = {name.split("[")[0] for name in (set(value["outcomes"]) - known) | (known ^ set(elsewhere))}
     ids = list(value["calls"])
     passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
     stable = [name for name in passing
@@ -118,11 +119,6 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
         failing,
         len(passing) - len(stable),
     )
-
-
-def _wandering(*runs: set[str]) -> set[str]:
-    """Test functions of which some id is not found in every run."""
-    return {name.split("[")[0] for name in set.union(*runs) - set.intersection(*runs)}
 
 
 def make_candidate(
