@@ -14,7 +14,7 @@ from qcn_jax.pipeline import repositories
 # Kinds whose repair is one short span, which a model of this size can learn to find and to write.
 KINDS = (
     "add_not", "drop_not", "flip_boolean", "swap_and_or", "flip_comparison", "change_boundary", "flip_membership",
-    "flip_identity", "change_arithmetic", "change_constant", "slice_off_by_one", "break_continue",
+    "flip_identity", "change_arithmetic", "change_constant",
 )
 LENGTH = 512  # tokens of a packed row, and the longest episode
 
