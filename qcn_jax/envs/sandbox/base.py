@@ -97,7 +97,13 @@ class Sandbox:
                                  STARVATION * request.get("timeout", 0.0) + ANSWER_GRACE)
 
     def exec(self, command: str, timeout: float = 30.0, env: Mapping[str, str] | None = None) -> ExecResult:
-        """Runs a shell command in the repository folder; everything it started is killed when it ends."""
+        """Runs a shell command in the repository folder; everything it started is killed when it ends.
+
+        Raises:
+          PermissionError: nothing on this machine would keep the command in (LocalProvider, walls "none").
+        """
+        if not self._provider.commands_allowed:
+            raise PermissionError("commands are refused: this machine offers no walls to run them behind")
         reply, _ = self._call("execute", command=command, timeout=timeout, env=dict(env or {}))
         return ExecResult(reply["exit_code"], reply["output"], reply["timed_out"], reply["out_of_memory"],
                           reply["seconds"])
@@ -181,6 +187,7 @@ class Provider:
     """Makes sandboxes. Subclasses start servers (`_start`) and say how they are walled (`describe`)."""
 
     kind = ""
+    commands_allowed = True
 
     def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared"):
         if isolation not in ("shared", "container"):

@@ -56,7 +56,7 @@ class DockerProvider(Provider):
 
     def _start(self, prepared: RepositorySpec | None) -> channel.Server:
         limits = self.limits
-        options = {"work": "/work", "separate_users": True, "contained": False,
+        options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
                    "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
                               "processes": limits.processes, "cpus": limits.cpus, "output": limits.output_bytes}}
         memory = f"{limits.memory_mb + limits.disk_mb + 2 * SCRATCH_MB + SERVER_MB}m"

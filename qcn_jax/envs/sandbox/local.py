@@ -1,8 +1,10 @@
-"""The back end without Docker: namespaces where the kernel allows them, otherwise limits alone.
+"""The back end without Docker: the strongest walls that this machine allows.
 
-With namespaces (as root, or through a user namespace) a sandbox has a root file system of its own in memory, no
-network, its own processes, and, as root, a user id for each workspace. Without them only limits, a scrubbed
-environment and process clean-up remain, and tested code can read what the calling user can: `describe` says so.
+namespaces  (as root, or through a user namespace) a root file system of its own in memory, no network, its own
+            processes, and, as root, a user id for each workspace
+filters     (Landlock and seccomp, no privilege needed) no network, no files but the system's programs and the workspace
+none        limits, a scrubbed environment and process clean-up; tested code reaches what the calling user reaches, and
+            commands of agents are refused unless "none" was asked for by name
 """
 
 import base64
@@ -24,6 +26,7 @@ from typing import Any
 from qcn_jax.envs.sandbox import channel
 from qcn_jax.envs.sandbox.base import Limits, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.inside import filters
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 from qcn_jax.errors import UserError
 
@@ -38,22 +41,28 @@ class LocalProvider(Provider):
     kind = "local"
 
     def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", walls: str = "auto"):
-        """`walls` is auto, namespaces or none; auto takes namespaces where they work.
+        """`walls` is auto (the strongest that works), namespaces, filters or none.
 
         Raises:
-          UserError: tested code could only be run as root.
+          UserError: tested code could only be run as root, or the walls asked for are not to be had.
         """
         super().__init__(state_dir, limits, isolation)
         self.runtime = build_runtime(self.state_dir)
-        self.walls, self.reason = walls, ""
+        self.reason, self.commands_allowed, self._spare = "", True, None
         self._remove_leftovers()
-        if walls == "auto":
+        if walls in ("auto", "namespaces"):
             try:
-                self._namespaces().close()
                 self.walls = "namespaces"
+                self._spare = self._namespaces()  # the first server, and the proof that it works
             except SandboxError as error:
-                self.walls, self.reason = "none", str(error).removeprefix("the sandbox's server ended: ")
-        if self.walls == "none" and os.geteuid() == 0 and not self._separate():
+                self.reason = str(error).removeprefix("the sandbox's server ended: ")
+                if walls == "namespaces":
+                    raise UserError(f"--config.sandbox=local: namespaces are not allowed here ({self.reason})") from error
+                self.walls = "filters" if filters.landlock_version() else "none"
+                self.commands_allowed = self.walls != "none"
+        else:
+            self.walls = walls
+        if self.walls != "namespaces" and os.geteuid() == 0 and not self._separate():
             raise UserError("--config.sandbox=local: as root this needs namespaces (CAP_SYS_ADMIN), or an interpreter "
                             "and a folder for state that other users can read: nothing is ever run as root")
 
@@ -61,15 +70,28 @@ class LocalProvider(Provider):
         if self.walls == "namespaces":
             users = "a user id per workspace" if os.geteuid() == 0 else "an unprivileged user namespace"
             return f"local: namespaces (no network, own root file system, {users}), resource limits"
-        users = "a user id per workspace" if self._separate() else "the same user"
-        return f"local: resource limits and {users} only; the network and the machine's files are within reach" + (
-            f" ({self.reason})" if self.reason else "")
+        users = "a user id per workspace" if self._separate() else "the calling user"
+        reason = f" (no namespaces: {self.reason})" if self.reason else ""
+        if self.walls == "filters":
+            return f"local: Landlock and seccomp (no network, no files of others), {users}, resource limits{reason}"
+        return f"local: resource limits and {users} only; the network and the machine's files are within reach{reason}"
 
     def fingerprint(self) -> str:
         return os.path.basename(self.runtime)
 
     def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+        if self._spare is not None:
+            server, self._spare = self._spare, None
+            if server.alive():
+                return server
+            server.close()
         return self._namespaces() if self.walls == "namespaces" else self._plain()
+
+    def close(self) -> None:
+        super().close()
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
 
     def _namespaces(self) -> channel.Server:
         settings = {"runtime": self.runtime, "prefix": os.path.realpath(sys.base_prefix),
@@ -87,13 +109,21 @@ class LocalProvider(Provider):
         return channel.Server(channel.PipeStream(command, {"PATH": os.defpath, "PYTHONHASHSEED": "0"}))
 
     def _options(self, work: str, separate: bool) -> dict[str, Any]:
-        limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.walls != "none")
+        limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.walls == "namespaces")
         mebibyte = 1 << 20
-        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.walls != "none",
+        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.walls == "namespaces",
+                "readable": self._readable() if self.walls == "filters" else None,
                 "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
                            # Without ids of our own the limit would count all of the user's processes.
                            "processes": limits.processes if own_users else None,
                            "cpus": limits.cpus, "output": limits.output_bytes}}
+
+    def _readable(self) -> list[str]:
+        """What filters let tested code read: programs and libraries, not the packages installed beside them."""
+        return ["/usr/bin", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/usr/local/lib", "/bin", "/lib", "/lib64",
+                "/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/localtime", "/etc/alternatives", "/etc/mime.types",
+                self.runtime, os.path.join(os.path.realpath(sys.base_prefix), "bin"),
+                os.path.join(os.path.realpath(sys.base_prefix), "lib")]
 
     def _separate(self) -> bool:
         """Whether another user could run the interpreter and reach the workspaces."""

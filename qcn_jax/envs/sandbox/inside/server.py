@@ -60,6 +60,7 @@ class Server:
             raise SystemExit("refusing to run tests as root without users of their own or a process namespace")
         # Far above any real user's id and different for each server, because limits on processes count per id.
         self.uid_base = 1_900_000_000 + 4096 * random.SystemRandom().randrange(2**15)
+        self.readable = options["readable"]  # None: no filters, because the walls stand around this process
         self.trees, self.workspaces, self.free, self.made = {}, {}, [], 0
         self.memory_kills = out_of_memory_kills()
         os.makedirs(self.work, exist_ok=True)
@@ -110,7 +111,8 @@ class Server:
         output_read, output_write = os.pipe()
         result_read, result_write = os.pipe()
         key = secrets.token_hex(8)
-        job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained, "root": workspace.root, "env": self.environment(workspace, job),
+        job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained,
+               "home": workspace.home, "readable": self.readable, "root": workspace.root, "env": self.environment(workspace, job),
                "sys_path": self.python_path(workspace),
                "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
         self.to_zygote(job, (output_write, result_write))

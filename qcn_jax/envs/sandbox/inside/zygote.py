@@ -20,11 +20,13 @@ import sys
 import time
 import types
 
+import filters
 import runner
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_CAPBSET_DROP = 1, 4, 38, 36, 24
 LINUX = sys.platform == "linux"
 _NEVER_PRELOADED = {"antigravity", "this", "__main__", "test", "idlelib", "turtle"}
+SHARED_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/shm")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -155,6 +157,9 @@ def confine(job):
         if not job["contained"]:
             raise PermissionError("refusing to run anything as root outside a namespace")
         drop_capabilities()
+    if job["readable"] is not None:
+        filters.confine_files(job["readable"], [job["home"], *SHARED_DEVICES])
+        filters.confine_calls()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)  # siblings of the same user may not trace it or open its descriptors
 
@@ -203,7 +208,7 @@ def python_child(job, result):
     # The program's own folder is no place for the tested code to import from.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [*job["sys_path"], *(path for path in sys.path if path and os.path.abspath(path) != here)]
-    for name in ("runner", "zygote", "server"):
+    for name in ("filters", "runner", "server", "workspace", "zygote"):
         sys.modules.pop(name, None)
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["pytest"]
