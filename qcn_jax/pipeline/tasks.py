@@ -29,6 +29,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     config = context.config.tasks
     _check(config)
     specs = _locate(context, [*config.repos_train, *config.repos_heldout])
+    # Again by name: archives and folders only have one now.
+    _check_disjoint(*([specs[name].name for name in names] for names in (config.repos_train, config.repos_heldout)))
     results: dict[str, Any] = {"candidates": 0, "yields": {}, "repository_yields": {}, "outcomes": {}, "left_out": {}}
     usable: list[RepositorySpec] = []
     for split, names, target in (
@@ -53,10 +55,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
 
 
 def _check(config: TasksConfig) -> None:
-    both = sorted({name.split("==")[0] for name in config.repos_train}
-                  & {name.split("==")[0] for name in config.repos_heldout})  # fmt: skip
-    if both:
-        raise UserError(f"--config.tasks.repos_heldout: {both[0]} is in repos_train too; the splits must be disjoint")
+    _check_disjoint(config.repos_train, config.repos_heldout)
     for kind in config.kinds:
         if kind not in inject.KINDS:
             raise UserError(f"--config.tasks.kinds: unknown {kind!r}; allowed: {', '.join(inject.KINDS)}")
@@ -65,6 +64,12 @@ def _check(config: TasksConfig) -> None:
         if wanted < 0 or (wanted and not repos):
             raise UserError(f"--config.tasks.{name}: {wanted} tasks wanted, but repos_{name} is "
                             f"{'empty' if not repos else 'fine: give a number of 0 or more'}")
+
+
+def _check_disjoint(train: Sequence[str], heldout: Sequence[str]) -> None:
+    both = sorted({name.split("==")[0] for name in train} & {name.split("==")[0] for name in heldout})
+    if both:
+        raise UserError(f"--config.tasks.repos_heldout: {both[0]} is in repos_train too; the splits must be disjoint")
 
 
 def _locate(context: StageContext, names: Sequence[str]) -> dict[str, RepositorySpec]:

@@ -31,7 +31,7 @@ def _environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def _processes_of(workdir):
+def processes_of(workdir):
     """Processes, other than this one, that mention the work directory in their command line, folder or open files."""
     found = []
     for process in pathlib.Path("/proc").iterdir():
@@ -49,7 +49,7 @@ def _processes_of(workdir):
 
 def _wait_until_gone(workdir, seconds=20.0):
     end = time.monotonic() + seconds
-    while (left := _processes_of(workdir)) and time.monotonic() < end:
+    while (left := processes_of(workdir)) and time.monotonic() < end:
         time.sleep(0.2)
     assert not left, f"left behind: {left}"
 
