@@ -72,10 +72,11 @@ class Plan:
             found = inject.candidates(
                 files.get(path, ""), path, self.settings.kinds or None, self.settings.max_function_lines, rng
             )
+            called = {name for name in {i.qualname for i in found} if validate.callers(survey, path, name)}
             for injection in found:
                 place = (path, injection.start, injection.end, injection.new)
-                called = f"{path}::{injection.qualname}" in survey.callers
-                if called and place not in seen and (injection.single_line or not self.settings.single_line):
+                wanted = injection.qualname in called and place not in seen
+                if wanted and (injection.single_line or not self.settings.single_line):
                     seen.add(place)
                     cells[injection.kind].append(injection)
         for kind, injections in cells.items():

@@ -104,31 +104,40 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
         reason = next(iter(value["messages"].values()), "no tests were found")
         raise UserError(f"{spec.name}: none of its tests passes before any defect ({failing} fail): {reason}")
     kept = [name for name in stable if value["seconds"].get(name, 0.0) <= MAX_TEST_SECONDS]
-    callers: dict[str, list[int]] = collections.defaultdict(list)
+    calling: dict[str, list[int]] = collections.defaultdict(list)
     for number, name in enumerate(kept):
         for index in value["calls"][name]:
             path, function = value["functions"][index]
             if not inject.is_test_path(path):
-                callers[f"{path}::{function}"].append(number)
+                calling[f"{path}::{function}"].append(number)
     return Survey(
         spec.name,
         tuple(kept),
         tuple(value["seconds"].get(name, 0.0) for name in kept),
-        {name: tuple(found) for name, found in sorted(callers.items())},
+        {name: tuple(found) for name, found in sorted(calling.items())},
         tuple(len(value["calls"][name]) for name in kept),
         failing,
         len(passing) - len(stable),
     )
 
 
+def callers(known: Survey, path: str, qualname: str) -> tuple[int, ...]:
+    """Tests that call a function; of a class, those that call any of its methods."""
+    exact = known.callers.get(f"{path}::{qualname}")
+    if exact is not None:
+        return exact
+    prefix = f"{path}::{qualname}."
+    return tuple(sorted({number for name, found in known.callers.items() if name.startswith(prefix) for number in found}))
+
+
 def make_candidate(
     injection: inject.Injection, spec: RepositorySpec, known: Survey, rng: random.Random
 ) -> Candidate | None:
     """Chooses the tests for an injected defect: a sample of those that call the function; None if none does."""
-    callers = known.callers.get(f"{injection.path}::{injection.qualname}", ())
-    if not callers:
+    calling = callers(known, injection.path, injection.qualname)
+    if not calling:
         return None
-    chosen = sorted(callers if len(callers) <= MAX_TESTS else rng.sample(callers, MAX_TESTS))
+    chosen = sorted(calling if len(calling) <= MAX_TESTS else rng.sample(calling, MAX_TESTS))
     simple = sorted(chosen, key=lambda number: (known.breadth[number], number))
     return Candidate(
         known.repository,
@@ -141,7 +150,7 @@ def make_candidate(
         tuple(known.tests[number] for number in chosen),
         tuple(known.tests[number] for number in simple),
         tuple(sorted({name.split("::")[0] for name in known.callers})),
-        len(callers),
+        len(calling),
         len(known.tests),
         sum(known.seconds[number] for number in chosen),
     )

@@ -55,7 +55,7 @@ CASES = [
 
 
 def test_every_kind_has_a_case():
-    assert {kind for kind, _, _ in CASES} | {"change_default"} == set(inject.KINDS)
+    assert {kind for kind, _, _ in CASES} | {"change_default"} | inject.CLASS_KINDS == set(inject.KINDS)
 
 
 @pytest.mark.parametrize(("kind", "body", "expected"), CASES, ids=[case[0] for case in CASES])
@@ -75,6 +75,24 @@ def test_kind(kind, body, expected):
 def test_change_default():
     found = inject.candidates("def f(x=True): return x\n", "m.py", ["change_default"])
     assert [(i.old, i.new in ("False", "None")) for i in found] == [("True", True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("drop_base", [("C", "(A, B)", "(A)"), ("D", "(C)", "")]),
+        ("drop_method", [("C.f", "    def f(self):\n        return 1\n", ""), ("C.g", "    def g(self): return 2\n", "")]),
+        ("shuffle_methods", [("C.f", "f(self):\n        return 1\n\n    # über\n    def g(self): return 2",
+                              "g(self): return 2\n\n    # über\n    def f(self):\n        return 1")]),
+    ],
+)  # fmt: skip
+def test_class_kinds(kind, changes):
+    """Bases and methods; not touched where functions of bounded length are asked for."""
+    before = ("class C(A, B):\n    'Döc'\n    def f(self):\n        return 1\n\n    # über\n    def g(self): return 2\n\n"
+              "    @property\n    def h(self):\n        return 3\n\n\nclass D(C):\n    x = 1\n")  # fmt: skip
+    found = inject.candidates(before, "m.py", [kind])
+    assert [(i.qualname, i.after_source) for i in found] == [(n, before.replace(a, b, 1)) for n, a, b in changes]
+    assert inject.candidates(before, "m.py", [kind], max_function_lines=30) == []
 
 
 @pytest.mark.parametrize("module", [argparse, configparser, difflib], ids=lambda module: module.__name__)

@@ -9,12 +9,12 @@ import ast
 import dataclasses
 import pathlib
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import libcst as cst
 from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
 
-from qcn_jax.envs.synthesis.inject import expressions, statements
+from qcn_jax.envs.synthesis.inject import classes, expressions, statements
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site
 from qcn_jax.errors import UserError
 
@@ -55,14 +55,19 @@ KINDS: dict[str, Kind] = {
     "change_default": ((cst.Param,), statements.change_default),
     "break_continue": ((cst.Break, cst.Continue), statements.break_continue),
     "wrong_variable": ((cst.Name,), statements.wrong_variable),
+    "drop_base": ((cst.ClassDef,), classes.drop_base),
+    "drop_method": ((cst.ClassDef,), classes.drop_method),
+    "shuffle_methods": ((cst.ClassDef,), classes.shuffle_methods),
 }
+CLASS_KINDS = frozenset(kind for kind, (types, _) in KINDS.items() if types == (cst.ClassDef,))
 
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
     """One defect: characters [start, end) of `before_source` replaced by `new`.
 
-    `function_start_line` (the `def` line) and `function_end_line` are 1-based lines of `before_source`.
+    `function_start_line` (the `def` line) and `function_end_line` are 1-based lines of `before_source`; for defects
+    of a whole class they are the class's, and `qualname` is the class or the method that is hit.
     """
 
     kind: str
@@ -158,7 +163,7 @@ def candidates(
       source: text of the module.
       path: its path relative to the repository root; files of tests give no candidates.
       kinds: names out of KINDS; all by default.
-      max_function_lines: longer functions are left alone (short ones nested in them are not).
+      max_function_lines: longer functions are left alone (short ones nested in them are not), and classes too.
       rng: for choices between equally good edits; the same state gives the same result.
 
     Raises:
@@ -173,7 +178,8 @@ def candidates(
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []  # templates and Python 2 fixtures among a package's files
-    table = _by_node_type(KINDS if kinds is None else [kind for kind in KINDS if kind in set(kinds)])
+    chosen = [kind for kind in KINDS if kinds is None or kind in set(kinds)]
+    table = _by_node_type([kind for kind in chosen if kind not in CLASS_KINDS])
     rng = rng or random.Random(0)
     limit = max_function_lines or len(source)
     rows = source.splitlines(keepends=True)
@@ -196,6 +202,8 @@ def candidates(
             span = (offset + edit.start, offset + edit.end)
             if source[span[0] : span[1]] != edit.new:
                 found.append(Injection(kind, path, name, *lines, source, *span, edit.new))
+    if max_function_lines is None and (whole := [kind for kind in chosen if kind in CLASS_KINDS]):
+        found += _class_injections(source, path, whole, rng)
     return sorted(found, key=lambda injection: (injection.start, injection.end, injection.kind, injection.new))
 
 
@@ -231,6 +239,32 @@ def _edits(
     for kind, edit, inner, (first, last) in _walk(wrapper.module, site, table, [], None):
         lines = tuple(data.count(b"\n", 0, at) - bool(head) for at in (first, last))
         yield kind, Edit(characters(edit.start), characters(edit.end), edit.new), inner[1:], lines
+
+
+def _class_injections(source: str, path: str, kinds: Sequence[str], rng: random.Random) -> Iterator[Injection]:
+    """Defects of the classes of a module, nested ones included."""
+    try:
+        wrapper = MetadataWrapper(cst.parse_module(source), unsafe_skip_copy=True)
+    except cst.ParserSyntaxError:
+        return
+    data = source.encode()
+    site = Site(data, wrapper.resolve(ByteSpanPositionProvider), rng)
+
+    def visit(node: cst.CSTNode, names: list[str]) -> Iterator[Injection]:
+        if isinstance(node, cst.ClassDef | cst.FunctionDef):
+            names = [*names, node.name.value]
+        if isinstance(node, cst.ClassDef) and isinstance(node.body, cst.IndentedBlock):
+            lines = tuple(data.count(b"\n", 0, at) + 1 for at in site.span(node))
+            for kind in kinds:
+                for member, edit in KINDS[kind][1](node, site):
+                    name = ".".join([*names, member] if member else names)
+                    span = (len(data[: edit.start].decode()), len(data[: edit.end].decode()))
+                    yield Injection(kind, path, name, *lines, source, *span, edit.new)
+        for child in node.children:
+            if isinstance(child, cst.BaseCompoundStatement | cst.BaseSuite | cst.Else):
+                yield from visit(child, names)
+
+    yield from visit(wrapper.module, [])
 
 
 _SKIPPED = (

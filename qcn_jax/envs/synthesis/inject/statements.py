@@ -29,18 +29,18 @@ def swap_branches(node: cst.If, site: Site) -> Edits:
 def drop_guard(node: cst.If, site: Site) -> Edits:
     """An `if` without `else` whose body leaves (return, raise, continue, break) is deleted."""
     if node.orelse is None and not _is_elif(node, site) and isinstance(_last(node.body), _LEAVING):
-        yield from _delete(node, site)
+        yield from delete(node, site)
 
 
 def drop_conditional(node: cst.If, site: Site) -> Edits:
     """Any other `if` statement without `else` is deleted."""
     if node.orelse is None and not _is_elif(node, site) and not isinstance(_last(node.body), _LEAVING):
-        yield from _delete(node, site)
+        yield from delete(node, site)
 
 
 def drop_loop(node: cst.CSTNode, site: Site) -> Edits:
     """A `for` or `while` statement is deleted."""
-    yield from _delete(node, site)
+    yield from delete(node, site)
 
 
 def unwrap(node: cst.CSTNode, site: Site) -> Edits:
@@ -65,7 +65,7 @@ def drop_statement(node: cst.SimpleStatementLine, site: Site) -> Edits:
             isinstance(statement, cst.Assign)
             and isinstance(statement.targets[0].target, cst.Attribute | cst.Subscript)
         ):  # fmt: skip
-            yield from _delete(node, site)
+            yield from delete(node, site)
 
 
 def drop_assignment(node: cst.SimpleStatementLine, site: Site) -> Edits:
@@ -74,10 +74,10 @@ def drop_assignment(node: cst.SimpleStatementLine, site: Site) -> Edits:
         return
     statement = node.body[0]
     if isinstance(statement, cst.AugAssign):
-        yield from _delete(node, site)
+        yield from delete(node, site)
     elif isinstance(statement, cst.Assign) and isinstance(statement.targets[0].target, cst.Name):
         if statement.targets[0].target.value in site.names:
-            yield from _delete(node, site)
+            yield from delete(node, site)
 
 
 def drop_return(node: cst.Return, site: Site) -> Edits:
@@ -153,7 +153,7 @@ def _last(block: cst.BaseSuite) -> cst.CSTNode | None:
     return last.body[-1] if isinstance(last, cst.SimpleStatementLine) else last
 
 
-def _delete(node: cst.CSTNode, site: Site) -> Edits:
+def delete(node: cst.CSTNode, site: Site) -> Edits:
     """Deletes a statement's lines; a block that would be left empty gets `pass`."""
     if not isinstance(site.parent, cst.IndentedBlock):
         return

@@ -1,0 +1,45 @@
+"""Defects of whole classes. Each function maps (class, site) to the edits of one kind; names are those of what is hit.
+
+Unlike the other kinds these look at a module's classes, not at its functions.
+"""
+
+from collections.abc import Iterator
+
+import libcst as cst
+
+from qcn_jax.envs.synthesis.inject.site import Edit, Site
+from qcn_jax.envs.synthesis.inject.statements import delete
+
+NamedEdits = Iterator[tuple[str, Edit]]  # name below the class ("" for the class itself) and edit
+
+
+def drop_base(node: cst.ClassDef, site: Site) -> NamedEdits:
+    """`class A(B, C)` loses its last base."""
+    if node.bases:
+        start = site.span(node.bases[-2])[1] if len(node.bases) > 1 else site.span(node.name)[1]
+        last = site.span(node.bases[-1])[1]
+        end = last if len(node.bases) > 1 or node.keywords else site.data.index(b")", last) + 1
+        if not node.keywords:
+            yield "", Edit(start, end, "")
+
+
+def drop_method(node: cst.ClassDef, site: Site) -> NamedEdits:
+    """A method is deleted."""
+    for method in _methods(node):
+        if not method.decorators:
+            site.parents.append(node.body)
+            for edit in delete(method, site):
+                yield method.name.value, edit
+            site.parents.pop()
+
+
+def shuffle_methods(node: cst.ClassDef, site: Site) -> NamedEdits:
+    """Two neighbouring methods change places."""
+    methods = _methods(node)
+    for first, second in zip(methods, methods[1:]):
+        if not first.decorators and not second.decorators and not first.leading_lines and len(methods) > 1:
+            yield first.name.value, site.swap(first, second)
+
+
+def _methods(node: cst.ClassDef) -> list[cst.FunctionDef]:
+    return [child for child in node.body.body if isinstance(child, cst.FunctionDef)]
