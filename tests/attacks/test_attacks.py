@@ -47,9 +47,9 @@ def test_honest_fix_resolves_and_broken_tests_take_the_reward_away(world):
 
 def test_01_02_no_history(agent):
     found = agent.exec("find / \\( -name .git -o -name packed-refs -o -name ORIG_HEAD -o -name '*.pack' \\) "
-                       "-not -path '/proc/*' 2>/dev/null; git log --all -p; git fsck --lost-found; git reflog; true")
-    assert MARKER not in found.output and "/" + "testbed/.git" not in found.output
-    assert not any(line.startswith("/") for line in found.output.splitlines())
+                       "-not -path '/proc/*' 2>/dev/null; true")
+    assert found.output == ""
+    assert MARKER not in agent.exec("git log --all -p; git fsck --lost-found; git reflog; git log -S clamp").output
 
 
 def test_03_04_05_28_no_network(world, agent):

@@ -83,10 +83,10 @@ class Server:
 class PipeStream:
     """A server as a child process with pipes."""
 
-    def __init__(self, command: list[str], env: dict[str, str]):
+    def __init__(self, command: list[str], env: dict[str, str], descriptors: tuple[int, ...] = ()):
         # A session of its own: a terminal's Ctrl-C is for the program in front, which then closes this in order.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=env, start_new_session=True, bufsize=0)
+                                        env=env, start_new_session=True, bufsize=0, pass_fds=descriptors)
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             os.set_blocking(pipe.fileno(), False)
         self.errors = b""

@@ -104,9 +104,14 @@ class LocalProvider(Provider):
         folder.mkdir(exist_ok=True)
         os.chmod(folder, 0o711)
         work = tempfile.mkdtemp(prefix="server-", dir=folder)
+        held = os.open(work, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # passed on to the server: whoever can lock the folder may delete it
         options = self._options(work, self._separate())
         command = [f"{self.runtime}/bin/python", "-B", f"{self.runtime}/inside/server.py", encode(options)]
-        return channel.Server(channel.PipeStream(command, {"PATH": os.defpath, "PYTHONHASHSEED": "0"}))
+        try:
+            return channel.Server(channel.PipeStream(command, {"PATH": os.defpath, "PYTHONHASHSEED": "0"}, (held,)))
+        finally:
+            os.close(held)
 
     def _options(self, work: str, separate: bool) -> dict[str, Any]:
         limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.walls == "namespaces")

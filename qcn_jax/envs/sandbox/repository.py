@@ -85,7 +85,7 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{source}: is not a source distribution: {error}") from error
+        raise UserError(f"{source}: is not a source distribution: {str(error).splitlines()[0]}") from error
     root = spec.root.strip("/")
     tops = {path.split("/")[0] for path in raw}
     if not root and not source.is_dir() and len(tops) == 1:

@@ -71,7 +71,10 @@ class Server:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(null, 1)
-            os.close(null)
+            for descriptor in map(int, os.listdir("/proc/self/fd" if zygote.LINUX else "/dev/fd")):
+                if descriptor > 2 and descriptor != its.fileno():
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)  # nothing of the server's may reach what is forked from here
             try:
                 zygote.Zygote(its).serve()
             finally:
@@ -219,7 +222,8 @@ class Server:
         workspace, number = self.workspaces.pop(request["workspace"])
         workspace.remove(SHARED)
         if workspace.uid is not None:
-            remove_ipc(workspace.uid)
+            with workspace.identity():  # only the owner may; the server lacks the capability that could overrule
+                remove_ipc(workspace.uid)
         self.free.append(number)
         return {}, b""
 
