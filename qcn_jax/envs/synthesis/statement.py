@@ -32,8 +32,13 @@ class Observation:
     expected: tuple[str, str]
 
 
-def find(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]) -> Observation | None:
-    """The first call in `buggy` whose n-th counterpart in `fixed` (same function and arguments) ended otherwise."""
+def find(
+    buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]], only: tuple[str, str] | None = None
+) -> Observation | None:
+    """The first call in `buggy` whose n-th counterpart in `fixed` (same function and arguments) ended otherwise.
+
+    With `only`, a (path, function), calls of other functions are passed over.
+    """
     known: dict[tuple, list[Mapping[str, Any]]] = collections.defaultdict(list)
     for call in fixed:
         known[_key(call)].append(call)
@@ -41,7 +46,7 @@ def find(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]])
     for call in buggy:
         key = _key(call)
         counterparts = known.get(key, ())
-        if seen[key] < len(counterparts):
+        if seen[key] < len(counterparts) and only in (None, key[:2]):
             difference = _difference(call, counterparts[seen[key]])
             if difference is not None:
                 arguments = tuple((name, text) for name, text in call["args"])

@@ -22,7 +22,7 @@ from qcn_jax.errors import UserError
 MAX_TESTS = 40  # run for one candidate
 MAX_TEST_SECONDS = 1.0  # slower tests are not used
 TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they need without the defect
-LEAST_SECONDS = 2.0  # of processor time that every run may use
+LEAST_SECONDS = 1.0  # of processor time that every run may use
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
 _SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py").read_text()
 
@@ -181,79 +181,94 @@ class Verdict:
         return cls(**{**row, "task": row["task"] and Task.from_json(row["task"], "journal")})
 
 
+class _Rejected(Exception):
+    """The candidate is no task; the text is the outcome."""
+
+
 def check(
     provider: Provider, candidate: Candidate, timeout: float = 10.0, reruns: int = 1, limit: int = statement.SHORT,
     at_fault: bool = False,
 ) -> Verdict:
-    """Executes a candidate: defective state, `reruns` more times, then mended by the reverse patch.
+    """Executes a candidate: defective state, mended by the reverse patch, `reruns` more times the defective state.
 
     Args:
       timeout: wall seconds for one run of the candidate's tests; the limit that usually acts is one of processor
         time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome.
       reruns: further runs of the defective state, whose outcomes must agree with the first.
       limit: characters of the statement.
-      at_fault: the function seen misbehaving must be the defective one; otherwise it may be one that it misleads.
+      at_fault: the statement must tell of the defective function; otherwise it tells of the first one seen
+        misbehaving, which may be one that the defective one misleads.
     """
     spent: list[tuple[float, float]] = []
+    outcome, task = "kept", None
+    try:
+        if grading.forbidden_lines({candidate.path: candidate.before}, {candidate.path: candidate.after}):
+            raise _Rejected("not_gradable")
+        with provider.create(candidate.repository, {candidate.path: candidate.after}) as sandbox:
+            task = _examine(sandbox, candidate, timeout, reruns, limit, at_fault, spent)
+    except _Rejected as rejection:
+        outcome = str(rejection)
+    seconds, cpu = (round(sum(column), 4) for column in zip(*(spent or [(0.0, 0.0)])))
+    return Verdict(candidate.key, candidate.repository, candidate.kind, outcome, seconds, cpu, task)
 
-    def verdict(outcome: str, task: Task | None = None) -> Verdict:
-        seconds, cpu = (round(sum(column), 4) for column in zip(*spent))
-        return Verdict(candidate.key, candidate.repository, candidate.kind, outcome, seconds, cpu, task)
 
-    if grading.forbidden_lines({candidate.path: candidate.before}, {candidate.path: candidate.after}):
-        return Verdict(candidate.key, candidate.repository, candidate.kind, "not_gradable", 0.0, 0.0)
-    with provider.create(candidate.repository, {candidate.path: candidate.after}) as sandbox:
-        status, first = _run(sandbox, candidate, candidate.observe, timeout, spent)
-        if status != "ok":
-            return verdict(status)
-        failing = [name for name in candidate.tests if first["outcomes"].get(name) not in PASSING]
-        passing = [name for name in candidate.tests if name not in set(failing)]
-        if not failing:
-            return verdict("survived")
-        if len(failing) / len(candidate.tests) * candidate.callers > MAX_SHARE * candidate.suite:
-            return verdict("broken")
-        if first["test"] is None or any(name not in first["outcomes"] for name in candidate.tests):
-            return verdict("broken")
-        for _ in range(reruns):
-            status, again = _run(sandbox, candidate, (), timeout, spent)
-            if status != "ok" or any(
-                (again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests
-            ):
-                return verdict("flaky")
-        gold = patches.make_diff({candidate.path: candidate.after}, {candidate.path: candidate.before})
-        mended = patches.apply_diff({candidate.path: candidate.after}, gold)[candidate.path]
-        sandbox.write(candidate.path, mended)
-        status, fixed = _run(sandbox, candidate, (first["test"],), timeout, spent, always=True)
-    if status != "ok" or any(fixed["outcomes"].get(name) not in PASSING for name in candidate.tests):
-        return verdict("not_mended")
+def _examine(
+    sandbox: Sandbox, candidate: Candidate, timeout: float, reruns: int, limit: int, at_fault: bool,
+    spent: list[tuple[float, float]],
+) -> Task:
+    """The runs that decide, cheapest rejections first; `sandbox` is in the defective state."""
+    first = _run(sandbox, candidate, candidate.observe, timeout, spent)
+    failing = [name for name in candidate.tests if first["outcomes"].get(name) not in PASSING]
+    passing = [name for name in candidate.tests if name not in set(failing)]
+    if not failing:
+        raise _Rejected("survived")
+    if any(name not in first["outcomes"] for name in candidate.tests) or first["test"] is None:
+        raise _Rejected("broken")  # a file cannot be collected, or too many tests fail
+    gold = patches.make_diff({candidate.path: candidate.after}, {candidate.path: candidate.before})
+    mended = patches.apply_diff({candidate.path: candidate.after}, gold)[candidate.path]
+    sandbox.write(candidate.path, mended)
+    fixed = _run(sandbox, candidate, (first["test"],), timeout, spent, always=True)
+    if any(fixed["outcomes"].get(name) not in PASSING for name in candidate.tests):
+        raise _Rejected("not_mended")
     if first["again"] in PASSING or fixed["again"] not in PASSING:
-        return verdict("flaky")
-    observation = statement.find(first["calls"], fixed["calls"])
+        raise _Rejected("flaky")
+    only = (candidate.path, candidate.function) if at_fault else None
+    observation = statement.find(first["calls"], fixed["calls"], only)
     if observation is None:
-        return verdict("unobserved")
-    if at_fault and (observation.path, observation.function) != (candidate.path, candidate.function):
-        return verdict("observed_elsewhere")
+        raise _Rejected("unobserved")
     ordered = [first["test"], *(name for name in failing if name != first["test"])]
     text = statement.write(observation, ordered, first["messages"].get(first["test"], ""), limit)
     if statement.contains_fix(text, gold):
-        return verdict("statement_tells_fix")
-    return verdict("kept", _task(candidate, gold, failing, passing, observation, text))
+        raise _Rejected("statement_tells_fix")
+    for _ in range(reruns):
+        sandbox.reset()
+        again = _run(sandbox, candidate, (), timeout, spent)
+        if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
+            raise _Rejected("flaky")
+    return _task(candidate, gold, failing, passing, observation, text)
 
 
 def _run(
     sandbox: Sandbox, candidate: Candidate, observe: Sequence[str], timeout: float, spent: list[tuple[float, float]],
     always: bool = False,
-) -> tuple[str, Any]:
-    """One run of the candidate's tests: (ok, timeout, crashed or out_of_memory; what observe.py returned)."""
+) -> dict[str, Any]:
+    """One run of the candidate's tests: what observe.py returned.
+
+    Raises:
+      _Rejected: timeout, out_of_memory or crashed.
+    """
+    # Of all tests more than MAX_SHARE would fail if those not run failed like those run.
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
     arguments = {"mode": "check", "tests": candidate.tests, "observe": observe, "always": always,
                  "sources": candidate.sources, "too_many": too_many,
-                 "seconds": min(timeout, LEAST_SECONDS + 8 * candidate.seconds)}
+                 "seconds": min(timeout, LEAST_SECONDS + 4 * candidate.seconds)}  # fmt: skip
     run = sandbox.run_python(_SCRIPT, arguments, timeout)
     spent.append((run.seconds, run.value["cpu"] if run.value else 0.0))
-    if run.status == "ok":
-        return ("timeout" if run.value["timeout"] else "ok"), run.value
-    return (run.status if run.status in ("timeout", "out_of_memory") else "crashed"), run.value
+    if run.status != "ok":
+        raise _Rejected(run.status if run.status in ("timeout", "out_of_memory") else "crashed")
+    if run.value["timeout"]:
+        raise _Rejected("timeout")
+    return run.value
 
 
 def _task(

@@ -22,6 +22,13 @@ def test_innermost_call_is_told():
     assert text == "`inner(1)` in pkg/m.py returned 3; expected 2. Failing test: test_inner."
 
 
+def test_only_one_function():
+    fixed = [call("inner", result=["1"]), call("outer", result=["1"])]
+    buggy = [call("inner", result=["2"]), call("outer", result=["2"])]
+    assert statement.find(buggy, fixed, ("pkg/m.py", "outer")).function == "outer"
+    assert statement.find(buggy, fixed, ("pkg/other.py", "outer")) is None
+
+
 def test_only_equal_arguments_are_compared():
     """A call with other arguments is the consequence of an earlier difference, not the first one."""
     fixed = [call("low", [("x", "1")], ["1"]), call("high", [("x", "1")], ["1"])]
