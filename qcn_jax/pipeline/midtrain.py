@@ -174,7 +174,8 @@ def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) ->
     if settings.edits > 0:
         code = [(path, text) for path, text in modules if not _is_test(path)]
         table = edits.function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds,
-                                     seed=config.seed, cache=context.workdir / "data" / "edits.json", processes=config.workers)
+                                     seed=config.seed, cache=context.workdir / "data" / "edits.json",
+                                     processes=config.workers)
         context.log(f"edits: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
         documents = edits.EditDocuments(table, tokenizer, seed=config.seed, max_tokens=length)
         sources.append(loader.Source("edits", documents, settings.edits))

@@ -105,6 +105,7 @@ def test_cross_entropy_is_float32_whatever_the_logits_are():
     np.testing.assert_allclose(low, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_non_finite_values_are_traced_to_where_they_begin(packed):
     batch, _ = packed
     explain = diagnose.explain(CONFIG, LOSS)

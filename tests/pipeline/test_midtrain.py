@@ -21,13 +21,15 @@ from qcn_jax.pipeline.train import make_train_step
 from tests.pipeline import chain
 from tests.pipeline.micro import MODEL
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, STEPS = 384, 6
 CONFIG = RunConfig(
     init="random", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
     tokenizer=TokenizerConfig(vocab_size=VOCABULARY), tasks=TasksConfig(),
     midtrain=MidtrainConfig(
         corpus_megabytes=0.03,
-        train=TrainConfig(steps=STEPS, rows=2, sequence_length=256, mtp_coef=0.0, checkpoint_every=2, log_every=1,
+        train=TrainConfig(steps=STEPS, rows=2, sequence_length=512, mtp_coef=0.0, checkpoint_every=2, log_every=1,
                           optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2))))
 
 
@@ -71,7 +73,7 @@ def whole(tmp_path_factory):
 
 def test_results_curves_and_files(whole):
     root, results, lines = whole
-    assert results["steps"] == STEPS and results["tokens"] == STEPS * 512
+    assert results["steps"] == STEPS and results["tokens"] == STEPS * 1024
     assert results["shares"] == {"repository": 0.3, "fim": 0.2, "edits": 0.5}
     assert results["packing"]["fragmentation"] == 0 and results["seconds_per_step"] > 0
     assert json.loads(json.dumps(results)) == results

@@ -23,7 +23,9 @@ from qcn_jax.pipeline.midtrain import ADDED_TOKENS
 from tests.envs import tiny
 from tests.pipeline.micro import MODEL, micro_params
 
-VOCABULARY, STEPS = 384, 4
+pytestmark = pytest.mark.slow
+
+VOCABULARY, STEPS = 384, 6  # batch shape, steps and optimizer as in test_midtrain: one compiled step for both
 CONFIG = RunConfig(
     sandbox="local", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
     tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
@@ -180,10 +182,10 @@ def test_the_control_continues_from_sft(whole):
     object.__setattr__(context, "log", lambda line: None)
     context_for_pool = context.shared
     try:
-        results = sft.train_control(context, 2, root / "evaluate" / "sft_control")
+        results = sft.train_control(context, STEPS, root / "evaluate" / "sft_control")
     finally:
         context_for_pool.close()
-    assert results["steps"] == 2 and results["seconds"] == pytest.approx(2 * results["seconds_per_step"])
+    assert results["steps"] == STEPS and results["seconds"] == pytest.approx(STEPS * results["seconds_per_step"])
     _, control = hub.load(context.model_path("sft_control"))
     _, start = hub.load(context.model_path("sft"))
     assert np.abs(control["lm_head"]["kernel"] - start["lm_head"]["kernel"]).max() > 0

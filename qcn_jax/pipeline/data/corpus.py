@@ -32,7 +32,8 @@ REPO_NAME, FILE_SEP = "<|repo_name|>", "<|file_sep|>"
 _STDLIB_DROPPED = frozenset({
     "site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "encodings", "pydoc_data",
     "turtledemo", "lib2to3", "__pycache__", "__phello__"})
-_VENDORED = frozenset({"_vendor", "vendor", "vendored", "_vendored", "third_party", "thirdparty", "extern", "externals"})
+_VENDORED = frozenset({
+    "_vendor", "vendor", "vendored", "_vendored", "third_party", "thirdparty", "extern", "externals"})
 _MAX_FILE_BYTES = 200_000  # larger ones are generated tables
 _SIGNIFICANT = 24  # characters from which a line says where it comes from
 _COPY_SHARE = 0.3  # of a file's significant lines that a held-out repository also has
