@@ -10,6 +10,7 @@ import importlib
 import json
 import linecache
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -25,6 +26,8 @@ import pytest
 MAX_MESSAGES = 20  # failures described per run; the others are listed by outcome alone
 MAX_MESSAGE = 400  # characters of one description
 TEST_CODE = re.compile(r"(^|/)(tests?/|conftest\.py$|test_[^/]*\.py$|[^/]*_test\.py$|tests?\.py$)")
+FIXED_ARGUMENTS = ("-q", "--tb=no", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+_get_config, _ready_config = _pytest.config.get_config, None
 _read_pyc = _pytest.assertion.rewrite._read_pyc
 
 
@@ -44,10 +47,27 @@ def preload() -> None:
         return code
 
     _pytest.assertion.rewrite._read_pyc = read_pyc
+    global _ready_config
+    _ready_config = _get_config(list(FIXED_ARGUMENTS))
+    _pytest.config.get_config = get_config
     # PYTEST_CURRENT_TEST would tell the code under test which answer is expected next.
     _pytest.runner._update_current_test_var = lambda item, when: None
     global _SNAPSHOT
     _SNAPSHOT = _snapshot()
+
+
+def get_config(args=None, plugins=None, **options):
+    """pytest's own `get_config`, except that the first call in a fork takes the one made before forking.
+
+    Registering pytest's forty plugins is a fifth of a short run. A selection of plugins of the repository's own (-p)
+    must be known before, so that such a run starts from nothing.
+    """
+    global _ready_config
+    config, _ready_config = _ready_config, None
+    if config is None or args is None or sum(word.startswith("-p") for word in args) != 1:
+        return _get_config(args, plugins, **options)
+    config.invocation_params = config.InvocationParams(args=args, plugins=plugins, dir=pathlib.Path.cwd())
+    return config
 
 
 def _namespaces():
@@ -194,8 +214,7 @@ def selected_files(root, node_ids):
 
 def pytest_arguments(root, extra, files, fail_fast):
     """Command-line arguments of pytest; no files means whatever the repository's configuration says."""
-    return ["-q", "--tb=no", "-p", "no:cacheprovider", "--rootdir", root, "--continue-on-collection-errors",
-            *extra, *(["--maxfail=1"] if fail_fast else []), *files]
+    return [*FIXED_ARGUMENTS, "--rootdir", root, *extra, *(["--maxfail=1"] if fail_fast else []), *files]
 
 
 def run_tests(job, write):
