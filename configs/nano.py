@@ -16,7 +16,7 @@ KINDS = (
     "add_not", "drop_not", "flip_boolean", "swap_and_or", "flip_comparison", "change_boundary", "flip_membership",
     "flip_identity", "change_arithmetic", "change_constant",
 )
-LENGTH = 512  # tokens of a packed row, and the longest episode
+LENGTH = 768  # tokens of a packed row, and the longest episode
 
 
 def get_config():
@@ -28,9 +28,9 @@ def get_config():
         num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
         router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16,
     )
-    rollout = RolloutConfig(max_turns=8, max_new_tokens=64, max_length=LENGTH, slots=64)
-    train = lambda steps, rate, mtp_coef=0.0: TrainConfig(
-        steps=steps, rows=6, sequence_length=LENGTH, mtp_coef=mtp_coef,
+    rollout = RolloutConfig(max_turns=8, max_new_tokens=128, max_length=LENGTH, slots=64)
+    train = lambda steps, rate, rows=4, length=LENGTH, mtp_coef=0.0: TrainConfig(
+        steps=steps, rows=rows, sequence_length=length, mtp_coef=mtp_coef,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))
     gentle = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, weight_decay=0.0)
     return to_config_dict(RunConfig(
@@ -40,10 +40,12 @@ def get_config():
         tasks=TasksConfig(
             repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=600, heldout=200,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
-        midtrain=MidtrainConfig(train=train(60, 1e-3, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7, corpus_megabytes=3.0),
-        sft=SftConfig(train=train(150, 1e-3)),
-        rl=RLConfig(updates=25, prompts=16, group_size=8, rows=6, sequence_length=LENGTH, optimizer=gentle,
+        midtrain=MidtrainConfig(
+            train=train(60, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
+            corpus_megabytes=3.0),
+        sft=SftConfig(train=train(220, 1e-3)),
+        rl=RLConfig(updates=15, prompts=12, group_size=8, rows=4, sequence_length=LENGTH, optimizer=gentle,
                     rollout=rollout),
-        distill=DistillConfig(updates=12, rows=6, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),
+        distill=DistillConfig(updates=12, rows=4, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),
         evaluate=EvaluateConfig(tasks=200, pass_k_tasks=60, rollout=rollout),
     ))
