@@ -8,8 +8,10 @@ import collections
 import dataclasses
 import hashlib
 import importlib.resources
+import json
 import random
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import grading, patches
@@ -24,7 +26,8 @@ MAX_TEST_SECONDS = 1.0  # slower tests are not used
 TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they need without the defect
 LEAST_SECONDS = 1.0  # of processor time that every run may use
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
-_SCRIPT = importlib.resources.files("qcn_jax.envs.synthesis.inside").joinpath("observe.py").read_text()
+_INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
+_SCRIPT, _COLLECT = ((_INSIDE / name).read_text() for name in ("observe.py", "collect.py"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,8 @@ class Candidate:
 def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> Survey:
     """Prepares a repository and learns which tests call which functions, in at most `seconds` of processor time.
 
-    Left out are tests that fail, that disagree between the preparing and the traced run, or whose ids are not
-    the same in every process (parameters taken from a set, say).
+    Left out are tests that fail, that disagree between the preparing and the traced run, or whose ids mean something
+    else in another process (parameters taken from a set, say).
 
     Raises:
       UserError: the repository's tests cannot run at all or none of them passes; names the repository.
@@ -91,10 +94,7 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     if run.status != "ok":
         raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
     value = run.value
-    with provider.create(spec.name, role="grading") as sandbox:  # another process, another layout of memory
-        elsewhere = sandbox.run_python(_SCRIPT, {"mode": "ids"}, timeout=10 * seconds).value or []
-    known = set(baseline.outcomes)
-    wandering = {name.split("[")[0] for name in (set(value["outcomes"]) - known) | (known ^ set(elsewhere))}
+    wandering = _wandering(_collect(provider, spec, "0", 10 * seconds), _collect(provider, spec, "1", 10 * seconds))
     ids = list(value["calls"])
     passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
     stable = [name for name in passing
@@ -119,6 +119,23 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
         failing,
         len(passing) - len(stable),
     )
+
+
+def _collect(provider: Provider, spec: RepositorySpec, hash_seed: str, timeout: float) -> dict[str, str]:
+    """Parameters by id of all tests, in a fresh interpreter whose sets have the order of `hash_seed`."""
+    collected = "qcn_collected.json"  # in this sandbox alone
+    command = f"python -c {shlex.quote(_COLLECT)} {collected} {shlex.join(spec.pytest_args)} > /dev/null 2>&1"
+    with provider.create(spec.name) as sandbox:
+        sandbox.exec(command, timeout, env={"PYTHONHASHSEED": hash_seed})
+        try:
+            return json.loads(sandbox.read(collected))
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{spec.name}: its tests cannot be collected") from error
+
+
+def _wandering(first: Mapping[str, str], second: Mapping[str, str]) -> set[str]:
+    """Test functions of which some id is missing or has other parameters in one of two processes."""
+    return {name.split("[")[0] for name in {*first, *second} if first.get(name) != second.get(name)}
 
 
 def callers(known: Survey, path: str, qualname: str) -> tuple[int, ...]:
