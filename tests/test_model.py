@@ -27,7 +27,7 @@ run = jax.jit(MODEL.apply, static_argnames="with_logits")
 
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), abstract_params(config))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype), abstract_params(config))
 
 
 VARIABLES = {"params": random_params(SMALL)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qcn_jax import hub
-from qcn_jax.model import Qwen3Next
+from qcn_jax.model import Qwen3Next, unroll
 from qcn_jax.moe.losses import balance_loss
 
 pytestmark = pytest.mark.torch
@@ -36,7 +36,7 @@ def random_config(seed):
         linear_key_head_dim=pick(8, 16), linear_value_head_dim=pick(8, 16, 24), linear_conv_kernel_dim=pick(2, 3, 4),
         num_experts=experts, num_experts_per_tok=pick(1, 2, 3), moe_intermediate_size=pick(16, 24),
         shared_expert_intermediate_size=pick(16, 40), norm_topk_prob=pick(True, True, False),
-        tie_word_embeddings=pick(False, False, True), initializer_range=0.2, router_aux_loss_coef=0.02,
+        tie_word_embeddings=pick(False, False, True), initializer_range=0.1, router_aux_loss_coef=0.02,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": pick(0.25, 0.5)})
     return config, (int(rng.integers(1, 4)), int(rng.integers(2, 150))), pick(16, 32, 64)
 
@@ -46,6 +46,7 @@ def reference(config, seed):
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # spinning threads starve each other on a busy machine
     torch.manual_seed(seed)
     model = transformers.Qwen3NextForCausalLM(config).float().eval()
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_logits_losses_and_gradients(seed, tmp_path):
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
     """A reference model with wide logits, and its conversion."""
-    config, _, _ = random_config(1)
+    config, _, _ = random_config(0)
     model = reference(config, 5)
     return model, *converted(model, tmp_path_factory.mktemp("weights"))
 
@@ -126,17 +127,22 @@ def test_left_padding(generator):
     np.testing.assert_allclose(balance_loss(out.aux), expected.aux_loss.item(), rtol=LOSS)
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_greedy_generation(generator, unrolled):
+@pytest.fixture(scope="module")
+def generated(generator):
+    """Two prompts and what the reference makes of them, 200 tokens each."""
     import torch
 
-    from qcn_jax.model import unroll
-
-    model, config, params = generator
+    model, config, _ = generator
     prompt = np.random.default_rng(4).integers(1, config.vocab_size, (2, 13))
-    expected = model.generate(
+    tokens = model.generate(
         torch.from_numpy(prompt), max_new_tokens=200, min_new_tokens=200, do_sample=False, use_cache=True,
-        pad_token_id=0, eos_token_id=None)[:, 13:]
+        pad_token_id=0, eos_token_id=None)
+    return prompt, tokens[:, 13:].numpy()
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_greedy_generation(generator, generated, unrolled):
+    (_, config, params), (prompt, expected) = generator, generated
     ours = Qwen3Next(config, unrolled=unrolled)
     variables = {"params": unroll(config, params) if unrolled else params}
     prefill = jax.jit(ours.apply)(variables, jnp.asarray(prompt), cache=ours.init_cache(2, 256))
@@ -151,4 +157,4 @@ def test_greedy_generation(generator, unrolled):
         return jax.lax.scan(step, (cache, token), None, length=200)[1]
 
     tokens = decode(variables, prefill.cache, jnp.argmax(prefill.logits[:, -1], axis=-1))
-    np.testing.assert_array_equal(tokens.T, expected.numpy())
+    np.testing.assert_array_equal(tokens.T, expected)
