@@ -25,6 +25,7 @@ from qcn_jax.inference.sampling import Sampling, sample
 from qcn_jax.model import Qwen3Next, unroll
 
 FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
+UNROLL_BYTES = 1 << 30  # parameters up to this size are also kept layer by layer
 MAX_STOP_IDS = 8  # stop ids are padded to this many, so that their number is not part of the compiled shape
 
 
@@ -60,7 +61,7 @@ class Engine:
         stop_ids: Sequence[int] = (),
         prefill_rows: int = 16,
         prefill_chunk: int = 64,
-        unrolled: bool = True,
+        unrolled: bool | None = None,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -74,11 +75,14 @@ class Engine:
           prefill_rows: P, slots that one prefill call works on.
           prefill_chunk: C, tokens of each of them that it takes in.
           unrolled: compile every layer apart, which decodes faster (no copies of the weights and caches that a
-            scan slices) and compiles longer, by the number of layers.
+            scan slices), compiles longer by the number of layers, and holds the weights twice. By default so
+            for small models.
         """
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"at most {MAX_STOP_IDS} stop ids, got {len(stop_ids)}")
         self.config = config
+        if unrolled is None:
+            unrolled = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= UNROLL_BYTES
         self._model = model = Qwen3Next(config, unrolled=unrolled)
         self.params = params
         self.slots = slots

@@ -32,7 +32,7 @@ from qcn_jax.pipeline.domains import TaskConversation, make_services
 from qcn_jax.pipeline.metrics import read_metrics
 from qcn_jax.pipeline.optimizer import make_optimizer
 from qcn_jax.pipeline.rl import training_prompts
-from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, rollout, sequence_seed
+from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, Stop, never, rollout, sequence_seed
 from qcn_jax.pipeline.train import TrainState
 from qcn_jax.pipeline.update import Part, SumLoss, Updater
 
@@ -98,10 +98,10 @@ class Distiller:
     prompts: Mapping[str, Sequence[Any]]
     converse: Callable[[Any], Conversation]
 
-    def step(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def step(self, update: int, state: TrainState, stop: Stop = never) -> tuple[TrainState, dict[str, Any]]:
         """One update over all domains. Where no episode qualifies, the state stays as it is."""
         clock = online.Clock()
-        records = self._act(update, state.params)
+        records = self._act(update, state.params, stop)
         clock.lap("rollout")
         parts = []
         for domain, episodes in records.items():
@@ -119,7 +119,7 @@ class Distiller:
         everything = [record for episodes in records.values() for record in episodes]
         return state, metrics | _shares(everything) | clock.parts
 
-    def _act(self, update: int, student: Any) -> dict[str, list[RolloutRecord]]:
+    def _act(self, update: int, student: Any, stop: Stop) -> dict[str, list[RolloutRecord]]:
         """Episodes by domain: the student's, all at once, or each teacher's on its own prompts."""
         chosen = {
             domain: online.choose(self.prompts[domain], count, update, self.seed + index)
@@ -127,7 +127,7 @@ class Distiller:
         }  # fmt: skip
         if self.config.loss == "reverse_kl":
             order = [(domain, prompt) for domain, prompts in chosen.items() for prompt in prompts]
-            records = self._rollout(student, [prompt for _, prompt in order], update, 0)
+            records = self._rollout(student, [prompt for _, prompt in order], update, 0, stop)
             found: dict[str, list[RolloutRecord]] = {domain: [] for domain in chosen}
             for record in records:
                 if not record.outcome.infrastructure:
@@ -135,17 +135,19 @@ class Distiller:
             return found
         return {
             domain: [
-                record for record in self._rollout(self.teachers[domain], prompts, update, index)
+                record for record in self._rollout(self.teachers[domain], prompts, update, index, stop)
                 if not record.outcome.infrastructure
             ] for index, (domain, prompts) in enumerate(chosen.items())
         }  # fmt: skip
 
-    def _rollout(self, params: Any, prompts: Sequence[Any], update: int, stream: int) -> list[RolloutRecord]:
+    def _rollout(
+        self, params: Any, prompts: Sequence[Any], update: int, stream: int, stop: Stop = never
+    ) -> list[RolloutRecord]:
         self.engine.params = params
         samples = range(self.config.group_size)
         groups = [[self.converse(prompt) for _ in samples] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, stream, g, i) for i in samples] for g in range(len(prompts))]
-        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout))
+        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout), stop=stop)
 
 
 def deal(count: int, names: Sequence[str]) -> dict[str, int]:

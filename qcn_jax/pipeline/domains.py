@@ -40,11 +40,12 @@ class Once:
     """Computes the value of a key once, however many threads ask for it at the same time.
 
     The samples of a prompt often agree; their tests need to run only once. A value that `keep` refuses (a run
-    that failed for reasons of its own) is given to those who wait for it, and computed again for the next.
+    that failed for reasons of its own) is given to those who wait for it, and computed again for the next. The
+    oldest values are forgotten where there are more than `limit`.
     """
 
-    def __init__(self, keep: Callable[[Any], bool] = lambda value: True) -> None:
-        self._keep = keep
+    def __init__(self, keep: Callable[[Any], bool] = lambda value: True, limit: int = 4096) -> None:
+        self._keep, self._limit = keep, limit
         self._lock = threading.Lock()
         self._values: dict[Any, concurrent.futures.Future[Any]] = {}
         self.asked = self.computed = 0
@@ -58,19 +59,24 @@ class Once:
             if future is None:
                 self.computed += 1
                 future = self._values[key] = concurrent.futures.Future()
+                if len(self._values) > self._limit:
+                    del self._values[next(iter(self._values))]  # whoever waits for it holds the future itself
         if mine:
             try:
                 value = compute()
             except BaseException as error:
-                with self._lock:
-                    del self._values[key]
+                self._forget(key, future)
                 future.set_exception(error)
                 raise
             if not self._keep(value):
-                with self._lock:
-                    del self._values[key]
+                self._forget(key, future)
             future.set_result(value)
         return future.result()
+
+    def _forget(self, key: Any, future: concurrent.futures.Future[Any]) -> None:
+        with self._lock:
+            if self._values.get(key) is future:
+                del self._values[key]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,13 +22,14 @@ from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline.checkpoints import Checkpoints
 from qcn_jax.pipeline.data.packing import pack
 from qcn_jax.pipeline.metrics import MetricsLog
-from qcn_jax.pipeline.rollout import RolloutRecord
+from qcn_jax.pipeline.rollout import RolloutRecord, Stop, Stopped
 from qcn_jax.pipeline.train import Interrupted, TrainState, stop_signals
 
 T = TypeVar("T")
 HEAD_CHUNK_ELEMENTS = 1 << 25  # logits that exist at a time: all of a nano model's, 216 positions of Qwen's
 
-Step = Callable[[int, TrainState], tuple[TrainState, dict[str, Any]]]
+# (number of the update from 0, state, whether to give up) -> (state, metrics)
+Step = Callable[[int, TrainState, Stop], tuple[TrainState, dict[str, Any]]]
 
 
 def run_updates(
@@ -40,14 +41,15 @@ def run_updates(
     Args:
       directory: holds metrics.jsonl and checkpoints/.
       state: the initial state (donated), used where there is no checkpoint.
-      step: (number of the update from 0, state) -> (state, metrics); the metrics must be JSON-ready.
+      step: one update; its metrics must be JSON-ready. Where it raises `rollout.Stopped`, which it may do as
+        long as it has not donated the state, that update is done again by the run that resumes.
       updates: how many in all.
       log: takes one progress line.
       line: words the metrics of an update for `log`.
       checkpoint_every: in updates.
 
     Raises:
-      Interrupted: SIGTERM or SIGINT came; the update under way was finished and saved.
+      Interrupted: SIGTERM or SIGINT came; all finished updates are saved.
     """
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     done = 0
@@ -61,7 +63,11 @@ def run_updates(
             with stop_signals() as stop:
                 while done < updates:
                     began = time.perf_counter()
-                    state, metrics = step(done, state)
+                    try:
+                        state, metrics = step(done, state, stop.is_set)
+                    except Stopped:
+                        checkpoints.save(done, state, wait=True)
+                        raise _interrupted(stop, done, log) from None
                     done += 1
                     metrics = metrics | {"seconds": time.perf_counter() - began}
                     curve.write(done, metrics)
@@ -70,13 +76,17 @@ def run_updates(
                     if stop.is_set() or done == updates or done % checkpoint_every == 0:
                         checkpoints.save(done, state, wait=stop.is_set() or done == updates)
                     if stop.is_set() and done < updates:
-                        log(f"stopped by a signal at update {done}; saved; the same command resumes")
-                        raise Interrupted(128 + stop.number)
+                        raise _interrupted(stop, done, log)
         finally:
             curve.close()
     finally:
         checkpoints.close()
     return state
+
+
+def _interrupted(stop: Any, done: int, log: Callable[[str], None]) -> Interrupted:
+    log(f"stopped by a signal after update {done}; saved; the same command resumes")
+    return Interrupted(128 + stop.number)
 
 
 def make_engine(

@@ -31,7 +31,7 @@ from qcn_jax.pipeline.domains import DOMAINS, Prompt, Services, TaskConversation
 from qcn_jax.pipeline.metrics import read_metrics
 from qcn_jax.pipeline.optimizer import make_optimizer
 from qcn_jax.pipeline.rewards import informative_groups, summarize, token_advantages
-from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, rollout, sequence_seed
+from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, Stop, never, rollout, sequence_seed
 from qcn_jax.pipeline.splits import split_tasks
 from qcn_jax.pipeline.train import TrainState
 from qcn_jax.pipeline.update import Part, SumLoss, Updater
@@ -101,18 +101,20 @@ class Learner:
     converse: Callable[[Any], Conversation]
     reference: Any = None
 
-    def act(self, params: Any, update: int, prompts: Sequence[Any], samples: int) -> list[RolloutRecord]:
+    def act(
+        self, params: Any, update: int, prompts: Sequence[Any], samples: int, stop: Stop = never
+    ) -> list[RolloutRecord]:
         """`samples` episodes on each of `prompts`."""
         self.engine.params = params
         groups = [[self.converse(prompt) for _ in range(samples)] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, g, i) for i in range(samples)] for g in range(len(prompts))]
-        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout))
+        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout), stop=stop)
 
-    def step(self, update: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def step(self, update: int, state: TrainState, stop: Stop = never) -> tuple[TrainState, dict[str, Any]]:
         """One update: act, judge, learn. Without an informative group the state stays as it is."""
         clock = online.Clock()
         chosen = online.choose(self.prompts, self.config.prompts, update, self.seed)
-        records = self.act(state.params, update, chosen, self.config.group_size)
+        records = self.act(state.params, update, chosen, self.config.group_size, stop)
         clock.lap("rollout")
         groups = list(informative_groups(records).values())
         metrics: dict[str, float] = {}

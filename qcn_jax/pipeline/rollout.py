@@ -23,7 +23,7 @@ from qcn_jax.inference.engine import Engine, Generation
 from qcn_jax.inference.sampling import Sampling
 
 STRAGGLERS = 0.25  # share of turns under way that the rest does not wait for
-THREADS = 32  # each only waits for a worker process; how many tools really run at once is the pool's choice
+THREADS = 128  # each only waits for a worker process; how many tools really run at once is the pool's choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,18 @@ class RolloutRecord:
         return float(np.mean([turn.malformed for turn in self.turns])) if self.turns else 0.0
 
 
+Stop = Callable[[], bool]
+
+
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
+class Stopped(Exception):
+    """A rollout was given up because it was asked to."""
+
+
 class _Open:
     """A conversation that holds a slot."""
 
@@ -154,6 +166,7 @@ def rollout(
     sampling: Sampling,
     max_new_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    stop: Stop = never,
 ) -> list[RolloutRecord]:
     """Runs every conversation to its end.
 
@@ -164,9 +177,13 @@ def rollout(
       sampling: how to draw tokens.
       max_new_tokens: of one turn (None: the engine's own limit).
       progress: called with (finished, all) conversations after every turn.
+      stop: asked after every turn whether to give up.
 
     Returns:
       Records in the order of `groups`, samples in order within.
+
+    Raises:
+      Stopped: `stop` said so; tests under way have ended.
     """
     waiting = deque(_units(groups, seeds, engine.slots))
     total = sum(len(group) for group in groups)
@@ -195,6 +212,8 @@ def rollout(
                 else:
                     added[slot] = reply.tokens
             engine.extend(added)
+            if stop():
+                raise Stopped
             if progress is not None:
                 progress(sum(verdict.done() for _, verdict in verdicts), total)
         records = [opened.record(verdict.result()) for opened, verdict in verdicts]

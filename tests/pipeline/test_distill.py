@@ -116,7 +116,7 @@ def test_one_student_takes_on_both_teachers(engine, params, teachers) -> None:
         curve.append(metrics)
     for domain in ("a", "b"):
         assert np.mean([m[f"loss/{domain}"] for m in curve[-3:]]) < 0.6 * curve[0][f"loss/{domain}"]
-    assert curve[0]["episodes"] == 8 and distiller.updater._step._cache_size() == 1
+    assert 4 <= curve[0]["episodes"] <= 8 and distiller.updater._step._cache_size() == 1
 
 
 def test_rejection_learns_from_solved_episodes_of_the_teachers_alone(engine, params, teachers, monkeypatch) -> None:
@@ -125,8 +125,8 @@ def test_rejection_learns_from_solved_episodes_of_the_teachers_alone(engine, par
     pack, act = online.pack_rows, distiller._rollout
     monkeypatch.setattr(online, "pack_rows", lambda documents, *a: learned.append(documents) or pack(documents, *a))
 
-    def watched(weights, prompts, update, stream):
-        records = act(weights, prompts, update, stream)
+    def watched(weights, prompts, *rest):
+        records = act(weights, prompts, *rest)
         acted.append((weights, prompts, records))
         return records
 

@@ -180,6 +180,8 @@ def test_once() -> None:
         with pytest.raises(RuntimeError):
             once.get("error", fails)
     assert once.get("error", lambda: 1) == 1
+    small = Once(limit=2)
+    assert [small.get(n, lambda n=n: n) for n in (1, 2, 3, 3, 1)] == [1, 2, 3, 3, 1] and small.computed == 4
 
 
 def record(prompt: int, reward: float, solved: bool, infrastructure: bool = False, malformed=(False,)):

@@ -1,6 +1,8 @@
 """RL from token to weights: hand-made losses, learning on a bandit, resumption, filters."""
 
 import dataclasses
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,11 @@ from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline import online
+from qcn_jax.pipeline.metrics import read_metrics
 from qcn_jax.pipeline.optimizer import make_optimizer
 from qcn_jax.pipeline.rl import Learner, policy_loss
 from qcn_jax.pipeline.rollout import Outcome, Reply, RolloutRecord, Turn
-from qcn_jax.pipeline.train import TrainState
+from qcn_jax.pipeline.train import Interrupted, TrainState
 from qcn_jax.pipeline.update import Updater
 from tests.pipeline.micro import MODEL, STOP, micro_params
 
@@ -190,10 +193,10 @@ def test_resumed_updates_equal_uninterrupted_ones(tmp_path, params, engine, opti
     class Killed(Exception):
         pass
 
-    def dies(update, state):
+    def dies(update, state, stop):
         if update == 3:
             raise Killed  # after the checkpoint of update 2, as a kill in the middle of update 3 would leave it
-        return learner.step(update, state)
+        return learner.step(update, state, stop)
 
     with pytest.raises(Killed):
         online.run_updates(
@@ -204,6 +207,26 @@ def test_resumed_updates_equal_uninterrupted_ones(tmp_path, params, engine, opti
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     read = lambda folder: [line.split('"seconds')[0] for line in open(tmp_path / folder / "metrics.jsonl")]
     assert read("whole") == read("part") and len(read("part")) == 5
+
+
+def test_sigterm_in_a_rollout_saves_and_the_rest_follows_later(tmp_path, params, engine, optimizer, updater) -> None:
+    learner = make_learner(engine, updater)
+    run = lambda folder, step, updates: online.run_updates(
+        tmp_path / folder, fresh(params, optimizer), step, updates, log=lambda line: None,
+        line=lambda metrics: "", checkpoint_every=100,
+    )  # fmt: skip
+    whole = run("whole", learner.step, 3)
+
+    def interrupted(update, state, stop):
+        if update == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learner.step(update, state, stop)
+
+    with pytest.raises(Interrupted) as stopped:
+        run("part", interrupted, 3)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [row["step"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl")] == [1]
+    jax.tree.map(np.testing.assert_array_equal, whole, run("part", learner.step, 3))
 
 
 def test_minibatches_are_optimizer_steps(params, engine, optimizer, updater) -> None:
