@@ -86,7 +86,8 @@ def _disk(path: str) -> Finding:
         return Finding("disk", False, f"{path}: {error.strerror}", True)
     free = usage.free / 2**30
     note = "" if free >= NEED_DISK_GB else f"; the main job wants {NEED_DISK_GB:.0f}"
-    return Finding("disk", not note, f"{free:.1f} GiB free of {usage.total / 2**30:.1f} at {os.path.abspath(path)}{note}", True)
+    detail = f"{free:.1f} GiB free of {usage.total / 2**30:.1f} at {os.path.abspath(path)}{note}"
+    return Finding("disk", not note, detail, True)
 
 
 def _jax() -> Finding:
@@ -107,7 +108,8 @@ def _docker() -> Finding:
         client = docker.from_env(timeout=10)
         version = client.version()
     except docker.errors.DockerException as error:
-        return Finding("docker", False, f"no engine answers ({parsing.one_line(error)[:90]}); `local` sandboxes are used")
+        why = parsing.one_line(error)[:90]
+        return Finding("docker", False, f"no engine answers ({why}); `local` sandboxes are used")
     images = len(client.images.list())
     return Finding("docker", True, f"engine {version['Version']} ({version['Os']}/{version['Arch']}), {images} images")
 

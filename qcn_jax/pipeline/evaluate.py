@@ -30,8 +30,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
 
     measured("heuristic", bench.heuristic)
     models["heuristic_once"] = first_guess(models["heuristic"])
-    with_control = context.config.evaluate.sft_control and "swe" in context.config.rl.experts
-    control = train_control(context) if with_control else None
+    control = train_control(context) if has_control(context) else None
     for name in model_names(context):
         measured(name, lambda name=name: bench.model(name, *hub.load(context.model_path(name))))
     files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench))
@@ -56,7 +55,12 @@ def model_names(context: StageContext) -> list[str]:
     """Models that this run trains, in the order of the report."""
     config = context.config
     experts = [f"expert_{name}" for name in config.rl.experts]
-    return ["base", "midtrain", "sft", *(["sft_control"] if config.evaluate.sft_control and "swe" in config.rl.experts else []), *experts, "unified"]
+    return ["base", "midtrain", "sft", *(["sft_control"] if has_control(context) else []), *experts, "unified"]
+
+
+def has_control(context: StageContext) -> bool:
+    """Whether there is an equal-time control; its time is the SWE expert's."""
+    return context.config.evaluate.sft_control and "swe" in context.config.rl.experts
 
 
 def make_bench(context: StageContext) -> Bench:
@@ -89,7 +93,7 @@ def train_control(context: StageContext) -> dict[str, Any]:
         steps = max(1, round(target / context.result("sft")["seconds_per_step"]))
         files.write_json(plan_path, {"target_seconds": round(target, 2), "steps": steps})
     plan = files.read_json(plan_path)
-    context.log(f"sft_control: {plan['steps']} steps, as long as {plan['target_seconds']:.1f} s of reinforcement learning")
+    context.log(f"sft_control: {plan['steps']} steps, as long as {plan['target_seconds']:.1f} s of RL")
     trained = sft.train_control(context, plan["steps"], context.workdir / "sft_control")
     control = plan | {"seconds": trained["seconds"]}
     files.write_json(done, control)
@@ -111,7 +115,7 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench) -> list
     picks += [(best, task) for task in recovered[:2]]
     for task in gained[:2]:
         picks += [(best, task), ("sft", task)]
-    picks += [("unified", task) for task in sorted(models["unified"]["solved"]) if models["unified"]["solved"][task]][:1]
+    picks += [("unified", task) for task, ok in sorted(models["unified"]["solved"].items()) if ok][:1]
     picks += [(best, task) for task in sorted(solved) if not solved[task]][:2]
     picks += [("heuristic", task) for task, ok in sorted(models["heuristic"]["solved"].items()) if ok][:1]
     return [{"model": model, "instance_id": task, "kind": kinds[task], "resolved": models[model]["solved"][task],

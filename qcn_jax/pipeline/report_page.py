@@ -9,7 +9,8 @@ from qcn_jax.pipeline.report_style import CSS
 from qcn_jax.pipeline.report_turns import trajectories_section
 
 TITLES = {
-    "heuristic_once": "heuristic, one guess", "heuristic": "heuristic, guessing on", "base": "base", "midtrain": "mid-trained", "sft": "SFT",
+    "heuristic_once": "heuristic, one guess", "heuristic": "heuristic, guessing on",
+    "base": "base", "midtrain": "mid-trained", "sft": "SFT",
     "sft_control": "SFT control, equal time", "expert_swe": "SWE expert (RL)",
     "expert_single_turn": "single-turn expert", "expert_format": "format expert", "unified": "unified (distilled)",
 }
@@ -116,8 +117,9 @@ def _rates(evaluation: dict[str, Any]) -> str:
         "Resolved rate on repositories never seen in training",
         "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no passing "
         "test breaks. Whiskers are 95 % Wilson intervals. The heuristic has no model: it mends the most "
-        "suspicious token, once or, with the same tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that the SWE expert had of reinforcement learning. Format "
-        "valid: share of tool calls that parse, over the templates. Infra: episodes without a verdict, left out of rates.",
+        "suspicious token, once or, with the same tools and turns, until the tests pass. The SFT control had the same "
+        "minutes of more imitation that the SWE expert had of reinforcement learning. Format valid: share of turns whose "
+        "tool calls parse, over the templates. Infra: episodes without a verdict, left out of rates.",
         charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == "expert_swe"])
                                       if rows else ""))
 
@@ -187,7 +189,8 @@ def _tests(evaluation: dict[str, Any]) -> str:
         verdict = "good" if test["p_value"] < SIGNIFICANT and test["difference"] > 0 else "quiet"
         rows.append([f"{TITLES.get(test['first'], test['first'])} against {TITLES.get(test['second'], test['second'])}",
                      _text(test["domain"]), str(test["tasks"]), str(test["only_first"]), str(test["only_second"]),
-                     f"{test['difference'] * 100:+.1f} points", f"<span class={verdict}>{_p_value(test['p_value'])}</span>"])
+                     f"{test['difference'] * 100:+.1f} points",
+                     f"<span class={verdict}>{_p_value(test['p_value'])}</span>"])
     content = table(["comparison", "domain", "tasks", "only the first", "only the second", "difference",
                      "p, two-sided"], rows) if rows else ""
     retention = [[_text(domain), f"{row['unified']:.1%}", f"{row['expert']:.1%}",
@@ -222,7 +225,8 @@ def _shaded(cell: dict[str, Any] | None) -> str:
     if not cell or not cell["attempted"]:
         return "<td class=quiet>–</td>"
     share = cell["resolved"] / cell["attempted"]
-    return f"<td class=shade style=\"--share:{share:.3f}\" title=\"{cell['resolved']}/{cell['attempted']}\">{share:.0%}</td>"
+    counts = f"{cell['resolved']}/{cell['attempted']}"
+    return f"<td class=shade style=\"--share:{share:.3f}\" title=\"{counts}\">{share:.0%}</td>"
 
 
 def _yields(data: dict[str, Any]) -> str:

@@ -119,7 +119,8 @@ def test_page_is_whole_and_fetches_nothing(context):
 def test_page_shows_the_numbers(context):
     page = _page(context)
     for text in ("12/40", "30.0%", "24.0% – 44.0%", "+20.0 points", "0.0215", "33 further SFT steps", "90/200",
-                 "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min", "same first choice"):
+                 "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min",
+                 "same first choice"):
         assert text in page, text
     assert page.count("<svg") >= 7
     assert "none_tried" not in page
