@@ -31,7 +31,11 @@ def numbered_text(path: str, lines: Sequence[str]) -> str:
 
 
 def edit_span(executor: ToolExecutor, line: str, old: str, new: str) -> str:
-    """Replaces `old`, which must occur exactly once on line `line` of the function on view, by `new`."""
+    """Replaces `old`, which must occur exactly once on its line, by `new` in the function on view.
+
+    Where line `line` does not hold `old` at all, the nearest line on which it occurs exactly once is meant (of two
+    equally near ones the earlier), and the answer names it: a line number is what small models get wrong first.
+    """
     view = executor.view()
     digits = line.strip().removeprefix("<|").removesuffix("|>")
     if not (digits.isascii() and digits.isdigit()):
@@ -41,18 +45,21 @@ def edit_span(executor: ToolExecutor, line: str, old: str, new: str) -> str:
     function = source[view.start - 1 : view.end]
     if not 1 <= number <= len(function):
         raise ToolError(f"edit: line {number} is not one of 1 to {len(function)}")
-    shown = spans.dedent(function)[number - 1]
-    count = spans.occurrences(shown, old)
-    if count != 1:
+    lines = spans.dedent(function)
+    count = spans.occurrences(lines[number - 1], old)
+    once = [n for n, text in enumerate(lines, 1) if spans.occurrences(text, old) == 1]
+    if count > 1 or not once:
         raise ToolError(f"edit: old occurs {count} times on line {number}")
     if old == new:
         raise ToolError("edit: old and new are the same")
+    asked, number = number, min(once, key=lambda n: (abs(n - number), n))
+    shown = lines[number - 1]
     index = view.start - 1 + number - 1
     indentation = source[index][: len(source[index]) - len(shown)]
     source[index] = indentation + shown.replace(old, new)
     executor.change(view.path, "\n".join(source))
     executor.view().end += new.count("\n")
-    return ""
+    return "" if number == asked else f"edited line {number}"
 
 
 def view_file(
@@ -137,7 +144,12 @@ def undo(executor: ToolExecutor, path: str | None = None) -> str:
 
 
 def undo_quietly(executor: ToolExecutor) -> str:
-    """As `undo`, without a word: the nano scaffold counts tokens."""
+    """As `undo` without a word (the nano scaffold counts tokens), and content where there is nothing to undo.
+
+    A small model takes an edit back that was refused; the calls behind its `undo` are still meant.
+    """
+    if not executor.has_changes:
+        return "nothing to undo"
     executor.undo()
     return ""
 

@@ -207,6 +207,11 @@ class ToolExecutor:
         if self._view is not None and self._view.path == path:
             self._view = None
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether there is a change to take back."""
+        return bool(self._undo)
+
     def undo(self) -> str:
         """Takes the latest change back and returns its path; raises ToolError where there is none."""
         if not self._undo:

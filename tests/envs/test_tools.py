@@ -67,7 +67,7 @@ def test_span_edit_and_undo(line):
     assert call(executor, "undo").ok
     assert executor.diff() == ""
     result = call(executor, "undo")
-    assert not result.ok and result.text == "nothing to undo"
+    assert result.ok and result.text == "nothing to undo" and executor.diff() == ""
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,13 @@ def test_span_edit_refusals_change_nothing(arguments, message):
     result = call(executor, "edit", **arguments)
     assert (result.ok, result.malformed, result.text) == (False, False, message)
     assert executor.diff() == ""
+
+
+def test_a_span_that_is_not_on_the_line_is_looked_for_on_the_nearest_one():
+    executor = make()
+    result = call(executor, "edit", line="6", old=">", new="<")  # lines 5 and 7 are equally near
+    assert result.ok and result.text == "edited line 5"
+    assert executor.diff() == tiny.make_task().patch
 
 
 def test_line_numbers_follow_an_edit_that_adds_a_line():
