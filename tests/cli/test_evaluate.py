@@ -1,5 +1,6 @@
 """qcn evaluate on predictions: the gold patch resolves, others do not, and bad input is named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from qcn_jax.cli import main as cli
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.tasks import Task, write_tasks
 from tests.pipeline import chain
+from tests.pipeline.micro import MODEL
 
 PATH = "words/core.py"
 GOOD = chain.HELDOUT_REPOSITORY[PATH]
@@ -97,3 +99,30 @@ def test_bad_flags_are_named(capsys, arguments, words, tmp_path, monkeypatch):
     assert cli.main(["evaluate", *arguments]) == 1
     error = capsys.readouterr().err
     assert all(word in error for word in words) and error.count("\n") == 1, error
+
+
+@pytest.mark.slow
+def test_a_checkpoint_acts_and_its_patches_are_graded(setting, capsys, tmp_path):
+    """A model of random weights: it resolves nothing, and every step on the way to that verdict is real."""
+    import jax
+    import jax.numpy as jnp
+
+    from qcn_jax import hub
+    from qcn_jax.hub.tokenizer import Tokenizer
+    from qcn_jax.model import Qwen3Next
+    from qcn_jax.pipeline.midtrain import ADDED_TOKENS
+
+    tokenizer = Tokenizer.train([GOOD] * 3, 400, ADDED_TOKENS)
+    config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
+    params = jax.jit(Qwen3Next(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    hub.save(tmp_path / "model", config, jax.device_get(params), tokenizer)
+    _, _, out = setting
+    assert cli.main(["evaluate", f"--checkpoint={tmp_path}/model", f"--tasks={tmp_path}/tasks.jsonl", f"--out={out}",
+                     f"--repo={tmp_path}/words-1.0", "--sandbox=local", "--max_turns=2", "--max_new_tokens=8",
+                     "--max_length=256", "--slots=4"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["resolved"], printed["attempted"]) == (0, 3)
+    rows = [json.loads(line) for line in (out / "preds.jsonl").read_text().splitlines()]
+    assert {row["instance_id"] for row in rows} == {"count", "short", "digit"}
+    assert {row["model_patch"] for row in rows} == {""}
+    assert json.loads((out / "summary.json").read_text()) == printed
