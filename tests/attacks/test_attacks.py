@@ -77,7 +77,10 @@ def test_03_04_05_28_no_network(world, agent):
 
 def test_06_07_no_copy_of_the_fix_anywhere(agent):
     """No readable file of the sandbox holds the repaired function: no build result, egg-info or byte code."""
-    result = agent.exec(f"grep -rlF {MARKER[:-2]}{MARKER[-2:]} / --exclude-dir=proc --exclude-dir=sys 2>/dev/null; "
+    # Of the machine's programs (local back end) only Python's folders could hold a copy.
+    skipped = " ".join(f"--exclude-dir={name}" for name in ("proc", "sys", "share", "x86_64-linux-gnu", "gcc", "jvm",
+                                                            "google-cloud-sdk", "node_modules", "llvm*", "go"))
+    result = agent.exec(f"grep -rlF {MARKER[:-2]}{MARKER[-2:]} / {skipped} 2>/dev/null; "
                         "find / -name '*.pyc' -path '*calc*' -not -path '/proc/*' 2>/dev/null | xargs -r ls; true",
                         timeout=60)
     assert result.output == ""
@@ -310,7 +313,7 @@ def test_26_git_settings_do_nothing(world, agent):
     "while :; do mkdir d && cd d || break; done", "python -c 'import os\nwhile True: os.fork()'"])
 def test_27_exhaustion(world, agent, command):
     started = time.monotonic()
-    result = agent.exec(command, timeout=4.0)
+    result = agent.exec(command, timeout=1.5)
     assert time.monotonic() - started < 40 and len(result.output) < 100_000
     agent.destroy()
     with world.provider.create(world.spec.name) as place:  # on the same server
@@ -319,9 +322,10 @@ def test_27_exhaustion(world, agent, command):
 
 
 def test_27_exhaustion_from_tests(world):
-    for body in ("import os\nwhile True: os.fork()", "x = []\nwhile True: x.append(bytearray(1 << 24))",
+    for body in (  # each ends at the time limit at the latest
+            "import os\nwhile True: os.fork()", "x = []\nwhile True: x.append(bytearray(1 << 24))",
                  "while True: print('x' * 10000)", "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: pass"):
-        task = dataclasses.replace(world.task, timeout=3.0)
+        task = dataclasses.replace(world.task, timeout=1.5)
         patch = patches.make_diff({SOURCE: BROKEN}, {SOURCE: body + "\n"})
         verdict = Grader(world.provider, strict=False).grade(task, patch)
         assert not verdict.resolved and verdict.outcome != "infrastructure", body

@@ -57,7 +57,7 @@ class DockerProvider(Provider):
     def _start(self, prepared: RepositorySpec | None) -> channel.Server:
         limits = self.limits
         options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
-                   "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
+                   "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20, "disk": limits.disk_mb << 20,
                               "processes": limits.processes, "cpus": limits.cpus, "output": limits.output_bytes}}
         memory = f"{limits.memory_mb + limits.disk_mb + 2 * SCRATCH_MB + SERVER_MB}m"
         flags = "rw,exec,nosuid,nodev"
@@ -191,9 +191,10 @@ def remove(client: docker.DockerClient, container: str) -> None:
 
 
 def host_identity() -> str:
-    """This machine since its last start: process ids mean something only within it."""
+    """This machine since its last start and this process namespace: process ids mean something only within them."""
     with contextlib.suppress(OSError):
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        started = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{started}-{os.stat('/proc/self/ns/pid').st_ino}"
     return socket.gethostname()
 
 

@@ -119,6 +119,7 @@ class LocalProvider(Provider):
         return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.walls == "namespaces",
                 "readable": self._readable() if self.walls == "filters" else None,
                 "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
+                           "disk": limits.disk_mb * mebibyte,
                            # Without ids of our own the limit would count all of the user's processes.
                            "processes": limits.processes if own_users else None,
                            "cpus": limits.cpus, "output": limits.output_bytes}}

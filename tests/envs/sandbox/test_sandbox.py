@@ -89,6 +89,13 @@ def test_exec(agent):
     assert agent.exec("python -m pytest -q tests 2>&1 | tail -1").output.startswith("4 failed, 2 passed, 1 skipped")
 
 
+def test_commands_are_refused_where_nothing_holds_them(world, agent, monkeypatch):
+    monkeypatch.setattr(world.provider, "commands_allowed", False)
+    with pytest.raises(PermissionError, match="no walls"):
+        agent.exec("true")
+    assert agent.run_tests(PASSING[:1]).passed(PASSING[:1])
+
+
 def test_time_limit_is_enforced_inside(agent):
     started = time.monotonic()
     result = agent.exec("trap '' TERM INT HUP; sleep 60 & setsid sleep 60 & while :; do sleep 1; done", timeout=1.0)
@@ -163,6 +170,16 @@ def test_memory_limit(agent):
     assert not run.passed(FAILING) and run.status in ("ok", "out_of_memory")
     assert "MemoryError" in str(run.messages) or run.status == "out_of_memory"
     assert agent.exec("echo alive").output == "alive\n"
+
+
+def test_full_disk_is_one_workspaces_own_affair(world, agent):
+    """What fills the space that workspaces share is cut back when the job ends; the others go on."""
+    with world.provider.create(world.spec.name) as other:
+        result = agent.exec("for i in $(seq 20); do head -c 15000000 /dev/zero > big$i; done 2>/dev/null; echo tried")
+        assert "tried" in result.output and "disk full" in result.output
+        other.write("large.txt", "x" * 1_500_000)
+        assert other.run_tests(FAILING).passed(FAILING)
+    assert agent.exec("echo x > small && cat small").output == "x\n"
 
 
 def test_a_dead_server_is_an_infrastructure_failure_and_replaced(world, agent):

@@ -20,6 +20,7 @@ import sys
 import time
 
 import zygote
+from accounting import exit_code, out_of_memory_kills, remove_ipc, waited
 from workspace import Refused, Tree, Workspace
 
 SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")
@@ -128,7 +129,16 @@ class Server:
             os.close(output_read)
             os.close(result_read)
         text = output.text().replace(workspace.root, "/testbed").replace(workspace.home, "/workspace")
+        removed = self.bound_disk(workspace)
+        if removed:
+            text += f"\n[disk full: the {removed} largest files of this workspace were removed]\n"
         return ended, timed_out, text, records(bytes(result), key)
+
+    def bound_disk(self, workspace):
+        """Keeps one workspace from taking the space that all share: when it is scarce, the job's own share is cut."""
+        space = os.statvfs(self.work)
+        scarce = space.f_bavail * 4 < space.f_blocks or space.f_favail * 4 < space.f_files
+        return workspace.shrink(self.limits["disk"] // 4, SHARED) if scarce else 0
 
     def _watch(self, output_read, output, result_read, result, timeout):
         started = time.monotonic()
@@ -308,49 +318,6 @@ class Server:
 
 OPERATIONS = {name: getattr(Server, name) for name in (
     "hello", "load", "create", "fork", "reset", "destroy", "read", "write", "changes", "execute", "tests", "python")}
-
-
-def exit_code(status):
-    """Shell convention: 128 + signal for a job that a signal ended."""
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-
-
-def waited(pid):
-    """Seconds for which a job stood ready and was not given a processor: the longest of any of its processes.
-
-    A time limit is for what runs in the sandbox; it must not turn a busy machine into a wrong verdict.
-    """
-    longest, front = 0.0, [pid] if pid else []
-    while front:
-        process = front.pop()
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{process}/schedstat") as stream:
-                longest = max(longest, int(stream.read().split()[1]) / 1e9)
-            with open(f"/proc/{process}/task/{process}/children") as stream:
-                front += stream.read().split()
-    return longest
-
-
-def out_of_memory_kills():
-    """How often the kernel killed a process of this container for memory; 0 where that is not told."""
-    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        with contextlib.suppress(OSError), open(path) as stream:
-            for line in stream:
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    return 0
-
-
-def remove_ipc(uid):
-    """Removes System V shared memory, semaphores and queues that `uid` left behind."""
-    for kind, call in (("shm", "shmctl"), ("sem", "semctl"), ("msg", "msgctl")):
-        with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}") as stream:
-            names = stream.readline().split()
-            for line in stream:
-                fields = dict(zip(names, line.split()))
-                if int(fields["uid"]) == uid:
-                    identity = int(fields[kind + "id"])
-                    getattr(zygote._libc, call)(*((identity, 0, 0) if kind == "sem" else (identity, 0)), None)
 
 
 def records(data, key):

@@ -238,14 +238,35 @@ class Workspace:
                             found[os.path.relpath(path, self.home)] = (stream.read(), int(os.stat(path).st_mtime))
         return found
 
+    def shrink(self, limit, shared):
+        """Deletes the largest files until at most `limit` bytes are left, and all in `shared`; returns how many went."""
+        sizes = []
+        for folder, _, names in os.walk(self.home):
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError):
+                    sizes.append((os.lstat(path).st_blocks * 512, path))
+        total, removed = sum(size for size, _ in sizes), 0
+        for size, path in sorted(sizes, reverse=True):
+            if total <= limit:
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                total, removed = total - size, removed + 1
+        if self.uid is not None:
+            self._clear(shared)
+        return removed
+
     def remove(self, shared):
         """Deletes the workspace and what its user left in the folders of `shared` (such as /tmp)."""
         if self.uid is None:
             for folder, _, _ in os.walk(self.home):
                 os.chmod(folder, 0o700)  # a folder without write permission would stay
         shutil.rmtree(self.home)
-        if self.uid is None:
-            return
+        if self.uid is not None:
+            self._clear(shared)
+
+    def _clear(self, shared):
         for folder in shared:
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
@@ -254,4 +275,3 @@ class Workspace:
                             shutil.rmtree(entry.path, ignore_errors=True)
                         else:
                             os.unlink(entry.path)
-
