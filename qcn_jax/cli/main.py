@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from qcn_jax.errors import UserError
+from qcn_jax.hostmemory import keep_freed_memory
 
 # verb: (module with main(argv) -> exit status, what it does). Modules are imported only when called, so that
 # `qcn verify` never pays for JAX.
@@ -24,6 +25,7 @@ VERBS = {
     "serve": ("qcn_jax.cli.serve", "OpenAI-compatible HTTP server for a checkpoint"),
     "doctor": ("qcn_jax.cli.doctor", "what this machine has: devices, Docker, registry, disk"),
 }
+_COMPUTING = ("run", "evaluate", "generate", "serve")  # verbs that step a model over and over
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended
 
 _QUIET = {  # chatter of libraries on stderr that says nothing about this program
@@ -47,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     verb, arguments = argv[0], list(argv[1:])
     if verb not in VERBS:
         return _fail("qcn", f"unknown verb {verb!r}; verbs: {', '.join(available_verbs())}")
+    if verb in _COMPUTING:
+        keep_freed_memory()  # now, because JAX is imported later
     return _run_verb(verb, arguments)
 
 
