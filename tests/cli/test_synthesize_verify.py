@@ -27,7 +27,7 @@ def test_synthesize_killed_and_verified(tmp_path):
     common = ["synthesize", f"--repo={repo}", "--kinds=flip_comparison,change_constant", "--sandbox=local", "--workers=1"]
     first = qcn(tmp_path, *common, "--out=a.jsonl")
     journal = tmp_path / "a.jsonl.work" / "tasks.journal.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2) and first.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -35,7 +35,7 @@ def test_synthesize_killed_and_verified(tmp_path):
     first.communicate()
     for name in ("a", "b"):
         process = qcn(tmp_path, *common, f"--out={name}.jsonl")
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
         assert "verified tasks" in out and "flip_comparison" in out
     tasks = (tmp_path / "a.jsonl").read_text()
@@ -48,7 +48,7 @@ def test_synthesize_killed_and_verified(tmp_path):
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     for name, status in (("a", 0), ("c", 1)):
         process = qcn(tmp_path, "verify", f"--tasks={name}.jsonl", f"--repo={repo}", "--sandbox=local", "--isolation=shared")
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == status, out + err
     assert rows[1]["instance_id"] in out and "2 of 3 tasks are sound" in out
 

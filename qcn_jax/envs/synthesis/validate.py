@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
+import math
 import random
 import shlex
 from collections.abc import Mapping, Sequence
@@ -311,5 +312,5 @@ def _task(
         bug_patch=bug,
         path=observation.path,
         function=observation.function,
-        timeout=round(TASK_SECONDS + 10 * candidate.seconds, 1),
+        timeout=5.0 * math.ceil((TASK_SECONDS + 10 * candidate.seconds) / 5),  # coarse: the same on every run
     )
