@@ -8,6 +8,7 @@ program in `inside/server.py`; back ends differ in what stands around it (`local
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -184,7 +185,7 @@ class Prepared:
 
 
 class Provider:
-    """Makes sandboxes. Subclasses start servers (`_start`) and say how they are walled (`describe`)."""
+    """Makes sandboxes; safe for use from several threads, which then wait for each other. Subclasses start servers (`_start`) and say how they are walled (`describe`)."""
 
     kind = ""
     commands_allowed = True
@@ -195,6 +196,7 @@ class Provider:
         self.state_dir, self.limits, self.isolation = os.path.abspath(state_dir), limits, isolation
         self.prepared: dict[str, Prepared] = {}
         self._warm: dict[str, channel.Server] = {}
+        self._starting = threading.Lock()
         os.makedirs(self.state_dir, exist_ok=True)
 
     def describe(self) -> str:
@@ -256,39 +258,42 @@ class Provider:
           SandboxError: the back end failed; trying again may help.
         """
         prepared, overlay = self.prepared[name], dict(overlay or {})
+        try:
+            return self._create(prepared, overlay, role)
+        except SandboxError:
+            return self._create(prepared, overlay, role)  # the server had died; this one is new
+
+    def _create(self, prepared: Prepared, overlay: dict[str, str | None], role: str) -> Sandbox:
         server = self._server(prepared, role)
-        for attempt in (0, 1):
-            try:
+        try:
+            with self._starting:
                 if prepared.key not in server.trees:
                     with open(prepared.archive, "rb") as stream:
                         payload = stream.read()
                     server.call({"op": "load", "tree": prepared.key, "settings": dict(prepared.settings)}, payload,
                                 ANSWER_GRACE)
                     server.trees.add(prepared.key)
-                reply, _ = server.call({"op": "create", "tree": prepared.key, "overlay": overlay}, b"", ANSWER_GRACE)
-                return Sandbox(self, server, prepared, overlay, reply["workspace"])
-            except SandboxError:
-                if attempt:
-                    raise
-                self._discard(server)
-                server = self._server(prepared, role)
-        raise AssertionError
+            reply, _ = server.call({"op": "create", "tree": prepared.key, "overlay": overlay}, b"", ANSWER_GRACE)
+        except BaseException as error:
+            if self.isolation == "container" or isinstance(error, SandboxError):
+                server.close()
+            raise
+        return Sandbox(self, server, prepared, overlay, reply["workspace"])
 
     def _server(self, prepared: Prepared, role: str) -> channel.Server:
         if self.isolation == "container":
             return self._start(prepared.spec)
         name = self._warm_name(prepared, role)
-        if name not in self._warm or not self._warm[name].alive():
-            self._warm[name] = self._start(prepared.spec)
-        return self._warm[name]
+        with self._starting:  # two threads must not start it twice: the first one's would be lost
+            if name in self._warm and not self._warm[name].alive():
+                self._warm.pop(name).close()
+            if name not in self._warm:
+                self._warm[name] = self._start(prepared.spec)
+            return self._warm[name]
 
     def _warm_name(self, prepared: Prepared, role: str) -> str:
         """Which warm server serves a repository; one per role where all share the same interpreter."""
         return role
-
-    def _discard(self, server: channel.Server) -> None:
-        server.close()
-        self._warm = {name: known for name, known in self._warm.items() if known is not server}
 
     def release(self, server: channel.Server, workspace: int) -> None:
         """Deletes a workspace; in container isolation its whole container."""

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.sandbox import SandboxError
+from qcn_jax.envs.sandbox import Limits, SandboxError
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, agent, make_provider, world  # noqa: F401
 
 
@@ -204,6 +205,34 @@ def test_container_isolation_gives_each_sandbox_a_server(world, tmp_path):
         first.destroy()
         assert not first._server.alive() and second.run_tests(FAILING).passed(FAILING)
         second.destroy()
+
+
+def test_failed_creation_leaves_no_server(world, monkeypatch):
+    with make_provider(world.provider.kind, world.provider.state_dir, "container", Limits(disk_mb=4)) as provider:
+        provider.prepare(world.spec)
+        started, real = [], provider._start
+        monkeypatch.setattr(provider, "_start", lambda spec: started.append(real(spec)) or started[-1])
+        with pytest.raises(OSError, match="cannot be made"):
+            provider.create(world.spec.name, {"large.txt": "x" * 8_000_000})
+        assert len(started) == 1 and not started[0].alive()
+
+
+def test_threads_share_one_server_per_role(world, monkeypatch):
+    with make_provider(world.provider.kind, world.provider.state_dir) as provider:
+        provider.prepare(world.spec)
+        started, real, runs = [], provider._start, []
+        monkeypatch.setattr(provider, "_start", lambda spec: started.append(real(spec)) or started[-1])
+
+        def work():
+            with provider.create(world.spec.name) as place:
+                runs.append(place.run_tests(PASSING[:1]).passed(PASSING[:1]))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert runs == [True] * 4 and len(started) == 1
 
 
 HOST = """

@@ -211,6 +211,7 @@ class Server:
         try:
             self.workspaces[self.made] = (Workspace(home, tree, overlay, edits, uid), number)
         except OSError as error:
+            shutil.rmtree(home, ignore_errors=True)
             self.free.append(number)
             raise Refused("OSError", f"workspace cannot be made: {error}") from error
         return self.made
