@@ -185,7 +185,10 @@ class Prepared:
 
 
 class Provider:
-    """Makes sandboxes; safe for use from several threads, which then wait for each other. Subclasses start servers (`_start`) and say how they are walled (`describe`)."""
+    """Makes sandboxes; safe for use from several threads, which then wait for each other.
+
+    Subclasses start servers (`_start`) and say how they are walled (`describe`).
+    """
 
     kind = ""
     commands_allowed = True
