@@ -34,9 +34,9 @@ def make_params(config: ModelConfig):
 
 @pytest.fixture(scope="module")
 def shared(params):
-    """Attention reads 32, 64 or all 96 of the cached tokens, so that every test passes through several limits."""
+    """Attention reads 48 or all 96 of the cached tokens, so that tests pass through several limits."""
     limit = pytest.MonkeyPatch()
-    limit.setattr(engine_module, "FIRST_KEY_LIMIT", 32)
+    limit.setattr(engine_module, "FIRST_KEY_LIMIT", 48)
     yield make_engine(params)
     limit.undo()
 

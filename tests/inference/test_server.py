@@ -20,8 +20,9 @@ from qcn_jax.hub import chat
 from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.inference import protocol
 from qcn_jax.inference.checkpoint import load_engine
+from qcn_jax.inference.engine import Generation
 from qcn_jax.inference.sampling import Sampling
-from qcn_jax.inference.scheduler import Piece, Request, Scheduler
+from qcn_jax.inference.scheduler import PIECE, Piece, Request, Scheduler
 from qcn_jax.inference.server import Service, _Choice
 from qcn_jax.model import Qwen3Next
 from tests.pipeline.micro import MODEL
@@ -71,10 +72,13 @@ def events(server: str, path: str, **body) -> list[dict]:
 
 
 def test_answers_are_the_engines_own(server, folder) -> None:
-    loaded = load_engine(folder, slots=1, max_length=96, max_new_tokens=24)
+    loaded = load_engine(folder, slots=4, max_length=96, max_new_tokens=PIECE)  # the server's shapes, compiled already
     tokens = loaded.tokenizer.encode(chat.render(HELLO, None, add_generation_prompt=True))
     loaded.engine.extend({0: tokens})
-    want = loaded.engine.generate([0], seeds=[0], sampling=Sampling(0.0))[0]
+    want = Generation([], np.zeros(0), "length")
+    while want.finish != "stop" and len(want.tokens) < 24:
+        piece = loaded.engine.generate([0], seeds=[0], sampling=Sampling(0.0))[0]
+        want = Generation(want.tokens + piece.tokens, np.append(want.logprobs, piece.logprobs), piece.finish)
     stopped = want.finish == "stop"
     text = loaded.tokenizer.decode(want.tokens[: -1 if stopped else None])
     response = post(server, "chat/completions", messages=HELLO, max_tokens=24, temperature=0, logprobs=True)
@@ -229,8 +233,6 @@ def test_an_engine_that_fails_fails_its_requests_and_not_the_server() -> None:
             return 5
 
         def generate(self, slots, **_):
-            from qcn_jax.inference.engine import Generation
-
             return [Generation([1], np.zeros(1, np.float32), "stop") for _ in slots]
 
     scheduler, pieces = Scheduler(Broken(), most_waiting=2), []
