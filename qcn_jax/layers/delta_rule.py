@@ -43,7 +43,7 @@ def gated_delta_rule(
       v: [B, T, H, R, dv].
       g: [B, T, H, R] float32 log decay, <= 0.
       beta: [B, T, H, R] float32 write strength. beta = g = 0 makes a token inert: that is how padding passes.
-      state: [B, H, dk, R, dv] float32, the state before the first token; None is zero.
+      state: [B, H, R, dk, dv] float32, the state before the first token; None is zero.
       segment_ids: [B, T] or None; the state is zeroed at every change of id. `state` belongs to the
         document of the first token.
       form: "chunked" (C tokens at a time) or "recurrent" (one at a time: least work for single tokens).
@@ -54,7 +54,7 @@ def gated_delta_rule(
     """
     batch, length, heads, key_dim = q.shape
     if state is None:
-        state = jnp.zeros((batch, heads, key_dim, *v.shape[3:]), jnp.float32)
+        state = jnp.zeros((batch, heads, v.shape[3], key_dim, v.shape[4]), jnp.float32)
     q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
     if form == "recurrent" or length == 1:
         return _recurrent(q, k, v, g, beta, state, segment_ids)
@@ -71,10 +71,10 @@ def _recurrent(
 
     def step(s: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v, decay, beta = token
-        s = s * decay[:, :, None, :, None]
-        delta = beta[..., None] * (v - jnp.einsum("bhk,bhkrv->bhrv", k, s))
-        s = s + k[..., None, None] * delta[:, :, None]
-        return s, jnp.einsum("bhk,bhkrv->bhrv", q, s)
+        s = s * decay[..., None, None]
+        delta = beta[..., None] * (v - jnp.einsum("bhk,bhrkv->bhrv", k, s))
+        s = s + k[:, :, None, :, None] * delta[..., None, :]
+        return s, jnp.einsum("bhk,bhrkv->bhrv", q, s)
 
     tokens = (q, k, v, decay, beta)
     if q.shape[1] == 1:
@@ -146,25 +146,69 @@ def _group(state: Array, xs: tuple, chunk: int) -> tuple[Array, Array]:
     pair_decay, from_state, to_state, carry_decay = _decays(g, masks)
 
     keys_t = jnp.swapaxes(k, -1, -2)
-    strength = jnp.moveaxis(beta, -1, 3)[..., None]  # [N, B, H, R, C, 1]
-    inverse = unit_lower_inverse(strength * (k @ keys_t)[:, :, :, None] * pair_decay)
+    by_head = lambda x: jnp.moveaxis(x, -1, 3)  # [N, B, H, C, R] -> [N, B, H, R, C]
+    beta, from_state, to_state = by_head(beta), by_head(from_state), by_head(to_state)
+    inverse = unit_lower_inverse(beta[..., None] * (k @ keys_t)[:, :, :, None] * pair_decay)
     attention = (q @ keys_t)[:, :, :, None] * pair_decay
-    flat = lambda x: x.reshape(*x.shape[:-2], -1)
-    by_head = lambda x: x.reshape(*x.shape[:-1], *v.shape[-2:])
-
-    def step(s: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
-        qk, k_t, v, beta, inverse, attention, from_state, to_state, carry_decay = xs
-        read_q, read_k = jnp.split(by_head(qk @ flat(s)), 2, axis=2)  # [B, H, C, R, dv]
-        wanted = beta[..., None] * (v - from_state[..., None] * read_k)
-        written = inverse @ jnp.moveaxis(wanted, 3, 2)  # [B, H, R, C, dv]
-        o = jnp.moveaxis(from_state[..., None] * read_q, 3, 2) + attention @ written
-        gain = flat(jnp.moveaxis(written, 2, 3) * to_state[..., None])
-        return s * carry_decay[:, :, None, :, None] + by_head(k_t @ gain), o
-
-    xs = (jnp.concatenate([q, k], axis=3), keys_t, v, beta, inverse, attention, from_state, to_state, carry_decay)
-    state, o = jax.lax.scan(step, state, xs)  # o [N, B, H, R, C, dv]
+    # A chunk writes U - W S for an incoming state S. The R systems of a key head share its keys.
+    scaled = inverse * beta[..., None, :]
+    wanted = scaled @ jnp.moveaxis(v, 4, 3)  # U [N, B, H, R, C, dv]
+    known = scaled * from_state[..., None, :]
+    known = (known.reshape(*k.shape[:3], -1, chunk) @ k).reshape(*known.shape[:-1], -1)  # W [N, B, H, R, C, dk]
+    write_keys = k[:, :, :, None] * to_state[..., None]
+    states, written, state = _run_chunks(wanted, known, write_keys, carry_decay, state)
+    o = (q[:, :, :, None] * from_state[..., None]) @ states + attention @ written  # [N, B, H, R, C, dv]
     o = jnp.transpose(o, (1, 0, 4, 2, 3, 5))
     return state, o.reshape(o.shape[0], -1, *o.shape[3:])
+
+
+@jax.custom_vjp
+def _run_chunks(wanted: Array, known: Array, write_keys: Array, carry: Array, state: Array) -> tuple[Array, ...]:
+    """The sequential part: S_n+1 = carry_n S_n + write_keys_n^T (wanted_n - known_n S_n).
+
+    Args:
+      wanted: [N, B, H, R, C, dv]. known, write_keys: [N, B, H, R, C, dk]. carry: [N, B, H, R].
+      state: [B, H, R, dk, dv], S_0.
+
+    Returns:
+      S_0 .. S_N-1 [N, B, H, R, dk, dv], what each chunk writes [N, B, H, R, C, dv], and S_N.
+    """
+
+    def step(s: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        wanted, known, write_keys, carry = xs
+        written = wanted - known @ s
+        return carry[..., None, None] * s + jnp.swapaxes(write_keys, -1, -2) @ written, (s, written)
+
+    state, (states, written) = jax.lax.scan(step, state, (wanted, known, write_keys, carry))
+    return states, written, state
+
+
+def _run_forward(*inputs: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    states, written, state = _run_chunks(*inputs)
+    _, known, write_keys, carry, _ = inputs
+    return (states, written, state), (known, write_keys, carry, states, written)
+
+
+def _run_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Only two products are sequential here too; the others take all chunks at once."""
+    known, write_keys, carry, states, written = residuals
+    d_states, d_written, d_final = cotangents
+
+    def step(d_next: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        known, write_keys, carry, d_state, d_written = xs
+        d_written = d_written + write_keys @ d_next
+        d_state = d_state + carry[..., None, None] * d_next - jnp.swapaxes(known, -1, -2) @ d_written
+        return d_state, (d_next, d_written)
+
+    xs = (known, write_keys, carry, d_states, d_written)
+    d_state, (d_next, d_written) = jax.lax.scan(step, d_final, xs, reverse=True)
+    d_known = -d_written @ jnp.swapaxes(states, -1, -2)
+    d_keys = written @ jnp.swapaxes(d_next, -1, -2)
+    d_carry = jnp.einsum("...kv,...kv->...", states, d_next)
+    return d_written, d_known, d_keys, d_carry, d_state
+
+
+_run_chunks.defvjp(_run_forward, _run_backward)
 
 
 def _decays(g: Array, masks: tuple[Array, ...] | None) -> tuple[Array, Array, Array, Array]:

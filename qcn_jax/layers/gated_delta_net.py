@@ -26,10 +26,10 @@ def _conv_width(cfg: ModelConfig) -> int:
 
 
 def init_delta_net_cache(config: ModelConfig, batch: int) -> dict[str, Array]:
-    """Empty convolution window [B, kernel - 1, H, width] and float32 state [B, H, dk, R, dv]."""
+    """Empty convolution window [B, kernel - 1, H, width] and float32 state [B, H, R, dk, dv]."""
     heads, repeats = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
     window = (batch, config.linear_conv_kernel_dim - 1, heads, _conv_width(config))
-    state = (batch, heads, config.linear_key_head_dim, repeats, config.linear_value_head_dim)
+    state = (batch, heads, repeats, config.linear_key_head_dim, config.linear_value_head_dim)
     return {"conv": jnp.zeros(window, jnp.dtype(config.dtype)), "state": jnp.zeros(state, jnp.float32)}
 
 

@@ -24,16 +24,16 @@ def reference(q, k, v, g, beta, state=None, segment_ids=None):
     q, k, v, g, beta = (np.asarray(x).astype(np.float64) for x in (q, k, v, g, beta))
     batch, length, heads, repeats, dv = v.shape
     out = np.zeros(v.shape)
-    final = np.zeros((batch, heads, q.shape[-1], repeats, dv))
+    final = np.zeros((batch, heads, repeats, q.shape[-1], dv))
     for b, h, r in np.ndindex(batch, heads, repeats):
-        s = np.zeros((q.shape[-1], dv)) if state is None else np.asarray(state, np.float64)[b, h, :, r].copy()
+        s = np.zeros((q.shape[-1], dv)) if state is None else np.asarray(state, np.float64)[b, h, r].copy()
         for t in range(length):
             if segment_ids is not None and t and segment_ids[b, t] != segment_ids[b, t - 1]:
                 s[:] = 0
             s *= np.exp(g[b, t, h, r])
             s += np.outer(k[b, t, h], beta[b, t, h, r] * (v[b, t, h, r] - k[b, t, h] @ s))
             out[b, t, h, r] = q[b, t, h] @ s
-        final[b, h, :, r] = s
+        final[b, h, r] = s
     return out, final
 
 
@@ -66,7 +66,7 @@ def cut(arrays, start, stop):
 @pytest.mark.parametrize("kind", ["random", "strong decay", "zero vectors", "repeated keys", "correlated keys"])
 def test_agrees_with_float64(form, kind):
     data = inputs(kind)
-    state = np.random.default_rng(1).standard_normal((B, H, DK, R, DV)).astype(np.float32)
+    state = np.random.default_rng(1).standard_normal((B, H, R, DK, DV)).astype(np.float32)
     out, final = compiled(form)(*data, state)
     expected, expected_final = reference(*data, state)
     assert np.abs(out - expected).max() < 3e-6
@@ -76,7 +76,7 @@ def test_agrees_with_float64(form, kind):
 @pytest.mark.parametrize("form", FORMS)
 def test_documents_begin_with_an_empty_state_at_any_offset(form):
     data, rng = inputs("strong decay", 2), np.random.default_rng(3)
-    state = rng.standard_normal((B, H, DK, R, DV)).astype(np.float32)
+    state = rng.standard_normal((B, H, R, DK, DV)).astype(np.float32)
     run = compiled(form)
     boundaries = [[1, 15, 16, 17, 48], [0, 31, 33, 50, T - 1]]  # at, before and after chunk edges; one token long
     segments = np.stack([np.searchsorted(ends, np.arange(T), side="right") for ends in boundaries]).astype(np.int32)
@@ -100,7 +100,7 @@ def test_gradients_of_the_forms_agree_and_are_finite():
         return jax.grad(loss, argnums=range(6))(*raw)
 
     for kind in ("random", "strong decay", "zero vectors", "repeated keys", "correlated keys"):
-        raw = (*inputs(kind, 4), np.full((B, H, DK, R, DV), 0.1, np.float32))
+        raw = (*inputs(kind, 4), np.full((B, H, R, DK, DV), 0.1, np.float32))
         chunked, recurrent = gradients("chunked", raw, segments), gradients("recurrent", raw, segments)
         for name, a, b in zip(("q", "k", "v", "g", "beta", "state"), chunked, recurrent):
             assert np.isfinite(a).all() and np.isfinite(b).all(), (kind, name)
