@@ -2,7 +2,8 @@
 
 A row of tasks.jsonl has SWE-bench's fields under their names, plus a few of ours that other readers ignore:
 `strategy` and `kind` (how the task was made), `image_name` and `bug_patch` as in SWE-smith, `function` (the
-qualified name seen misbehaving), `path` (its file), and `timeout`.
+qualified name seen misbehaving), `path` (its file), `timeout`, scores, and held-out tests. Tasks whose tests are not
+pytest's carry release 5's `eval_script` and `log_parser`, and `language`.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.errors import UserError
+
+TEST_LISTS = frozenset({"FAIL_TO_PASS", "PASS_TO_PASS", "HELD_OUT_FAIL_TO_PASS", "HELD_OUT_PASS_TO_PASS"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +46,19 @@ class Task:
     path: str = ""
     function: str = ""
     timeout: float = 30.0
+    difficulty: float = 0.0  # 0 to 1, and so is ambiguity (synthesis/quality.py)
+    ambiguity: float = 0.0
+    held_out_patch: str = ""  # adds tests that no agent sees, for a second opinion
+    HELD_OUT_FAIL_TO_PASS: tuple[str, ...] = ()
+    HELD_OUT_PASS_TO_PASS: tuple[str, ...] = ()
+    language: str = "python"
+    eval_script: str = ""
+    log_parser: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready row: test lists are JSON lists, everything else as it stands."""
         row = dataclasses.asdict(self)
-        row["FAIL_TO_PASS"] = list(self.FAIL_TO_PASS)
-        row["PASS_TO_PASS"] = list(self.PASS_TO_PASS)
-        return row
+        return {**row, **{name: list(row[name]) for name in sorted(TEST_LISTS)}}
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str = "task") -> "Task":
@@ -63,7 +72,7 @@ class Task:
         for name, field in known.items():
             if field.default is dataclasses.MISSING and name not in values:
                 raise UserError(f"{where}: field {name} is missing")
-        for name in ("FAIL_TO_PASS", "PASS_TO_PASS"):
+        for name in sorted(values.keys() & TEST_LISTS):
             tests = values[name]
             try:
                 tests = json.loads(tests) if isinstance(tests, str) else tests

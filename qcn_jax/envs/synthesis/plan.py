@@ -36,7 +36,14 @@ class Settings:
     reruns: int = 1
     statement_characters: int = 220
     at_fault: bool = False
+    held_out: bool = False
+    combined_per_repo: int = 0
     seed: int = 0
+
+    @property
+    def options(self) -> validate.Options:
+        """How each candidate is examined."""
+        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out)
 
 
 @dataclasses.dataclass

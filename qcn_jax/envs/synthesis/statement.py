@@ -8,7 +8,7 @@ inner calls end before outer ones, it is the innermost function seen misbehaving
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import patches
@@ -39,6 +39,11 @@ def find(
 
     With `only`, a (path, function), calls of other functions are passed over.
     """
+    return next((o for o in differing(buggy, fixed) if only in (None, (o.path, o.function))), None)
+
+
+def differing(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]) -> Iterator[Observation]:
+    """All calls in `buggy` that ended otherwise than their counterparts, in the order in which they ended."""
     known: dict[tuple, list[Mapping[str, Any]]] = collections.defaultdict(list)
     for call in fixed:
         known[_key(call)].append(call)
@@ -46,13 +51,12 @@ def find(
     for call in buggy:
         key = _key(call)
         counterparts = known.get(key, ())
-        if seen[key] < len(counterparts) and only in (None, key[:2]):
+        if seen[key] < len(counterparts):
             difference = _difference(call, counterparts[seen[key]])
             if difference is not None:
                 arguments = tuple((name, text) for name, text in call["args"])
-                return Observation(call["path"], call["name"], arguments, *difference)
+                yield Observation(call["path"], call["name"], arguments, *difference)
         seen[key] += 1
-    return None
 
 
 def _key(call: Mapping[str, Any]) -> tuple:

@@ -14,7 +14,7 @@ from qcn_jax import files
 from qcn_jax.envs.pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import plan, validate
+from qcn_jax.envs.synthesis import combine, plan, validate
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
 
@@ -166,27 +166,38 @@ def synthesize(
                  if name.startswith("repo/") and name.endswith(".py")}
         schedule.add(spec, surveys[spec.name], texts)
     verdicts: list[validate.Verdict] = []
+    candidates: dict[str, validate.Candidate] = {}
     with Journal(workdir / f"{label}.journal.jsonl") as journal:
         said = time.monotonic()
-        while wave := schedule.next_wave():
-            found = []
+
+        def execute(wave: list[validate.Candidate]) -> list[validate.Verdict]:
+            nonlocal said
+            start = len(verdicts)
             for verdict in _execute(pool, wave, settings, journal):
-                found.append(verdict)
+                verdicts.append(verdict)
                 if time.monotonic() - said > _LOG_EVERY:
                     said = time.monotonic()
-                    log(_progress(label, [*verdicts, *found], settings.target))
-            verdicts += found
-            schedule.record(found)
+                    log(_progress(label, verdicts, settings.target))
+            return verdicts[start:]
+
+        while wave := schedule.next_wave():
+            candidates.update({candidate.key: candidate for candidate in wave})
+            schedule.record(execute(wave))
+        single = plan.balanced(verdicts, settings.target)
+        if settings.combined_per_repo:
+            for survey in surveys.values():
+                parts = [(candidates[v.key], v.task) for v in single if v.repository == survey.repository and v.task]
+                execute(combine.combinations(parts, survey, settings.combined_per_repo, settings.seed))
     log(_progress(label, verdicts, settings.target))
-    kept = plan.balanced(verdicts, settings.target)
-    return Result([verdict.task for verdict in kept if verdict.task], verdicts, usable, skipped)
+    joined = [verdict for verdict in verdicts if verdict.key not in candidates]
+    return Result([verdict.task for verdict in [*single, *joined] if verdict.task], verdicts, usable, skipped)
 
 
 def _execute(
     pool: EnvPool, wave: Iterable[validate.Candidate], settings: plan.Settings, journal: Journal
 ) -> Iterator[validate.Verdict]:
     """Verdicts in the order of `wave`: known ones from the journal, the others from the pool."""
-    options = (settings.timeout, settings.reruns, settings.statement_characters, settings.at_fault)
+    options = settings.options
 
     def key(candidate: validate.Candidate) -> str:
         return hashlib.sha256(f"{candidate.key}{options}".encode()).hexdigest()[:20]
@@ -195,7 +206,7 @@ def _execute(
     missing = [candidate for candidate in wave if key(candidate) not in journal.known]
 
     def submit(candidate: validate.Candidate) -> Any:
-        return pool.submit(validate.check, candidate, *options, repository=candidate.repository)
+        return pool.submit(validate.check, candidate, options, repository=candidate.repository)
 
     fresh = pool.map(submit, missing)
     for candidate in wave:

@@ -18,7 +18,7 @@ from typing import Any
 from qcn_jax.envs import grading, patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import inject, statement
+from qcn_jax.envs.synthesis import heldout, inject, quality, statement
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
 
@@ -72,11 +72,24 @@ class Candidate:
     suite: int = 0
     seconds: float = 0.0  # of `tests` on the pristine state
     strategy: str = "inject"
+    others: tuple[tuple[str, str, str], ...] = dataclasses.field(default=(), repr=False)  # further (path, before, after)
+    parts: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), repr=False)  # of several defects: tests of each
+
+    @property
+    def before_files(self) -> dict[str, str]:
+        """The changed files without the defect."""
+        return {self.path: self.before, **{path: before for path, before, _ in self.others}}
+
+    @property
+    def after_files(self) -> dict[str, str]:
+        """The changed files with the defect."""
+        return {self.path: self.after, **{path: after for path, _, after in self.others}}
 
     @property
     def key(self) -> str:
         """Names the candidate by repository and content."""
-        text = "\0".join((self.repository, self.path, self.kind, self.function, self.after))
+        others = [text for path, _, after in self.others for text in (path, after)]
+        text = "\0".join((self.repository, self.path, self.kind, self.function, self.after, *others))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -203,81 +216,118 @@ class _Rejected(Exception):
     """The candidate is no task; the text is the outcome."""
 
 
-def check(
-    provider: Provider, candidate: Candidate, timeout: float = 10.0, reruns: int = 1, limit: int = statement.SHORT,
-    at_fault: bool = False,
-) -> Verdict:
-    """Executes a candidate: defective state, mended by the reverse patch, `reruns` more times the defective state.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How candidates are examined.
 
-    Args:
-      timeout: wall seconds for one run of the candidate's tests; the limit that usually acts is one of processor
-        time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome.
-      reruns: further runs of the defective state, whose outcomes must agree with the first.
-      limit: characters of the statement.
-      at_fault: the statement must tell of the defective function; otherwise it tells of the first one seen
-        misbehaving, which may be one that the defective one misleads.
+    `timeout` is in wall seconds for one run of the candidate's tests; the limit that usually acts is one of processor
+    time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome. `reruns`
+    further runs of the defective state must agree with the first, test by test. `characters` bound the statement. With
+    `at_fault` it must tell of the defective function; otherwise it tells of the first one seen misbehaving, which may
+    be one that the defective one misleads. With `held_out` tests that nobody sees are made (heldout.py).
     """
+
+    timeout: float = 10.0
+    reruns: int = 1
+    characters: int = statement.SHORT
+    at_fault: bool = False
+    held_out: bool = False
+
+
+def check(provider: Provider, candidate: Candidate, options: Options = Options()) -> Verdict:
+    """Executes a candidate: defective state, mended by the reverse patch, further times the defective state."""
     spent: list[tuple[float, float]] = []
     outcome, task = "kept", None
     try:
-        if grading.forbidden_lines({candidate.path: candidate.before}, {candidate.path: candidate.after}):
+        if grading.forbidden_lines(candidate.before_files, candidate.after_files):
             raise _Rejected("not_gradable")
-        with provider.create(candidate.repository, {candidate.path: candidate.after}) as sandbox:
-            task = _examine(sandbox, candidate, timeout, reruns, limit, at_fault, spent)
+        with provider.create(candidate.repository, candidate.after_files) as sandbox:
+            task = _examine(sandbox, candidate, options, spent)
     except _Rejected as rejection:
         outcome = str(rejection)
     seconds, cpu = (round(sum(column), 4) for column in zip(*(spent or [(0.0, 0.0)])))
     return Verdict(candidate.key, candidate.repository, candidate.kind, outcome, seconds, cpu, task)
 
 
-def _examine(
-    sandbox: Sandbox, candidate: Candidate, timeout: float, reruns: int, limit: int, at_fault: bool,
-    spent: list[tuple[float, float]],
-) -> Task:
+def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: list[tuple[float, float]]) -> Task:
     """The runs that decide, cheapest rejections first; `sandbox` is in the defective state."""
-    first = _run(sandbox, candidate, candidate.observe, timeout, spent)
+    timeout, parts = options.timeout, candidate.parts or (candidate.observe,)
+    first = _run(sandbox, candidate, parts[0], timeout, spent)
     failing = [name for name in candidate.tests if first["outcomes"].get(name) not in PASSING]
     passing = [name for name in candidate.tests if name not in set(failing)]
     if not failing:
         raise _Rejected("survived")
     if any(name not in first["outcomes"] for name in candidate.tests) or first["test"] is None:
         raise _Rejected("broken")  # a file cannot be collected, or too many tests fail
-    gold = patches.make_diff({candidate.path: candidate.after}, {candidate.path: candidate.before})
-    mended = patches.apply_diff({candidate.path: candidate.after}, gold)[candidate.path]
-    sandbox.write(candidate.path, mended)
-    fixed = _run(sandbox, candidate, (first["test"],), timeout, spent, always=True)
-    if any(fixed["outcomes"].get(name) not in PASSING for name in candidate.tests):
+    buggy = [first, *(_run(sandbox, candidate, part, timeout, spent, tests=part) for part in parts[1:])]
+    if any(run["test"] is None for run in buggy):
+        raise _Rejected("masked")  # one of several defects does not show beside the others
+    gold = patches.make_diff(candidate.after_files, candidate.before_files)
+    mended = patches.apply_diff(candidate.after_files, gold)
+    for path, text in mended.items():
+        sandbox.write(path, text)
+    fixed = [_run(sandbox, candidate, (run["test"],), timeout, spent, always=True,
+                  tests=candidate.tests if run is first else part) for run, part in zip(buggy, parts)]
+    if any(fixed[0]["outcomes"].get(name) not in PASSING for name in candidate.tests):
         raise _Rejected("not_mended")
-    if first["again"] in PASSING or fixed["again"] not in PASSING:
+    if any(a["again"] in PASSING or b["again"] not in PASSING for a, b in zip(buggy, fixed)):
         raise _Rejected("flaky")
-    only = (candidate.path, candidate.function) if at_fault else None
-    observation = statement.find(first["calls"], fixed["calls"], only)
-    if observation is None:
-        raise _Rejected("unobserved")
-    ordered = [first["test"], *(name for name in failing if name != first["test"])]
-    text = statement.write(observation, ordered, first["messages"].get(first["test"], ""), limit)
+    observations, text = _statement(candidate, buggy, fixed, failing, options)
     if statement.contains_fix(text, gold):
         raise _Rejected("statement_tells_fix")
-    for _ in range(reruns):
+    wanted = _unseen_calls(candidate, buggy, fixed) if options.held_out else []
+    mended_calls = heldout.call_all(sandbox, wanted, timeout)
+    for _ in range(options.reruns):
         sandbox.reset()
         again = _run(sandbox, candidate, (), timeout, spent)
         if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
             raise _Rejected("flaky")
-    return _task(candidate, gold, failing, passing, observation, text)
+    task = _task(candidate, gold, failing, passing, observations[0], text)
+    if mended_calls:
+        sandbox.reset()
+        task = heldout.add(task, mended_calls, heldout.call_all(sandbox, wanted, timeout))
+    return quality.scored(task, candidate.callers, candidate.suite)
+
+
+def _unseen_calls(
+    candidate: Candidate, buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Calls like those that misbehaved, with other arguments."""
+    seen = [found for run, mended in zip(buggy, fixed) for found in statement.differing(run["calls"], mended["calls"])]
+    return heldout.calls(seen, candidate.key)
+
+
+def _statement(
+    candidate: Candidate, buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]],
+    failing: Sequence[str], options: Options,
+) -> tuple[list[statement.Observation], str]:
+    """What was observed of each defect, and the statement that tells it."""
+    only = (candidate.path, candidate.function) if options.at_fault else None
+    observations, texts = [], []
+    limit = options.characters // len(buggy)
+    for run, mended in zip(buggy, fixed):
+        observation = statement.find(run["calls"], mended["calls"], only)
+        if observation is None or observation in observations:
+            raise _Rejected("unobserved")
+        observations.append(observation)
+        named = failing if len(buggy) == 1 else [name for name in run["outcomes"] if name in set(failing)]
+        ordered = [run["test"], *(name for name in named if name != run["test"])]
+        texts.append(statement.write(observation, ordered, run["messages"].get(run["test"], ""), limit))
+    return observations, texts[0] if len(texts) == 1 else "\n\n".join(texts)
 
 
 def _run(
     sandbox: Sandbox, candidate: Candidate, observe: Sequence[str], timeout: float, spent: list[tuple[float, float]],
-    always: bool = False,
+    always: bool = False, tests: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """One run of the candidate's tests: what observe.py returned.
+    """One run of the candidate's tests (or of `tests` alone): what observe.py returned.
 
     Raises:
       _Rejected: timeout, out_of_memory or crashed.
     """
     # Of all tests more than MAX_SHARE would fail if those not run failed like those run.
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
-    arguments = {"mode": "check", "tests": candidate.tests, "observe": observe, "always": always,
+    arguments = {"mode": "check", "tests": candidate.tests if tests is None else tests, "observe": observe, "always": always,
                  "sources": candidate.sources, "too_many": too_many,
                  "seconds": min(timeout, LEAST_SECONDS + 4 * candidate.seconds)}  # fmt: skip
     run = sandbox.run_python(_SCRIPT, arguments, timeout)
@@ -294,7 +344,7 @@ def _task(
     observation: statement.Observation, text: str,
 ) -> Task:
     name, _, version = candidate.repository.partition("==")
-    bug = patches.make_diff({candidate.path: candidate.before}, {candidate.path: candidate.after})
+    bug = patches.make_diff(candidate.before_files, candidate.after_files)
     state = hashlib.sha256(f"{candidate.archive_sha256}\0{bug}".encode()).hexdigest()[:40]
     return Task(
         instance_id=f"pypi__{name}.{candidate.archive_sha256[:8]}.{candidate.kind}__{candidate.key[:8]}",

@@ -6,24 +6,38 @@ from collections.abc import Iterable, Iterator
 from qcn_jax.envs import grading
 from qcn_jax.envs.pool import EnvPool
 from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
+from qcn_jax.envs.synthesis import heldout, quality
 from qcn_jax.envs.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One task's result: `problems` is empty when the task is sound."""
+    """One task's result: `problems` is empty when the task is sound; `flaky` says how tests wavered (quality.py)."""
 
     instance_id: str
     problems: tuple[str, ...]
     seconds: float
+    flaky: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def verify_task(provider: Provider, task: Task) -> Check:
+def verify_task(provider: Provider, task: Task, reruns: int = 0) -> Check:
     """Grades the gold patch, then runs the tests on the unpatched state; both in fresh sandboxes.
+
+    Held-out tests are checked in the same way. With `reruns` the tests run so many further times in both states.
 
     Raises:
       SandboxError: the back end failed; nothing is said about the task.
     """
+    problems, seconds = _problems(provider, task)
+    opinion = heldout.second_opinion(task)
+    if opinion is not None and not problems:
+        found, more = _problems(provider, opinion)
+        problems, seconds = [f"held-out tests: {problem}" for problem in found], seconds + more
+    flaky = quality.flaky_tests(provider, task, reruns) if reruns and not problems else {}
+    return Check(task.instance_id, tuple(problems), round(seconds, 4), flaky)
+
+
+def _problems(provider: Provider, task: Task) -> tuple[list[str], float]:
     problems = []
     if not task.FAIL_TO_PASS:
         problems.append("FAIL_TO_PASS is empty")
@@ -44,9 +58,10 @@ def verify_task(provider: Provider, task: Task) -> Check:
         problems.append(f"without a patch {passing[0]} of FAIL_TO_PASS passes")
     if broken:
         problems.append(f"without a patch {broken[0]} of PASS_TO_PASS fails")
-    return Check(task.instance_id, tuple(problems), round(verdict.seconds + run.seconds, 4))
+    return problems, verdict.seconds + run.seconds
 
 
-def verify(pool: EnvPool, tasks: Iterable[Task]) -> Iterator[Check]:
+def verify(pool: EnvPool, tasks: Iterable[Task], reruns: int = 0) -> Iterator[Check]:
     """Checks of all tasks, in order, from the pool's workers; their repositories must be registered."""
-    return pool.map(lambda task: pool.submit(verify_task, task, repository=task.repo, deadline=900.0), tasks)
+    return pool.map(
+        lambda task: pool.submit(verify_task, task, reruns, repository=task.repo, deadline=900.0 + 60.0 * reruns), tasks)

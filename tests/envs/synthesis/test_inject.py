@@ -44,6 +44,7 @@ CASES = [
     ("drop_conditional", "    if x:\n        y = 1\n    return y\n", ["    return y\n"]),
     ("drop_loop", "    for i in x:\n        y += i\n    return y\n", ["    return y\n"]),
     ("unwrap", "    try:\n        y = x()\n    except OSError:\n        y = 1\n    return y\n", ["    y = x()\n    return y\n"]),
+    ("drop_wrapper", "    with x:\n        y = 1\n    return y\n", ["    return y\n"]),
     ("drop_statement", "    x.append(y)\n    return x\n", ["    return x\n"]),
     ("drop_assignment", "    y = y or []\n    return y\n", ["    return y\n"]),
     ("drop_return", "    return x(y)\n", ["    x(y)\n"]),
@@ -55,7 +56,7 @@ CASES = [
 
 
 def test_every_kind_has_a_case():
-    assert {kind for kind, _, _ in CASES} | {"change_default"} | inject.CLASS_KINDS == set(inject.KINDS)
+    assert {kind for kind, _, _ in CASES} | {"change_default", "mutable_default"} | inject.CLASS_KINDS == set(inject.KINDS)
 
 
 @pytest.mark.parametrize(("kind", "body", "expected"), CASES, ids=[case[0] for case in CASES])
@@ -75,6 +76,12 @@ def test_kind(kind, body, expected):
 def test_change_default():
     found = inject.candidates("def f(x=True): return x\n", "m.py", ["change_default"])
     assert [(i.old, i.new in ("False", "None")) for i in found] == [("True", True)]
+
+
+def test_mutable_default():
+    before = "def f(x=None, y=None):\n    if x is None:\n        x = []\n    if y is None:\n        y = 1\n    return x, y\n"
+    assert [i.after_source for i in inject.candidates(before, "m.py", ["mutable_default"])] == [
+        before.replace("x=None", "x=[]")]  # fmt: skip
 
 
 @pytest.mark.parametrize(

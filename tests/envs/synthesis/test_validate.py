@@ -10,7 +10,9 @@ from tests.envs.synthesis.small import SOURCE, write_repository
 
 from qcn_jax.envs import grading, patches
 from qcn_jax.envs.sandbox import make_provider
-from qcn_jax.envs.synthesis import inject, sources, validate, verify
+from qcn_jax.envs.synthesis import (
+    combine, heldout, inject, quality, sources, statement, validate, verify,
+)  # fmt: skip
 from qcn_jax.errors import UserError
 
 PATH = "numbers_pkg/core.py"
@@ -98,7 +100,7 @@ def test_observations(place, old, new, function, text):
 )
 def test_rejected(place, old, new, outcome):
     item = candidate(place, old, new)
-    verdict = validate.check(place[0], item, timeout=3.0)
+    verdict = validate.check(place[0], item, validate.Options(timeout=3.0))
     assert (verdict.outcome, verdict.task) == (outcome, None)
 
 
@@ -108,7 +110,7 @@ def test_flaky_candidate(place):
     item = candidate(place, "total / len", f"{text} / len")
     outcomes = []
     while "flaky" not in outcomes and len(outcomes) < 20:
-        outcomes.append(validate.check(place[0], item, reruns=12).outcome)
+        outcomes.append(validate.check(place[0], item, validate.Options(reruns=12)).outcome)
     assert outcomes[-1] == "flaky" and set(outcomes) <= {"flaky", "survived"}
 
 
@@ -127,3 +129,56 @@ def test_repository_without_passing_tests(place, tmp_path):
     (root / "tests/test_core.py").write_text("def test_no():\n    assert False\n")
     with pytest.raises(UserError, match="none of its tests passes before any defect"):
         validate.survey(place[0], sources.locate(str(root), {}))
+
+
+def test_combined_defects(place):
+    """Two verified defects together: both told, both needed; one repository's combinations repeat from the seed."""
+    provider, _, survey = place
+    kept = []
+    for old, new in (("total += value", "total -= value"), ("value > high", "value >= low"), ("start > 0", "start > 1")):
+        item = candidate(place, old, new)
+        kept.append((item, validate.check(provider, item).task))
+    made = combine.combinations(kept, survey, 6, seed=1)
+    assert made == combine.combinations(kept, survey, 6, seed=1) and {c.kind for c in made} == {combine.FILE}
+    pair = next(c for c in made if c.function == "clamp, mean")
+    task = validate.check(provider, pair, validate.Options(characters=statement.FULL)).task
+    assert "clamp(" in task.problem_statement and "mean(" in task.problem_statement and task.strategy == "combine"
+    grader = grading.Grader(provider)
+    assert grader.grade(task, task.patch).resolved and verify.verify_task(provider, task).problems == ()
+    for _, part in kept[:2]:  # the fix of one part alone
+        assert grader.grade(task, part.patch).outcome == "unresolved"
+
+
+def test_held_out_tests(place):
+    """Calls that no test makes tell a right fix from one that only serves the tests' own values."""
+    provider = place[0]
+    task = validate.check(provider, candidate(place, "value > high", "value >= low"), validate.Options(held_out=True)).task
+    opinion = heldout.second_opinion(task)
+    assert opinion is not None and not set(opinion.FAIL_TO_PASS) & set(task.FAIL_TO_PASS)
+    grader = grading.Grader(provider)
+    assert grader.grade(opinion, task.patch).resolved and verify.verify_task(provider, task).problems == ()
+    start = patches.apply_diff({PATH: SOURCE}, task.bug_patch)
+    cheat = start[PATH].replace("    if value < low:", "    if value in (0, 5):\n        return value\n    if value < low:")
+    patch = patches.make_diff(start, {PATH: cheat})
+    assert grader.grade(task, patch).resolved and not grader.grade(opinion, patch).resolved
+
+
+def test_scores_and_duplicates(place):
+    tasks = [validate.check(place[0], candidate(place, *change)).task for change in (
+        ("value > high", "value >= low"), ("total += value", "total -= value"))]  # fmt: skip
+    assert all(0 < task.difficulty < 1 and 0 <= task.ambiguity < 1 for task in tasks)
+    repeated = dataclasses.replace(tasks[0], instance_id="again")
+    kept, dropped = quality.without_near_duplicates([*tasks, repeated])
+    assert kept == tasks and dropped == {"again": tasks[0].instance_id}
+
+
+def test_flaky_tests(place):
+    """Tests of a task are re-run in both states; the one that wavers is named."""
+    provider = place[0]
+    task = validate.check(provider, candidate(place, "value > high", "value >= low")).task
+    assert quality.flaky_tests(provider, task, 2) == {}
+    text = "    import time\n    if time.time_ns() // 1000 % 2:\n        return None\n    if value < low:"
+    wavering = patches.make_diff({PATH: SOURCE}, {PATH: SOURCE.replace("    if value < low:", text, 1)})
+    found = quality.flaky_tests(provider, dataclasses.replace(
+        task, bug_patch=wavering, patch=patches.make_diff({PATH: "x"}, {PATH: "x"})), 6)  # fmt: skip
+    assert found and all("of 6 pass" in words for words in found.values())

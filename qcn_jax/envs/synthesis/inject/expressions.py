@@ -117,8 +117,8 @@ def change_augmented(node: cst.AugAssign, site: Site) -> Edits:
 
 def swap_operands(node: cst.CSTNode, site: Site) -> Edits:
     """`a - b` becomes `b - a`, `a < b` becomes `b < a`; only where the order matters and both are simple."""
-    if isinstance(node, cst.BinaryOperation):
-        ordered = cst.Subtract | cst.Divide | cst.FloorDivide | cst.Modulo | cst.Power | cst.Add
+    if isinstance(node, cst.BinaryOperation | cst.BooleanOperation):
+        ordered = (cst.Subtract | cst.Divide | cst.FloorDivide | cst.Modulo | cst.Power | cst.Add | cst.And | cst.Or)
         operator, left, right = node.operator, node.left, node.right
     else:
         ordered = cst.LessThan | cst.LessThanEqual | cst.GreaterThan | cst.GreaterThanEqual

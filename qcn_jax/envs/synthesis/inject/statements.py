@@ -12,6 +12,7 @@ _EXCEPTIONS = (
     ("UnicodeDecodeError", "UnicodeEncodeError"), ("ZeroDivisionError", "OverflowError"), ("LookupError", "KeyError"),
 )  # fmt: skip
 _DEFAULTS = {"None": ("False", "()", "0"), "True": ("False", "None"), "False": ("True",)}
+_FRESH = ("[]", "{}", "list()", "dict()", "set()")
 _LEAVING = cst.Return | cst.Raise | cst.Continue | cst.Break
 
 
@@ -54,6 +55,11 @@ def unwrap(node: cst.CSTNode, site: Site) -> Edits:
         movable = all(not row.strip() or not row[:depth].strip() for row in rows)
         if depth > 0 and movable and b'"""' not in site.data[first:last] and b"'''" not in site.data[first:last]:
             yield Edit(start, end, "".join(row[depth:] if row.strip() else row for row in rows))
+
+
+def drop_wrapper(node: cst.CSTNode, site: Site) -> Edits:
+    """`with` and `try` statements are deleted together with their bodies."""
+    yield from delete(node, site)
 
 
 def drop_statement(node: cst.SimpleStatementLine, site: Site) -> Edits:
@@ -113,6 +119,21 @@ def change_default(node: cst.Param, site: Site) -> Edits:
         yield site.replace(node.default, site.rng.choice(_DEFAULTS[node.default.value]))
     elif isinstance(node.default, cst.Integer) and node.default.value.isdigit():
         yield site.replace(node.default, str(int(node.default.value) + 1))
+
+
+def mutable_default(node: cst.Param, site: Site) -> Edits:
+    """A default of None that the body replaces by a fresh list, dict or set becomes one that all calls share."""
+    function = next((parent for parent in reversed(site.parents) if isinstance(parent, cst.FunctionDef)), None)
+    if function is None or not isinstance(node.default, cst.Name) or node.default.value != "None":
+        return
+    for statement in function.body.body:
+        test = statement.test if isinstance(statement, cst.If) else None
+        if isinstance(test, cst.Comparison) and isinstance(test.left, cst.Name) and test.left.value == node.name.value:
+            fresh = _last(statement.body)
+            if isinstance(test.comparisons[0].operator, cst.Is) and isinstance(fresh, cst.Assign):
+                text = site.text(fresh.value)
+                if site.text(fresh.targets[0].target) == node.name.value and text in _FRESH:
+                    yield site.replace(node.default, text)
 
 
 def break_continue(node: cst.CSTNode, site: Site) -> Edits:

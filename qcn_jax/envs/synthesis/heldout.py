@@ -1,0 +1,121 @@
+"""Held-out tests: calls that no test of the repository makes, and what the mended code gives for them.
+
+Functions of a module that were seen misbehaving are called with arguments that vary those of the failing test. Calls
+that end differently in the two states become tests that a right fix must pass; some that end alike guard the rest.
+They are a second opinion on a patch: no agent sees them, and no statement tells of them (`second_opinion`).
+"""
+
+import ast
+import dataclasses
+import importlib.resources
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.sandbox.base import Sandbox
+from qcn_jax.envs.synthesis import statement
+from qcn_jax.envs.tasks import Task
+
+PATH = "test_held_out.py"
+FUNCTIONS = 4  # called for one task
+VARIANTS = 24  # of the arguments of one call
+TESTS = 6  # kept of each group
+_SCRIPT = (importlib.resources.files("qcn_jax.envs.synthesis.inside") / "differential.py").read_text()
+
+
+def calls(observations: Iterable[statement.Observation], seed: str) -> list[dict[str, Any]]:
+    """Calls to make: {path, function, arguments: {name: text}}, all of functions of a module with literal arguments."""
+    rng = random.Random(seed)
+    made: list[dict[str, Any]] = []
+    functions: set[tuple[str, str]] = set()
+    for observation in observations:
+        place = (observation.path, observation.function)
+        values = _literals(observation.arguments)
+        if "." in observation.function or not values or place in functions or len(functions) == FUNCTIONS:
+            continue
+        functions.add(place)
+        seen = {repr(values)}
+        for _ in range(VARIANTS):
+            varied = dict(values)
+            for name in rng.sample(sorted(varied), rng.randint(1, min(2, len(varied)))):
+                varied[name] = vary(varied[name], rng)
+            if repr(varied) not in seen and len(repr(varied)) < 400:
+                seen.add(repr(varied))
+                made.append({"path": observation.path, "function": observation.function,
+                             "arguments": {name: repr(value) for name, value in varied.items()}})
+    return made
+
+
+def _literals(arguments: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+    """Argument values by name, or None where one is no literal (an object, a cut text)."""
+    try:
+        return {name: ast.literal_eval(text) for name, text in arguments}
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def vary(value: Any, rng: random.Random) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + rng.choice([-2, -1, 1, 2]) if rng.random() < 0.8 else -value
+    if isinstance(value, str | bytes):
+        return rng.choice([value[::-1], value.upper(), value + value[:1], value[1:], value[:-1], value * 2])
+    if isinstance(value, list | tuple) and value:
+        kind, items = type(value), list(value)
+        at = rng.randrange(len(items))
+        changed = [*items[:at], vary(items[at], rng), *items[at + 1:]]
+        return kind(rng.choice([items[::-1], items[:-1], items + items[:1], changed]))
+    if isinstance(value, dict) and value:
+        key = rng.choice(sorted(value, key=repr))
+        return {**value, key: vary(value[key], rng)}
+    return value
+
+
+def call_all(sandbox: Sandbox, wanted: Sequence[Mapping[str, Any]], timeout: float) -> list[Any]:
+    """What each call gave in the sandbox's present state: [module, expression, outcome, text], or None."""
+    if not wanted:
+        return []
+    run = sandbox.run_python(_SCRIPT, list(wanted), timeout)
+    return run.value if run.status == "ok" else []
+
+
+def add(task: Task, mended: Sequence[Any], defective: Sequence[Any]) -> Task:
+    """The task with the tests that follow from both states' outcomes; unchanged where no call tells them apart."""
+    differing: list[tuple[str, str]] = []
+    alike: list[tuple[str, str]] = []
+    for good, bad in zip(mended, defective):
+        if good is None or bad is None:
+            continue
+        group = alike if good[2:] == bad[2:] else differing
+        group.append((good[0], _body(*good[1:])))
+    if not differing:
+        return task
+    chosen = differing[:TESTS] + alike[:TESTS]
+    modules = sorted({module for module, _ in chosen})
+    lines = ["import pytest\n\n", *(f"import {module}\n" for module in modules)]
+    names = []
+    for number, (_, body) in enumerate(chosen):
+        names.append(f"{PATH}::test_{number}")
+        lines.append(f"\n\ndef test_{number}():\n{body}")
+    return dataclasses.replace(
+        task, held_out_patch=patches.make_diff({}, {PATH: "".join(lines)}),
+        HELD_OUT_FAIL_TO_PASS=tuple(names[: len(differing[:TESTS])]),
+        HELD_OUT_PASS_TO_PASS=tuple(names[len(differing[:TESTS]):]))
+
+
+def _body(expression: str, outcome: str, text: str) -> str:
+    if outcome == "raised":
+        return f"    with pytest.raises({text}):\n        {expression}\n"
+    return f"    assert {expression} == {text}\n"
+
+
+def second_opinion(task: Task) -> Task | None:
+    """The task whose tests are the held-out ones, for grading as usual; None where there are none."""
+    if not task.HELD_OUT_FAIL_TO_PASS:
+        return None
+    return dataclasses.replace(
+        task, instance_id=f"{task.instance_id}.held_out", test_patch=task.test_patch + task.held_out_patch,
+        FAIL_TO_PASS=task.HELD_OUT_FAIL_TO_PASS, PASS_TO_PASS=task.HELD_OUT_PASS_TO_PASS)

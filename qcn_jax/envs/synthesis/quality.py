@@ -1,0 +1,128 @@
+"""How good tasks are: difficulty and ambiguity as scores, near duplicates, flakiness test by test.
+
+The scores are heuristics over what is known of a task, meant for sorting and filtering; they are no solve rates.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from qcn_jax.envs import grading, patches
+from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
+from qcn_jax.envs.tasks import Task
+
+NEAR = 0.9  # similarity from which two changes of one file count as the same task
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_DEFINED = re.compile(r"^\s*(?:def|class|func|function)\s+(\w+)|^\s*(?:const|let|var)\s+(\w+)\s*=", re.M)
+
+
+def scored(task: Task, callers: int = 0, suite: int = 0) -> Task:
+    """The task with its scores; `callers` of `suite` tests run the changed function (0: not known)."""
+    return dataclasses.replace(task, difficulty=difficulty(task, callers, suite), ambiguity=ambiguity(task))
+
+
+def difficulty(task: Task, callers: int = 0, suite: int = 0) -> float:
+    """0 (trivial) to 1: size and spread of the fix, how few tests show the defect, distance from symptom to cause."""
+    changed = [line for _, line in _changed(task.patch)]
+    hunks = sum(len(file.hunks) for file in patches.parse(task.patch))
+    size = min(1.0, math.log2(1 + len(changed)) / 6)  # full from 63 lines on
+    spread = min(1.0, (hunks - 1) / 3)
+    total = len(task.FAIL_TO_PASS) + len(task.PASS_TO_PASS)
+    rarity = 1 - len(task.FAIL_TO_PASS) / total if total else 0.0
+    if callers and suite:
+        rarity *= 1 - callers / suite
+    distance = 0.0 if task.path in patches.touched(task.patch) else 1.0
+    return round(0.4 * size + 0.25 * spread + 0.2 * rarity + 0.15 * distance, 3)
+
+
+def ambiguity(task: Task) -> float:
+    """0 (everything that the tests want is said) to 1."""
+    text = task.problem_statement
+    score = 0.3 if text.count("...") >= 2 else 0.15 if "..." in text else 0.0  # values that were cut
+    place = task.function.split(".")[-1]
+    if place and place not in text:
+        score += 0.2
+    if not any(name.split("::")[-1].split("[")[0] in text for name in task.FAIL_TO_PASS):
+        score += 0.15
+    wanted = _added_names(task.patch) & set(_TOKEN.findall(task.test_patch))
+    missing = [name for name in wanted if not re.search(rf"\b{re.escape(name)}\b", text)]
+    if missing:
+        score += 0.35  # tests use names that only the fix defines, and nobody says so
+    return round(min(score + (0.2 if len(text) < 40 else 0.0), 1.0), 3)
+
+
+def _added_names(patch: str) -> set[str]:
+    added = "".join(line for sign, line in _changed(patch) if sign == "+")
+    removed = "".join(line for sign, line in _changed(patch) if sign == "-")
+    return {a or b for a, b in _DEFINED.findall(added)} - {a or b for a, b in _DEFINED.findall(removed)}
+
+
+def _changed(patch: str) -> list[tuple[str, str]]:
+    """(sign, line) of all added and removed lines."""
+    return [(sign, line) for file in patches.parse(patch) for hunk in file.hunks
+            for sign, line in hunk.lines if sign in "+-"]
+
+
+def shingles(task: Task) -> frozenset[tuple[str, ...]]:
+    """Runs of three tokens of the added and removed lines, signs included."""
+    found: set[tuple[str, ...]] = set()
+    for sign, line in _changed(task.patch):
+        tokens = [sign, *_TOKEN.findall(line), "$"]
+        found.update(tuple(tokens[at:at + 3]) for at in range(max(len(tokens) - 2, 1)))
+    return frozenset(found)
+
+
+def near_duplicates(tasks: Sequence[Task], threshold: float = NEAR) -> dict[str, str]:
+    """{instance_id: the earlier one that it repeats}: same repository and files, changes alike to `threshold`."""
+    buckets: dict[tuple, list[tuple[str, frozenset]]] = collections.defaultdict(list)
+    repeated: dict[str, str] = {}
+    for task in tasks:
+        bucket, own = buckets[task.repo, *patches.touched(task.patch)], shingles(task)
+        for name, other in bucket:
+            union = len(own | other)
+            if union and len(own & other) / union >= threshold:
+                repeated[task.instance_id] = name
+                break
+        else:
+            bucket.append((task.instance_id, own))
+    return repeated
+
+
+def without_near_duplicates(tasks: Iterable[Task], threshold: float = NEAR) -> tuple[list[Task], dict[str, str]]:
+    """The tasks that repeat none before them, and what was left out."""
+    tasks = list(tasks)
+    repeated = near_duplicates(tasks, threshold)
+    return [task for task in tasks if task.instance_id not in repeated], repeated
+
+
+def flaky_tests(provider: Provider, task: Task, runs: int) -> dict[str, str]:
+    """Tests of a task that do not give the same outcome in `runs` runs: {test: "3 of 5 with the defect"}.
+
+    Every run has a fresh sandbox; half of what is looked at is the defective state, half the mended one.
+
+    Raises:
+      SandboxError: the back end failed.
+    """
+    tests = [*task.FAIL_TO_PASS, *task.PASS_TO_PASS]
+    pristine = provider.files(task.repo)
+    start = dict(grading.starting_changes(task, pristine))
+    if task.test_patch:
+        start |= patches.apply_changes({**pristine, **_present(start)}, task.test_patch)
+    mended = start | patches.apply_changes({**pristine, **_present(start)}, task.patch)
+    found: dict[str, str] = {}
+    for state, overlay in (("with the defect", start), ("mended", mended)):
+        passed: collections.Counter[str] = collections.Counter()
+        for _ in range(runs):
+            with sandbox(provider, task.repo, overlay, role="grading") as place:
+                outcomes = place.run_tests(tests, timeout=task.timeout).outcomes
+            passed.update(name for name in tests if outcomes.get(name) in PASSING)
+        for name in tests:
+            if 0 < passed[name] < runs:
+                found.setdefault(name, f"{passed[name]} of {runs} pass {state}")
+    return found
+
+
+def _present(files: Mapping[str, str | None]) -> dict[str, str]:
+    return {path: text for path, text in files.items() if text is not None}
