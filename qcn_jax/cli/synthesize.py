@@ -2,47 +2,72 @@
 
   qcn synthesize --repo=toolz==1.2.0,parse==1.22.4 --out=tasks.jsonl
   qcn synthesize --repo=path/to/folder,downloads/boltons-26.2.0.tar.gz --count=500 --out=tasks.jsonl
+  qcn synthesize --repo=path/to/clone --strategies=inject,combine,mine --issues=export.json --out=tasks.jsonl
+  qcn synthesize --repo=toolz==1.2.0 --strategies=rewrite --endpoint=http://localhost:8000/v1 --model=NAME --out=t.jsonl
 
-A candidate is kept only after execution: tests that passed now fail, and the reverse patch makes them pass again.
-Interrupted runs continue from OUT.work, with the same result. Beside OUT stands OUT.yields.json.
+Strategies: inject (rules), rewrite (a model changes or rewrites functions), combine (several verified defects at once),
+mine (the history of a git clone). A candidate is kept only after execution: tests that passed now fail, and the fix makes
+them pass again. Interrupted runs continue from OUT.work, with the same result. Beside OUT stands OUT.yields.json.
 """
 
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing
-from qcn_jax.envs.synthesis import inject, plan, sources, statement
-from qcn_jax.envs.tasks import write_tasks
+from qcn_jax.envs.synthesis import endpoint, inject, plan, quality, sources, statement
+from qcn_jax.envs.tasks import Task, write_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import repositories
 
-STRATEGIES = ("inject",)
+if TYPE_CHECKING:
+    from qcn_jax.envs.pool import EnvPool
+
+STRATEGIES = ("inject", "rewrite", "combine", "mine")
 
 
 def main(argv: Sequence[str]) -> int:
     """Parses flags, synthesizes, prints the table of yields."""
     values = flags.FlagValues()
-    flags.DEFINE_list("repo", None, "Repositories: name==version, source distributions or folders, comma-separated.",
+    flags.DEFINE_list("repo", None, "Repositories: name==version, source distributions, folders or (to mine) git clones.",
                       flag_values=values, required=True)  # fmt: skip
     flags.DEFINE_list("strategies", ["inject"], f"Comma-separated, out of: {', '.join(STRATEGIES)}.", flag_values=values)
     flags.DEFINE_string("out", None, "Where tasks are written, as JSONL in SWE-bench's schema.", flag_values=values,
                         required=True)  # fmt: skip
-    flags.DEFINE_integer("count", 0, "Stop at so many verified tasks; 0: try all candidates.", flag_values=values,
-                         lower_bound=0)  # fmt: skip
+    flags.DEFINE_integer("count", 0, "Stop injecting at so many verified tasks; 0: try all candidates.",
+                         flag_values=values, lower_bound=0)  # fmt: skip
     flags.DEFINE_list("kinds", [], f"Kinds of defects; default: all. Out of: {', '.join(inject.KINDS)}.",
                       flag_values=values)  # fmt: skip
     flags.DEFINE_integer("candidates_per_repo", 400, "Execute at most so many of one repository.", flag_values=values,
                          lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("combined_per_repo", 40, "Combinations tried of one repository (strategy combine).",
+                         flag_values=values, lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("rewrites_per_repo", 20, "Functions given to the model (strategy rewrite).",
+                         flag_values=values, lower_bound=1)  # fmt: skip
     flags.DEFINE_integer("reruns", 1, "Further runs of each defective state that must agree with the first.",
                          flag_values=values, lower_bound=0)  # fmt: skip
     flags.DEFINE_float("timeout", 10.0, "Seconds for one run of a candidate's tests.", flag_values=values,
                        lower_bound=0.1)  # fmt: skip
     flags.DEFINE_integer("statement_characters", statement.FULL, "Longest problem statement.", flag_values=values,
                          lower_bound=120)  # fmt: skip
+    flags.DEFINE_bool("held_out", True, "Make held-out tests for each task.", flag_values=values)
+    flags.DEFINE_float("near_duplicates", quality.NEAR, "Tasks of one file whose changes are this alike are kept once; "
+                       "above 1: keep all.", flag_values=values, lower_bound=0.0)  # fmt: skip
+    flags.DEFINE_string("endpoint", "", "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1.", flag_values=values)
+    flags.DEFINE_string("model", "", "Model to ask there.", flag_values=values)
+    flags.DEFINE_string("key_variable", "OPENAI_API_KEY", "Environment variable that holds the endpoint's key.",
+                        flag_values=values)  # fmt: skip
+    flags.DEFINE_bool("word_statements", False, "Let the model word the statements.", flag_values=values)
+    flags.DEFINE_string("issues", "", "mine: pull requests and issues as JSON, or `github` to ask its API with the token in "
+                        "GITHUB_TOKEN.", flag_values=values)  # fmt: skip
+    flags.DEFINE_bool("need_issue", True, "mine: only changes with a linked issue, SWE-bench's criterion.",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("mined_per_repo", 0, "mine: try at most so many changes, newest first; 0: all.",
+                         flag_values=values, lower_bound=0)  # fmt: skip
     flags.DEFINE_integer("seed", 0, "Seed of all choices.", flag_values=values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_integer("workers", 2, "Candidates side by side.", flag_values=values, lower_bound=1)
@@ -54,29 +79,69 @@ def main(argv: Sequence[str]) -> int:
     return _synthesize(values)
 
 
+def _settings(values: flags.FlagValues) -> plan.Settings:
+    asked = set(values.strategies)
+    model = None
+    if values.endpoint:
+        if not values.model:
+            raise UserError("--model: name the model that --endpoint serves")
+        model = endpoint.Endpoint(values.endpoint, values.model, values.key_variable, f"{values.out}.work/answers")
+    elif "rewrite" in asked or values.word_statements:
+        raise UserError("--endpoint: needed for strategy rewrite and for --word_statements")
+    if "combine" in asked and not asked & {"inject", "rewrite"}:
+        raise UserError("--strategies: combine needs inject or rewrite, whose verified defects it puts together")
+    return plan.Settings(
+        target=values.count, kinds=tuple(values.kinds), candidates_per_repo=values.candidates_per_repo,
+        timeout=values.timeout, reruns=values.reruns, statement_characters=values.statement_characters,
+        held_out=values.held_out, combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
+        rules="inject" in asked, model=model, word_statements=values.word_statements,
+        rewrites_per_repo=values.rewrites_per_repo if "rewrite" in asked else 0, seed=values.seed,
+    )  # fmt: skip
+
+
 def _synthesize(values: flags.FlagValues) -> int:
     from qcn_jax.envs.pool import EnvPool
     from qcn_jax.envs.synthesis import synthesize
 
-    specs = [sources.locate(source, repositories.SHA256) for source in values.repo]
-    settings = plan.Settings(
-        target=values.count, kinds=tuple(values.kinds), candidates_per_repo=values.candidates_per_repo,
-        timeout=values.timeout, reruns=values.reruns, statement_characters=values.statement_characters,
-        seed=values.seed,
-    )  # fmt: skip
+    settings = _settings(values)
     out = pathlib.Path(values.out)
     arguments = {"kind": values.sandbox, "state_dir": str(sources.default_cache().parent / "sandbox")}
+    tasks: list[Task] = []
+    yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
     with EnvPool(values.workers, arguments) as pool:
         print(f"sandbox: {pool.describe()['description']}", file=sys.stderr)
-        result = synthesize.synthesize(pool, specs, settings, f"{out}.work", _log)
-    write_tasks(out, result.tasks)
-    yields = {"kinds": result.yields(), "repositories": result.repository_yields(), "outcomes": result.outcomes(),
-              "left_out": result.skipped}  # fmt: skip
+        if settings.rules or settings.rewrites_per_repo:
+            specs = [sources.locate(source, repositories.SHA256) for source in values.repo]
+            result = synthesize.synthesize(pool, specs, settings, f"{out}.work", _log)
+            tasks += result.tasks
+            yields = {"kinds": result.yields(), "repositories": result.repository_yields(),
+                      "outcomes": result.outcomes(), "left_out": result.skipped}  # fmt: skip
+        if "mine" in values.strategies:
+            tasks += _mine(values, pool, yields)
+    tasks, repeated = quality.without_near_duplicates(tasks, values.near_duplicates)
+    yields |= {"near_duplicates": len(repeated), "held_out": sum(bool(task.held_out_patch) for task in tasks)}
+    write_tasks(out, tasks)
     files.write_json(f"{out}.yields.json", yields)
-    print(_table(yields["kinds"]))
-    print(f"outcomes: {', '.join(f'{name} {count}' for name, count in yields['outcomes'].items())}")
-    print(f"{len(result.tasks)} verified tasks: {out}")
+    if yields["kinds"]:
+        print(_table(yields["kinds"]))
+        print(f"outcomes: {', '.join(f'{name} {count}' for name, count in yields['outcomes'].items())}")
+    print(f"{len(tasks)} verified tasks: {out}")
     return 0
+
+
+def _mine(values: flags.FlagValues, pool: "EnvPool", yields: dict[str, Any]) -> list[Task]:
+    """Tasks from histories; adds to `yields` what became of the commits."""
+    from qcn_jax.envs.synthesis.mine import Criteria, mine
+
+    criteria = Criteria(need_issue=values.need_issue, limit=values.mined_per_repo, timeout=values.timeout)
+    tasks: list[Task] = []
+    for source in values.repo:
+        mined = mine(pool, source, criteria, f"{values.out}.work", _log, values.issues)
+        yields.setdefault("mined", {})[mined.name] = mined.outcomes
+        reasons = ", ".join(f"{reason} {count}" for reason, count in mined.outcomes.items())
+        print(f"{mined.name}: {len(mined.tasks)} tasks of {sum(mined.outcomes.values())} changes ({reasons})")
+        tasks += mined.tasks
+    return tasks
 
 
 def _log(line: str) -> None:

@@ -2,11 +2,14 @@
 
   qcn verify --tasks=tasks.jsonl
   qcn verify --tasks=runs/nano/tasks/heldout.jsonl --workers=8 --isolation=shared
+  qcn verify --tasks=tasks.jsonl --reruns=3 --sample=200
 
-Repositories named `name==version` are downloaded (or taken from the cache); archives and folders are given with
+Held-out tests are checked like the others. With --reruns every task's tests run so many further times in the defective
+and in the mended state, and those that waver are named. Repositories named `name==version` are downloaded (or taken from the cache); archives and folders are given with
 --repo. Every grading and every unpatched run has a fresh sandbox. Exit status 0 means that all tasks are sound.
 """
 
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -28,25 +31,42 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
                       "A fresh container for each run, or warm ones with a fresh workspace.", flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("reruns", 0, "Further runs in both states, to find flaky tests.", flag_values=values,
+                         lower_bound=0)  # fmt: skip
+    flags.DEFINE_integer("sample", 0, "Check so many tasks, evenly spread over the file; 0: all.", flag_values=values,
+                         lower_bound=0)  # fmt: skip
     flags.DEFINE_integer("workers", 2, "Tasks side by side.", flag_values=values, lower_bound=1)
     parsing.parse(values, "verify", __doc__, argv)
     tasks = read_tasks(values.tasks)
     if not tasks:
         raise UserError(f"--tasks={values.tasks}: holds no task")
+    total = len(tasks)
+    if 0 < values.sample < total:
+        tasks = [tasks[number * total // values.sample] for number in range(values.sample)]
     from qcn_jax.cli.evaluate import find_repositories
     from qcn_jax.envs.pool import EnvPool
     from qcn_jax.envs.synthesis import verify
 
-    specs = find_repositories(tasks, values.repo)
+    # Starting states of mined tasks stand beside the file, where qcn synthesize left them.
+    beside = pathlib.Path(f"{values.tasks}.work", "archives")
+    mined = sorted({str(path) for task in tasks if (path := beside / f"{task.repo}.tar.gz").exists()})
+    specs = find_repositories(tasks, [*values.repo, *mined])
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
-    unsound = 0
+    unsound = wavering = 0
     with EnvPool(values.workers, arguments, specs) as pool:
         print(f"sandbox: {pool.describe()['description']}")
-        checks = verify.verify(pool, tasks)
+        checks = verify.verify(pool, tasks, values.reruns)
         for check in tqdm.tqdm(checks, total=len(tasks), desc="verifying", unit="task", file=sys.stderr):
             if check.problems:
                 unsound += 1
                 print(f"{check.instance_id}: {'; '.join(check.problems)}")
+            for name, words in check.flaky.items():
+                print(f"{check.instance_id}: flaky: {name}: {words}")
+            wavering += bool(check.flaky)
+    if len(tasks) < total:
+        print(f"a sample of {len(tasks)} of {total} tasks")
+    if values.reruns:
+        print(f"flaky: {wavering} of {len(tasks)} tasks ({wavering / len(tasks):.1%}) in {values.reruns} runs of both states")
     print(f"{len(tasks) - unsound} of {len(tasks)} tasks are sound: gold patch resolves, empty patch does not")
     return 1 if unsound else 0

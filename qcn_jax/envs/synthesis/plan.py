@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qcn_jax.envs import grading
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import inject, validate
+from qcn_jax.envs.synthesis import endpoint, inject, validate
+from qcn_jax.envs.synthesis.inject import rewrite
 
 WAVE = 192  # candidates of one wave; bounds what is executed beyond the target
 
@@ -23,7 +24,9 @@ class Settings:
     """What decides about the tasks of one split.
 
     `target` verified tasks are wanted (0: as many as there are); `candidates_per_repo` bounds executions and
-    `per_function` keeps one function from filling the set.
+    `per_function` keeps one function from filling the set. `rules` are inject.KINDS, or `kinds` of them; `model` makes
+    defects too, of so many functions of each repository, and may word the statements. Beyond the target,
+    `combined_per_repo` combinations of verified defects are tried.
     """
 
     target: int = 0
@@ -38,12 +41,17 @@ class Settings:
     at_fault: bool = False
     held_out: bool = False
     combined_per_repo: int = 0
+    rules: bool = True
+    model: endpoint.Endpoint | None = None
+    rewrites_per_repo: int = 20
+    word_statements: bool = False
     seed: int = 0
 
     @property
     def options(self) -> validate.Options:
         """How each candidate is examined."""
-        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out)
+        words = self.model if self.word_statements else None
+        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out, words)
 
 
 @dataclasses.dataclass
@@ -59,7 +67,8 @@ class Plan:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.kinds = settings.kinds or tuple(inject.KINDS)
+        self.kinds = (settings.kinds or tuple(inject.KINDS) if settings.rules else ()) + (
+            rewrite.KINDS if settings.model and settings.rewrites_per_repo else ())
         self._repositories: list[_Repository] = []
         self._per_function: collections.Counter[tuple[str, str, str]] = collections.Counter()
         self._taken: collections.Counter[tuple[str, str]] = collections.Counter()  # by kind and repository
@@ -76,9 +85,7 @@ class Plan:
             if not grading.allowed(path, files, tests):
                 continue  # a fix of it would not be graded
             rng = random.Random(f"{self.settings.seed}/{spec.name}/{path}")
-            found = inject.candidates(
-                files.get(path, ""), path, self.settings.kinds or None, self.settings.max_function_lines, rng
-            )
+            found = self._injections(files.get(path, ""), path, survey, rng)
             called = {name for name in {i.qualname for i in found} if validate.callers(survey, path, name)}
             for injection in found:
                 place = (path, injection.start, injection.end, injection.new)
@@ -90,6 +97,19 @@ class Plan:
             random.Random(f"{self.settings.seed}/{spec.name}/{kind}").shuffle(injections)
         self._repositories.append(_Repository(spec, survey, dict(cells)))
         return sum(map(len, cells.values()))
+
+    def _injections(
+        self, text: str, path: str, survey: validate.Survey, rng: random.Random
+    ) -> list[inject.Injection]:
+        """Defects of one file by rules and by the model."""
+        found: list[inject.Injection] = []
+        if self.settings.rules:
+            found += inject.candidates(text, path, self.settings.kinds or None, self.settings.max_function_lines, rng)
+        if self.settings.model and self.settings.rewrites_per_repo:
+            names = {name.split("::")[1] for name in survey.callers if name.startswith(f"{path}::")}
+            share = math.ceil(self.settings.rewrites_per_repo * len(names) / max(len(survey.callers), 1))
+            found += rewrite.candidates(text, path, self.settings.model, seed=self.settings.seed, limit=share, among=names)
+        return found
 
     def next_wave(self) -> list[validate.Candidate]:
         """The next candidates to execute; empty when the target is met or nothing is left."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import patches
+from qcn_jax.envs.synthesis import endpoint
 
 SHORT = 220  # characters: at most about 80 tokens of a small BPE
 FULL = 1500
@@ -140,3 +141,21 @@ def contains_fix(text: str, patch: str) -> bool:
                 if sign in "+-" and len(line) >= 8 and line in plain:
                     return True
     return False
+
+
+_WORDING = """Write the text of a bug report for a repository's issue tracker from these observations. Say what was called,
+what came and what was expected. Do not guess at the cause, do not propose a fix, do not mention tests. Plain text only.
+
+{facts}"""
+
+
+def worded(facts: str, function: str, patch: str, model: endpoint.Endpoint, seed: int = 0) -> str:
+    """The statement in a model's words; `facts` as they stand where its answer tells the fix or omits the function.
+
+    Raises:
+      UserError: the endpoint cannot be used.
+    """
+    text = model.ask([{"role": "user", "content": _WORDING.format(facts=facts)}], seed).strip()
+    if function.split(".")[-1] not in text or contains_fix(text, patch) or len(text) > 4 * FULL:
+        return facts
+    return text

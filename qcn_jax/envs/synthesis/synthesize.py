@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import time
@@ -15,6 +14,7 @@ from qcn_jax.envs.pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import combine, plan, validate
+from qcn_jax.envs.synthesis.journal import Rows
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
 
@@ -64,49 +64,17 @@ def _table(
     return table
 
 
-class Journal:
-    """Verdicts on disk, one a line, appended as they come; a line that a crash cut short is dropped."""
+class Journal(Rows):
+    """Verdicts by key."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
-        self.known: dict[str, validate.Verdict] = {}
-        whole = 0
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n"):
-                    break
-                self.known[row["key"]] = validate.Verdict.from_json(row["verdict"])
-                whole += len(line)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self.path, "ab")
-            self._stream.truncate(whole)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+        super().__init__(path)
+        self.known = {key: validate.Verdict.from_json(row) for key, row in self.known.items()}
 
-    def add(self, key: str, verdict: validate.Verdict) -> None:
+    def add(self, key: str, value: validate.Verdict) -> None:
         """Appends one verdict."""
-        self.known[key] = verdict
-        line = json.dumps({"key": key, "verdict": verdict.to_json()}, ensure_ascii=False) + "\n"
-        try:
-            self._stream.write(line.encode())
-            self._stream.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        super().add(key, value.to_json())
+        self.known[key] = value
 
 
 def survey_all(

@@ -18,7 +18,7 @@ from typing import Any
 from qcn_jax.envs import grading, patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import heldout, inject, quality, statement
+from qcn_jax.envs.synthesis import endpoint, heldout, inject, quality, statement
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
 
@@ -224,7 +224,8 @@ class Options:
     time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome. `reruns`
     further runs of the defective state must agree with the first, test by test. `characters` bound the statement. With
     `at_fault` it must tell of the defective function; otherwise it tells of the first one seen misbehaving, which may
-    be one that the defective one misleads. With `held_out` tests that nobody sees are made (heldout.py).
+    be one that the defective one misleads. With `held_out` tests that nobody sees are made (heldout.py); with `words` a
+    model words the statement.
     """
 
     timeout: float = 10.0
@@ -232,6 +233,7 @@ class Options:
     characters: int = statement.SHORT
     at_fault: bool = False
     held_out: bool = False
+    words: endpoint.Endpoint | None = None
 
 
 def check(provider: Provider, candidate: Candidate, options: Options = Options()) -> Verdict:
@@ -273,6 +275,8 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if any(a["again"] in PASSING or b["again"] not in PASSING for a, b in zip(buggy, fixed)):
         raise _Rejected("flaky")
     observations, text = _statement(candidate, buggy, fixed, failing, options)
+    if options.words:
+        text = statement.worded(text, observations[0].function, gold, options.words)
     if statement.contains_fix(text, gold):
         raise _Rejected("statement_tells_fix")
     wanted = _unseen_calls(candidate, buggy, fixed) if options.held_out else []

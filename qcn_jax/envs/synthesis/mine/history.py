@@ -1,0 +1,176 @@
+"""A clone's history as changes: merged pull requests and commits of the main line, read with git alone."""
+
+import dataclasses
+import gzip
+import io
+import os
+import pathlib
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+
+from qcn_jax import files
+from qcn_jax.envs.sandbox.repository import DROPPED_NAMES, RepositorySpec
+from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.synthesis.mine.issues import closing
+from qcn_jax.errors import UserError
+
+_MERGE = re.compile(r"Merge pull request #(\d+) from \S+")
+_SQUASHED = re.compile(r"\s*\(#(\d+)\)\s*$")
+_ORIGIN = re.compile(r"[:/]([\w.-]+)/([\w.-]+?)(?:\.git)?/?$")
+_NAME = re.compile(r"""(?m)^\s*name\s*=\s*["']?([A-Za-z0-9][\w.-]*)""")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What one pull request or commit made of the main line; `base` is the state before it."""
+
+    commit: str
+    base: str
+    date: str  # ISO 8601
+    title: str
+    body: str
+    number: int = 0  # of the pull request; 0: a plain commit
+    linked: tuple[int, ...] = ()  # issues that it says it closes
+
+
+class Clone:
+    """A local clone, bare or not, read and never written.
+
+    Raises:
+      UserError: `path` is no git repository; names it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reference: str = "HEAD"):
+        self.path, self.reference = pathlib.Path(path), reference
+        self._blobs: dict[str, bytes] = {}
+        try:
+            self.head = self.git("rev-parse", "--verify", f"{reference}^{{commit}}").strip()
+        except (UserError, OSError) as error:
+            raise UserError(f"--repo: {path}: is no git clone with a commit at {reference}") from error
+        found = _ORIGIN.search(self._origin())
+        folder = self.path.resolve()
+        if folder.name in ("repo", ".git"):
+            folder = folder.parent
+        parts = [found[1], found[2]] if found else folder.name.removesuffix(".git").split("+")
+        self.owner = parts[0] if len(parts) > 1 else ""
+        self.name = re.sub(r"[^\w.-]", "-", parts[-1])
+
+    def _origin(self) -> str:
+        try:
+            return self.git("config", "--get", "remote.origin.url").strip()
+        except UserError:
+            return ""
+
+    def git(self, *arguments: str, data: bytes | None = None) -> str:
+        """A git command's output."""
+        return self.git_bytes(*arguments, data=data).decode("utf-8", "replace")
+
+    def git_bytes(self, *arguments: str, data: bytes | None = None) -> bytes:
+        """A git command's output; raises UserError with git's own words."""
+        command = ["git", "-c", "safe.directory=*", "-c", "core.quotePath=false", "-C", str(self.path), *arguments]
+        environment = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+        done = subprocess.run(command, input=data, capture_output=True, env=environment, check=False)
+        if done.returncode:
+            words = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise UserError(f"git {arguments[0]} in {self.path}: {words[-1] if words else done.returncode}")
+        return done.stdout
+
+    def changes(self) -> Iterator[Change]:
+        """All changes of the main line (first parents), newest first; the first commit is none."""
+        log = self.git("log", "--first-parent", "--format=%H%x00%P%x00%cI%x00%B%x01", self.head)
+        for record in log.split("\x01"):
+            fields = record.strip("\n").split("\0")
+            if len(fields) == 4 and fields[1]:
+                yield self._change(fields[0], fields[1].split(), fields[2], fields[3])
+
+    def _change(self, commit: str, parents: Sequence[str], date: str, message: str) -> Change:
+        title, _, body = message.strip().partition("\n")
+        merged, squashed = _MERGE.match(title), _SQUASHED.search(title)
+        number = int((merged or squashed or [0, 0])[1])
+        if merged:
+            title, _, body = body.strip().partition("\n")
+        texts = message if len(parents) == 1 else message + self.git("log", "--format=%B", f"{parents[0]}..{parents[1]}")
+        linked = dict.fromkeys(closing(texts))
+        linked.pop(number, None)
+        return Change(commit, parents[0], date, _SQUASHED.sub("", title).strip(), body.strip(), number, tuple(linked))
+
+    def touched(self, change: Change) -> dict[str, str]:
+        """Paths that a change touches, with A (added), M or D; a moved file is one deleted and one added."""
+        fields = self.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", change.base, change.commit).split("\0")
+        return {path: status for status, path in zip(fields[::2], fields[1::2])}
+
+    def tree(self, commit: str) -> dict[str, tuple[str, str]]:
+        """{path: (mode, blob)} of a commit's regular files."""
+        found = {}
+        for entry in self.git("ls-tree", "-r", "-z", commit).split("\0"):
+            facts, _, path = entry.partition("\t")
+            if facts.startswith("100") and not DROPPED_NAMES & set(path.split("/")):
+                mode, _, blob = facts.split(" ")
+                found[path] = (mode, blob)
+        return found
+
+    def read(self, blobs: Sequence[str]) -> dict[str, bytes]:
+        """Contents by blob, kept for later calls."""
+        missing = [blob for blob in dict.fromkeys(blobs) if blob not in self._blobs]
+        if missing:
+            data = self.git_bytes("cat-file", "--batch", data="".join(f"{blob}\n" for blob in missing).encode())
+            at = 0
+            for blob in missing:
+                end = data.index(b"\n", at)
+                size = int(data[at:end].split()[2])
+                self._blobs[blob] = data[end + 1 : end + 1 + size]
+                at = end + 2 + size
+        return {blob: self._blobs[blob] for blob in blobs}
+
+    def text_files(self, commit: str) -> dict[str, str]:
+        """All regular files of a commit that are text."""
+        tree = self.tree(commit)
+        data = self.read([blob for _, blob in tree.values()])
+        found = {}
+        for path, (_, blob) in tree.items():
+            try:
+                found[path] = data[blob].decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+        return found
+
+    def archive(self, commit: str, folder: str | os.PathLike[str]) -> RepositorySpec:
+        """Writes a commit's tree as a source distribution `NAME@COMMIT.tar.gz`, if not there yet, and describes it.
+
+        Nothing is left out (git archive obeys export-ignore), and where the project's name can be read the archive
+        holds PKG-INFO, so that importlib.metadata knows the distribution.
+        """
+        name = f"{self.name}@{commit[:12]}"
+        path = pathlib.Path(folder, f"{name}.tar.gz")
+        if not path.exists():
+            tree = self.tree(commit)
+            data = self.read([blob for _, blob in tree.values()])
+            members = {entry: (data[blob], int(mode, 8) & 0o777) for entry, (mode, blob) in tree.items()}
+            if "PKG-INFO" not in members:
+                members |= self._metadata(commit, {entry: content for entry, (content, _) in members.items()})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (files.atomic_open(path, "wb") as stream, gzip.GzipFile("", "wb", 6, stream, mtime=0) as packed,
+                  tarfile.open(fileobj=packed, mode="w") as archive):
+                for entry in sorted(members):
+                    content, mode = members[entry]
+                    info = tarfile.TarInfo(f"{name}/{entry}")
+                    info.size, info.mode, info.mtime = len(content), mode, 1_600_000_000
+                    archive.addfile(info, io.BytesIO(content))
+        return RepositorySpec(name, str(path.resolve()), sources.sha256(path))
+
+    def _metadata(self, commit: str, contents: Mapping[str, bytes]) -> dict[str, tuple[bytes, int]]:
+        for path in ("pyproject.toml", "setup.cfg", "setup.py"):
+            found = _NAME.search(contents.get(path, b"").decode("utf-8", "replace"))
+            if found:
+                text = f"Metadata-Version: 2.1\nName: {found[1]}\nVersion: {self.version(commit) or '0'}\n"
+                return {"PKG-INFO": (text.encode(), 0o644)}
+        return {}
+
+    def version(self, commit: str) -> str:
+        """The last tag before a commit, without letters in front; "" where there is none."""
+        try:
+            return re.sub(r"^\D+", "", self.git("describe", "--tags", "--abbrev=0", commit).strip())
+        except UserError:
+            return ""
