@@ -108,10 +108,11 @@ def _synthesize(values: flags.FlagValues) -> int:
     arguments = {"kind": values.sandbox, "state_dir": str(sources.default_cache().parent / "sandbox")}
     tasks: list[Task] = []
     yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
+    injecting = settings.rules or settings.rewrites_per_repo
+    specs = [sources.locate(source, repositories.SHA256) for source in values.repo] if injecting else []
     with EnvPool(values.workers, arguments) as pool:
         print(f"sandbox: {pool.describe()['description']}", file=sys.stderr)
-        if settings.rules or settings.rewrites_per_repo:
-            specs = [sources.locate(source, repositories.SHA256) for source in values.repo]
+        if specs:
             result = synthesize.synthesize(pool, specs, settings, f"{out}.work", _log)
             tasks += result.tasks
             yields = {"kinds": result.yields(), "repositories": result.repository_yields(),
