@@ -6,10 +6,12 @@
   qcn synthesize --repo=toolz==1.2.0 --strategies=rewrite --endpoint=http://localhost:8000/v1 --model=NAME --out=t.jsonl
 
 Strategies: inject (rules), rewrite (a model changes or rewrites functions), combine (several verified defects at once),
-mine (the history of a git clone). A candidate is kept only after execution: tests that passed now fail, and the fix makes
+mine (the history of a git clone), build (only the environment: Dockerfile, install steps, test command, log parser).
+JavaScript and Go repositories get an environment first and need a Docker engine. A candidate is kept only after execution: tests that passed now fail, and the fix makes
 them pass again. Interrupted runs continue from OUT.work, with the same result. Beside OUT stands OUT.yields.json.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing
+from qcn_jax.envs.sandbox import RepositorySpec, repository
 from qcn_jax.envs.synthesis import endpoint, inject, plan, quality, sources, statement
 from qcn_jax.envs.tasks import Task, write_tasks
 from qcn_jax.errors import UserError
@@ -27,7 +30,7 @@ from qcn_jax.pipeline import repositories
 if TYPE_CHECKING:
     from qcn_jax.envs.pool import EnvPool
 
-STRATEGIES = ("inject", "rewrite", "combine", "mine")
+STRATEGIES = ("inject", "rewrite", "combine", "mine", "build")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,8 +111,11 @@ def _synthesize(values: flags.FlagValues) -> int:
     arguments = {"kind": values.sandbox, "state_dir": str(sources.default_cache().parent / "sandbox")}
     tasks: list[Task] = []
     yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
-    injecting = settings.rules or settings.rewrites_per_repo
-    specs = [sources.locate(source, repositories.SHA256) for source in values.repo] if injecting else []
+    specs, foreign = [], []
+    if settings.rules or settings.rewrites_per_repo or "build" in values.strategies:
+        for spec in [_locate(source, out) for source in values.repo]:
+            python = "build" not in values.strategies and _language(spec) == "python"
+            (specs if python else foreign).append(spec)
     with EnvPool(values.workers, arguments) as pool:
         print(f"sandbox: {pool.describe()['description']}", file=sys.stderr)
         if specs:
@@ -117,6 +123,8 @@ def _synthesize(values: flags.FlagValues) -> int:
             tasks += result.tasks
             yields = {"kinds": result.yields(), "repositories": result.repository_yields(),
                       "outcomes": result.outcomes(), "left_out": result.skipped}  # fmt: skip
+        if foreign:
+            tasks += _foreign(values, foreign, settings, yields)
         if "mine" in values.strategies:
             tasks += _mine(values, pool, yields)
     tasks, repeated = quality.without_near_duplicates(tasks, values.near_duplicates)
@@ -128,6 +136,56 @@ def _synthesize(values: flags.FlagValues) -> int:
         print(f"outcomes: {', '.join(f'{name} {count}' for name, count in yields['outcomes'].items())}")
     print(f"{len(tasks)} verified tasks: {out}")
     return 0
+
+
+def _locate(source: str, out: pathlib.Path) -> RepositorySpec:
+    """A repository by name, archive or folder; of a bare clone its newest state."""
+    path = pathlib.Path(source)
+    if (path / "HEAD").is_file() and (path / "objects").is_dir():
+        from qcn_jax.envs.synthesis.mine.history import Clone
+
+        clone = Clone(path)
+        return clone.archive(clone.head, f"{out}.work/archives")
+    return sources.locate(source, repositories.SHA256)
+
+
+def _language(spec: RepositorySpec) -> str:
+    from qcn_jax.envs.synthesis.build import rules
+
+    try:
+        return rules.plan({name[5:]: member.data.decode("utf-8", "replace")
+                           for name, member in repository.unpack(spec).items() if name.startswith("repo/")}).language
+    except UserError:
+        return "python"  # what is wrong with it is said when its tests are run
+
+
+def _foreign(values: flags.FlagValues, specs: Sequence[RepositorySpec], settings: plan.Settings,
+             yields: dict[str, Any]) -> list[Task]:
+    """Environments, and tasks of repositories in other languages than Python."""
+    from qcn_jax.envs.synthesis import build, synthesize
+    from qcn_jax.envs.synthesis.build.container import engine
+    from qcn_jax.envs.synthesis.languages import factory
+
+    client, tasks, verdicts = engine(), [], []
+    for spec in specs:
+        content = {name[5:]: member.data for name, member in repository.unpack(spec).items() if name.startswith("repo/")}
+        environment = build.build(content, spec.name, _log, model=settings.model, client=client)
+        folder = pathlib.Path(f"{values.out}.work", "environments", spec.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / "Dockerfile", environment.dockerfile)
+        files.write_json(folder / "environment.json", dataclasses.asdict(environment))
+        print(f"{spec.name}: {len(environment.passing)} tests pass in {environment.seconds:.1f} s by "
+              f"`{environment.recipe.test}`; verifier: {environment.acceptance.states}; {folder / 'Dockerfile'}")
+        if "build" not in values.strategies and environment.recipe.language != "python":
+            made, found = factory.synthesize(client, spec.name, content, environment, settings, f"{values.out}.work", _log,
+                                             values.workers)
+            tasks, verdicts = tasks + made, verdicts + found
+    if verdicts:
+        result = synthesize.Result(tasks, verdicts, list(specs), {})
+        yields["kinds"] = {**yields["kinds"], **{f"{name} (other)": row for name, row in result.yields().items()}}
+        yields["repositories"] |= result.repository_yields()
+        yields["outcomes"] |= {f"{name} (other)": count for name, count in result.outcomes().items()}
+    return tasks
 
 
 def _mine(values: flags.FlagValues, pool: "EnvPool", yields: dict[str, Any]) -> list[Task]:

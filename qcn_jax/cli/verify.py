@@ -9,17 +9,24 @@ and in the mended state, and those that waver are named. Repositories named `nam
 --repo. Every grading and every unpatched run has a fresh sandbox. Exit status 0 means that all tasks are sound.
 """
 
+import concurrent.futures
+import contextlib
+import itertools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import tqdm
 from absl import flags
 
 from qcn_jax.cli import parsing
 from qcn_jax.envs.synthesis import sources
-from qcn_jax.envs.tasks import read_tasks
+from qcn_jax.envs.tasks import Task, read_tasks
 from qcn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qcn_jax.envs.synthesis.verify import Check
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,23 +57,41 @@ def main(argv: Sequence[str]) -> int:
     # Starting states of mined tasks stand beside the file, where qcn synthesize left them.
     beside = pathlib.Path(f"{values.tasks}.work", "archives")
     mined = sorted({str(path) for task in tasks if (path := beside / f"{task.repo}.tar.gz").exists()})
+    foreign = [task for task in tasks if task.eval_script]
+    tasks = [task for task in tasks if not task.eval_script]
     specs = find_repositories(tasks, [*values.repo, *mined])
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
     unsound = wavering = 0
-    with EnvPool(values.workers, arguments, specs) as pool:
-        print(f"sandbox: {pool.describe()['description']}")
-        checks = verify.verify(pool, tasks, values.reruns)
-        for check in tqdm.tqdm(checks, total=len(tasks), desc="verifying", unit="task", file=sys.stderr):
+    count = len(tasks) + len(foreign)
+    with contextlib.ExitStack() as stack:
+        checks = _foreign(foreign, values)
+        if tasks:
+            pool = stack.enter_context(EnvPool(values.workers, arguments, specs))
+            print(f"sandbox: {pool.describe()['description']}")
+            checks = itertools.chain(verify.verify(pool, tasks, values.reruns), checks)
+        for check in tqdm.tqdm(checks, total=count, desc="verifying", unit="task", file=sys.stderr):
             if check.problems:
                 unsound += 1
                 print(f"{check.instance_id}: {'; '.join(check.problems)}")
             for name, words in check.flaky.items():
                 print(f"{check.instance_id}: flaky: {name}: {words}")
             wavering += bool(check.flaky)
-    if len(tasks) < total:
-        print(f"a sample of {len(tasks)} of {total} tasks")
+    if count < total:
+        print(f"a sample of {count} of {total} tasks")
     if values.reruns:
-        print(f"flaky: {wavering} of {len(tasks)} tasks ({wavering / len(tasks):.1%}) in {values.reruns} runs of both states")
-    print(f"{len(tasks) - unsound} of {len(tasks)} tasks are sound: gold patch resolves, empty patch does not")
+        print(f"flaky: {wavering} of {count} tasks ({wavering / count:.1%}) in {values.reruns} runs of both states")
+    print(f"{count - unsound} of {count} tasks are sound: gold patch resolves, empty patch does not")
     return 1 if unsound else 0
+
+
+def _foreign(tasks: Sequence[Task], values: flags.FlagValues) -> Iterator["Check"]:
+    """Checks of tasks with an eval_script and an image of their own, several at a time."""
+    if not tasks:
+        return
+    from qcn_jax.envs.synthesis.build.container import engine
+    from qcn_jax.envs.synthesis.languages import grade
+
+    client = engine()
+    with concurrent.futures.ThreadPoolExecutor(values.workers) as threads:
+        yield from threads.map(lambda task: grade.verify(client, task, values.reruns), tasks)

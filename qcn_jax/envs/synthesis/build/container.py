@@ -1,0 +1,180 @@
+"""A container to build and test in: commands with a limit enforced inside, files in and out, states kept as images.
+
+Unlike the sandboxes of envs/sandbox these have a writable root and, while something is installed, a network; what is
+installed comes from the repository's own declarations. Tests then run in a container without one. Containers carry the
+labels of the docker back end, so that a crashed run's leftovers are removed with its.
+"""
+
+import dataclasses
+import io
+import os
+import pathlib
+import posixpath
+import shlex
+import tarfile
+import time
+import uuid
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import docker
+import docker.errors
+
+from qcn_jax.envs.sandbox import docker as backend
+from qcn_jax.envs.sandbox.base import ExecResult
+from qcn_jax.envs.sandbox.channel import SandboxError
+
+ROOT = "/testbed"
+OUTPUT_BYTES = 4 << 20  # of a command; the middle of longer output is left out
+_CLIENT_SECONDS = 4 * 3600.0  # limits are enforced inside; this only ends what hangs beyond all of them
+# What a container should trust as this machine does: behind a proxy that re-signs, downloads fail otherwise.
+_CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO")
+_BUNDLE, _INSIDE_BUNDLE = "/etc/ssl/certs/ca-certificates.crt", "/opt/qcn-build/ca.crt"
+
+
+def engine() -> docker.DockerClient:
+    """A client whose calls may last as long as a build."""
+    try:
+        client = docker.from_env(timeout=_CLIENT_SECONDS)
+        client.ping()
+        return client
+    except (docker.errors.DockerException, OSError) as error:
+        raise SandboxError(f"no Docker engine answers ({str(error).splitlines()[0]})") from error
+
+
+def certificates() -> bytes | None:
+    """This machine's certificate bundle, if it has one."""
+    path = pathlib.Path(os.environ.get("SSL_CERT_FILE", _BUNDLE))
+    return path.read_bytes() if path.is_file() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Of one container."""
+
+    memory_mb: int = 2048
+    processes: int = 512
+    cpus: float = 2.0
+
+
+class Container:
+    """A running container; `destroy` when done. Not safe for use from two threads at once.
+
+    Args:
+      client: of `engine`.
+      image: id or name.
+      network: whether commands reach the network.
+      bounds: what it may use.
+
+    Raises:
+      SandboxError: it cannot be started.
+    """
+
+    def __init__(self, client: docker.DockerClient, image: str, network: bool = False, bounds: Bounds = Bounds()):
+        self.client, self.image = client, image
+        self._time = int(time.time())
+        memory = f"{bounds.memory_mb}m"
+        try:
+            self._container = client.containers.run(
+                image, ["sleep", "infinity"], detach=True, init=True, user="0:0", entrypoint=[],
+                network_mode="bridge" if network else "none", mem_limit=memory, memswap_limit=memory,
+                pids_limit=bounds.processes, nano_cpus=int(bounds.cpus * 1e9), security_opt=["no-new-privileges"],
+                cap_drop=["ALL"], cap_add=["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL"],
+                environment=dict.fromkeys(_CERTIFICATES, _INSIDE_BUNDLE) if network else {},
+                labels={backend.OWNER: backend.owner(os.getpid()), backend.HOST: backend.host_identity()})
+        except (docker.errors.DockerException, OSError) as error:
+            raise SandboxError(f"container of {image} cannot be started: {str(error).splitlines()[0]}") from error
+        bundle = certificates() if network else None
+        if bundle:
+            self.write({_INSIDE_BUNDLE: bundle})
+
+    def exec(self, command: str, timeout: float = 60.0, folder: str = ROOT,
+             env: Mapping[str, str] | None = None) -> ExecResult:
+        """Runs a shell command; it and what it started are killed at the limit.
+
+        Raises:
+          SandboxError: the engine or the container is gone.
+        """
+        log = f"/tmp/.qcn-{uuid.uuid4().hex[:8]}"
+        half = OUTPUT_BYTES // 2
+        script = (f"timeout -k 2 {timeout} sh -c {shlex.quote(command)} > {log} 2>&1; s=$?; n=$(stat -c %s {log}); "
+                  f"if [ $n -gt {OUTPUT_BYTES} ]; then head -c {half} {log}; echo; echo '[...]'; tail -c {half} {log}; "
+                  f"else cat {log}; fi; rm -f {log}; exit $s")
+        started = time.monotonic()
+        try:
+            code, output = self._container.exec_run(["sh", "-c", script], workdir=folder, environment=dict(env or {}))
+        except (docker.errors.DockerException, OSError) as error:
+            raise SandboxError(f"the container does not answer: {str(error).splitlines()[0]}") from error
+        seconds = time.monotonic() - started
+        late = code in (124, 137) and seconds >= timeout - 0.05
+        return ExecResult(code, output.decode("utf-8", "replace"), late, code == 137 and not late, round(seconds, 3))
+
+    def write(self, files: Mapping[str, str | bytes | None]) -> None:
+        """Writes files (relative to ROOT, or absolute); None deletes."""
+        buffer, gone = io.BytesIO(), []
+        self._time += 2  # every write is newer than the last: byte code is told apart by whole seconds
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for path, data in sorted(files.items()):
+                place = posixpath.normpath(posixpath.join(ROOT, path))
+                if data is None:
+                    gone.append(place)
+                    continue
+                raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+                info = tarfile.TarInfo(place.lstrip("/"))
+                info.size, info.mode, info.mtime = len(raw), 0o644, self._time
+                archive.addfile(info, io.BytesIO(raw))
+        try:
+            if len(gone) < len(files):
+                self._container.put_archive("/", buffer.getvalue())
+            if gone:
+                self._container.exec_run(["rm", "-f", "--", *gone])
+        except (docker.errors.DockerException, OSError) as error:
+            raise SandboxError(f"files cannot be written: {str(error).splitlines()[0]}") from error
+
+    def read(self, paths: Collection[str]) -> dict[str, str]:
+        """Texts of the files that exist, by path relative to ROOT."""
+        found = {}
+        for path in sorted(paths):
+            try:
+                chunks, _ = self._container.get_archive(posixpath.join(ROOT, path))
+            except docker.errors.NotFound:
+                continue
+            except docker.errors.DockerException as error:
+                raise SandboxError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+                member = next(iter(archive))
+                if member.isfile():
+                    found[path] = archive.extractfile(member).read().decode("utf-8", "surrogateescape")
+        return found
+
+    def read_all(self, folder: str = ROOT) -> dict[str, bytes]:
+        """All regular files below a folder, by path relative to it."""
+        try:
+            chunks, _ = self._container.get_archive(folder)
+            data = io.BytesIO(b"".join(chunks))
+        except docker.errors.DockerException as error:
+            raise SandboxError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
+        found = {}
+        with tarfile.open(fileobj=data) as archive:
+            for member in archive:
+                if member.isfile():
+                    found[member.name.partition("/")[2]] = archive.extractfile(member).read()
+        return found
+
+    def commit(self, name: str, changes: tuple[str, ...] = ()) -> str:
+        """Keeps the present state as an image; returns its id."""
+        repository, _, tag = name.partition(":")
+        image: Any = self._container.commit(repository=repository, tag=tag or "latest", changes=list(changes))
+        return image.id
+
+    def destroy(self) -> None:
+        """Kills and removes the container; calling it again does nothing."""
+        container, self._container = self._container, None
+        if container is not None:
+            backend.remove(self.client, container.id)
+
+    def __enter__(self) -> "Container":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.destroy()

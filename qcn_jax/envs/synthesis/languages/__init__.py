@@ -1,0 +1,46 @@
+"""What synthesis must know of a language: its files, its tests, its defects, and how code is made to stop."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from qcn_jax.envs.synthesis import inject
+from qcn_jax.envs.synthesis.inject import treesitter
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """One language.
+
+    `candidates` has the interface of inject.candidates; `stopped` is the text with a statement added that raises as the
+    file is loaded, so that everything is still there to be read and nothing can be used; `kinds` are its defects.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    is_test: Callable[[str], bool]
+    candidates: Callable[..., list[inject.Injection]]
+    emptied: Callable[[str], str]
+    stopped: Callable[[str], str]
+    kinds: tuple[str, ...]
+
+    def is_source(self, path: str) -> bool:
+        """Whether a file is one whose defects count."""
+        return path.endswith(self.endings) and not self.is_test(path) and not path.endswith((".min.js", ".config.js"))
+
+
+def _go_emptied(text: str) -> str:
+    package = re.search(r"(?m)^package \w+", text)
+    return f"{package[0]}\n" if package else ""
+
+
+LANGUAGES: dict[str, Language] = {
+    language.name: language for language in (
+        Language("python", (".py",), inject.is_test_path, inject.candidates, lambda text: "",
+                 lambda text: f"{text}\nraise SystemError('stopped')\n", tuple(inject.KINDS)),
+        Language("javascript", (".js", ".mjs", ".cjs"), treesitter.is_test_path, treesitter.candidates, lambda text: "",
+                 lambda text: f"{text}\n;throw new Error('stopped');\n", tuple(treesitter.KINDS)),
+        Language("go", (".go",), treesitter.is_test_path, treesitter.candidates, _go_emptied,
+                 lambda text: f'{text}\nfunc init() {{ panic("stopped") }}\n', tuple(treesitter.KINDS)),
+    )
+}  # fmt: skip

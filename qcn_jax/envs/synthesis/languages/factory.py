@@ -1,0 +1,238 @@
+"""Verified tasks in any language that has an environment: defects tried in warm containers by the environment's verifier.
+
+The counterpart of validate.py and synthesize.py for repositories whose tests are no pytest's. Only defects in code that the
+tests reach are tried; coverage says which that is. Tasks carry release 5's eval_script, log_parser and image.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import docker
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.synthesis import inject, parsers, plan, quality, statement, validate
+from qcn_jax.envs.synthesis.build import Environment, verifier
+from qcn_jax.envs.synthesis.build.container import ROOT, Container
+from qcn_jax.envs.synthesis.journal import Rows
+from qcn_jax.envs.synthesis.languages import LANGUAGES
+from qcn_jax.envs.tasks import Task
+
+LEAST_SECONDS = 10.0  # for one run of a candidate's tests; otherwise five times what the pristine state needs
+LISTED = 8  # failing tests that a statement names
+_COVERAGE = "/tmp/qcn-coverage"
+Log = Callable[[str], None]
+
+
+def covered(container: Container, environment: Environment, files: Mapping[str, str]) -> Callable[[str, int], bool]:
+    """Whether the tests reach a character of a file: (path, offset) -> bool."""
+    if environment.recipe.language == "go":
+        container.exec(f"go test -coverpkg=./... -coverprofile={_COVERAGE} ./...", 600.0)
+        return _go_coverage(container.exec(f"cat {_COVERAGE}", 10.0).output, files)
+    container.exec(environment.recipe.test, 600.0, env={"NODE_V8_COVERAGE": _COVERAGE})
+    return _node_coverage(container.read_all(_COVERAGE).values(), files)
+
+
+def _go_coverage(profile: str, files: Mapping[str, str]) -> Callable[[str, int], bool]:
+    module = re.search(r"(?m)^module (\S+)", files.get("go.mod", ""))
+    prefix = f"{module[1]}/" if module else ""
+    lines: dict[str, set[int]] = collections.defaultdict(set)
+    for match in re.finditer(r"(?m)^(\S+):(\d+)\.\d+,(\d+)\.\d+ \d+ ([1-9]\d*)$", profile):
+        lines[match[1].removeprefix(prefix)].update(range(int(match[2]), int(match[3]) + 1))
+    return lambda path, offset: files[path].count("\n", 0, offset) + 1 in lines[path]
+
+
+def _node_coverage(reports: Sequence[bytes], files: Mapping[str, str]) -> Callable[[str, int], bool]:
+    ranges: dict[str, list[list[tuple[int, int, int]]]] = collections.defaultdict(list)
+    for data in reports:
+        for script in json.loads(data).get("result", []):
+            path = script["url"].removeprefix(f"file://{ROOT}/")
+            if path in files:
+                ranges[path].append([(part["startOffset"], part["endOffset"], part["count"])
+                                     for function in script["functions"] for part in function["ranges"]])
+
+    def reached(path: str, offset: int) -> bool:
+        for found in ranges[path]:  # one process's; the smallest range around a character is the one that counts
+            around = [(end - start, count) for start, end, count in found if start <= offset < end]
+            if around and min(around)[1] > 0:
+                return True
+        return False
+
+    return reached
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    name: str
+    environment: Environment
+    files: Mapping[str, str]
+    expected: tuple[str, ...]  # tests that pass on the pristine state, twice
+    settings: plan.Settings
+
+
+def synthesize(
+    client: docker.DockerClient, name: str, files: Mapping[str, bytes], environment: Environment,
+    settings: plan.Settings, workdir: str | os.PathLike[str], log: Log, workers: int = 2,
+) -> tuple[list[Task], list[validate.Verdict]]:
+    """Makes verified tasks of one repository; resumes from the journal in `workdir`.
+
+    Args:
+      client: of a Docker engine.
+      name: the tasks' `repo`.
+      files: the repository's files.
+      environment: built from them.
+      settings: `target`, `kinds` (those that the language has), `candidates_per_repo`, `per_function`, `reruns`, `seed`.
+      workdir: of the journal.
+      log: takes progress lines.
+      workers: containers side by side.
+
+    Raises:
+      SandboxError: the engine failed.
+    """
+    texts = {path: data.decode("utf-8", "replace") for path, data in files.items()}
+    speaks = LANGUAGES[environment.recipe.language]
+    judge = verifier.Verifier(environment.recipe.test, environment.recipe.parser)
+    with Container(client, environment.image) as container:
+        again = verifier.run(container, judge)
+        reached = covered(container, environment, texts)
+    expected = tuple(test for test in environment.passing if again.outcomes.get(test) == "passed")
+    rng = random.Random(f"{settings.seed}/{name}")
+    kinds = [kind for kind in settings.kinds or speaks.kinds if kind in speaks.kinds]
+    found = [injection for path, text in sorted(texts.items()) if speaks.is_source(path)
+             for injection in speaks.candidates(text, path, kinds, settings.max_function_lines, rng=rng)
+             if reached(path, injection.start)]
+    chosen = _choose(found, settings, rng)
+    log(f"{name}: {len(expected)} stable tests, {len(found)} candidates in code that they reach, {len(chosen)} tried")
+    place = _Place(name, environment, texts, expected, settings)
+    verdicts: list[validate.Verdict] = []
+    idle: queue.SimpleQueue[Container] = queue.SimpleQueue()
+    containers = [Container(client, environment.image) for _ in range(workers)]
+    for container in containers:
+        idle.put(container)
+
+    def work(injection: inject.Injection) -> validate.Verdict:
+        container = idle.get()
+        try:
+            return _check(container, place, injection)
+        finally:
+            idle.put(container)
+
+    try:
+        with Rows(pathlib.Path(workdir, f"{_slug(name)}.journal.jsonl")) as journal, ThreadPoolExecutor(workers) as threads:
+            keys = [_key(place, injection) for injection in chosen]
+            futures = {key: threads.submit(work, injection) for key, injection in zip(keys, chosen)
+                       if key not in journal.known}
+            for number, key in enumerate(keys, 1):
+                if key not in journal.known:
+                    journal.add(key, futures[key].result().to_json())
+                verdicts.append(validate.Verdict.from_json(journal.known[key]))
+                kept = sum(verdict.task is not None for verdict in verdicts)
+                if number % 20 == 0 or number == len(keys):
+                    log(f"{name}: {kept} verified, {number} of {len(keys)} candidates executed")
+                if settings.target and kept >= settings.target:
+                    threads.shutdown(cancel_futures=True)
+                    break
+    finally:
+        for container in containers:
+            container.destroy()
+    return [verdict.task for verdict in verdicts if verdict.task is not None], verdicts
+
+
+def _choose(found: Sequence[inject.Injection], settings: plan.Settings, rng: random.Random) -> list[inject.Injection]:
+    """Candidates by turns of the kinds, few of one function."""
+    cells: dict[str, list[inject.Injection]] = collections.defaultdict(list)
+    for injection in found:
+        cells[injection.kind].append(injection)
+    for cell in cells.values():
+        rng.shuffle(cell)
+    taken: collections.Counter[tuple[str, str]] = collections.Counter()
+    chosen: list[inject.Injection] = []
+    while any(cells.values()) and len(chosen) < settings.candidates_per_repo:
+        for kind in sorted(cells):
+            while cells[kind]:
+                injection = cells[kind].pop()
+                place = (injection.path, injection.qualname)
+                if taken[place] < settings.per_function:
+                    taken[place] += 1
+                    chosen.append(injection)
+                    break
+    return chosen[: settings.candidates_per_repo]
+
+
+def _key(place: _Place, injection: inject.Injection) -> str:
+    facts = (place.name, place.environment.image, injection.path, injection.kind, injection.after_source,
+             place.settings.reruns)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
+
+
+def _check(container: Container, place: _Place, injection: inject.Injection) -> validate.Verdict:
+    """Runs the tests on one defect, and again; the container is left as it was."""
+    key, recipe = _key(place, injection), place.environment.recipe
+    limit = max(LEAST_SECONDS, 5 * place.environment.seconds)
+    judge = verifier.Verifier(recipe.test, recipe.parser, limit)
+    started = time.monotonic()
+    outcome, task = "kept", None
+    container.write({injection.path: injection.after_source})
+    try:
+        runs = [verifier.run(container, judge)]
+        failing = [name for name in place.expected if runs[0].outcomes.get(name) not in ("passed", "xfailed")]
+        if runs[0].timed_out:
+            outcome = "timeout"
+        elif not failing:
+            outcome = "survived"
+        elif len(failing) > validate.MAX_SHARE * len(place.expected) or not any(
+            runs[0].outcomes.get(name) == "failed" for name in failing
+        ):
+            outcome = "broken"  # does not compile or load, or nearly everything fails
+        else:
+            runs += [verifier.run(container, judge) for _ in range(place.settings.reruns)]
+            first = {name: runs[0].outcomes.get(name) == "passed" for name in place.expected}
+            if any(first != {name: run.outcomes.get(name) == "passed" for name in place.expected} for run in runs):
+                outcome = "flaky"
+            else:
+                outcome, task = _task(place, injection, key, failing, runs[0], limit)
+    finally:
+        container.write({injection.path: injection.before_source})
+    seconds = round(time.monotonic() - started, 3)
+    return validate.Verdict(key, place.name, injection.kind, outcome, seconds, 0.0, task)
+
+
+def _task(
+    place: _Place, injection: inject.Injection, key: str, failing: Sequence[str], run: verifier.Run, limit: float
+) -> tuple[str, Task | None]:
+    recipe = place.environment.recipe
+    before, after = {injection.path: injection.before_source}, {injection.path: injection.after_source}
+    bug, gold = patches.make_diff(before, after), patches.make_diff(after, before)
+    if patches.apply_diff(after, gold) != before:
+        return "not_mended", None
+    said = parsers.messages(recipe.parser, run.log)
+    shown = sorted(failing, key=lambda name: name not in said)
+    text = f"`{injection.qualname}` in {injection.path} does not do what it should."
+    if shown[0] in said:
+        text += f" In the test \"{shown[0]}\": {said[shown[0]]}."
+    text += "\n\nThese tests fail:" + "".join(f"\n- {name}" for name in shown[:LISTED])
+    if statement.contains_fix(text, gold):
+        return "statement_tells_fix", None
+    content = hashlib.sha256(repr(sorted(place.files.items())).encode()).hexdigest()
+    state = hashlib.sha256(f"{content}\0{bug}".encode()).hexdigest()[:40]
+    task = Task(
+        instance_id=f"{_slug(place.name)}.{content[:8]}.{injection.kind}__{key[:8]}", repo=place.name, base_commit=state,
+        patch=gold, test_patch="", problem_statement=text, FAIL_TO_PASS=tuple(failing),
+        PASS_TO_PASS=tuple(name for name in place.expected if name not in set(failing)), kind=injection.kind,
+        environment_setup_commit=state, image_name=place.environment.image, bug_patch=bug, path=injection.path,
+        function=injection.qualname, timeout=limit, language=recipe.language, log_parser=recipe.parser,
+        eval_script=f"#!/bin/sh\ncd {ROOT}\n{recipe.test}\n")
+    return "kept", quality.scored(task)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)

@@ -1,0 +1,139 @@
+"""Log parsers on logs that the runners wrote."""
+
+import json
+
+import pytest
+
+from qcn_jax.envs.synthesis import parsers
+
+NODE = """TAP version 13
+# Subtest: numbers
+    # Subtest: adds
+    ok 1 - adds
+      ---
+      duration_ms: 0.3
+      ...
+    # Subtest: divides
+    not ok 2 - divides
+      ---
+      duration_ms: 0.6
+      failureType: 'testCodeFailure'
+      error: |-
+        Expected values to be strictly equal:
+      code: 'ERR_ASSERTION'
+      expected: 2
+      actual: 3
+      ...
+    1..2
+not ok 1 - numbers
+  ---
+  type: 'suite'
+  ...
+# Subtest: later
+ok 2 - later # SKIP
+# Subtest: someday
+not ok 3 - someday # TODO
+1..3
+# tests 4
+# pass 1
+"""
+TAPE = """TAP version 13
+# parses
+ok 1 should be equal
+ok 2 should be equal
+# refuses
+not ok 3 should throw
+  ---
+    operator: throws
+    expected: 'SyntaxError'
+    actual:   'undefined'
+  ...
+
+1..3
+# tests 3
+# pass  2
+# fail  1
+"""
+JEST = """PASS src/a.test.js
+  sum
+    ✓ adds (2 ms)
+    nested
+      ○ skipped later
+  ✓ top
+FAIL src/b.test.js
+  sum
+    ✕ subtracts (5 ms)
+
+  ● sum › subtracts
+
+    expect(received).toBe(expected)
+
+Tests:       1 failed, 1 skipped, 2 passed, 4 total
+"""
+MOCHA = """
+
+  sum
+    ✔ adds
+    nested
+      - later
+    1) subtracts
+
+
+  1 passing (5ms)
+  1 pending
+  1 failing
+
+  1) sum
+       subtracts:
+"""
+PYTEST = """tests/test_a.py::test_x PASSED            [ 50%]
+=========================== short test summary info ============================
+PASSED tests/test_a.py::test_y[a b - c]
+SKIPPED [1] tests/test_a.py:3: why
+XFAIL tests/test_a.py::test_z - reason
+FAILED tests/test_a.py::test_w - AssertionError: assert 1 == 2
+ERROR tests/test_b.py
+"""
+UNITTEST = """test_a (test_m.T.test_a) ... ok
+test_b (test_m.T)
+Says what it does ... FAIL
+test_c (test_m.T.test_c) ... skipped 'why'
+test_d (test_m.T.test_d) ... expected failure
+"""
+GO = "\n".join(json.dumps(event) for event in [
+    {"Action": "run", "Package": "m/p", "Test": "TestA"},
+    {"Action": "output", "Package": "m/p", "Test": "TestA", "Output": "    p_test.go:12: Add(1, 2) = 4, want 3\n"},
+    {"Action": "fail", "Package": "m/p", "Test": "TestA"}, {"Action": "pass", "Package": "m/p", "Test": "TestB/sub"},
+    {"Action": "skip", "Package": "m/p", "Test": "TestC"}, {"Action": "fail", "Package": "m/p"}]) + "\nnot json\n"
+
+
+@pytest.mark.parametrize(
+    ("parser", "log", "outcomes"),
+    [
+        ("tap", NODE, {"numbers > adds": "passed", "numbers > divides": "failed", "later": "skipped", "someday": "xfailed"}),
+        ("tap", TAPE, {"parses > should be equal": "passed", "parses > should be equal #2": "passed",
+                       "refuses > should throw": "failed"}),
+        ("jest", JEST, {"src/a.test.js > sum > adds": "passed", "src/a.test.js > sum > nested > later": "skipped",
+                        "src/a.test.js > top": "passed", "src/b.test.js > sum > subtracts": "failed"}),
+        ("mocha", MOCHA, {"sum > adds": "passed", "sum > nested > later": "skipped", "sum > subtracts": "failed"}),
+        ("pytest", PYTEST, {"tests/test_a.py::test_x": "passed", "tests/test_a.py::test_y[a b - c]": "passed",
+                            "tests/test_a.py::test_z": "xfailed", "tests/test_a.py::test_w": "failed",
+                            "tests/test_b.py": "failed"}),
+        ("unittest", UNITTEST, {"test_m.T.test_a": "passed", "test_m.T.test_b": "failed", "test_m.T.test_c": "skipped",
+                                "test_m.T.test_d": "xfailed"}),
+        ("go_test", GO, {"m/p::TestA": "failed", "m/p::TestB/sub": "passed", "m/p::TestC": "skipped", "m/p": "failed"}),
+    ],
+)  # fmt: skip
+def test_parser(parser, log, outcomes):
+    assert parsers.PARSERS[parser](log) == outcomes
+    assert parsers.PARSERS[parser]("") == {} and parsers.PARSERS[parser]("nonsense\nok\n{") in ({}, {"test": "passed"})
+
+
+def test_messages():
+    assert parsers.messages("go_test", GO) == {"m/p::TestA": "Add(1, 2) = 4, want 3"}
+    assert parsers.messages("tap", TAPE) == {"refuses > should throw": "expected SyntaxError, got undefined"}
+    assert parsers.messages("tap", NODE)["divides"] == "expected 2, got 3"
+
+
+def test_worse_outcome_counts():
+    assert parsers.tap("ok 1 - same\nnot ok 2 - same\nok 3 - same\n") == {"same": "failed"}
