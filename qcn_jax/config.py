@@ -57,18 +57,22 @@ class ModelConfig:
     delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU kernel)
     chunk_size: int = 64
     attention: str = "xla"  # xla or splash (TPU)
-    moe: str = "auto"  # grouped-matmul back end: auto, blocked, ragged, dense
+    moe: str = "auto"  # grouped-matmul back end: auto, blocked, ragged, dense, megablox (TPU)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the named mesh axes; one of them may be -1 (whatever devices are left)."""
+    """Sizes of the named mesh axes, one of which may be -1 (whatever devices are left), and how work crosses them."""
 
     data: int = 1
     fsdp: int = -1
     expert: int = 1
     tensor: int = 1
     context: int = 1
+    # How tokens reach experts on other devices: ragged (all-to-all, nothing dropped), capacity (all-to-all of fixed
+    # size, overflow dropped and counted) or gather (all-gather and reduce-scatter, nothing dropped).
+    dispatch: str = "ragged"
+    dispatch_buffer: float = 1.25  # rows of a device's experts at a time, of a balanced load; 0: room for any routing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from qcn_jax.layers.products import einsum_float32
 from qcn_jax.layers.remat import rematerialised
 from qcn_jax.layers.rotary import rotary_angles, rotary_dim
 from qcn_jax.moe.router import RouterStatistics
+from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
 
@@ -84,10 +85,12 @@ class Qwen3Next(nn.Module):
       unrolled: False scans over layers stacked in the parameter tree (one compiled layer for all); True
         holds each layer's parameters and cache apart (see `unroll`), which saves decoding the copies that
         a scan makes of every weight and cache it slices.
+      parallel: the devices over which batches and parameters are spread; None is one device.
     """
 
     config: ModelConfig
     unrolled: bool = False
+    parallel: Parallel | None = None
 
     def setup(self) -> None:
         cfg = self.config
@@ -133,7 +136,7 @@ class Qwen3Next(nn.Module):
             sequence; static.
         """
         context = self._context(tokens.shape, positions, segment_ids, cache, lengths, key_limit)
-        x, aux, layers = self._run_layers(self.embed_tokens(tokens), context, None if cache is None else cache.layers)
+        x, aux, layers = self._run_layers(self._embed(tokens), context, None if cache is None else cache.layers)
         hidden = self.norm(x)
         if cache is not None:
             cache = Cache(cache.length + (tokens.shape[1] if lengths is None else lengths), layers)
@@ -160,7 +163,7 @@ class Qwen3Next(nn.Module):
           hidden [B, T, D] for the head (predicts the token after `tokens`), and the cache.
         """
         context = self._context(tokens.shape, positions, None, cache, lengths, None)
-        hidden, (_, layers) = self.mtp(hidden, self.embed_tokens(tokens), context, cache.layers)
+        hidden, (_, layers) = self.mtp(hidden, self._embed(tokens), context, cache.layers)
         return hidden, Cache(cache.length + (tokens.shape[1] if lengths is None else lengths), layers)
 
     @nn.nowrap
@@ -184,7 +187,10 @@ class Qwen3Next(nn.Module):
         return _project(hidden, head_kernel(self.config, params))
 
     def _logits(self, hidden: Array) -> Array:
-        return _project(hidden, self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head())
+        logits = _project(hidden, self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head())
+        if self.parallel is None:
+            return logits
+        return self.parallel.constrain(logits, "activation_batch", "activation_length", "activation_vocab")
 
     def _context(
         self,
@@ -214,7 +220,11 @@ class Qwen3Next(nn.Module):
             valid = index < lengths[:, None]
         cfg = self.config
         cos, sin = rotary_angles(positions, rotary_dim(cfg.head_dim, cfg.partial_rotary_factor), cfg.rope_theta)
-        return TokenContext(cos, sin, segment_ids, valid, start, lengths, key_limit)
+        return TokenContext(cos, sin, segment_ids, valid, start, lengths, key_limit, self.parallel)
+
+    def _embed(self, tokens: Array) -> Array:
+        x = self.embed_tokens(tokens)
+        return x if self.parallel is None else self.parallel.constrain_tokens(x)
 
     def _run_layers(self, x: Array, context: TokenContext, caches: Any) -> tuple[Array, RouterStatistics, Any]:
         """All decoder layers; statistics have a leading axis L, caches the layout they came in."""
@@ -244,7 +254,7 @@ class Qwen3Next(nn.Module):
         tokens = tokens[..., None] if tokens.ndim == 2 else tokens
         outputs, statistics = [], [aux]
         for step in range(tokens.shape[-1]):  # one layer, applied again to its own output
-            hidden, (part, _) = self.mtp(hidden, self.embed_tokens(tokens[..., step]), context)
+            hidden, (part, _) = self.mtp(hidden, self._embed(tokens[..., step]), context)
             outputs.append(hidden)
             statistics.append(add_layer_axis(part))
         return jnp.stack(outputs), join_layers(statistics)

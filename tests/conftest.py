@@ -90,7 +90,9 @@ def run_with_devices(code: str | Callable[[], None], devices: int, timeout: floa
             spec.loader.exec_module(module)
             module.{name}()
         """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    # Programs of tests run once: optimising them takes longer than it saves.
+    flags = (f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} "
+             "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False,
@@ -99,7 +101,7 @@ def run_with_devices(code: str | Callable[[], None], devices: int, timeout: floa
     return done.stdout
 
 
-@pytest.fixture(name="run_with_devices")
+@pytest.fixture(name="run_with_devices", scope="session")
 def _run_with_devices() -> Callable[..., str]:
     return run_with_devices
 

@@ -63,7 +63,7 @@ def test_axis_names_match_shapes(change):
     axes, params = logical_axes(config), abstract_params(config)
     names = jax.tree.map(lambda leaf, axis: len(axis) == leaf.ndim, params, axes)
     assert all(jax.tree.leaves(names))
-    assert axes["blocks"]["full"]["mlp"]["experts"]["gate_proj"] == ("blocks", "expert", "embed", "mlp")
+    assert axes["blocks"]["full"]["mlp"]["experts"]["gate_proj"] == ("blocks", "expert", "expert_embed", "mlp")
     assert ("tail" in params) == (config.num_hidden_layers % config.full_attention_interval > 0)
     assert ("lm_head" in params) != config.tie_word_embeddings
     assert ("mtp" in params) == bool(config.num_nextn_predict_layers)

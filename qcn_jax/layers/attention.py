@@ -12,9 +12,10 @@ from flax import linen as nn
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.dense import dense
-from qcn_jax.layers.flash import attend, causal_attention
+from qcn_jax.layers.flash import attend
 from qcn_jax.layers.norm import RMSNorm
 from qcn_jax.layers.rotary import apply_rotary
+from qcn_jax.layers.sharded import sharded_attention
 
 Array = jax.Array
 
@@ -62,12 +63,12 @@ class GatedAttention(nn.Module):
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, "head_dim", jnp.dtype(cfg.param_dtype), name=name)
         q = apply_rotary(norm("q_norm")(q), context.cos, context.sin)
         k = apply_rotary(norm("k_norm")(k), context.cos, context.sin)
-        q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is None:
-            y = causal_attention(q, k, v, context.segment_ids)
+            y = sharded_attention(q, k, v, context.segment_ids, context.parallel)
         else:
-            y, cache = cached_attention(q, k, v, cache, context)
-        y = jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim) * jax.nn.sigmoid(gate)
+            q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
+            y, cache = cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context)
+            y = jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim)
+        y = y * jax.nn.sigmoid(gate)
         out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "o_proj")
         return out(y.reshape(batch, length, heads * dim)), cache

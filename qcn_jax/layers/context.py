@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from qcn_jax.sharding.parallel import Parallel
+
 Array = jax.Array
 
 
@@ -18,6 +20,7 @@ class TokenContext:
       start: [B] int32 or None; with a cache, how many tokens each sequence held before this call.
       lengths: [B] int32 or None; with a cache, how many of the T tokens are real.
       key_limit: with a cache, attention reads its first `key_limit` slots only (None: all).
+      parallel: the devices over which the batch is spread; None is one device.
     """
 
     cos: Array
@@ -27,6 +30,7 @@ class TokenContext:
     start: Array | None = None
     lengths: Array | None = None
     key_limit: int | None = struct.field(pytree_node=False, default=None)
+    parallel: Parallel | None = struct.field(pytree_node=False, default=None)
 
 
 def segment_positions(segment_ids: Array) -> Array:

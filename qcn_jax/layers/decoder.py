@@ -31,9 +31,15 @@ class DecoderLayer(nn.Module):
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name=name)
         mixer = GatedDeltaNet(cfg, name="linear_attn") if self.kind == "linear" else GatedAttention(cfg, name="self_attn")
         mixed, cache = mixer(norm("input_layernorm")(x), context, cache)
-        x = x + mixed
-        routed, statistics = SparseBlock(cfg, name="mlp")(norm("post_attention_layernorm")(x), context.valid)
-        return x + routed, (statistics, cache)
+        x = _laid_out(x + mixed, context)
+        routed, statistics = SparseBlock(cfg, name="mlp")(
+            norm("post_attention_layernorm")(x), context.valid, context.parallel
+        )
+        return _laid_out(x + routed, context), (statistics, cache)
+
+
+def _laid_out(x: Array, context: TokenContext) -> Array:
+    return x if context.parallel is None else context.parallel.constrain_tokens(x)
 
 
 def scanned(module: type[nn.Module], length: int, axis_name: str) -> type[nn.Module]:

@@ -15,6 +15,8 @@ from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.delta_rule import gated_delta_rule
 from qcn_jax.layers.dense import dense, normal_init
 from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
+from qcn_jax.layers.sharded import sharded_delta_rule, with_halo
+from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
 
@@ -59,6 +61,21 @@ def causal_conv(x: Array, kernel: Array, window: Array | None, segment_ids: Arra
     return out
 
 
+def sharded_conv(x: Array, kernel: Array, segment_ids: Array | None, parallel: Parallel) -> Array:
+    """`causal_conv` of x [B, T, H, width] whose length is split over devices."""
+    axes, halo = parallel.axes("activation_length"), kernel.shape[0] - 1
+
+    def local(x: Array, kernel: Array, segment_ids: Array | None) -> Array:
+        if segment_ids is not None:
+            segment_ids = with_halo(segment_ids, halo, axes)
+        return causal_conv(with_halo(x, halo, axes), kernel, None, segment_ids)[:, halo:]
+
+    tokens = ("activation_batch", "activation_length")
+    spread = parallel.spec(*tokens, "activation_heads", None)
+    specs = (spread, parallel.spec(None, "activation_heads", None), parallel.spec(*tokens))
+    return parallel.per_device(local, specs, spread)(x, kernel, segment_ids)
+
+
 def next_window(x: Array, window: Array, lengths: Array | None) -> Array:
     """The last taps - 1 real inputs of each sequence, after `lengths` [B] of the T tokens of x."""
     size = window.shape[1]
@@ -78,7 +95,7 @@ class _ConvKernel(nn.Module):
     def __call__(self) -> Array:
         cfg = self.config
         heads, taps = cfg.linear_num_key_heads, cfg.linear_conv_kernel_dim
-        init = nn.with_logical_partitioning(normal_init(cfg), ("conv", "heads"))
+        init = nn.with_logical_partitioning(normal_init(cfg), ("taps", "conv"))
         shape = (taps, heads * _conv_width(cfg))
         kernel = self.param("kernel", init, shape, jnp.dtype(cfg.param_dtype)).astype(jnp.dtype(cfg.dtype))
         keys = heads * cfg.linear_key_head_dim
@@ -112,12 +129,23 @@ class GatedDeltaNet(nn.Module):
 
         window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
         kernel = _ConvKernel(cfg, name="conv1d")()
-        mixed = jax.nn.silu(causal_conv(qkv, kernel, window, context.segment_ids))
+        parallel = context.parallel if cache is None else None  # decoding is left to the compiler
+        if parallel is not None and parallel.size("activation_length") > 1:
+            mixed = sharded_conv(qkv, kernel, context.segment_ids, parallel)
+        else:
+            mixed = causal_conv(qkv, kernel, window, context.segment_ids)
+        mixed = jax.nn.silu(mixed)
         q, k = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
         v = mixed[..., 2 * key_dim :].reshape(batch, length, heads, repeats, value_dim)
-        o, state = gated_delta_rule(
-            l2_norm(q) * key_dim**-0.5, l2_norm(k), v, g, beta, state, context.segment_ids, cfg.delta_rule, cfg.chunk_size
-        )
+        q, k = l2_norm(q) * key_dim**-0.5, l2_norm(k)
+        if parallel is None:
+            o, state = gated_delta_rule(
+                q, k, v, g, beta, state, context.segment_ids, cfg.delta_rule, cfg.chunk_size
+            )
+        else:
+            o = sharded_delta_rule(
+                q, k, v, g, beta, context.segment_ids, cfg.delta_rule, cfg.chunk_size, parallel
+            )
         if cache is not None:
             cache = {"conv": next_window(qkv, window, context.lengths), "state": state}
 

@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
     """
 
     eps: float
-    axis_name: str = "embed"
+    axis_name: str = "norm"
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact

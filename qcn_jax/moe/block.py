@@ -6,8 +6,10 @@ from flax import linen as nn
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.dense import dense, normal_init
+from qcn_jax.moe.dispatch import dispatch_experts
 from qcn_jax.moe.experts import ExpertWeights, apply_experts
 from qcn_jax.moe.router import Router, RouterStatistics
+from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
 
@@ -18,7 +20,10 @@ class Experts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, weights: Array, experts: Array) -> Array:
+    def __call__(
+        self, x: Array, weights: Array, experts: Array, parallel: Parallel | None = None
+    ) -> tuple[Array, Array | None]:
+        """The weighted sum of each token's experts, and with `parallel` how many choices were dropped."""
         cfg = self.config
         wide, narrow = cfg.hidden_size, cfg.moe_intermediate_size
 
@@ -28,11 +33,13 @@ class Experts(nn.Module):
             return stacked.astype(x.dtype)
 
         kernels = ExpertWeights(
-            kernel("gate_proj", ("expert", "embed", "mlp"), (wide, narrow)),
-            kernel("up_proj", ("expert", "embed", "mlp"), (wide, narrow)),
-            kernel("down_proj", ("expert", "mlp", "embed"), (narrow, wide)),
+            kernel("gate_proj", ("expert", "expert_embed", "mlp"), (wide, narrow)),
+            kernel("up_proj", ("expert", "expert_embed", "mlp"), (wide, narrow)),
+            kernel("down_proj", ("expert", "mlp", "expert_embed"), (narrow, wide)),
         )
-        return apply_experts(x, weights, experts, kernels, cfg.moe)
+        if parallel is None:
+            return apply_experts(x, weights, experts, kernels, cfg.moe), None
+        return dispatch_experts(x, weights, experts, kernels, parallel, cfg.moe)
 
 
 class SharedExpert(nn.Module):
@@ -55,12 +62,21 @@ class SparseBlock(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, valid: Array | None) -> tuple[Array, RouterStatistics]:
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, experts, statistics = Router(self.config, name="gate")(
-            tokens, None if valid is None else valid.reshape(-1)
-        )
-        routed = Experts(self.config, name="experts")(tokens, weights, experts)
+    def __call__(
+        self, x: Array, valid: Array | None, parallel: Parallel | None = None
+    ) -> tuple[Array, RouterStatistics]:
+        router, experts = Router(self.config, name="gate"), Experts(self.config, name="experts")
+        # Merging batch and length would mix up devices where both are split.
+        tokens = x.reshape(-1, x.shape[-1]) if parallel is None else x
+        if valid is not None:
+            valid = jnp.broadcast_to(valid, x.shape[:-1]).reshape(tokens.shape[:-1])
+        weights, chosen, statistics = router(tokens, valid)
+        if parallel is not None and valid is not None:
+            # All padding is alike and would crowd the same few experts: it goes to none.
+            chosen = jnp.where(valid[..., None], chosen, self.config.num_experts)
+        routed, dropped = experts(tokens, weights, chosen, parallel)
+        if dropped is not None:
+            statistics = statistics.replace(dropped=dropped)
         shared = SharedExpert(self.config, name="shared_expert")(tokens)
         share = jax.nn.sigmoid(dense(self.config, 1, ("embed", "shared_gate"), "shared_expert_gate")(tokens))
         return (routed + share * shared).reshape(x.shape), statistics

@@ -3,27 +3,22 @@
 Axes: N tokens, k experts per token, E experts, D width, F expert width, P rows sorted by expert.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qcn_jax.errors import UserError
+from qcn_jax.moe.grouped import ExpertWeights, megablox_swiglu, ragged_swiglu
 from qcn_jax.moe.permute import gather_tokens, scatter_slots, scatter_tokens, sorted_layout
 
 Array = jax.Array
-BACKENDS = ("auto", "blocked", "ragged", "dense")
+BACKENDS = ("auto", "blocked", "ragged", "dense", "megablox")
+_SORTED = {"ragged": ragged_swiglu, "megablox": megablox_swiglu}
 # Rows of a block: high enough to feed a matrix unit or BLAS, low enough that padding each expert costs little.
 MAX_BLOCK = 128
 MIN_BLOCK = 16
-
-
-class ExpertWeights(NamedTuple):
-    """gate, up [E, D, F] and down [E, F, D]."""
-
-    gate: Array
-    up: Array
-    down: Array
 
 
 def apply_experts(x: Array, weights: Array, experts: Array, kernels: ExpertWeights, backend: str = "auto") -> Array:
@@ -35,7 +30,8 @@ def apply_experts(x: Array, weights: Array, experts: Array, kernels: ExpertWeigh
       experts: [N, k] int32, distinct within a token.
       kernels: expert weights in x's dtype.
       backend: "blocked" sorts tokens into blocks of one expert each and multiplies batched blocks; "ragged"
-        sorts and uses lax.ragged_dot (a native kernel on TPU); "dense" runs every expert on every token
+        sorts and uses lax.ragged_dot (a native kernel on TPU); "megablox" sorts and uses Pallas kernels for TPU,
+        whose weight gradient stays cheap; "dense" runs every expert on every token
         (or, for fewer slots than experts, gathers the chosen experts); "auto" chooses by N.
 
     Returns:
@@ -54,9 +50,47 @@ def apply_experts(x: Array, weights: Array, experts: Array, kernels: ExpertWeigh
     if backend == "dense":
         run = _gathered if slots < num_experts else _all_experts
         return run(x, weights, experts, kernels)
-    if backend == "ragged":
-        return _ragged(x, weights, experts, kernels)
-    return _blocked(x, weights, experts, kernels, _block_height(slots, num_experts))
+    if backend in _SORTED:
+        return _sorted(x, weights, experts, kernels, _SORTED[backend])
+    return _blocked(x, weights, experts, kernels)
+
+
+def sorted_experts(rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights, backend: str = "auto") -> Array:
+    """weights[r] * expert_of_row_r(rows[r]) for rows sorted by expert.
+
+    Args:
+      rows: [R, D]; those beyond the sum of `sizes` must be zero and come out zero.
+      weights: [R] routing weights.
+      sizes: [E] int32, rows of each expert.
+      kernels: expert weights in rows' dtype.
+      backend: as in `apply_experts`; "auto" is megablox where the program is compiled for TPU, else blocked.
+    """
+    return _on_platform(backend, lambda run, *args: run(*args), rows, weights, sizes, kernels)
+
+
+def sorted_experts_vjp(
+    rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights, cotangent: Array, backend: str = "auto"
+) -> tuple[Array, Array, ExpertWeights]:
+    """Gradients of `sorted_experts` with respect to rows, weights and kernels."""
+
+    def pull(run: Callable, rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights, cotangent: Array) -> Any:
+        function = lambda rows, weights, kernels: run(rows, weights, sizes, kernels)
+        return jax.vjp(function, rows, weights, kernels)[1](cotangent)
+
+    return _on_platform(backend, pull, rows, weights, sizes, kernels, cotangent)
+
+
+def _on_platform(backend: str, function: Callable, *args: Any) -> Any:
+    bound = lambda run: lambda *args: function(run, *args)
+    if backend == "auto":  # the platform is known when the program is lowered, not when it is traced
+        return jax.lax.platform_dependent(*args, tpu=bound(megablox_swiglu), default=bound(_blocked_rows))
+    return bound(_SORTED.get(backend, _blocked_rows))(*args)
+
+
+def _blocked_rows(rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights) -> Array:
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
+    expert = jnp.minimum(expert, sizes.shape[0] - 1).astype(jnp.int32)  # empty rows are zero in any expert
+    return _blocked(rows, weights.astype(rows.dtype)[:, None], expert[:, None], kernels)
 
 
 def _block_height(slots: int, num_experts: int) -> int:
@@ -67,7 +101,8 @@ def _block_height(slots: int, num_experts: int) -> int:
     return height
 
 
-def _blocked(x: Array, weights: Array, experts: Array, kernels: ExpertWeights, block: int) -> Array:
+def _blocked(x: Array, weights: Array, experts: Array, kernels: ExpertWeights) -> Array:
+    block = _block_height(experts.size, kernels.gate.shape[0])
     layout = sorted_layout(experts, kernels.gate.shape[0], block)
     rows = scatter_tokens(x, layout).reshape(-1, block, x.shape[-1])
     gate, up, down = (kernel[layout.block_expert] for kernel in kernels)
@@ -77,16 +112,11 @@ def _blocked(x: Array, weights: Array, experts: Array, kernels: ExpertWeights, b
     return gather_tokens((hidden @ down).reshape(-1, x.shape[-1]), layout)
 
 
-def _ragged(x: Array, weights: Array, experts: Array, kernels: ExpertWeights) -> Array:
+def _sorted(x: Array, weights: Array, experts: Array, kernels: ExpertWeights, swiglu: Callable[..., Array]) -> Array:
     num_experts = kernels.gate.shape[0]
     layout = sorted_layout(experts, num_experts, 1)
-    rows = scatter_tokens(x, layout)
-    # Empty rows lie at the end and belong to no group: ragged_dot leaves them zero.
     sizes = jnp.bincount(experts.reshape(-1), length=num_experts).astype(jnp.int32)
-    product = lambda a, kernel: jax.lax.ragged_dot(a, kernel, sizes)
-    hidden = jax.nn.silu(product(rows, kernels.gate)) * product(rows, kernels.up)
-    hidden = hidden * scatter_slots(weights, layout)[:, None]
-    return gather_tokens(product(hidden, kernels.down), layout)
+    return gather_tokens(swiglu(scatter_tokens(x, layout), scatter_slots(weights, layout), sizes, kernels), layout)
 
 
 def _gathered(x: Array, weights: Array, experts: Array, kernels: ExpertWeights) -> Array:

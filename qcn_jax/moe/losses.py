@@ -25,3 +25,8 @@ def max_violation(statistics: RouterStatistics) -> Array:
     """Largest load of an expert relative to the mean, minus one, per layer: [...] float32; 0 is balanced."""
     mean = jnp.mean(statistics.counts, axis=-1)
     return jnp.max(statistics.counts, axis=-1) / jnp.maximum(mean, 1.0) - 1.0
+
+
+def overflow(statistics: RouterStatistics) -> Array:
+    """Share of all assignments that dispatch dropped, over all layers: scalar float32; 0 unless tokens were lost."""
+    return jnp.sum(statistics.dropped) / jnp.maximum(jnp.sum(statistics.counts), 1.0)

@@ -21,11 +21,13 @@ class RouterStatistics:
       counts: [..., E] float32, assignments of tokens to each expert (top-k of them per token); no gradient.
       probabilities: [..., E] float32, summed router probabilities.
       tokens: [...] float32, number of tokens.
+      dropped: [...] float32, assignments that found no room on the way to their expert (see moe.dispatch).
     """
 
     counts: Array
     probabilities: Array
     tokens: Array
+    dropped: Array | float = 0.0
 
 
 class Router(nn.Module):
@@ -35,7 +37,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, valid: Array | None) -> tuple[Array, Array, RouterStatistics]:
-        """Routes x [N, D].
+        """Routes x [N, D] or [B, T, D]; N below stands for all leading axes.
 
         Returns:
           weights [N, k] float32, experts [N, k] int32, and the statistics over tokens with `valid` [N].
@@ -48,7 +50,10 @@ class Router(nn.Module):
         weights, experts = jax.lax.top_k(probabilities, cfg.num_experts_per_tok)
         if cfg.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        real = jnp.ones(x.shape[0]) if valid is None else valid.astype(jnp.float32)
-        chosen = jnp.sum(jax.nn.one_hot(experts, cfg.num_experts, dtype=jnp.float32), axis=1)
-        statistics = RouterStatistics(jax.lax.stop_gradient(real @ chosen), real @ probabilities, jnp.sum(real))
+        real = jnp.ones(x.shape[:-1]) if valid is None else valid.astype(jnp.float32)
+        chosen = jnp.sum(jax.nn.one_hot(experts, cfg.num_experts, dtype=jnp.float32), axis=-2)
+        summed = lambda values: jnp.tensordot(real, values, axes=real.ndim)
+        statistics = RouterStatistics(
+            jax.lax.stop_gradient(summed(chosen)), summed(probabilities), jnp.sum(real), jnp.zeros(())
+        )
         return weights, experts, statistics

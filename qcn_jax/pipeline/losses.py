@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qcn_jax.moe.losses import balance_loss, max_violation
+from qcn_jax.moe.losses import balance_loss, max_violation, overflow
 
 Batch = Mapping[str, jax.Array]
 
@@ -46,7 +46,7 @@ def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
       mtp_steps: tokens predicted ahead beyond the next; above one the block is fed its own output, as it is
         when it drafts.
     Returns:
-      (params, batch) -> (loss, {ce, accuracy, balance, load_violation[, mtp]}). ce and mtp are per weighted
+      (params, batch) -> (loss, {ce, accuracy, balance, load_violation, overflow[, mtp]}). ce and mtp are per weighted
       token of the global batch (`batch["weight_sum"]`); balance equals top-k when the experts are balanced.
     """
     config = model.config
@@ -66,6 +66,7 @@ def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
             "ce": ce, "balance": balance,
             "accuracy": jnp.sum(weights * (jnp.argmax(out.logits, axis=-1) == targets)),
             "load_violation": batch["fraction"] * jnp.max(max_violation(out.aux)),
+            "overflow": batch["fraction"] * overflow(out.aux),
         }
         if with_mtp:
             metrics["mtp"] = sum(

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from qcn_jax.config import MeshConfig
 from qcn_jax.errors import UserError
+from qcn_jax.sharding.parallel import Parallel
 from qcn_jax.sharding.rules import AxisRules
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -51,8 +52,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, AXES)
 
 
-def named_shardings(mesh: Mesh, axes: Any, rules: AxisRules = AxisRules()) -> Any:
-    """Shardings for a pytree of logical axis-name tuples (as from `qcn_jax.model.logical_axes`)."""
-    return jax.tree.map(
-        lambda names: NamedSharding(mesh, rules.spec(names)), axes, is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )
+def make_parallel(config: MeshConfig, devices: Sequence[Any] | None = None, rules: AxisRules = AxisRules()) -> Parallel:
+    """What `Qwen3Next(config, parallel=...)` takes: a mesh over `devices` and the forms that `config` chooses."""
+    return Parallel(make_mesh(config, devices), rules, config.dispatch, config.dispatch_buffer)

@@ -1,7 +1,7 @@
 """From logical axis names to mesh axes: one readable table that refuses collisions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from jax.sharding import PartitionSpec
 
@@ -14,8 +14,9 @@ MeshAxes = tuple[str, ...]
 class AxisRules:
     """Mesh axes for every logical axis of a parameter or an activation; the empty tuple means replicated.
 
-    Parameters are sharded over both `fsdp` and `expert` where they are not experts, because the expert axis is as
-    free to hold dense weights as any other; experts themselves live on `expert` and their width on `fsdp`.
+    Dense weights are split over every axis that holds different tokens, because those axes are free to hold
+    weights; experts themselves live on `expert` and the width of each on what is left. A batch's rows are split
+    over `expert` too: that axis holds tokens and experts, and dispatch moves tokens along it.
     """
 
     # parameters
@@ -23,23 +24,45 @@ class AxisRules:
     vocab: MeshAxes = ("tensor",)
     heads: MeshAxes = ("tensor",)
     kv_heads: MeshAxes = ()
+    mlp: MeshAxes = ("tensor",)
     expert: MeshAxes = ("expert",)
     expert_embed: MeshAxes = ("fsdp", "context")
-    mlp: MeshAxes = ("tensor",)
-    conv: MeshAxes = ("tensor",)
-    head_dim: MeshAxes = ()
-    layers: MeshAxes = ()
+    # parameters too small to be worth a collective each
     norm: MeshAxes = ()
+    head_dim: MeshAxes = ()
+    taps: MeshAxes = ()
+    conv: MeshAxes = ()
+    router: MeshAxes = ()
+    shared_gate: MeshAxes = ()
+    mtp_in: MeshAxes = ()
+    # stacking of scanned layers
+    blocks: MeshAxes = ()
+    layers: MeshAxes = ()
     # activations
     activation_batch: MeshAxes = ("data", "fsdp", "expert")
     activation_length: MeshAxes = ("context",)
     activation_embed: MeshAxes = ()
     activation_heads: MeshAxes = ("tensor",)
-    activation_mlp: MeshAxes = ("tensor",)
     activation_vocab: MeshAxes = ("tensor",)
 
-    def spec(self, names: Sequence[str | None]) -> PartitionSpec:
+    def axes(self, name: str) -> MeshAxes:
+        """Mesh axes of one logical axis.
+
+        Raises:
+          UserError: a name without a rule.
+        """
+        axes = getattr(self, name, None)
+        if not isinstance(axes, tuple):
+            allowed = ", ".join(field.name for field in dataclasses.fields(self))
+            raise UserError(f"logical axis {name!r} has no rule; known: {allowed}")
+        return axes
+
+    def spec(self, names: Sequence[str | None], within: Collection[str] | None = None) -> PartitionSpec:
         """The partition spec of an array whose dimensions carry these logical names.
+
+        Args:
+          names: a logical name, or None for a dimension that is not split, per dimension.
+          within: mesh axes that exist (or are larger than one); others are left out. None allows all.
 
         Raises:
           UserError: a name without a rule, or two dimensions that would be split over one mesh axis.
@@ -47,16 +70,11 @@ class AxisRules:
         used: dict[str, str] = {}
         entries: list[str | MeshAxes | None] = []
         for name in names:
-            if name is None:
-                entries.append(None)
-                continue
-            axes = getattr(self, name, None)
-            if axes is None:
-                allowed = ", ".join(field.name for field in dataclasses.fields(self))
-                raise UserError(f"logical axis {name!r} has no rule; known: {allowed}")
+            axes = () if name is None else self.axes(name)
             for axis in axes:
                 if axis in used:
                     raise UserError(f"axes {used[axis]!r} and {name!r} of {tuple(names)} collide on mesh axis {axis!r}")
                 used[axis] = name
-            entries.append(axes[0] if len(axes) == 1 else (axes or None))
+            kept = tuple(axis for axis in axes if within is None or axis in within)
+            entries.append(kept[0] if len(kept) == 1 else (kept or None))
         return PartitionSpec(*entries)

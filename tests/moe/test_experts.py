@@ -35,7 +35,7 @@ def reference(x, weights, experts, kernels):
 
 
 @pytest.mark.parametrize("kind", ["spread", "one group"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "megablox"])  # TPU; test_grouped
 def test_backends_agree_with_a_loop(backend, kind):
     x, weights, experts, kernels = inputs(kind)
     for tokens in (N, 1):  # a single token has fewer slots than there are experts

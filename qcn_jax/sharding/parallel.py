@@ -1,0 +1,71 @@
+"""What layers know of the devices they run on: a value handed down with the tokens, never ambient state.
+
+Dense maps and norms are partitioned by the compiler from the shardings of weights and activations. What it would
+partition badly (experts, the delta rule, the convolution, attention along a split sequence) and kernels that it
+cannot see into run per device, under `Parallel.per_device`, with collectives written out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from qcn_jax.errors import UserError
+from qcn_jax.sharding.rules import AxisRules
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How the model is spread over devices.
+
+    Attributes:
+      mesh: devices with the axes of sharding.mesh.AXES.
+      rules: mesh axes of every logical axis.
+      dispatch: how tokens travel to experts on other devices; see moe.dispatch.
+      dispatch_buffer: rows that a device holds for its experts at a time, relative to a balanced load; 0 is room
+        for the most unbalanced routing. See moe.dispatch.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rules: AxisRules = AxisRules()
+    dispatch: str = "ragged"
+    dispatch_buffer: float = 1.25
+
+    def axes(self, *names: str) -> tuple[str, ...]:
+        """Mesh axes larger than one over which these logical axes are split, in order."""
+        return tuple(axis for name in names for axis in self.rules.axes(name) if self.mesh.shape[axis] > 1)
+
+    def size(self, *names: str) -> int:
+        """Number of parts into which these logical axes are split together."""
+        size = 1
+        for axis in self.axes(*names):
+            size *= self.mesh.shape[axis]
+        return size
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """Partition spec of an array with these logical axes; None is a dimension that is not split."""
+        return self.rules.spec(names, [axis for axis, size in self.mesh.shape.items() if size > 1])
+
+    def constrain(self, x: Array, *names: str | None) -> Array:
+        """`x` laid out by these logical axes.
+
+        Raises:
+          UserError: a dimension that does not divide.
+        """
+        for size, name in zip(x.shape, names, strict=True):
+            if name is not None and size % self.size(name):
+                raise UserError(f"--config.mesh: {size} along {name!r} does not divide by the {self.size(name)} parts "
+                                f"of mesh axes {', '.join(self.axes(name))}")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*names)))
+
+    def constrain_tokens(self, x: Array) -> Array:
+        """A [B, T, D] activation laid out as it is between layers."""
+        return self.constrain(x, "activation_batch", "activation_length", "activation_embed")
+
+    def per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` run on every device's own part of its arguments; collectives inside name mesh axes."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

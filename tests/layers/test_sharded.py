@@ -1,0 +1,99 @@
+"""Mixers with heads and sequences spread over eight devices against one device: values and gradients."""
+
+import json
+
+import numpy as np
+import pytest
+
+# name: mesh. Lengths per device are odd or not a multiple of the chunk.
+MESHES = {
+    "context": {"context": 8, "fsdp": 1},
+    "context, tensor": {"context": 4, "tensor": 2, "fsdp": 1},
+    "context, fsdp": {"context": 2, "fsdp": 4},
+    "tensor": {"tensor": 2, "fsdp": 4},
+}
+BATCH, LENGTH, CHUNK = 4, 40, 4
+
+
+def segments() -> np.ndarray:
+    """Packed rows: documents that cross several devices, end on a boundary, have one token; padding on either side."""
+    rows = [[1] * 40, [1] * 10 + [2] * 25 + [0] * 5, [0] * 3 + [7] * 2 + [1] + [5] * 34, [1] * 5 + [2] * 5 + [3] * 30]
+    return np.asarray(rows, np.int32)
+
+
+def _cases(parallel):
+    """name -> (function of (arrays), arrays); `parallel` None gives the single-device form."""
+    import jax.numpy as jnp
+
+    from qcn_jax.layers.delta_rule import gated_delta_rule
+    from qcn_jax.layers.gated_delta_net import causal_conv, sharded_conv
+    from qcn_jax.layers.norm import l2_norm
+    from qcn_jax.layers.sharded import sharded_attention, sharded_delta_rule
+
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    ids = jnp.asarray(segments())
+
+    def delta(ids):
+        def run(q, k, v, g, beta):
+            q, k = l2_norm(q), l2_norm(k)
+            if parallel is None:
+                return gated_delta_rule(q, k, v, g, beta, None, ids, "recurrent")[0]
+            return sharded_delta_rule(q, k, v, g, beta, ids, "chunked", CHUNK, parallel)
+        return run
+
+    def conv(ids):
+        if parallel is None:
+            return lambda x, kernel: causal_conv(x, kernel, None, ids)
+        if parallel.size("activation_length") == 1:
+            return None
+        return lambda x, kernel: sharded_conv(x, kernel, ids, parallel)
+
+    attention = lambda ids: lambda q, k, v: sharded_attention(q, k, v, ids, parallel)
+    shape = (BATCH, LENGTH)
+    tokens = [normal(*shape, 2, 6), normal(*shape, 2, 6), normal(*shape, 2, 3, 5),
+              -np.abs(normal(*shape, 2, 3)) / 4, rng.random((*shape, 2, 3)).astype(np.float32)]
+    heads = [normal(*shape, 8, 6), normal(*shape, 2, 6), normal(*shape, 2, 6)]
+    taps = [normal(*shape, 2, 5), normal(4, 2, 5)]
+    return {
+        "delta packed": (delta(ids), tokens), "delta": (delta(None), tokens),
+        "conv packed": (conv(ids), taps), "conv": (conv(None), taps),
+        "attention packed": (attention(ids), heads), "attention": (attention(None), heads),
+    }
+
+
+def child() -> None:
+    """Prints relative errors of value and gradients: {mesh: {case: [..]}}."""
+    import jax
+    import jax.numpy as jnp
+
+    from qcn_jax.config import MeshConfig
+    from qcn_jax.sharding.mesh import make_parallel
+
+    def evaluate(function, arrays):
+        def run(*arrays):
+            out, pull = jax.vjp(function, *arrays)
+            return out, pull(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+        return jax.device_get(jax.jit(run)(*arrays))
+
+    want = {name: evaluate(*case) for name, case in _cases(None).items()}
+    results = {}
+    for mesh_name, mesh in MESHES.items():
+        parallel = make_parallel(MeshConfig(**mesh))
+        results[mesh_name] = {
+            name: [float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+                   for a, b in zip(jax.tree.leaves(evaluate(function, arrays)), jax.tree.leaves(want[name]), strict=True)]
+            for name, (function, arrays) in _cases(parallel).items() if function is not None}
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module", name="results")
+def _results(run_with_devices) -> dict[str, dict]:
+    return json.loads(run_with_devices(child, 8).splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_equals_one_device(results, mesh):
+    assert len(results[mesh]) == (4 if mesh == "tensor" else 6)
+    for case, errors in results[mesh].items():
+        assert np.isfinite(errors).all() and max(errors) < 1e-5, (case, errors)
