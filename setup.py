@@ -5,7 +5,7 @@ import pathlib
 import setuptools
 
 TEST = [
-    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100",
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ray>=2.40", "swebench>=5",
     # Parity with the reference implementation: exact versions, because numerics are compared.
     "torch==2.13.0", "transformers>=5.0,<6", "tiktoken>=0.7",
 ]

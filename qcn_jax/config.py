@@ -224,7 +224,9 @@ class RunConfig:
     seed: int = 0
     init: str = "base"  # base (packaged checkpoint), random, or a Hugging Face folder
     sandbox: str = "auto"  # auto, docker or local
-    workers: int = 2  # environment processes
+    workers: int = 2  # environment workers
+    pool: str = "process"  # where they run: process (this machine) or ray (a cluster)
+    ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

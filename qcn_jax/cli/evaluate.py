@@ -5,8 +5,10 @@
 
 Predictions are SWE-bench's: one JSON object a line with instance_id, model_name_or_path and model_patch. A checkpoint
 acts with the nano scaffold, greedy, one episode a task; its patches are written to DIR/preds.jsonl and graded in the
-same way. Every patch is graded in a fresh sandbox that its author never saw. DIR holds SWE-bench's run report
-(MODEL.qcn.json), a report.json for each task, and summary.json with the resolved rate and its 95 % interval.
+same way. Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are run in their images and
+graded from their logs by SWE-bench's rules; that needs Docker. Every patch is graded in a fresh sandbox that its author
+never saw. DIR holds SWE-bench's run report (MODEL.qcn.json), a report.json for each task, and summary.json with the
+resolved rate and its 95 % interval.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing
+from qcn_jax.envs import formats, swebench
 from qcn_jax.envs.sandbox import RepositorySpec, make_provider
 from qcn_jax.envs.synthesis import sources
-from qcn_jax.envs.tasks import Task, read_tasks
+from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import repositories
 
@@ -46,6 +49,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
                       "A fresh container for each grading, or warm ones with a fresh workspace.", flag_values=values)
+    flags.DEFINE_enum("pool", "process", ["process", "ray"], "Workers on this machine or in a Ray cluster.",
+                      flag_values=values)
+    flags.DEFINE_string("ray_address", "", "Of the cluster; by default RAY_ADDRESS.", flag_values=values)
+    flags.DEFINE_float("timeout", swebench.TIMEOUT, "Seconds for the tests of a task that has an image of its own.",
+                       flag_values=values, lower_bound=1.0)
     flags.DEFINE_integer("workers", 2, "Gradings side by side.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("max_turns", 8, "Turns of an episode.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens of a turn.", flag_values=values, lower_bound=1)
@@ -54,17 +62,32 @@ def main(argv: Sequence[str]) -> int:
     parsing.parse(values, "evaluate", __doc__, argv)
     if bool(values.checkpoint) == bool(values.predictions):
         raise UserError("give either --checkpoint=DIR or --predictions=FILE")
-    tasks = {task.instance_id: task for task in read_tasks(values.tasks)}
+    tasks = {task.instance_id: task for task in formats.read(values.tasks)}
     if not tasks:
         raise UserError(f"--tasks={values.tasks}: holds no task")
-    print(json.dumps(_evaluate(values, tasks), indent=1))
+    instances = swebench.read(values.tasks)
+    if instances and values.checkpoint:
+        raise UserError(f"--checkpoint: the tasks of {values.tasks} have images of their own; give --predictions=FILE")
+    evaluate = _evaluate if instances is None else lambda *given: _evaluate_images(*given, instances)
+    print(json.dumps(evaluate(values, tasks), indent=1))
     return 0
+
+
+def _evaluate_images(values: flags.FlagValues, tasks: Mapping[str, Task],
+                     instances: Mapping[str, swebench.Instance]) -> dict[str, Any]:
+    """SWE-bench's own instances: verdicts from logs of runs in their images."""
+    from qcn_jax.pipeline import predictions
+
+    rows = predictions.read_predictions(values.predictions, tasks)
+    pairs = [(row.instance_id, row.patch) for row in rows]
+    with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
+        verdicts = swebench.evaluate(instances, pairs, values.workers, values.out, bar.update, values.timeout)
+    return _report(values, tasks, rows, verdicts, "docker")
 
 
 def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Patches, verdicts, reports; returns what is printed."""
-    from qcn_jax.envs import grading
-    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.pool import make_pool
     from qcn_jax.pipeline import predictions
 
     out = pathlib.Path(values.out)
@@ -73,18 +96,27 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
     specs = find_repositories(tasks.values(), values.repo)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}
-    with EnvPool(values.workers, arguments, specs) as pool:
+    with make_pool(values.pool, values.workers, arguments, specs, ray_address=values.ray_address) as pool:
+        sandbox = pool.describe()  # or says why there is none
         path = values.predictions or out / "preds.jsonl"
         if values.checkpoint:
             files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool, arguments))
         rows = predictions.read_predictions(path, tasks)
         with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
             verdicts = predictions.grade(rows, tasks, pool, lambda _: bar.update())
-        sandbox = pool.describe()
+    return _report(values, tasks, rows, verdicts, sandbox["kind"])
+
+
+def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[Any], verdicts: Sequence[Any],
+            sandbox: str) -> dict[str, Any]:
+    """Writes SWE-bench's reports and the summary; returns the latter."""
+    from qcn_jax.envs import grading
+    from qcn_jax.pipeline import predictions
+
     model = rows[0].model if rows else "none"
-    grading.write_reports(out, "qcn", model, verdicts, [row.instance_id for row in rows])
-    summary = {"model": model, "sandbox": sandbox["kind"], **predictions.resolved_rate(tasks, verdicts)}
-    files.write_json(out / "summary.json", summary)
+    grading.write_reports(values.out, "qcn", model, verdicts, [row.instance_id for row in rows], list(tasks))
+    summary = {"model": model, "sandbox": sandbox, **predictions.resolved_rate(tasks, verdicts)}
+    files.write_json(pathlib.Path(values.out) / "summary.json", summary)
     return summary
 
 

@@ -48,16 +48,21 @@ def to_swebench5(task: Task) -> dict[str, Any]:
 
 
 def eval_script(task: Task) -> str:
-    """The script that SWE-bench 5 runs in the image: test patch, tests between markers, test patch undone."""
+    """The script that SWE-bench 5 runs in the image: tests as they were, test patch, tests between markers, all undone.
+
+    The image's only commit is the task's starting state, so HEAD names it whatever `base_commit` says.
+    """
     chosen = " ".join(map(shlex.quote, test_files(task)))
-    lines = ["#!/bin/bash", "set -uxo pipefail", "cd /testbed"]
     touched = " ".join(map(shlex.quote, patches.touched(task.test_patch))) if task.test_patch else ""
+    lines = ["#!/bin/bash", "set -uxo pipefail", "cd /testbed"]
+    # One by one: a file that only the test patch brings is not there, and the others must be put back all the same.
+    lines += [f"git checkout HEAD -- {shlex.quote(name)}" for name in test_files(task)]
     if touched:
         lines += [f"git apply -v - <<'{_HEREDOC}'", task.test_patch.rstrip("\n"), _HEREDOC]
     lines += [": '>>>>> Start Test Output'", f"python -m pytest -rA -p no:cacheprovider {chosen}",
               ": '>>>>> End Test Output'"]  # fmt: skip
     if touched:
-        lines.append(f"git checkout {task.base_commit} -- {touched} || git clean -fdq -- {touched}")
+        lines.append(f"git checkout HEAD -- {touched} || git clean -fdq -- {touched}")
     return "\n".join(lines) + "\n"
 
 

@@ -289,7 +289,7 @@ class VerdictCache:
 
 
 def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, verdicts: Sequence[Verdict],
-                  submitted: Sequence[str]) -> dict[str, Any]:
+                  submitted: Sequence[str], instances: Sequence[str] | None = None) -> dict[str, Any]:
     """Writes SWE-bench's run report and a report.json per instance below `folder`; returns the run report.
 
     Args:
@@ -297,7 +297,10 @@ def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, ver
       model: model_name_or_path of the predictions.
       verdicts: one per graded instance.
       submitted: ids of all predictions.
+      instances: ids of the whole task set; by default those submitted.
     """
+    instances = submitted if instances is None else instances
+
     def ids(*outcomes: str) -> list[str]:
         return sorted(v.instance_id for v in verdicts if v.outcome in outcomes)
 
@@ -305,12 +308,13 @@ def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, ver
     errors = sorted(infrastructure + ids("patch_failed", "timeout", "killed", "out_of_memory"))
     unresolved = ids("unresolved")
     report: dict[str, Any] = {
-        "total_instances": len(submitted), "submitted_instances": len(submitted),
+        "total_instances": len(instances), "submitted_instances": len(submitted),
         "completed_instances": len(resolved) + len(unresolved), "resolved_instances": len(resolved),
         "unresolved_instances": len(unresolved), "empty_patch_instances": len(empty), "error_instances": len(errors),
-        "infra_failure_instances": len(infrastructure),
+        "infra_failure_instances": len(infrastructure), "ambiguous_failure_instances": 0, "ambiguous_failure_ids": [],
+        "failure_reasons": {v.instance_id: v.outcome for v in verdicts if v.instance_id in errors},
         "completed_ids": sorted(resolved + unresolved), "incomplete_ids": sorted(
-            set(submitted) - {v.instance_id for v in verdicts}), "empty_patch_ids": empty,
+            set(instances) - {v.instance_id for v in verdicts}), "empty_patch_ids": empty,
         "submitted_ids": sorted(submitted), "resolved_ids": resolved, "unresolved_ids": unresolved,
         "error_ids": errors, "infra_failure_ids": infrastructure, "schema_version": 2}
     for verdict in verdicts:

@@ -1,6 +1,7 @@
 """A pool of processes in which sandboxes are driven, so that the trainer's process only waits.
 
-Each worker has a provider and warm servers of its own. Jobs return futures; an infrastructure failure (a dead worker, a
+Each worker has a provider and warm servers of its own; it is a process of this machine (`pool_process.py`) or, for many
+machines, an actor of a Ray cluster (`pool_ray.py`), and nothing else differs. Jobs return futures; an infrastructure failure (a dead worker, a
 sandbox that does not answer, a job past its deadline) is tried again and then raised as SandboxError or returned as a
 Verdict with outcome "infrastructure": it is never a zero reward. Everything else a job raises is raised unchanged.
 """
@@ -9,40 +10,54 @@ import collections
 import dataclasses
 import itertools
 import os
-import pickle
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
 from typing import Any
 
 from qcn_jax.envs.grading import Verdict, VerdictCache, verdict_key
+from qcn_jax.envs.pool_process import Job, ProcessWorker, WorkerLine
 from qcn_jax.envs.sandbox.base import STARVATION, Sandbox, TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks import Task
+from qcn_jax.errors import UserError
 
+POOLS = ("process", "ray")
 PREPARE_DEADLINE = 900.0  # the first use of a repository may build an image and run all its tests
 DEADLINE_GRACE = 90.0  # beyond the time limits that are enforced inside the sandbox
-STOP_GRACE = 10.0  # seconds for a worker to close its sandboxes before it is killed
+CLOSE_GRACE = 60.0  # seconds that `close` lets running jobs go on before their workers are killed
 
 
 class RemoteTraceback(Exception):
     """Cause of an exception that a job raised in a worker; its text is the traceback there."""
 
 
-@dataclasses.dataclass
-class _Job:
-    number: int
-    kind: str
-    arguments: tuple[Any, ...]
-    future: Future
-    deadline: float
-    attempts: int
+
+
+def make_pool(kind: str, workers: int, provider_args: Mapping[str, Any], *arguments: Any, ray_address: str = "",
+              **keywords: Any) -> "EnvPool":
+    """A pool of `kind` process (this machine) or ray (a cluster); further arguments are EnvPool's.
+
+    Args:
+      kind: one of POOLS.
+      workers: of the whole pool.
+      provider_args: keyword arguments of `make_provider`.
+      ray_address: of a running cluster; by default that of the environment, or else a cluster of this machine alone.
+
+    Raises:
+      UserError: unknown kind, Ray is not installed, or no cluster answers at the address.
+    """
+    if kind == "process":
+        return EnvPool(workers, provider_args, *arguments, **keywords)
+    if kind == "ray":
+        try:
+            from qcn_jax.envs import pool_ray
+        except ImportError as error:
+            raise UserError("--config.pool=ray: Ray is not installed; pip install 'qcn_jax[ray]'") from error
+        return EnvPool(workers, provider_args, *arguments, start_worker=pool_ray.connect(ray_address), **keywords)
+    raise UserError(f"--config.pool: expected {' or '.join(POOLS)}, got {kind!r}")
 
 
 class EnvPool:
@@ -55,18 +70,25 @@ class EnvPool:
       cache: file in which verdicts are kept between runs.
       attempts: how often a job is tried when the infrastructure fails.
       backlog: `submit` blocks while more jobs than this wait.
+      start_worker: starts one worker, given `provider_args`.
+
+    `counts` holds how the jobs ended: verdicts by outcome, test runs by outcome below "tests/", infrastructure failures
+    that were tried again or given up.
     """
 
     def __init__(self, workers: int, provider_args: Mapping[str, Any], repositories: Iterable[RepositorySpec] = (),
-                 cache: str | os.PathLike[str] | None = None, attempts: int = 3, backlog: int = 1024):
+                 cache: str | os.PathLike[str] | None = None, attempts: int = 3, backlog: int = 1024,
+                 start_worker: Callable[[Mapping[str, Any]], WorkerLine] = ProcessWorker):
+        self._start_worker = start_worker
+        self._lines: list[WorkerLine | None] = [None] * workers
         self._provider_args, self._attempts, self._backlog = dict(provider_args), attempts, backlog
         self._provider_args["state_dir"] = os.path.abspath(self._provider_args.get("state_dir", ".cache/sandbox"))
         self._specs = {spec.name: spec for spec in repositories}
         self._cache = VerdictCache(cache)
         self._grading: dict[str, Future] = {}
         self._numbers = itertools.count()
-        self._changed = threading.Condition()
-        self._queue: collections.deque[_Job] = collections.deque()
+        self._changed, self._choosing = threading.Condition(), threading.Lock()
+        self._queue: collections.deque[Job] = collections.deque()
         self._pinned = [collections.deque() for _ in range(workers)]
         self._open = [0] * workers  # sessions per worker
         self._closing = False
@@ -83,8 +105,11 @@ class EnvPool:
         self._specs.update({spec.name: spec for spec in specs})
 
     def describe(self) -> dict[str, str]:
-        """The back end that the workers use: kind, description, reason."""
-        return self._submit("describe", (), PREPARE_DEADLINE).result()
+        """The back end that the workers use: kind, description, reason; raises UserError where none can be had."""
+        try:
+            return self._submit("describe", (), PREPARE_DEADLINE).result()
+        except SandboxError as error:
+            raise UserError(str(error)) from error
 
     def prepare(self, spec: RepositorySpec) -> Future:
         """Prepares a repository; the future holds the TestRun of its pristine state."""
@@ -95,7 +120,18 @@ class EnvPool:
                   timeout: float = 30.0, fail_fast: bool = False, role: str = "agent") -> "Future[TestRun]":
         """Runs tests of a repository with `overlay` on top, in a sandbox of their own."""
         arguments = (self._specs[repository], dict(overlay), node_ids and list(node_ids), timeout, fail_fast, role)
-        return self._submit("run_tests", arguments, PREPARE_DEADLINE + STARVATION * timeout)
+        future = self._submit("run_tests", arguments, PREPARE_DEADLINE + STARVATION * timeout)
+        future.add_done_callback(self._count_tests)
+        return future
+
+    def _count_tests(self, done: Future) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        outcome = done.result().outcome if error is None else \
+            "infrastructure" if isinstance(error, SandboxError) else "error"
+        with self._changed:
+            self.counts[f"tests/{outcome}"] += 1
 
     def grade(self, task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> "Future[Verdict]":
         """The verdict on a patch. Known verdicts return at once; equal requests under way are answered together."""
@@ -171,7 +207,7 @@ class EnvPool:
 
     def _submit(self, kind: str, arguments: tuple[Any, ...], deadline: float, worker: int | None = None,
                 attempts: int | None = None) -> Future:
-        job = _Job(next(self._numbers), kind, arguments, Future(), deadline + DEADLINE_GRACE,
+        job = Job(next(self._numbers), kind, arguments, Future(), deadline + DEADLINE_GRACE,
                    self._attempts if attempts is None else attempts)
         with self._changed:
             while not self._closing and worker is None and len(self._queue) >= self._backlog:
@@ -193,12 +229,21 @@ class EnvPool:
             job.future.cancel()
         return len(jobs)
 
-    def close(self) -> None:
-        """Cancels what waits, lets running jobs end (or kills them after a while), ends all workers."""
+    def close(self, grace: float = CLOSE_GRACE) -> None:
+        """Cancels what waits, lets running jobs go on for `grace` seconds, ends all workers.
+
+        A job that is still running then fails with SandboxError. `grace` 0 cancels everything at once.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self.cancel_pending()
+        deadline = time.monotonic() + grace
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for thread, line in zip(self._threads, self._lines):
+            if thread.is_alive() and line is not None:
+                line.abort()
         for thread in self._threads:
             thread.join()
 
@@ -208,7 +253,7 @@ class EnvPool:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _next(self, index: int) -> _Job | None:
+    def _next(self, index: int) -> Job | None:
         """The next job of a worker; None when the pool closes."""
         with self._changed:
             while True:
@@ -225,36 +270,51 @@ class EnvPool:
                 self._changed.wait()
 
     def _drive(self, index: int) -> None:
-        """A worker's thread: hands jobs to its process, replaces the process when it dies."""
-        process = None
-        # The process ends with this thread (PR_SET_PDEATHSIG counts from the starting thread), so both live alike.
+        """A worker's thread: hands jobs to it, replaces it when it dies."""
+        # A process ends with this thread (PR_SET_PDEATHSIG counts from the starting thread), so both live alike.
         while (job := self._next(index)) is not None:
-            failure = ""
-            for attempt in range(job.attempts):
-                if process is None:
-                    process = _Process(self._provider_args)
-                state, value = process.run(job)
-                if state == "dead":
-                    process.kill()
-                    process, state = None, "infrastructure"
-                if state != "infrastructure":
-                    break
-                failure = value
-                with self._changed:
-                    self.counts["infrastructure_failures"] += 1
-                if self._closing:
-                    break
-                time.sleep(min(5.0, 0.2 * 4**attempt))
+            state, value = self._attempt(index, job)
             if state == "ok":
                 job.future.set_result(value)
             elif state == "infrastructure":
-                job.future.set_exception(SandboxError(failure))
+                job.future.set_exception(SandboxError(value))
             else:
                 error, trace = value
                 error.__cause__ = RemoteTraceback(trace)
                 job.future.set_exception(error)
-        if process is not None:
-            process.stop()
+        if self._lines[index] is not None:
+            self._lines[index].stop()
+
+    def _started(self) -> WorkerLine:
+        """A new worker. The first one's choice of a back end holds for all: none falls back to another on its own."""
+        with self._choosing:
+            line = self._start_worker(self._provider_args)
+            if self._provider_args.get("kind", "auto") == "auto":
+                state, value = line.run(Job(-1, "describe", (), Future(), PREPARE_DEADLINE, 1))
+                if state == "ok":
+                    self._provider_args["kind"] = value["kind"]
+            return line
+
+    def _attempt(self, index: int, job: Job) -> tuple[str, Any]:
+        """Tries a job until it is done or the attempts are used up; returns ok, error or infrastructure, and a value."""
+        for attempt in range(job.attempts):
+            try:
+                if self._lines[index] is None:
+                    self._lines[index] = self._started()
+                state, value = self._lines[index].run(job)
+            except Exception as error:  # whatever a cluster raises: the thread must live on
+                state, value = "infrastructure", f"no worker can be started: {error}"
+            if state == "dead":
+                self._lines[index].kill()
+                self._lines[index], state = None, "infrastructure"
+            if state != "infrastructure":
+                break
+            with self._changed:
+                self.counts["infrastructure_failures"] += 1
+            if self._closing:
+                break
+            time.sleep(min(5.0, 0.2 * 4**attempt))
+        return state, value
 
 
 class Session:
@@ -304,57 +364,6 @@ class Session:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-class _Process:
-    """One worker process and the line to it."""
-
-    def __init__(self, provider_args: Mapping[str, Any]):
-        mine, its = socket.socketpair()
-        # A fresh interpreter of the module alone: fork would copy the trainer's threads, and multiprocessing's spawn
-        # would import the program's main module, JAX with it.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        command = [sys.executable, "-m", "qcn_jax.envs.pool_worker", str(its.fileno()), str(os.getpid())]
-        self.process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, env=environment,
-                                        start_new_session=True)
-        its.close()
-        self.connection = Connection(mine.detach())
-        self.connection.send(dict(provider_args))
-
-    def run(self, job: _Job) -> tuple[str, Any]:
-        """(state, value) of a job; state "dead" means that the process is of no more use."""
-        try:
-            message = pickle.dumps((job.number, job.kind, job.arguments))
-        except Exception as error:
-            return "error", (error, "the job cannot be sent to a worker")
-        try:
-            self.connection.send_bytes(message)
-            if not self.connection.poll(job.deadline):
-                return "dead", f"job {job.kind} did not end in {job.deadline:.0f} s"
-            number, state, value = pickle.loads(self.connection.recv_bytes())
-        except (OSError, EOFError):
-            return "dead", f"a pool worker died (exit status {self._status()})"
-        return (state, value) if number == job.number else ("dead", "a pool worker answered another job")
-
-    def _status(self) -> int | None:
-        try:
-            return self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def kill(self) -> None:
-        """Ends the process at once; its servers notice and end themselves."""
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        """Lets the process close its sandboxes and end."""
-        self.connection.close()
-        try:
-            self.process.wait(STOP_GRACE)
-        except subprocess.TimeoutExpired:
-            self.kill()
 
 
 def _copy(done: Future, future: Future) -> None:

@@ -19,6 +19,7 @@ from qcn_jax.envs.sandbox.base import Provider, Sandbox, TestRun, sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks import Task
+from qcn_jax.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -33,7 +34,12 @@ class Worker:
     def provider(self, spec: RepositorySpec | None = None) -> Provider:
         """The provider, with `spec` prepared."""
         if self._provider is None:
-            self._provider = make_provider(**self._provider_args)
+            try:
+                self._provider = make_provider(**self._provider_args)
+            except UserError as error:
+                if isinstance(error.__cause__, SandboxError):  # an engine that is being restarted, for instance
+                    raise SandboxError(str(error)) from error
+                raise
         if spec is not None:
             self._provider.prepare(spec)
         return self._provider
@@ -54,8 +60,11 @@ class Worker:
             return place.run_tests(node_ids, timeout, fail_fast)
 
     def grade(self, spec: RepositorySpec, task: Task, patch: str, fail_fast: bool, strict: bool) -> Verdict:
-        """A verdict."""
-        return Grader(self.provider(spec), fail_fast, strict).grade(task, patch)
+        """A verdict; raises SandboxError where there is none, so that the pool tries again, with a pause."""
+        verdict = Grader(self.provider(spec), fail_fast, strict).grade(task, patch)
+        if verdict.outcome == "infrastructure":
+            raise SandboxError(verdict.detail)
+        return verdict
 
     def apply(self, spec: RepositorySpec | None, function: Any, arguments: tuple[Any, ...]) -> Any:
         """`function(provider, *arguments)`."""
@@ -105,14 +114,7 @@ def main() -> None:
     try:
         worker = Worker(connection.recv())
         while True:
-            number, kind, arguments = pickle.loads(connection.recv_bytes())
-            try:
-                state, value = "ok", JOBS[kind](worker, *arguments)
-            except SandboxError as error:
-                state, value = "infrastructure", str(error)
-            except Exception as error:
-                state, value = "error", (error, traceback.format_exc())
-            connection.send_bytes(_encode(number, state, value))
+            connection.send_bytes(execute(worker, *pickle.loads(connection.recv_bytes())))
     except (EOFError, ConnectionError):
         pass
     finally:
@@ -120,7 +122,14 @@ def main() -> None:
             worker.close()
 
 
-def _encode(number: int, state: str, value: Any) -> bytes:
+def execute(worker: Worker, number: int, kind: str, arguments: tuple[Any, ...]) -> bytes:
+    """Does a job; returns the pickled (number, state, value)."""
+    try:
+        state, value = "ok", JOBS[kind](worker, *arguments)
+    except SandboxError as error:
+        state, value = "infrastructure", str(error)
+    except Exception as error:
+        state, value = "error", (error, traceback.format_exc())
     try:
         return pickle.dumps((number, state, value))
     except Exception as error:  # a result or an exception that cannot travel

@@ -142,11 +142,12 @@ class StageContext:
 
         It knows the repositories of stage `tasks` once that has finished, and keeps verdicts between runs.
         """
-        from qcn_jax.envs.pool import EnvPool
+        from qcn_jax.envs.pool import make_pool
 
         def build() -> Any:
             arguments = {"kind": self.provider().kind, "state_dir": str(self.root / "sandbox")}
-            return EnvPool(self.config.workers, arguments, cache=self.root / "sandbox" / "verdicts.jsonl")
+            return make_pool(self.config.pool, self.config.workers, arguments, ray_address=self.config.ray_address,
+                             cache=self.root / "sandbox" / "verdicts.jsonl")
 
         pool = self.shared.get("pool", build)
         if (self.root / "tasks" / "DONE.json").exists():

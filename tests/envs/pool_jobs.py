@@ -37,3 +37,19 @@ def die_once(provider, flag):
 def read_upper(sandbox, path):
     """Acts on a session's sandbox."""
     return sandbox.read(path).upper()
+
+
+def node(provider, seconds):
+    """Identity of the cluster's node that this runs on, after a while."""
+    import ray
+
+    time.sleep(seconds)
+    return ray.get_runtime_context().get_node_id()
+
+
+def append_line(provider, path, line, seconds):
+    """Leaves a trace of every execution that came to its end, and returns what was asked."""
+    time.sleep(seconds)
+    with open(path, "a") as stream:
+        stream.write(f"{line}\n")
+    return line

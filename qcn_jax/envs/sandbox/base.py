@@ -16,6 +16,7 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import channel, repository
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.sandbox.spares import Spares
 
 PASSING = frozenset({"passed", "xfailed"})  # SWE-bench's reading: an expected failure counts as a pass
 ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
@@ -66,6 +67,17 @@ class TestRun:
     cpu_seconds: float = 0.0
     tampered: tuple[str, ...] = ()
 
+    @property
+    def outcome(self) -> str:
+        """passed (every test that ran did what it must, and at least one did), failed, timeout, out_of_memory, killed.
+
+        Failures of the infrastructure are no outcome of a run: they are raised as SandboxError.
+        """
+        if self.status != "ok":
+            return self.status
+        good = self.exit_status == 0 and not self.tampered and bool(self.outcomes)
+        return "passed" if good else "failed"
+
     def passed(self, node_ids: Sequence[str]) -> bool:
         """Whether the run was orderly and every one of `node_ids` passed."""
         return (self.status == "ok" and not self.tampered
@@ -81,6 +93,18 @@ class PythonResult:
     error: str
     output: str
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A sandbox's state that outlives it, as `Provider.create` takes it: changes to a repository's files.
+
+    `edits` came after the starting state, which is the pristine repository with `overlay` on top.
+    """
+
+    repository: str
+    overlay: Mapping[str, str | None]
+    edits: Mapping[str, str | None]
 
 
 class Sandbox:
@@ -155,6 +179,10 @@ class Sandbox:
         reply, _ = self._call("fork")
         return Sandbox(self._provider, self._server, self._prepared, self.overlay, reply["workspace"])
 
+    def snapshot(self) -> Snapshot:
+        """The state of the files (regular text files, as `changes`), from which `Provider.restore` makes sandboxes."""
+        return Snapshot(self.repository, dict(self.overlay), self.changes())
+
     def reset(self) -> None:
         """Back to the starting state."""
         self._call("reset")
@@ -193,13 +221,15 @@ class Provider:
     kind = ""
     commands_allowed = True
 
-    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared"):
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", spares: int = 0):
+        """`spares` servers are kept started where each sandbox gets one of its own (isolation "container")."""
         if isolation not in ("shared", "container"):
             raise ValueError(f"isolation must be shared or container, got {isolation!r}")
         self.state_dir, self.limits, self.isolation = os.path.abspath(state_dir), limits, isolation
         self.prepared: dict[str, Prepared] = {}
         self._warm: dict[str, channel.Server] = {}
         self._starting = threading.Lock()
+        self._spares = Spares(self._start_loaded, spares) if spares and isolation == "container" else None
         os.makedirs(self.state_dir, exist_ok=True)
 
     def describe(self) -> str:
@@ -260,32 +290,55 @@ class Provider:
         Raises:
           SandboxError: the back end failed; trying again may help.
         """
-        prepared, overlay = self.prepared[name], dict(overlay or {})
-        try:
-            return self._create(prepared, overlay, role)
-        except SandboxError:
-            return self._create(prepared, overlay, role)  # the server had died; this one is new
+        return self.restore(Snapshot(name, dict(overlay or {}), {}), role)
 
-    def _create(self, prepared: Prepared, overlay: dict[str, str | None], role: str) -> Sandbox:
+    def restore(self, snapshot: Snapshot, role: str = "agent") -> Sandbox:
+        """A fresh sandbox in the state of `snapshot`; `changes` and `diff` are told from its starting state.
+
+        Raises:
+          SandboxError: as `create`.
+        """
+        prepared = self.prepared[snapshot.repository]
+        try:
+            return self._create(prepared, snapshot, role)
+        except SandboxError:
+            return self._create(prepared, snapshot, role)  # the server had died; this one is new
+
+    def _create(self, prepared: Prepared, snapshot: Snapshot, role: str) -> Sandbox:
+        overlay, edits = dict(snapshot.overlay), dict(snapshot.edits)
         server = self._server(prepared, role)
         try:
             with self._starting:
-                if prepared.key not in server.trees:
-                    with open(prepared.archive, "rb") as stream:
-                        payload = stream.read()
-                    server.call({"op": "load", "tree": prepared.key, "settings": dict(prepared.settings)}, payload,
-                                ANSWER_GRACE)
-                    server.trees.add(prepared.key)
-            reply, _ = server.call({"op": "create", "tree": prepared.key, "overlay": overlay}, b"", ANSWER_GRACE)
+                self._load(server, prepared)
+            request = {"op": "create", "tree": prepared.key, "overlay": overlay, "edits": edits}
+            reply, _ = server.call(request, b"", ANSWER_GRACE)
         except BaseException as error:
             if self.isolation == "container" or isinstance(error, SandboxError):
                 server.close()
             raise
         return Sandbox(self, server, prepared, overlay, reply["workspace"])
 
+    def _load(self, server: channel.Server, prepared: Prepared) -> None:
+        """Gives a server the repository's files, once."""
+        if prepared.key not in server.trees:
+            with open(prepared.archive, "rb") as stream:
+                payload = stream.read()
+            server.call({"op": "load", "tree": prepared.key, "settings": dict(prepared.settings)}, payload, ANSWER_GRACE)
+            server.trees.add(prepared.key)
+
+    def _start_loaded(self, prepared: Prepared) -> channel.Server:
+        server = self._start(prepared.spec)
+        try:
+            self._load(server, prepared)
+        except BaseException:
+            server.close()
+            raise
+        return server
+
     def _server(self, prepared: Prepared, role: str) -> channel.Server:
         if self.isolation == "container":
-            return self._start(prepared.spec)
+            spare = self._spares.take(prepared) if self._spares is not None else None
+            return spare or self._start(prepared.spec)
         name = self._warm_name(prepared, role)
         with self._starting:  # two threads must not start it twice: the first one's would be lost
             if name in self._warm and not self._warm[name].alive():
@@ -308,6 +361,8 @@ class Provider:
 
     def close(self) -> None:
         """Ends all servers of this provider."""
+        if self._spares is not None:
+            self._spares.close()
         for server in self._warm.values():
             server.close()
         self._warm = {}

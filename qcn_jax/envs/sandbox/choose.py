@@ -4,13 +4,14 @@ from typing import Any
 
 from qcn_jax.envs.sandbox.base import Limits, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.sandbox.docker import DockerProvider
+from qcn_jax.envs.sandbox.docker import IMAGE_BUDGET_MB, DockerProvider
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.errors import UserError
 
 
 def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits: Limits = Limits(),
-                  isolation: str = "shared", image: str = "", **local_options: Any) -> Provider:
+                  isolation: str = "shared", image: str = "", spares: int = 0, image_budget_mb: int = IMAGE_BUDGET_MB,
+                  **local_options: Any) -> Provider:
     """A provider of sandboxes; `.kind` and `.describe()` say what was chosen, `.reason` why not docker.
 
     Args:
@@ -20,6 +21,8 @@ def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits:
       isolation: "shared" (warm servers, a workspace and user id for each sandbox) or "container" (a server of its own,
         and with docker a fresh container, for each sandbox).
       image: base image for docker; by default one is found, pulled or made.
+      spares: servers kept started ahead of need with isolation "container".
+      image_budget_mb: disk space for images above the base; the longest unused are removed.
       **local_options: `walls` of LocalProvider.
 
     Raises:
@@ -30,11 +33,11 @@ def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits:
     reason = ""
     if kind != "local":
         try:
-            return DockerProvider(state_dir, limits, isolation, image)
+            return DockerProvider(state_dir, limits, isolation, image, spares, image_budget_mb)
         except SandboxError as error:
             if kind == "docker":
                 raise UserError(f"--config.sandbox=docker: {error}") from error
             reason = str(error)
-    provider = LocalProvider(state_dir, limits, isolation, **local_options)
+    provider = LocalProvider(state_dir, limits, isolation, spares=spares, **local_options)
     provider.reason = provider.reason or reason
     return provider

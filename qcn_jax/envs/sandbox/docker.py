@@ -17,14 +17,15 @@ from typing import Any
 import docker
 import docker.errors
 
-from qcn_jax.envs.sandbox import channel, images, local
-from qcn_jax.envs.sandbox.base import Limits, Provider
+from qcn_jax.envs.sandbox import channel, images, layers, local
+from qcn_jax.envs.sandbox.base import Limits, Prepared, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 
 CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
 SCRATCH_MB = 64  # each of /tmp and /dev/shm
+IMAGE_BUDGET_MB = 20_000  # what images above the base may take together
 OWNER, HOST = "qcn_jax.owner", "qcn_jax.host"
 
 
@@ -33,19 +34,21 @@ class DockerProvider(Provider):
 
     kind = "docker"
 
-    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", image: str = ""):
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", image: str = "",
+                 spares: int = 0, image_budget_mb: int = IMAGE_BUDGET_MB):
         """`image` is a base image with Python 3.11 or newer; by default one is found, pulled or made.
 
         Raises:
           SandboxError: no engine, or no base image.
         """
-        super().__init__(state_dir, limits, isolation)
+        super().__init__(state_dir, limits, isolation, spares)
         self.client = images.engine()
         remove_leftovers(self.client)
         with lock(self.state_dir, "image"):
             self.base = images.base_image(self.client, image)
             self.image = images.runtime_image(self.client, self.base)
         self._containers: set[str] = set()
+        self._image_budget, self._images = image_budget_mb << 20, {}
 
     def describe(self) -> str:
         each = "a fresh container each" if self.isolation == "container" else "warm containers, a user id per workspace"
@@ -54,7 +57,25 @@ class DockerProvider(Provider):
     def fingerprint(self) -> str:
         return self.image.removeprefix("sha256:")[:16]
 
+    def _image(self, spec: RepositorySpec | None) -> str:
+        """The image of a repository's sandboxes: this provider's, or with what the repository itself needs."""
+        if spec is None or not (spec.image or spec.setup):
+            return self.image
+        if (spec.image, spec.setup) not in self._images:
+            with lock(self.state_dir, "image"):
+                parent = images.base_image(self.client, spec.image) if spec.image else self.base
+                if spec.setup:
+                    parent = layers.layer(self.client, "repository", parent, steps=spec.setup, network=True)
+                self._images[spec.image, spec.setup] = images.runtime_image(self.client, parent, system_packages=True)
+                layers.prune(self.client, self._image_budget)
+        return self._images[spec.image, spec.setup]
+
+    def _warm_name(self, prepared: Prepared, role: str) -> str:
+        own = (prepared.spec.image, prepared.spec.setup)
+        return role if own == ("", ()) else f"{role} {own}"
+
     def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+        image = self._image(prepared)
         limits = self.limits
         options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
                    "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20, "disk": limits.disk_mb << 20,
@@ -71,11 +92,12 @@ class DockerProvider(Provider):
                 tmpfs={"/work": f"{flags},size={limits.disk_mb}m,mode=711", "/tmp": f"{flags},size={SCRATCH_MB}m,"
                        "mode=1777", "/var/tmp": f"{flags},size=1m,mode=1777"})
             made = api.create_container(
-                self.image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],
+                image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],
                 stdin_open=True, detach=False, host_config=host, hostname="sandbox", user="0:0", working_dir="/",
                 environment={"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
                 labels={OWNER: owner(os.getpid()), HOST: host_identity()})
         except (docker.errors.DockerException, OSError) as error:
+            self._images.clear()  # the image may have been pruned: the next try looks again
             raise SandboxError(f"container cannot be made: {error}") from error
         self._containers.add(made["Id"])
         return channel.Server(ContainerStream(self, made["Id"]))

@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import tempfile
 import uuid
+from collections.abc import Sequence
 
 import docker
 import docker.errors
@@ -27,7 +28,7 @@ PACKAGES = ("python3",)
 # Documentation, package lists and caches: nothing in a sandbox needs them.
 TRIMMED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache/apt", "var/lib/apt/lists",
            "var/cache/debconf", "var/log")
-LABEL = "qcn_jax.image"
+LABEL, PARENT = "qcn_jax.image", "qcn_jax.parent"
 
 
 def engine(timeout: float = 60.0) -> docker.DockerClient:
@@ -52,24 +53,48 @@ def base_image(client: docker.DockerClient, wanted: str = "") -> str:
     """
     if wanted:
         return _local(client, wanted) or _pull(client, wanted)
-    name = f"qcn-base:{hashlib.sha256(repr((SUITE, PACKAGES, TRIMMED)).encode()).hexdigest()[:12]}"
-    found = _local(client, name) or _local(client, REGISTRY_BASE)
+    found = _local(client, _debian_name(PACKAGES)) or _local(client, REGISTRY_BASE)
     if found:
         return found
-    if shutil.which("debootstrap") and os.geteuid() == 0:
-        return _debootstrap(client, name)
-    return _pull(client, REGISTRY_BASE)
+    return debian_image(client) if _can_bootstrap() else _pull(client, REGISTRY_BASE)
 
 
-def runtime_image(client: docker.DockerClient, base: str) -> str:
-    """The id of `base` with pytest in a virtual environment and the server's programs, at /opt/qcn."""
-    name = f"qcn-runtime:{hashlib.sha256((base + local.inside_digest()).encode()).hexdigest()[:12]}"
+def _debian_name(packages: Sequence[str]) -> str:
+    return f"qcn-base:{hashlib.sha256(repr((SUITE, tuple(packages), TRIMMED)).encode()).hexdigest()[:12]}"
+
+
+def _can_bootstrap() -> bool:
+    return shutil.which("debootstrap") is not None and os.geteuid() == 0
+
+
+def debian_image(client: docker.DockerClient, packages: Sequence[str] = PACKAGES) -> str:
+    """The id of a minimal Debian with `packages`, made here from Debian's mirror, without any registry.
+
+    Raises:
+      SandboxError: debootstrap is missing, this is not root, or the mirror is not reached.
+    """
+    name = _debian_name(packages)
+    found = _local(client, name)
+    if found:
+        return found
+    if not _can_bootstrap():
+        raise SandboxError("a Debian image needs debootstrap and root")
+    return _debootstrap(client, name, packages)
+
+
+def runtime_image(client: docker.DockerClient, base: str, system_packages: bool = False) -> str:
+    """The id of `base` with pytest in a virtual environment and the server's programs, at /opt/qcn.
+
+    With `system_packages` tests can also import what is installed in the base's own Python.
+    """
+    parts = base + local.inside_digest() + ("+system" if system_packages else "")
+    name = f"qcn-runtime:{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
     found = _local(client, name)
     if found:
         return found
     dockerfile = "\n".join([
-        f"FROM {base}", f"LABEL {LABEL}=runtime", "USER root",
-        "RUN python3 -m venv --without-pip /opt/qcn && mkdir -p /work /testbed && rmdir /testbed"
+        f"FROM {base}", f"LABEL {LABEL}=runtime {PARENT}={base}", "USER root",
+        f"RUN python3 -m venv --without-pip{' --system-site-packages' * system_packages} /opt/qcn && mkdir -p /work /testbed && rmdir /testbed"
         " && ln -s /work/testbed /testbed",
         "COPY packages /tmp/packages", "COPY inside /opt/qcn/inside", "COPY pytest /opt/qcn/bin/pytest",
         "RUN mv /tmp/packages/* $(echo /opt/qcn/lib/python3*/site-packages)/ && chmod 755 /opt/qcn/bin/pytest"
@@ -114,9 +139,9 @@ def _pull(client: docker.DockerClient, name: str) -> str:
         raise SandboxError(f"image {name} is not here and cannot be pulled ({_first_line(error)})") from error
 
 
-def _debootstrap(client: docker.DockerClient, name: str) -> str:
+def _debootstrap(client: docker.DockerClient, name: str, packages: Sequence[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="qcn-debootstrap-") as folder:
-        command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, folder, MIRROR]
+        command = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, folder, MIRROR]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             words = (done.stdout + done.stderr).strip().splitlines()[-1:]

@@ -40,13 +40,14 @@ class LocalProvider(Provider):
 
     kind = "local"
 
-    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", walls: str = "auto"):
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", walls: str = "auto",
+                 spares: int = 0):
         """`walls` is auto (the strongest that works), namespaces, filters or none.
 
         Raises:
           UserError: tested code could only be run as root, or the walls asked for are not to be had.
         """
-        super().__init__(state_dir, limits, isolation)
+        super().__init__(state_dir, limits, isolation, spares)
         self.runtime = build_runtime(self.state_dir)
         self.reason, self.commands_allowed, self._spare = "", True, None
         self._remove_leftovers()
@@ -80,8 +81,10 @@ class LocalProvider(Provider):
         return os.path.basename(self.runtime)
 
     def _start(self, prepared: RepositorySpec | None) -> channel.Server:
-        if self._spare is not None:
-            server, self._spare = self._spare, None
+        if prepared is not None and (prepared.image or prepared.setup):
+            raise UserError(f"repository {prepared.name}: image and setup need --config.sandbox=docker")
+        server, self._spare = self._spare, None
+        if server is not None:
             if server.alive():
                 return server
             server.close()

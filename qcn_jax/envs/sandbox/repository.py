@@ -36,7 +36,8 @@ class RepositorySpec:
 
     `archive` is a source distribution (.tar.gz, .zip) or a folder; `root` a folder inside it (default: the only one
     at the top). `python_path` lists folders put on the module search path, relative to the root (default: "src" if
-    there is one, and the root).
+    there is one, and the root). `image` is a base image for this repository alone, and `setup` are shell commands that
+    install what it needs there, run once as root with network; both ask for docker.
     """
 
     name: str
@@ -46,6 +47,8 @@ class RepositorySpec:
     root: str = ""
     python_path: tuple[str, ...] | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    image: str = ""
+    setup: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,11 @@ def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
                                                                   int(status.st_mtime))
 
 
+def pack_folder(source: pathlib.Path, top: str) -> bytes:
+    """A repository that is a folder as a tar archive with one folder `top`; raises UserError where it is too large."""
+    return pack({f"{top}/{path}": member for path, member in _folder(source)})
+
+
 def _mode(mode: int) -> int:
     return 0o755 if mode & 0o100 else 0o644
 
@@ -191,6 +199,7 @@ def key(spec: RepositorySpec, fingerprint: str) -> str:
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
     facts = [FORMAT, content, spec.sha256, spec.pytest_args, spec.root, spec.python_path, spec.environment, fingerprint]
+    facts += [spec.image, spec.setup] if spec.image or spec.setup else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 

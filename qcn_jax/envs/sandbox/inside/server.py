@@ -201,7 +201,8 @@ class Server:
         return {}, b""
 
     def create(self, request, payload):
-        return {"workspace": self._create(self.trees[request["tree"]], request["overlay"], {})}, b""
+        return {"workspace": self._create(self.trees[request["tree"]], request["overlay"],
+                                          request.get("edits", {}))}, b""
 
     def _create(self, tree, overlay, edits):
         number = self.free.pop() if self.free else len(self.workspaces)

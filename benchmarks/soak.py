@@ -1,0 +1,333 @@
+"""Thousands of task executions while things break: nothing lost, nothing doubled, nothing left behind, memory flat.
+
+  python benchmarks/soak.py --executions=5000 --out=DIR        resumable: run it again after an interruption
+  python benchmarks/soak.py --executions=200 --kind=local --out=DIR
+
+Each execution grades one patch in a fresh sandbox through the pool. Most are right or wrong fixes; the others hang, fork
+without end, allocate without end, fill their disk, print 100 MB, or leave the interpreter. Meanwhile pool workers,
+containers and (docker) the whole Docker daemon are killed at random times. The daemon is one of its own, with its own
+folders and socket below DIR; the machine's other daemon is only asked for its base image. A result is right if its outcome
+is one that its patch can have; "infrastructure" is none. DIR/results.jsonl holds one line for each result. The exit status
+is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import tqdm
+from absl import app, flags
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.sandbox import Limits, RepositorySpec, images
+from qcn_jax.envs.tasks import Task
+
+_EXECUTIONS = flags.DEFINE_integer("executions", 5000, "how many, those of earlier runs in the same folder included")
+_KIND = flags.DEFINE_enum("kind", "docker", ["docker", "local"], "back end")
+_WORKERS = flags.DEFINE_integer("workers", 4, "pool workers")
+_OUT = flags.DEFINE_string("out", None, "folder for results and the daemon's data", required=True)
+_SEED = flags.DEFINE_integer("seed", 0, "of the mix of patches and of the faults")
+_FAULT_SECONDS = flags.DEFINE_float("fault_seconds", 20.0, "mean time between two kills of workers or containers")
+_RESTART_SECONDS = flags.DEFINE_float("restart_seconds", 150.0, "mean time between two ends of the Docker daemon")
+
+SOURCE = 'def clamp(value, low, high):\n    return max(low, min(value, high))\n'
+BROKEN = SOURCE.replace("max(low", "min(low")
+TESTS = ("import pytest\nfrom victim.calc import clamp\n\n@pytest.mark.parametrize('x', range(8))\ndef test_clamp(x):\n"
+         "    assert clamp(x, 3, 5) == sorted((3, x, 5))[1]\n")
+FAILING = tuple(f"tests/test_calc.py::test_clamp[{n}]" for n in range(8) if n != 3)
+PASSING = ("tests/test_calc.py::test_clamp[3]",)
+TIMEOUT = 2.0
+# Patch kind: (share, code put before the source, whether that is the right one, outcomes that it can have).
+DEAD = ("timeout", "killed", "out_of_memory", "unresolved")
+KINDS = {
+    "right": (50, "", True, ("resolved",)), "wrong": (30, "", False, ("unresolved",)),
+    "exit": (4, "import os\nos._exit(0)\n", True, ("killed", "unresolved")),
+    "hang": (4, "import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)\n", True, ("timeout",)),
+    "fork_bomb": (3, "import os\nwhile True:\n    os.fork()\n", True, DEAD),
+    "memory_bomb": (3, "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n", True, DEAD),
+    "disk_fill": (3, "import os\nfor d in ('.', '/tmp', '/dev/shm'):\n  for n in range(40):\n    try:\n"
+                     "      open(f'{d}/big{n}', 'wb').write(bytes(15_000_000))\n    except OSError: pass\n", True,
+                  (*DEAD, "resolved")),
+    "flood": (3, "import os\nfor _ in range(100):\n    os.write(1, b'x' * 1_000_000)\n", True, (*DEAD, "resolved")),
+}
+
+
+def task() -> Task:
+    """The task that all executions grade."""
+    bug = patches.make_diff({"victim/calc.py": SOURCE}, {"victim/calc.py": BROKEN})
+    return Task("soak", "victim==1", "", patches.reverse(bug), "", "clamp is wrong", FAILING, PASSING, bug_patch=bug,
+                timeout=TIMEOUT)
+
+
+def patch(number: int) -> tuple[str, str]:
+    """(kind, patch) of an execution; no two patches are equal, so that no verdict comes from a cache."""
+    rng = random.Random(f"{_SEED.value} {number}")
+    kind = rng.choices(list(KINDS), [share for share, *_ in KINDS.values()])[0]
+    _, code, right, _ = KINDS[kind]
+    text = code + (SOURCE if right else BROKEN) + f"# {number}\n"
+    return kind, patches.make_diff({"victim/calc.py": BROKEN}, {"victim/calc.py": text})
+
+
+class Daemon:
+    """A Docker daemon of this run alone."""
+
+    def __init__(self, folder: pathlib.Path):
+        # A socket's path may have 107 characters.
+        self.place = pathlib.Path(tempfile.mkdtemp(prefix="qcn-soak-"))
+        self.folder, self.process, self.restarts = folder, None, 0
+        self.socket = f"unix://{self.place}/docker.sock"
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        command = ["dockerd", f"--data-root={self.folder}/data", f"--exec-root={self.place}/exec",
+                   f"--pidfile={self.place}/pid", f"--host={self.socket}", "--bridge=none", "--iptables=false",
+                   "--ip6tables=false"]
+        with open(self.folder / "dockerd.log", "ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            start_new_session=True)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                images.engine().close()
+                return
+            except images.SandboxError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"the daemon does not start; see {self.folder}/dockerd.log") from None
+                time.sleep(0.2)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """Ends it; by SIGKILL it has no time to stop its containers."""
+        self.process.send_signal(number)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        with contextlib.suppress(OSError):
+            (self.place / "pid").unlink()
+
+    def restart(self, number: int) -> None:
+        """An end and a start."""
+        self.end(number)
+        self.start()
+        self.restarts += 1
+
+
+def copy_base(socket: str) -> None:
+    """Gives our daemon the base image of the machine's, if that has one (otherwise it is made as usual)."""
+    client = images.engine()
+    try:
+        name = client.images.get(images.base_image(client)).tags[0]
+    except (images.SandboxError, IndexError):
+        return
+    source = {name: value for name, value in os.environ.items()}
+    save = subprocess.Popen(["docker", "save", name], stdout=subprocess.PIPE, env=source)
+    subprocess.run(["docker", "-H", socket, "load", "-q"], stdin=save.stdout, stdout=subprocess.DEVNULL, check=True)
+    save.stdout.close()
+    save.wait()
+
+
+class Faults(threading.Thread):
+    """Kills things at random times until told to stop."""
+
+    def __init__(self, pool: EnvPool, daemon: Daemon | None):
+        super().__init__(daemon=True)
+        self.pool, self.engine, self.counts, self.stopped = pool, daemon, collections.Counter(), threading.Event()
+        self.rng = random.Random(_SEED.value)
+
+    def run(self) -> None:
+        """The thread."""
+        restart = time.monotonic() + self.rng.expovariate(1 / _RESTART_SECONDS.value)
+        while not self.stopped.wait(self.rng.expovariate(1 / _FAULT_SECONDS.value)):
+            if self.engine is not None and time.monotonic() > restart:
+                number = self.rng.choice([signal.SIGTERM, signal.SIGKILL])
+                self.engine.restart(number)
+                self.counts[f"daemon {signal.Signals(number).name}"] += 1
+                restart = time.monotonic() + self.rng.expovariate(1 / _RESTART_SECONDS.value)
+            elif self.engine is not None and self.rng.random() < 0.4:
+                with contextlib.suppress(Exception):  # it may be gone
+                    client = images.engine()
+                    client.api.kill(self.rng.choice(client.api.containers())["Id"])
+                    self.counts["container"] += 1
+            else:
+                line = self.rng.choice(self.pool._lines)
+                if line is not None and line.process.poll() is None:
+                    line.process.kill()
+                    self.counts["worker"] += 1
+
+
+def memory(pids: list[int]) -> float:
+    """Resident MB of processes."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def descendants(pid: int, besides: int | None = None) -> list[int]:
+    """Processes below `pid`, without `besides` and what is below that."""
+    parents: dict[int, int] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            fields = pathlib.Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()
+            if fields[0] != "Z":
+                parents[int(name)] = int(fields[1])
+    found, front = [], {pid}
+    while front:
+        front = {child for child, parent in parents.items() if parent in front and child != besides}
+        found += front
+    return found
+
+
+def left_behind(daemon: Daemon | None, state: pathlib.Path, shims: set[int]) -> dict[str, int]:
+    """What is still there when everything should be gone."""
+    found = {"processes": len(descendants(os.getpid(), daemon and daemon.process.pid)),
+             "files": sum(1 for _ in (state / "work").rglob("*")) if (state / "work").exists() else 0}
+    if daemon is not None:
+        client = images.engine()
+        found["containers"] = len(client.api.containers(all=True))
+        found["volumes"] = len(client.volumes.list())
+        running = pathlib.Path("/proc").glob("[0-9]*/cmdline")
+        text = str(daemon.place).encode()
+        found["shims"] = 0
+        for path in running:
+            with contextlib.suppress(OSError):
+                found["shims"] += b"containerd-shim" in (line := path.read_bytes()) and text in line
+    return found
+
+
+def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tuple[collections.Counter, list[float]]:
+    """Runs what is not known yet; returns how often each number came, and samples of this process's memory."""
+    came, samples, lock = collections.Counter(known), [], threading.Lock()
+    came = collections.Counter(dict.fromkeys(known, 1))
+    one = task()
+    todo = [number for number in range(_EXECUTIONS.value) if number not in known]
+    with open(journal, "a", encoding="utf-8") as stream, tqdm.tqdm(
+            total=_EXECUTIONS.value, initial=len(known), desc="executions", file=sys.stderr, mininterval=5) as bar:
+        def start(number):
+            kind, text = patch(number)
+            future = pool.grade(one, text)
+            future.add_done_callback(lambda done: note(number, kind, done))
+            return future
+
+        def note(number, kind, done):
+            if done.cancelled():
+                return
+            error = done.exception()
+            outcome = f"{type(error).__name__}: {error}" if error else done.result().outcome
+            with lock:
+                came[number] += 1
+                known[number] = outcome
+                stream.write(json.dumps({"number": number, "kind": kind, "outcome": outcome}) + "\n")
+                stream.flush()
+                bar.update()
+                if came.total() % 20 == 0:
+                    samples.append(memory([os.getpid()]))
+
+        for future in pool.map(start, todo, ahead=4 * _WORKERS.value):
+            del future
+    return came, samples
+
+
+def main(_) -> None:
+    """Runs, then counts what was lost, doubled, wrong or left."""
+    out = pathlib.Path(_OUT.value).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    journal, known = out / "results.jsonl", {}
+    if journal.exists():
+        lines = journal.read_text(encoding="utf-8").split("\n")
+        known = {row["number"]: row["outcome"] for row in map(json.loads, filter(_whole, lines))}
+        journal.write_text("".join(line + "\n" for line in lines if _whole(line)), encoding="utf-8")
+    tree, state = out / "tree", out / "state"
+    for path, text in {"victim/__init__.py": "", "victim/calc.py": SOURCE, "tests/test_calc.py": TESTS}.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text(text)
+    os.chmod(out, 0o755)
+    daemon = None
+    if _KIND.value == "docker":
+        daemon = Daemon(out)
+        loaded = (out / "data").exists()
+        machines = os.environ.pop("DOCKER_HOST", None)
+        os.environ["DOCKER_HOST"] = daemon.socket
+        daemon.start()
+        if not loaded:
+            os.environ.pop("DOCKER_HOST")
+            if machines:
+                os.environ["DOCKER_HOST"] = machines
+            copy_base(daemon.socket)
+            os.environ["DOCKER_HOST"] = daemon.socket
+    try:
+        failures = soak(daemon, tree, state, journal, known)
+    finally:
+        if daemon is not None:
+            daemon.end()
+            shutil.rmtree(daemon.place, ignore_errors=True)
+    if failures:
+        raise SystemExit(f"FAILED: {', '.join(failures)}")
+
+
+def _whole(line: str) -> bool:
+    try:
+        return "outcome" in json.loads(line)
+    except ValueError:
+        return False
+
+
+def soak(daemon: Daemon | None, tree: pathlib.Path, state: pathlib.Path, journal: pathlib.Path,
+         known: dict[int, str]) -> list[str]:
+    """The run itself and its table; returns what failed."""
+    earlier, started = len(known), time.monotonic()
+    arguments = {"kind": _KIND.value, "state_dir": str(state), "limits": Limits(
+        memory_mb=256, processes=32, disk_mb=64, file_mb=16, cpus=1.0)}
+    spec = RepositorySpec("victim==1", str(tree))
+    with EnvPool(_WORKERS.value, arguments, [spec], attempts=12) as pool:
+        pool.prepare(spec).result()
+        faults = Faults(pool, daemon)
+        faults.start()
+        came, samples = execute(pool, journal, known)
+        faults.stopped.set()
+        faults.join()
+        retried = pool.counts["infrastructure_failures"]
+    seconds = time.monotonic() - started
+    time.sleep(3.0)
+    left = left_behind(daemon, state, set())
+    kinds = {number: patch(number)[0] for number in range(_EXECUTIONS.value)}
+    wrong = {number: known[number] for number in known if known[number] not in KINDS[kinds[number]][3]}
+    lost = [number for number in kinds if came[number] == 0]
+    doubled = [number for number in kinds if came[number] > 1]
+    table = collections.Counter((kinds[number], outcome) for number, outcome in known.items())
+    print(f"\n{_KIND.value}, {_WORKERS.value} workers, {len(known)} executions ({earlier} of them in earlier runs), "
+          f"{len(known) - earlier} now in {seconds:.0f} s\n\n| patch | outcome | count |\n|---|---|---|")
+    for (kind, outcome), count in sorted(table.items()):
+        print(f"| {kind} | {outcome} | {count} |")
+    print(f"\n| fault | count |\n|---|---|\n" + "\n".join(f"| {name} | {count} |" for name, count in
+                                                          sorted(faults.counts.items())))
+    growth = 0.0
+    if len(samples) >= 8:
+        quarter = len(samples) // 4
+        first, last = statistics.median(samples[quarter:2 * quarter]), statistics.median(samples[-quarter:])
+        growth = last / first - 1
+        print(f"\nmemory of this process: {first:.0f} MB in the second quarter, {last:.0f} MB in the last")
+    print(f"tries repeated after a failure of the infrastructure: {retried}\nlost {len(lost)}, doubled {len(doubled)}, "
+          f"wrong {len(wrong)}; left behind: " + ", ".join(f"{count} {name}" for name, count in left.items()))
+    for number, outcome in list(wrong.items())[:10]:
+        print(f"  wrong: {number} {kinds[number]} {outcome[:200]}")
+    failed = {"lost": lost, "doubled": doubled, "wrong": wrong, "left": any(left.values()), "memory": growth > 0.1}
+    return [name for name, value in failed.items() if value]
+
+
+if __name__ == "__main__":
+    app.run(main)
