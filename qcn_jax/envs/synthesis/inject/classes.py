@@ -14,13 +14,16 @@ NamedEdits = Iterator[tuple[str, Edit]]  # name below the class ("" for the clas
 
 
 def drop_base(node: cst.ClassDef, site: Site) -> NamedEdits:
-    """`class A(B, C)` loses its last base."""
-    if node.bases:
-        start = site.span(node.bases[-2])[1] if len(node.bases) > 1 else site.span(node.name)[1]
-        last = site.span(node.bases[-1])[1]
-        end = last if len(node.bases) > 1 or node.keywords else site.data.index(b")", last) + 1
-        if not node.keywords:
-            yield "", Edit(start, end, "")
+    """`class A(B, C)` loses one of its bases."""
+    for number, base in enumerate(node.bases):
+        start, end = site.span(base)
+        if len(node.bases) == 1:
+            if not node.keywords:
+                yield "", Edit(site.span(node.name)[1], site.data.index(b")", end) + 1, "")
+        elif number:
+            yield "", Edit(site.span(node.bases[number - 1])[1], end, "")
+        else:
+            yield "", Edit(start, site.span(node.bases[1])[0], "")
 
 
 def drop_method(node: cst.ClassDef, site: Site) -> NamedEdits:
@@ -37,7 +40,8 @@ def shuffle_methods(node: cst.ClassDef, site: Site) -> NamedEdits:
     """Two neighbouring methods change places."""
     methods = _methods(node)
     for first, second in zip(methods, methods[1:]):
-        if not first.decorators and not second.decorators and not first.leading_lines and len(methods) > 1:
+        plain = all(line.comment is None for line in first.leading_lines)  # a comment belongs to its method
+        if plain and not first.decorators and not second.decorators:
             yield first.name.value, site.swap(first, second)
 
 

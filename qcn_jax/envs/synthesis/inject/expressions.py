@@ -132,9 +132,12 @@ def swap_operands(node: cst.CSTNode, site: Site) -> Edits:
 
 
 def break_chain(node: cst.BinaryOperation, site: Site) -> Edits:
-    """`a + b + c` becomes `a + b`: the last link of a chain is dropped."""
-    if isinstance(node.left, cst.BinaryOperation) and not parenthesized(node.left) and not parenthesized(node.right):
-        yield Edit(site.span(node.left)[1], site.span(node.right)[1], "")
+    """`a + b + c` becomes `a + b` or `a + c`: a link of a chain is dropped."""
+    left = node.left
+    if isinstance(left, cst.BinaryOperation) and not parenthesized(left) and not parenthesized(node.right):
+        yield Edit(site.span(left)[1], site.span(node.right)[1], "")
+        if not parenthesized(left.left) and not parenthesized(left.right):
+            yield Edit(site.span(left.left)[1], site.span(left.right)[1], "")
 
 
 def swap_ternary(node: cst.IfExp, site: Site) -> Edits:
