@@ -46,7 +46,7 @@ KINDS = {
     "func_pm_op_swap": ("swap_operands",),
 }
 _OUT = flags.DEFINE_string("out", "bench/swesmith", "Folder for results.")
-_SWESMITH = flags.DEFINE_string("swesmith", "", "Interpreter that has the swesmith package.", required=True)
+_SWESMITH = flags.DEFINE_string("swesmith", None, "Interpreter that has the swesmith package.", required=True)
 _REPOS = flags.DEFINE_list("repos", ["toolz==1.2.0", "tinydb==4.9.0", "voluptuous==0.16.0"], "Repositories.")
 _PER_KIND = flags.DEFINE_integer("per_kind", 4, "swesmith's candidates validated of each kind and repository.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Side by side, on either side.")
@@ -114,7 +114,7 @@ def ours(client, specs, out):
 
     kinds = tuple(kind for group in KINDS.values() for kind in group)
     settings = plan.Settings(kinds=kinds, candidates_per_repo=3 * _PER_KIND.value * len(KINDS),
-                             statement_characters=statement.FULL)
+                             statement_characters=statement.FULL, tests_may_tell=True)
     before, started = children_seconds(), time.monotonic()
     with Meter(client, mine) as meter:
         with tempfile.TemporaryDirectory() as state:
@@ -141,7 +141,7 @@ def image_for(client, spec):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(member.data)
         pathlib.Path(folder, "Dockerfile").write_text(f"""FROM {base}
-RUN mkdir -p /var/log/apt && apt-get update -qq && apt-get install -y -qq --no-install-recommends git
+RUN mkdir -p /var/log/apt && apt-get update -qq && apt-get install -y -qq --no-install-recommends git procps
 COPY --from={runtime} /opt/qcn /opt/qcn
 ENV PYTHONPATH={places} PYTHONHASHSEED=0
 COPY repo /testbed

@@ -96,7 +96,7 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
     return plan.Settings(
         target=values.count, kinds=tuple(values.kinds), candidates_per_repo=values.candidates_per_repo,
         timeout=values.timeout, reruns=values.reruns, statement_characters=values.statement_characters,
-        held_out=values.held_out, combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
+        held_out=values.held_out, tests_may_tell=True, combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
         rules="inject" in asked, model=model, word_statements=values.word_statements,
         rewrites_per_repo=values.rewrites_per_repo if "rewrite" in asked else 0, seed=values.seed,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def _mine(values: flags.FlagValues, pool: "EnvPool", yields: dict[str, Any]) -> 
     tasks: list[Task] = []
     for source in values.repo:
         mined = mine(pool, source, criteria, f"{values.out}.work", _log, values.issues)
-        yields.setdefault("mined", {})[mined.name] = mined.outcomes
+        yields.setdefault("mined", {})[mined.name] = {"outcomes": mined.outcomes, "details": mined.details}
         reasons = ", ".join(f"{reason} {count}" for reason, count in mined.outcomes.items())
         print(f"{mined.name}: {len(mined.tasks)} tasks of {sum(mined.outcomes.values())} changes ({reasons})")
         tasks += mined.tasks

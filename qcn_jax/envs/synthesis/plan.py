@@ -40,6 +40,7 @@ class Settings:
     statement_characters: int = 220
     at_fault: bool = False
     held_out: bool = False
+    tests_may_tell: bool = False
     combined_per_repo: int = 0
     rules: bool = True
     model: endpoint.Endpoint | None = None
@@ -51,7 +52,8 @@ class Settings:
     def options(self) -> validate.Options:
         """How each candidate is examined."""
         words = self.model if self.word_statements else None
-        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out, words)
+        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out, words,
+                                self.tests_may_tell)
 
 
 @dataclasses.dataclass

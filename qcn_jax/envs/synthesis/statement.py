@@ -110,6 +110,15 @@ def write(observation: Observation, failing: Sequence[str], message: str = "", l
     return text[:limit]
 
 
+def from_tests(failing: Sequence[str], message: str = "", limit: int = FULL) -> str:
+    """A statement where no call was seen misbehaving: the failing tests, and what the first of them says."""
+    said = message.split(" | ")[0]  # without the line of code that follows
+    text = f"The test {failing[0]} fails" + (f": {said}" if said else ".")
+    if len(failing) > 1:
+        text += "\n\nSo do these:" + "".join(f"\n- {name}" for name in failing[1:9])
+    return text[:limit]
+
+
 def _present(verb: str) -> str:
     return {"raised": "raise", "returned": "return", "yielded": "yield"}.get(verb, verb)
 

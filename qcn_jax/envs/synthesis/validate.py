@@ -225,7 +225,7 @@ class Options:
     further runs of the defective state must agree with the first, test by test. `characters` bound the statement. With
     `at_fault` it must tell of the defective function; otherwise it tells of the first one seen misbehaving, which may
     be one that the defective one misleads. With `held_out` tests that nobody sees are made (heldout.py); with `words` a
-    model words the statement.
+    model words the statement. With `tests_may_tell` a defect that no recorded call shows is told by what its tests say.
     """
 
     timeout: float = 10.0
@@ -234,6 +234,7 @@ class Options:
     at_fault: bool = False
     held_out: bool = False
     words: endpoint.Endpoint | None = None
+    tests_may_tell: bool = False
 
 
 def check(provider: Provider, candidate: Candidate, options: Options = Options()) -> Verdict:
@@ -275,10 +276,13 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if any(a["again"] in PASSING or b["again"] not in PASSING for a, b in zip(buggy, fixed)):
         raise _Rejected("flaky")
     observations, text = _statement(candidate, buggy, fixed, failing, options)
-    if options.words:
-        text = statement.worded(text, observations[0].function, gold, options.words)
+    if statement.contains_fix(text, gold):  # the tests' own words may quote the line
+        quiet = [{**run, "messages": {}} for run in buggy]
+        observations, text = _statement(candidate, quiet, fixed, failing, options)
     if statement.contains_fix(text, gold):
         raise _Rejected("statement_tells_fix")
+    if options.words:
+        text = statement.worded(text, observations[0].function if observations else "", gold, options.words)
     wanted = _unseen_calls(candidate, buggy, fixed) if options.held_out else []
     mended_calls = heldout.call_all(sandbox, wanted, timeout)
     for _ in range(options.reruns):
@@ -286,7 +290,7 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
         again = _run(sandbox, candidate, (), timeout, spent)
         if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
             raise _Rejected("flaky")
-    task = _task(candidate, gold, failing, passing, observations[0], text)
+    task = _task(candidate, gold, failing, passing, observations[0] if observations else None, text)
     if mended_calls:
         sandbox.reset()
         task = heldout.add(task, mended_calls, heldout.call_all(sandbox, wanted, timeout))
@@ -311,12 +315,17 @@ def _statement(
     limit = options.characters // len(buggy)
     for run, mended in zip(buggy, fixed):
         observation = statement.find(run["calls"], mended["calls"], only)
-        if observation is None or observation in observations:
+        told = observation is not None and observation not in observations
+        if not told and not options.tests_may_tell:
             raise _Rejected("unobserved")
-        observations.append(observation)
         named = failing if len(buggy) == 1 else [name for name in run["outcomes"] if name in set(failing)]
         ordered = [run["test"], *(name for name in named if name != run["test"])]
-        texts.append(statement.write(observation, ordered, run["messages"].get(run["test"], ""), limit))
+        message = run["messages"].get(run["test"], "")
+        if observation is not None and told:
+            observations.append(observation)
+            texts.append(statement.write(observation, ordered, message, limit))
+        else:
+            texts.append(statement.from_tests(ordered, message, limit))
     return observations, texts[0] if len(texts) == 1 else "\n\n".join(texts)
 
 
@@ -345,7 +354,7 @@ def _run(
 
 def _task(
     candidate: Candidate, gold: str, failing: Sequence[str], passing: Sequence[str],
-    observation: statement.Observation, text: str,
+    observation: statement.Observation | None, text: str,
 ) -> Task:
     name, _, version = candidate.repository.partition("==")
     bug = patches.make_diff(candidate.before_files, candidate.after_files)
@@ -364,7 +373,7 @@ def _task(
         strategy=candidate.strategy,
         kind=candidate.kind,
         bug_patch=bug,
-        path=observation.path,
-        function=observation.function,
+        path=observation.path if observation else "",
+        function=observation.function if observation else "",
         timeout=5.0 * math.ceil((TASK_SECONDS + 10 * candidate.seconds) / 5),  # coarse: the same on every run
     )

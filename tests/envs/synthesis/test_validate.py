@@ -104,6 +104,14 @@ def test_rejected(place, old, new, outcome):
     assert (verdict.outcome, verdict.task) == (outcome, None)
 
 
+def test_told_by_its_tests(place):
+    """A defect that no call shows has a statement all the same where that is asked for."""
+    options = validate.Options(tests_may_tell=True, characters=statement.FULL)
+    task = validate.check(place[0], candidate(place, "list(items)", "items"), options).task
+    assert task.function == "" and task.problem_statement.startswith("The test tests/test_core.py::test_stack fails: ")
+    assert "list(items)" not in task.problem_statement and verify.verify_task(place[0], task).problems == ()
+
+
 def test_flaky_candidate(place):
     """A defect that shows itself in half of all runs is no task: fifteen runs that agree are not to be expected."""
     text = "(total if __import__('time').time_ns() // 1000 % 2 else 0)"
@@ -137,7 +145,9 @@ def test_combined_defects(place):
     kept = []
     for old, new in (("total += value", "total -= value"), ("value > high", "value >= low"), ("start > 0", "start > 1")):
         item = candidate(place, old, new)
-        kept.append((item, validate.check(provider, item).task))
+        verdict = validate.check(provider, item)
+        assert verdict.outcome == "kept", (old, verdict)
+        kept.append((item, verdict.task))
     made = combine.combinations(kept, survey, 6, seed=1)
     assert made == combine.combinations(kept, survey, 6, seed=1) and {c.kind for c in made} == {combine.FILE}
     pair = next(c for c in made if c.function == "clamp, mean")
