@@ -96,7 +96,8 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
     return plan.Settings(
         target=values.count, kinds=tuple(values.kinds), candidates_per_repo=values.candidates_per_repo,
         timeout=values.timeout, reruns=values.reruns, statement_characters=values.statement_characters,
-        held_out=values.held_out, tests_may_tell=True, combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
+        held_out=values.held_out, tests_may_tell=True,
+        combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
         rules="inject" in asked, model=model, word_statements=values.word_statements,
         rewrites_per_repo=values.rewrites_per_repo if "rewrite" in asked else 0, seed=values.seed,
     )  # fmt: skip
