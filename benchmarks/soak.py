@@ -91,7 +91,8 @@ class Daemon:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        command = ["dockerd", f"--data-root={self.folder}/data", f"--exec-root={self.place}/exec",
+        # In a network namespace of its own: a daemon without a bridge removes the one of the machine's daemon.
+        command = ["unshare", "--net", "dockerd", f"--data-root={self.folder}/data", f"--exec-root={self.place}/exec",
                    f"--pidfile={self.place}/pid", f"--host={self.socket}", "--bridge=none", "--iptables=false",
                    "--ip6tables=false"]
         with open(self.folder / "dockerd.log", "ab") as log:

@@ -194,7 +194,7 @@ def _run(client: docker.DockerClient, instance: Instance, patch: str | None, tim
     try:
         api.put_archive(made, "/", _archive({
             "qcn/patch.diff": patch or "", "qcn/eval.sh": instance.script(), "qcn/run.sh": _script(patch is not None)}))
-        output = api.attach(made, stdout=True, stderr=True, stream=True, logs=True)
+        output = api.attach(made, stdout=True, stderr=True, stream=True)
         api.start(made)
         log, flooded = _collect(api, made, output, time.monotonic() + limit + 60)
         state = api.inspect_container(made)["State"]

@@ -1,5 +1,6 @@
 """Instances of SWE-bench: our reading of logs beside the real package's, and real runs in an image made here."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -105,8 +106,6 @@ def test_other_files_are_left_to_others(tmp_path):
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory):
     """Our task as a row of release 5, its image made from Debian packages (once for each machine)."""
-    import dataclasses
-
     from qcn_jax.envs.sandbox import SandboxError, images, layers
 
     client = images.engine()
@@ -118,7 +117,9 @@ def instance(tmp_path_factory):
     repository = layers.repository_image(client, base, pristine, network=False)
     image = layers.task_image(client, repository, {SOURCE: BROKEN})
     client.images.get(image).tag("qcn-test/victim", "1")
-    yield formats.to_swebench5(dataclasses.replace(make_task(), image_name="qcn-test/victim:1", base_commit="HEAD"))
+    # A skipped test is not named in pytest's summary, so that in this format none can be expected.
+    named = tuple(name for name in PASSING if not name.endswith("test_skipped"))
+    yield formats.to_swebench5(dataclasses.replace(make_task(), image_name="qcn-test/victim:1", PASS_TO_PASS=named))
     client.images.remove("qcn-test/victim:1", force=True)
 
 
@@ -140,7 +141,6 @@ def test_runs_in_the_image(instance):
     assert swebench.run(client, mine, hanging, 3)[0].outcome == "timeout"
     reaching = patches.make_diff({SOURCE: BROKEN}, {SOURCE: "import socket\nsocket.create_connection(('1.1.1.1', 80), 2)\n"})
     assert "Network is unreachable" in swebench.run(client, mine, reaching, 60)[1]
-    import dataclasses
     absent = dataclasses.replace(mine, image="registry.invalid/none:1")
     assert swebench.run(client, absent, instance["patch"], 60)[0].outcome == "infrastructure"
     assert {one["Id"] for one in client.api.containers(all=True)} <= before | {
