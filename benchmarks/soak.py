@@ -11,6 +11,7 @@ is one that its patch can have; "infrastructure" is none. DIR/results.jsonl hold
 is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
 """
 
+import _thread
 import collections
 import contextlib
 import json
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 
+import docker
 import tqdm
 from absl import app, flags
 
@@ -90,7 +92,13 @@ class Daemon:
         self.socket = f"unix://{self.place}/docker.sock"
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Starts it and waits until it answers; one that gives up is started again, as a service manager would do."""
+        for _ in range(5):
+            if self._start_once():
+                return
+        raise RuntimeError(f"the daemon does not start; see {self.folder}/dockerd.log")
+
+    def _start_once(self) -> bool:
         # In a network namespace of its own: a daemon without a bridge removes the one of the machine's daemon.
         command = ["unshare", "--net", "dockerd", f"--data-root={self.folder}/data", f"--exec-root={self.place}/exec",
                    f"--pidfile={self.place}/pid", f"--host={self.socket}", "--bridge=none", "--iptables=false",
@@ -102,10 +110,11 @@ class Daemon:
         while True:
             try:
                 images.engine().close()
-                return
+                return True
             except images.SandboxError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"the daemon does not start; see {self.folder}/dockerd.log") from None
+                    self.end(signal.SIGKILL)
+                    return False
                 time.sleep(0.2)
 
     def end(self, number: int = signal.SIGTERM) -> None:
@@ -116,8 +125,8 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        with contextlib.suppress(OSError):
-            (self.place / "pid").unlink()
+        for path in (self.place / "pid", self.place / "exec" / "containerd" / "containerd.pid"):
+            path.unlink(missing_ok=True)  # stale after SIGKILL, and the number may be another's by then
 
     def restart(self, number: int) -> None:
         """An end and a start."""
@@ -146,10 +155,17 @@ class Faults(threading.Thread):
     def __init__(self, pool: EnvPool, daemon: Daemon | None):
         super().__init__(daemon=True)
         self.pool, self.engine, self.counts, self.stopped = pool, daemon, collections.Counter(), threading.Event()
-        self.rng = random.Random(_SEED.value)
+        self.rng, self.error = random.Random(_SEED.value), None
 
     def run(self) -> None:
-        """The thread."""
+        """The thread; ends the whole program where it cannot repair what it broke."""
+        try:
+            self._run()
+        except Exception as error:
+            self.error = error
+            _thread.interrupt_main()
+
+    def _run(self) -> None:
         restart = time.monotonic() + self.rng.expovariate(1 / _RESTART_SECONDS.value)
         while not self.stopped.wait(self.rng.expovariate(1 / _FAULT_SECONDS.value)):
             if self.engine is not None and time.monotonic() > restart:
@@ -158,10 +174,12 @@ class Faults(threading.Thread):
                 self.counts[f"daemon {signal.Signals(number).name}"] += 1
                 restart = time.monotonic() + self.rng.expovariate(1 / _RESTART_SECONDS.value)
             elif self.engine is not None and self.rng.random() < 0.4:
-                with contextlib.suppress(Exception):  # it may be gone
-                    client = images.engine()
-                    client.api.kill(self.rng.choice(client.api.containers())["Id"])
-                    self.counts["container"] += 1
+                client = images.engine()
+                running = client.api.containers()
+                with contextlib.suppress(docker.errors.APIError):  # it may have gone by itself
+                    if running:
+                        client.api.kill(self.rng.choice(running)["Id"])
+                        self.counts["container"] += 1
             else:
                 line = self.rng.choice(self.pool._lines)
                 if line is not None and line.process.poll() is None:
@@ -298,7 +316,11 @@ def soak(daemon: Daemon | None, tree: pathlib.Path, state: pathlib.Path, journal
         pool.prepare(spec).result()
         faults = Faults(pool, daemon)
         faults.start()
-        came, samples = execute(pool, journal, known)
+        try:
+            came, samples = execute(pool, journal, known)
+        except KeyboardInterrupt:
+            pool.close(grace=0.0)
+            raise SystemExit(f"interrupted ({faults.error or 'from outside'}); run again to go on") from None
         faults.stopped.set()
         faults.join()
         retried = pool.counts["infrastructure_failures"]
