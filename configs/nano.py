@@ -16,6 +16,8 @@ KINDS = (
     "add_not", "drop_not", "flip_boolean", "swap_and_or", "flip_comparison", "change_boundary", "flip_membership",
     "flip_identity", "change_arithmetic", "change_constant",
 )
+# Tool-call templates that take few tokens of this vocabulary: XML, JSON, TypeScript and Python forms.
+TEMPLATES = ("qwen3_coder", "qwen3_xml_mixed", "hermes", "typescript", "react", "toolace")
 LENGTH = 768  # tokens of a packed row, and the longest episode
 
 
@@ -35,6 +37,7 @@ def get_config():
     gentle = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, weight_decay=0.0)
     return to_config_dict(RunConfig(
         name="nano",
+        templates=TEMPLATES,
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         tasks=TasksConfig(

@@ -65,13 +65,12 @@ def has_control(context: StageContext) -> bool:
 
 def make_bench(context: StageContext) -> Bench:
     """The bench over this run's held-out tasks."""
-    from qcn_jax.hub import templates
     from qcn_jax.pipeline.data.chat import ChatEncoder
     from qcn_jax.pipeline.domains import make_services
 
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
-    return Bench(tasks, tuple(templates.TEMPLATES), config.evaluate, ChatEncoder(context.tokenizer()),
+    return Bench(tasks, context.templates(), config.evaluate, ChatEncoder(context.tokenizer()),
                  make_services(context), config.seed, context.log)
 
 

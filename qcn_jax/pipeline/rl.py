@@ -21,7 +21,6 @@ import optax
 from qcn_jax import files, hub
 from qcn_jax.config import ModelConfig, RLConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub import templates
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline import online, rl_losses
@@ -215,7 +214,7 @@ def _filtered(learner: Learner, params: Any, path: pathlib.Path, log: Callable[[
 def training_prompts(context: StageContext, domain: str) -> list[Prompt]:
     """Prompts of RL and distillation: tasks that SFT has not seen."""
     _, tasks = split_tasks(context.tasks("train"), context.config.seed)
-    return make_prompts(domain, tasks, templates.TEMPLATES)
+    return make_prompts(domain, tasks, context.templates())
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class Stage:
 STAGES = {
     "tasks": Stage("qcn_jax.pipeline.tasks", ("seed", "tasks"), sandbox=True),
     "midtrain": Stage("qcn_jax.pipeline.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False),
-    "sft": Stage("qcn_jax.pipeline.sft", ("sft",), sandbox=True),
+    "sft": Stage("qcn_jax.pipeline.sft", ("templates", "sft"), sandbox=True),
     "experts": Stage("qcn_jax.pipeline.rl", ("rl",), sandbox=True),
     "distill": Stage("qcn_jax.pipeline.distill", ("distill",), sandbox=True),
     "evaluate": Stage("qcn_jax.pipeline.evaluate", ("evaluate",), sandbox=True),
