@@ -3,6 +3,8 @@
     qcn run --config=configs/nano_base.py:code --workdir=runs/nano_base_code --stages=tasks,midtrain
     qcn run --config=configs/nano_base.py:edits --workdir=runs/nano_base_edits --stages=tasks,midtrain \\
         --config.init=runs/nano_base_code/midtrain/model
+    qcn run --config=configs/nano_base.py:wide --workdir=runs/nano_base_wide --stages=tasks,midtrain \\
+        --config.init=runs/nano_base_edits/midtrain/model
 
 Held-out repositories are seen neither by the tokenizer nor by the model. Provenance of the packaged weights (what was
 run, time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
@@ -11,9 +13,14 @@ run, time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
 import pathlib
 import runpy
 
+from qcn_jax.pipeline import repositories
+
 
 def get_config(phase: str = "code"):
-    """The configuration `nano` with a long mid-training; `phase` is code (from random weights) or edits (after it)."""
+    """The configuration `nano` with a long mid-training; `phase` is code (from random weights), edits or wide (each after the one before).
+
+    `wide` adds the repositories of PRETRAIN: five times as many functions to learn repairs from.
+    """
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
     config.name, config.init = f"nano_base_{phase}", "random"
     config.model.num_nextn_predict_layers, config.midtrain.train.mtp_coef = 0, 0.0
@@ -26,7 +33,13 @@ def get_config(phase: str = "code"):
         config.tasks.max_function_lines = 24
         stage.repository, stage.fim, stage.edits = 0.2, 0.05, 0.75
         stage.train.steps, stage.train.optimizer.learning_rate = 900, 3e-3
-    else:
+    elif phase == "edits":
         stage.repository, stage.fim, stage.edits = 0.1, 0.05, 0.85
         stage.train.steps, stage.train.optimizer.learning_rate = 1500, 2e-3
+    elif phase == "wide":
+        config.tasks.repos_train = (*repositories.TRAIN, *repositories.PRETRAIN)
+        stage.repository, stage.fim, stage.edits = 0.05, 0.0, 0.95
+        stage.train.steps, stage.train.optimizer.learning_rate = 4000, 2e-3
+    else:
+        raise ValueError(f"--config=configs/nano_base.py:{phase}: unknown phase; allowed: code, edits, wide")
     return config
