@@ -172,6 +172,8 @@ class RLConfig:
     filter_samples: int = 0  # tries of the SFT policy per prompt; always and never solved ones are left out (0: all)
     rows: int = 16
     sequence_length: int = 1024
+    average: str = "token"  # token (DAPO): every sampled token alike; episode (GRPO): every episode alike
+    negative_weight: float = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl_coef: float = 0.0

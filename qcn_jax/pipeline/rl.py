@@ -2,7 +2,8 @@
 
 For every update the policy acts several times on each of a few prompts. An episode's advantage is its reward's
 standard score within its prompt's group (GRPO); the loss is DAPO's: clipped with separate bounds, averaged over
-all sampled tokens alike; prompts that are always or never solved are left out; a turn that broke the tool format
+all sampled tokens alike (or over episodes alike: failures are longer, and a small policy that is mostly told what
+not to do loses its format); prompts that are always or never solved are left out; a turn that broke the tool format
 has its own tokens penalised. The router's balance loss plays no part: a few thousand tokens of one domain should
 not be spread evenly over experts.
 """
@@ -35,6 +36,7 @@ from qcn_jax.pipeline.splits import split_tasks
 from qcn_jax.pipeline.train import TrainState
 from qcn_jax.pipeline.update import Part, SumLoss, Updater
 
+AVERAGES = ("token", "episode")
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
 
@@ -133,6 +135,10 @@ class Learner:
         for group in groups:
             rewards = [record.outcome.reward for record in group]
             advantages = rl_losses.group_advantages(rewards, [0] * len(group), [True] * len(group))
+            advantages *= np.where(advantages < 0, self.config.negative_weight, 1.0)
+            if self.config.average == "episode":
+                lengths = np.array([max(record.sampled.sum(), 1) for record in group])
+                advantages *= lengths.mean() / lengths
             for record, advantage in zip(group, advantages, strict=True):
                 documents.append(online.document(
                     record, advantages=token_advantages(record, float(advantage), self.config),
@@ -156,6 +162,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     unknown = set(config.experts) - set(DOMAINS)
     if unknown:
         raise UserError(f"--config.rl.experts: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
+    if config.average not in AVERAGES:
+        raise UserError(f"--config.rl.average: unknown average {config.average!r}; allowed: {', '.join(AVERAGES)}")
     services = make_services(context)
     encoder = ChatEncoder(context.tokenizer())
     model, params = hub.load(context.model_path("sft"))
