@@ -46,7 +46,7 @@ def get_config():
         midtrain=MidtrainConfig(
             train=train(60, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
-        sft=SftConfig(train=train(220, 1e-3)),
+        sft=SftConfig(train=train(220, 1e-3), recovery=0.6, guesses=6),
         rl=RLConfig(updates=15, prompts=12, group_size=8, rows=4, sequence_length=LENGTH, optimizer=gentle,
                     rollout=rollout),
         distill=DistillConfig(updates=12, rows=4, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),

@@ -87,7 +87,7 @@ class Trajectory:
 
 def solve(
     task: Task, executor: ToolExecutor, scaffold: Scaffold = NANO, *, seed: int = 0, wrong: int = 0,
-    grade: Callable[[Task, str], bool] | None = None,
+    guesses: Sequence[SpanEdit] = (), grade: Callable[[Task, str], bool] | None = None,
 ) -> Trajectory | None:
     """Acts the gold patch out.
 
@@ -97,6 +97,7 @@ def solve(
       scaffold: NANO or one of the single-turn ones.
       seed: chooses the wrong edits, together with the task's id.
       wrong: how many wrong edits come first, if the function has room for so many.
+      guesses: edits to take the wrong ones from before any are made up.
       grade: whether a patch resolves the task; by default the tests are run where the edits were made.
 
     Returns:
@@ -109,7 +110,7 @@ def solve(
     edits = None if views is None else gold_edits(task, executor)
     if views is None or edits is None or (scaffold.single_turn and len(views) > 1):
         return None
-    refuted = wrong_edits(task, executor, edits, seed, 0 if scaffold.single_turn else wrong)
+    refuted = wrong_edits(task, executor, edits, seed, 0 if scaffold.single_turn else wrong, guesses)
     episode = Episode(task, scaffold, executor, max_turns=len(views) + len(refuted) + 3)
     if scaffold.single_turn:
         _act(episode, [edit.call() for edit in edits])
@@ -139,14 +140,16 @@ def solve(
 
 def solve_with(
     provider: Provider, task: Task, scaffold: Scaffold = NANO, *, seed: int = 0, wrong: int = 0,
-    grade: Callable[[Task, str], bool] | None = None, runner: TestRunner | None = None,
+    guesses: Sequence[SpanEdit] = (), grade: Callable[[Task, str], bool] | None = None,
+    runner: TestRunner | None = None,
 ) -> Trajectory | None:
     """`solve` with files and test runs of `provider`, which has the task's repository prepared.
 
     Several trajectories of one task cost fewer test runs with a `runner` in common (`workspace.Remembering`).
     """
     workspace = open_overlay(task, provider.files(task.repo), runner or ProviderRunner(provider, task.repo))
-    return solve(task, scaffold.executor(task, workspace), scaffold, seed=seed, wrong=wrong, grade=grade)
+    return solve(task, scaffold.executor(task, workspace), scaffold, seed=seed, wrong=wrong, guesses=guesses,
+                 grade=grade)
 
 
 def _act(episode: Episode, calls: Sequence[ToolCall]) -> None:
@@ -227,9 +230,13 @@ def span_edits(before: Sequence[str], after: Sequence[str]) -> list[SpanEdit] | 
 
 
 def wrong_edits(
-    task: Task, executor: ToolExecutor, gold: Sequence[SpanEdit], seed: int, count: int
+    task: Task, executor: ToolExecutor, gold: Sequence[SpanEdit], seed: int, count: int,
+    guesses: Sequence[SpanEdit] = (),
 ) -> list[SpanEdit]:
-    """Up to `count` different edits of the task's function that keep it parseable and are not the right one."""
+    """Up to `count` different edits of the task's function that keep it parseable and are not the right one.
+
+    First those of `guesses` that are such edits, in order, then random exchanges of tokens.
+    """
     if not count:
         return []
     view = executor.view()
@@ -237,9 +244,17 @@ def wrong_edits(
     rng = random.Random(f"{seed} {task.instance_id}")
     gold_lines = {edit.line for edit in gold}
     right = {(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in gold}
-    pool = [item for item in sorted(set(_mutations(lines))) if item not in right]
+    loops = _loop_lines(lines)
+    made = [(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in guesses
+            if 0 < edit.line <= len(lines) and spans.occurrences(lines[edit.line - 1], edit.old) == 1]
+    pool = [item for item in sorted(set(_mutations(lines))) if item not in right and item not in made]
     rng.shuffle(pool)
     chosen: list[SpanEdit] = []
+    for number, after in dict.fromkeys(made):
+        span = minimal_edit(lines[number - 1], after)
+        if len(chosen) < count and span is not None and (number, after) not in right and number not in loops and \
+                _parses([*lines[: number - 1], after, *lines[number:]]):
+            chosen.append(SpanEdit(number, *span))
     while pool and len(chosen) < count:
         near = [item for item in pool if item[0] in gold_lines]
         number, after = (near or pool)[0] if rng.random() < GOLD_LINE else pool[0]
@@ -258,10 +273,9 @@ def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
     found = []
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline))
-        loops = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.While)]
     except (tokenize.TokenError, SyntaxError):
         return []
-    inside = {number for loop in loops for number in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}
+    inside = _loop_lines(lines)
     for token in tokens:
         (number, start), end = token.start, token.end[1]
         if number in inside:
@@ -278,6 +292,15 @@ def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
             if swap != token.string:
                 found.append((number, line[:start] + swap + tail))
     return found
+
+
+def _loop_lines(lines: Sequence[str]) -> set[int]:
+    """Numbers of the lines inside `while` loops; none where the text does not parse."""
+    try:
+        loops = [node for node in ast.walk(spans.parse("\n".join(lines))) if isinstance(node, ast.While)]
+    except (SyntaxError, ValueError):
+        return set()
+    return {number for loop in loops for number in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}
 
 
 def _parses(lines: Sequence[str]) -> bool:

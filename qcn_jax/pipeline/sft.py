@@ -19,6 +19,7 @@ from qcn_jax import hub
 from qcn_jax.envs import scaffolds
 from qcn_jax.envs.solver import Trajectory
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline import guesses
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.chat import ChatEncoder
@@ -77,7 +78,9 @@ def collect_trajectories(context: StageContext) -> list[Trajectory]:
     pool = context.pool()
     pool.register(context.repositories().values())
     names = context.templates()
-    requests = lambda number, task: plan(task, number, seed, settings.trajectories_per_task, settings.recovery, names)
+    guessed = guesses.propose(context, tasks)
+    requests = lambda number, task: plan(task, number, seed, settings.trajectories_per_task, settings.recovery, names,
+                                         guessed.get(task.instance_id, ()))
     with stop_signals() as stop:
         found = collect(context.root / "sft" / "trajectories.jsonl", tasks, requests, pool, context.log, stop.is_set)
     if found is None:

@@ -22,21 +22,25 @@ from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.workspace import ProviderRunner, Remembering
 from qcn_jax.errors import UserError
 
-MAX_WRONG = 2  # edits that the tests refute, in trajectories that show a recovery
+MAX_WRONG = 3  # edits that the tests refute, in trajectories that show a recovery
 LOG_EVERY = 100  # tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One trajectory wanted: the scaffold by name, and how many wrong edits come first."""
+    """One trajectory wanted: the scaffold by name, how many wrong edits come first, and whose guesses they may be.
+
+    guesses: (line, old, new) of edits, see `solver.solve`.
+    """
 
     scaffold: str
     seed: int
     wrong: int = 0
+    guesses: tuple[tuple[int, str, str], ...] = ()
 
 
-def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, templates: Sequence[str]
-         ) -> list[Request]:
+def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, templates: Sequence[str],
+         guesses: Sequence[tuple[int, str, str]] = ()) -> list[Request]:
     """What is asked of the solver for one task: multi-turn, single-turn, and one tool-call template in turn.
 
     Args:
@@ -45,12 +49,14 @@ def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, t
       multi_turn: trajectories with tools and test runs.
       recovery: share of those with wrong edits first.
       templates: of the format scaffold; none leaves it out.
+      guesses: edits that a model proposed; each multi-turn trajectory takes its wrong edits from them in another order.
     """
     rng = random.Random(f"{seed} {task.instance_id}")
     requests = []
     for index in range(multi_turn):
         wrong = rng.randint(1, MAX_WRONG) if rng.random() < recovery else 0
-        requests.append(Request(scaffolds.NANO.name, seed + index, wrong))
+        ours = rng.sample(list(guesses), len(guesses)) if wrong else []
+        requests.append(Request(scaffolds.NANO.name, seed + index, wrong, tuple(map(tuple, ours))))
     requests.append(Request(scaffolds.NANO_SINGLE.name, seed))
     if templates:
         requests.append(Request(scaffolds.nano_format(templates[number % len(templates)]).name, seed))
@@ -65,7 +71,7 @@ def act(provider: Provider, task: Task, requests: Sequence[Request]) -> list[dic
     runner = Remembering(ProviderRunner(provider, task.repo))
     made = (
         solver.solve_with(provider, task, scaffolds.by_name(request.scaffold), seed=request.seed, wrong=request.wrong,
-                          runner=runner)
+                          guesses=[solver.SpanEdit(*guess) for guess in request.guesses], runner=runner)
         for request in requests
     )
     return [trajectory.to_json() for trajectory in made if trajectory is not None]

@@ -157,6 +157,32 @@ class EditDocuments:
             if document is not None:
                 return document
 
+    def prompt(self, path: str, lines: Sequence[str]) -> list[int]:
+        """Ids of a document up to where the edits begin."""
+        tokens = [self._tokenizer.id("<|file_sep|>"), *self._line(path + "\n")]
+        for number, line in enumerate(lines):
+            tokens += [self._line_ids[number], *self._line(line + "\n")]
+        return [*tokens, self._tokenizer.id("<|fim_middle|>")]
+
+    def read(self, tokens: Sequence[int]) -> list[tuple[int, str, str]]:
+        """(line from 1, old, new) of every complete edit in what a model wrote after `prompt`."""
+        numbers = {id_: number for number, id_ in enumerate(self._line_ids, 1)}
+        suffix, end = self._tokenizer.id("<|fim_suffix|>"), self._tokenizer.id("<|endoftext|>")
+        found: list[tuple[int, list[int], list[int] | None]] = []
+        for token in tokens:
+            if token == end:
+                break
+            if token in numbers:
+                found.append((numbers[token], [], None))
+            elif not found:
+                break
+            elif token == suffix:
+                found[-1] = (*found[-1][:2], [])
+            else:
+                (found[-1][1] if found[-1][2] is None else found[-1][2]).append(token)
+        decode = self._tokenizer.decode
+        return [(number, decode(old), decode(new)) for number, old, new in found if old and new]
+
     def _line(self, text: str) -> list[int]:
         if text not in self._line_cache:
             self._line_cache[text] = self._tokenizer.encode_ordinary(text)
@@ -167,11 +193,8 @@ class EditDocuments:
         lines = list(function.lines)
         for defect in defects:
             lines[defect.line] = defect.after
-        tokens = [special("<|file_sep|>"), *self._line(function.path + "\n")]
-        for number, line in enumerate(lines):
-            tokens += [self._line_ids[number], *self._line(line + "\n")]
-        code = len(tokens)
-        tokens.append(special("<|fim_middle|>"))
+        tokens = self.prompt(function.path, lines)
+        code = len(tokens) - 1
         for defect in defects:
             span = minimal_edit(defect.after, function.lines[defect.line])
             if span is None:
