@@ -177,9 +177,10 @@ class TaskConversation:
         closed = stopped and tokens[-1] == self._encoder.end
         text = self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens)
         observation = self.episode.step(text, complete=closed)
-        if observation.done:
-            return Reply(done=True, malformed=observation.malformed)
-        return Reply(self._encoder.encode_turn(observation.messages, closed), malformed=observation.malformed)
+        runs = [result.tests for result in self.episode.turns[-1].results if result.tests is not None]
+        refuted = bool(runs) and not runs[-1].passed
+        answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed)
+        return Reply(answer, observation.done, observation.malformed, refuted)
 
     def outcome(self, truncated: bool) -> Outcome:
         """Grades the patch."""

@@ -70,10 +70,13 @@ def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRe
 def token_advantages(record: RolloutRecord, advantage: float, config: RLConfig) -> np.ndarray:
     """The advantage of each token [n] float32: the episode's, less the penalty in turns that broke the format.
 
-    Zero where the policy did not choose the token.
+    A turn that ended in failing tests is never reinforced, however well the episode went on: what its edit claimed
+    has been refuted. Zero where the policy did not choose the token.
     """
     advantages = np.where(record.sampled, np.float32(advantage), np.float32(0.0))
     for turn in record.turns:
+        if turn.refuted:
+            advantages[turn.start : turn.stop] = min(advantage, 0.0)
         if turn.malformed:
             advantages[turn.start : turn.stop] -= config.malformed_penalty
     return advantages.astype(np.float32)

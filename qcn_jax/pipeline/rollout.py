@@ -32,11 +32,13 @@ class Reply:
 
     tokens: what comes before the policy's next turn; of no meaning when `done`.
     malformed: whether the turn broke the format of tool calls.
+    refuted: whether the turn ended in failing tests.
     """
 
     tokens: Sequence[int] = ()
     done: bool = False
     malformed: bool = False
+    refuted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Turn:
     stop: int
     malformed: bool
     stopped: bool
+    refuted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,7 @@ class _Open:
         return self.conversation.reply(self.tokens[self.start :], self.stopped)
 
     def take(self, reply: Reply) -> None:
-        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped))
+        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted))
         if not reply.done:
             self.tokens += reply.tokens
             self.logprobs += [0.0] * len(reply.tokens)
@@ -204,7 +207,7 @@ def rollout(
             for slot, reply in zip(ended, threads.map(lambda slot: active[slot].reply(), ended), strict=True):
                 # A further turn needs its answer and at least one token of its own.
                 truncated = not reply.done and engine.length(slot) + len(reply.tokens) >= engine.max_length
-                active[slot].take(Reply(done=True, malformed=reply.malformed) if truncated else reply)
+                active[slot].take(dataclasses.replace(reply, tokens=(), done=True) if truncated else reply)
                 if reply.done or truncated:
                     opened = active.pop(slot)
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, truncated)))

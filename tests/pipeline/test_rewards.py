@@ -212,6 +212,23 @@ def test_only_the_tokens_of_malformed_turns_are_penalised() -> None:
     np.testing.assert_array_equal(got, [0, 0, 2, 2, 0, 1.5, 1.5])
 
 
+def test_refuted_turns_are_never_reinforced() -> None:
+    good, bad = record(0, 1, True, malformed=(False, False)), record(0, 0, False, malformed=(False, False))
+    for episode, advantage, want in ((good, 2.0, [0, 0, 0, 0, 0, 2, 2]), (bad, -1.0, [0, 0, -1, -1, 0, -1, -1])):
+        first, *rest = episode.turns
+        refuted = dataclasses.replace(episode, turns=(dataclasses.replace(first, refuted=True), *rest))
+        np.testing.assert_array_equal(rewards.token_advantages(refuted, advantage, RLConfig()), want)
+
+
+def test_failing_tests_refute_a_turn(encoder, services) -> None:
+    prompt = Prompt("swe", tiny.make_task())
+    conversation = TaskConversation(prompt, encoder, services, max_turns=6, unfinished_penalty=0.25)
+    conversation.opening()
+    say = lambda calls: [*encoder.tokenizer.encode(templates.render(templates.NATIVE, "", calls)), encoder.end]
+    turns = [[VIEW], [WRONG, TESTS], [ToolCall("undo", {}), RIGHT, TESTS], [SUBMIT]]
+    assert [conversation.reply(say(calls), True).refuted for calls in turns] == [False, True, False, False]
+
+
 def test_prompts_and_splits() -> None:
     functions = [f"f{n // 2}" for n in range(40)]
     tasks = [dataclasses.replace(tiny.make_task(), instance_id=str(n), function=f) for n, f in enumerate(functions)]

@@ -125,6 +125,15 @@ def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, updat
     assert float(sums["clipped"]) == clipped > 0
 
 
+def test_episodes_weigh_alike_and_failures_less(engine, updater) -> None:
+    group = [make_record(0, [2, 8], [4, 5, 1], [-1.0] * 3, 1.0), make_record(0, [2, 8], [9], [-1.0], 0.0)]
+    plain = make_learner(engine, updater).rows([group])["advantages"]
+    assert sorted(plain[plain != 0].tolist()) == [-1, 1, 1, 1]
+    config = dataclasses.replace(CONFIG, average="episode", negative_weight=0.25)
+    rows = make_learner(engine, updater, config).rows([group])["advantages"]
+    np.testing.assert_allclose(sorted(rows[rows != 0].tolist()), [-0.25 * 2, *[2 / 3] * 3], rtol=1e-6)
+
+
 def test_kl_term_holds_the_policy_to_its_reference(params, engine, updater) -> None:
     config = dataclasses.replace(CONFIG, kl_coef=0.5)
     rows = make_learner(engine, updater).rows([[
@@ -143,7 +152,7 @@ def test_reward_rises_on_a_bandit(params, engine, optimizer, updater) -> None:
     learner = make_learner(engine, updater, dataclasses.replace(CONFIG, prompts=2, group_size=16))
     learner.prompts = [0, 1]
     state, curve = fresh(params, optimizer), []
-    for update in range(25):
+    for update in range(40):
         state, metrics = learner.step(update, state)
         curve.append(metrics)
     assert np.mean([m["reward"] for m in curve[:3]]) < 0.7
