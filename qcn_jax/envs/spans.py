@@ -85,7 +85,6 @@ def _common_prefix(a: str, b: str) -> int:
     return length
 
 
-@functools.lru_cache(maxsize=256)  # groups of samples share their file; a parsed module costs 10 ms and more
 def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     """All functions and classes of `source` as (qualified name, first line, last line), 1-based.
 
@@ -93,8 +92,14 @@ def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     documents count lines from it. Names nest with dots (`Class.method`, `outer.inner`); the order is that of the text; a source that does not
     parse has none.
     """
+    with _PARSING:  # looked up under the lock: samples of one prompt ask for the same module at the same time
+        return _function_spans(source)
+
+
+@functools.lru_cache(maxsize=256)  # a parsed module costs 10 ms and more
+def _function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     try:
-        tree = parse(source)
+        tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return ()
     found: list[tuple[str, int, int]] = []
