@@ -23,7 +23,7 @@ def inputs(seed: int = 0) -> tuple[np.ndarray, ...]:
     """Tokens [8, 10, D], weights, experts and kernels; most tokens choose the first experts, some choose none."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(8, 10, WIDTH)).astype(np.float32)
-    popularity = -0.3 * np.arange(EXPERTS) + rng.gumbel(size=(8, 10, EXPERTS))
+    popularity = -0.6 * np.arange(EXPERTS) + rng.gumbel(size=(8, 10, EXPERTS))
     experts = np.argsort(-popularity, axis=-1)[..., :CHOICES].astype(np.int32)
     experts[0, :4] = EXPERTS
     weights = rng.random((8, 10, CHOICES)).astype(np.float32)

@@ -1,0 +1,109 @@
+"""Mesh sizes, rules and their refusals; the rules fit every parameter of the published model."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from qcn_jax.config import MeshConfig, ModelConfig
+from qcn_jax.errors import UserError
+from qcn_jax.model import abstract_params, logical_axes
+from qcn_jax.sharding.mesh import AXES, axis_sizes
+from qcn_jax.sharding.parallel import Parallel
+from qcn_jax.sharding.rules import AxisRules
+
+
+def test_axis_sizes():
+    assert axis_sizes(MeshConfig(expert=4, tensor=2), 16) == (1, 2, 4, 2, 1)
+    assert axis_sizes(MeshConfig(data=-1, fsdp=1), 6) == (6, 1, 1, 1, 1)
+    for config in (MeshConfig(data=-1), MeshConfig(fsdp=0), MeshConfig(fsdp=-2), MeshConfig(expert=3), MeshConfig(fsdp=4)):
+        with pytest.raises(UserError, match="--config.mesh"):
+            axis_sizes(config, 8)
+
+
+def test_spec():
+    rules = AxisRules()
+    assert rules.spec(("blocks", "embed", "heads")) == PartitionSpec(None, ("fsdp", "expert", "context"), "tensor")
+    assert rules.spec(("embed", None), within=("expert",)) == PartitionSpec("expert", None)
+    with pytest.raises(UserError, match="collide on mesh axis 'expert'"):
+        rules.spec(("expert", "embed"))
+    with pytest.raises(UserError, match="'embedding' has no rule; known: embed"):
+        rules.spec(("embedding",))
+    with pytest.raises(UserError, match="'spec' has no rule"):  # a method is no rule
+        rules.spec(("spec",))
+
+
+def _parallel(**sizes: int) -> Parallel:
+    return Parallel(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
+
+
+@pytest.mark.parametrize("sizes", [
+    {"fsdp": 64}, {"fsdp": 16, "expert": 16}, {"expert": 64}, {"fsdp": 4, "expert": 16, "tensor": 2, "context": 2}])
+def test_published_model_divides(sizes):
+    """Every parameter has rules that divide it, and nothing large is left whole."""
+    config = dataclasses.replace(ModelConfig(), num_nextn_predict_layers=1)
+    parallel = _parallel(**sizes)
+    names = logical_axes(config)
+    devices = parallel.size("embed", "heads")
+
+    def check(shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> None:
+        parallel.spec(*axes)
+        parts = [parallel.size(name) for name in axes]
+        assert all(size % part == 0 for size, part in zip(shape.shape, parts, strict=True)), axes
+        assert shape.size / jax.numpy.prod(jax.numpy.asarray(parts)) < 2**31 / min(devices, 16), axes
+
+    jax.tree.map(check, abstract_params(config), names)
+
+
+def test_parallel_leaves_out_axes_of_one_device():
+    parallel = _parallel(expert=4, tensor=2)
+    assert parallel.axes("embed") == ("expert",) and parallel.size("activation_batch", "heads") == 8
+    assert parallel.spec("activation_batch", "activation_length", None) == PartitionSpec("expert", None, None)
+
+
+def bad_inputs() -> None:
+    """Prints the refusals of sizes that do not divide."""
+    import jax.numpy as jnp
+
+    from qcn_jax.model import Qwen3Next
+    from qcn_jax.sharding.mesh import make_parallel
+
+    config = ModelConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=2, full_attention_interval=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, linear_num_key_heads=2, linear_key_head_dim=4, linear_num_value_heads=2,
+        linear_value_head_dim=4, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8)
+    params = abstract_params(config)
+    cases = {
+        "expert": (MeshConfig(expert=4, fsdp=1), 4, 8), "rows": (MeshConfig(fsdp=4), 3, 8),
+        "length": (MeshConfig(fsdp=1, context=4), 4, 10), "halo": (MeshConfig(fsdp=1, context=4), 4, 8),
+        "attention": (MeshConfig(fsdp=1, context=2, tensor=2, data=-1), 4, 8), "keys": (MeshConfig(fsdp=1, tensor=4), 4, 8),
+        "form": (MeshConfig(fsdp=4, dispatch="rugged"), 4, 8),
+    }
+    messages = {}
+    for name, (mesh, rows, length) in cases.items():
+        parallel = make_parallel(mesh, jax.devices()[:4])
+        model = Qwen3Next(dataclasses.replace(config, num_attention_heads=2) if name == "attention" else config, parallel=parallel)
+        if name == "attention":
+            params = abstract_params(model.config)
+        try:
+            jax.eval_shape(lambda p, t, model=model: model.apply({"params": p}, t), params,
+                           jax.ShapeDtypeStruct((rows, length), jnp.int32))
+            messages[name] = "accepted"
+        except UserError as error:
+            messages[name] = str(error)
+        params = abstract_params(config)
+    print(json.dumps(messages))
+
+
+def test_refusals_name_the_field(run_with_devices):
+    messages = json.loads(run_with_devices(bad_inputs, 4).splitlines()[-1])
+    expected = {
+        "expert": "--config.mesh.expert: 4 parts do not divide 6 experts", "rows": "3 along 'activation_batch'",
+        "length": "10 along 'activation_length'", "halo": "--config.mesh.context: 2 tokens",
+        "attention": "do not divide 2 attention heads", "keys": "--config.mesh.tensor: 4 parts do not divide 2 key heads",
+        "form": "--config.mesh.dispatch: unknown form 'rugged'; allowed: ragged, capacity, gather"}
+    for name, message in expected.items():
+        assert message in messages[name], (name, messages[name])
