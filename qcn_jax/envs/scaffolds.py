@@ -25,6 +25,7 @@ __all__ = [
     "by_name", "dedent", "line_token", "nano_format",
 ]
 
+_SHELLS = ("bash", "run_shell_command")
 FENCED_BASH = "fenced_bash"  # mini-swe-agent: one ```mswea_bash_command block, no tool-call syntax
 
 Message = dict[str, Any]
@@ -62,6 +63,11 @@ class Scaffold:
     result_role: str = "tool"
     output_limit: int = 10_000
     advice: str = "{problem}"
+
+    @property
+    def has_shell(self) -> bool:
+        """Whether the agent can run commands, which a guard should then look at."""
+        return any(tool.name in _SHELLS for tool in self.tools)
 
     def executor(self, task: Task, workspace: Workspace | None) -> ToolExecutor:
         """Runs this scaffold's tools on `workspace`, which holds `task`'s starting state."""

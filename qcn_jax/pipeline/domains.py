@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.grading import Grader, Verdict
+from qcn_jax.envs.guard import Guard
 from qcn_jax.envs.sandbox.base import Provider, TestRun
 from qcn_jax.envs.scaffolds import NANO, NANO_SINGLE, Scaffold, nano_format
 from qcn_jax.envs.tasks import Task
@@ -166,7 +167,8 @@ class TaskConversation:
         runner = functools.partial(services.run_tests, task.repo)
         workspace = open_overlay(task, services.files(task.repo), runner)
         executor = ToolExecutor(task, scaffold.tools, workspace, output_limit=scaffold.output_limit)
-        return Episode(task, scaffold, executor, max_turns=self._max_turns)
+        guard = Guard() if scaffold.has_shell else None
+        return Episode(task, scaffold, executor, max_turns=self._max_turns, guard=guard)
 
     def opening(self) -> list[int]:
         """The prompt, up to where the assistant begins."""

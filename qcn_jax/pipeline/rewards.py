@@ -46,7 +46,7 @@ def format_outcome(result: EpisodeResult, verdict: Verdict | None) -> Outcome:
 def _detail(result: EpisodeResult, verdict: Verdict | None) -> dict[str, object]:
     return {
         "task": result.task_id, "scaffold": result.scaffold, "reason": result.reason.value, "turns": result.turns,
-        "attempts": result.attempts, "outcome": "infrastructure" if verdict is None else verdict.outcome,
+        "attempts": result.attempts, "blocked": result.blocked, "outcome": "infrastructure" if verdict is None else verdict.outcome,
         "resolved": bool(verdict and verdict.resolved), "patch": result.patch,
     }  # fmt: skip
 
@@ -94,6 +94,7 @@ def summarize(records: list[RolloutRecord]) -> dict[str, float]:
         "turns": mean([float(len(r.turns)) for r in counted]),
         "sampled_tokens": mean([float(r.sampled.sum()) for r in counted]),
         "malformed": mean([float(turn.malformed) for r in counted for turn in r.turns]),
+        "blocked": float(sum(r.outcome.detail.get("blocked", 0) for r in counted)),  # calls that the guard refused
         "infrastructure": float(len(records) - len(counted)),
         "episodes": float(len(counted)),
     }

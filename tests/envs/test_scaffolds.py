@@ -173,3 +173,7 @@ def test_swe_agents_editor():
 def test_unknown_scaffolds_are_refused():
     with pytest.raises(UserError, match="--scaffold.*nano"):
         scaffolds.by_name("claude")
+
+
+def test_scaffolds_with_a_shell_ask_for_a_guard():
+    assert [scaffold.name for scaffold in ALL if scaffold.has_shell] == ["swe_agent", "qwen_code", "mini_swe_agent"]
