@@ -5,7 +5,7 @@ import pathlib
 import setuptools
 
 TEST = [
-    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ray>=2.40", "swebench>=5",
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tree-sitter-language-pack>=0.9,<1", "ray>=2.40", "swebench>=5",
     # Parity with the reference implementation: exact versions, because numerics are compared.
     "torch==2.13.0", "transformers>=5.0,<6", "tiktoken>=0.7",
 ]
@@ -26,6 +26,8 @@ setuptools.setup(
         "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27",
     ],
     extras_require={
+        # From 1.0 on the package downloads its grammars at run time.
+        "languages": ["tree-sitter-language-pack>=0.9,<1"],
         "test": TEST,
         "tpu": ["jax[tpu]>=0.10,<0.12", "tokamax"],
         "compile": ["libtpu==0.0.42.*"],  # ahead-of-time compilation for TPU topologies, no TPU needed

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from tests.envs.synthesis.answering import serve
 from tests.envs.synthesis.small import write_repository
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,9 +54,47 @@ def test_synthesize_killed_and_verified(tmp_path):
     assert rows[1]["instance_id"] in out and "2 of 3 tasks are sound" in out
 
 
+def test_all_strategies(tmp_path):
+    """Rules, a model behind an endpoint, combinations and history in one run, then verified with reruns."""
+    repo = write_repository(tmp_path, "numbers_pkg")
+    core, test = repo / "numbers_pkg/core.py", repo / "tests/test_core.py"
+
+    def commit(message):
+        for command in (["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", message]):
+            subprocess.run(["git", "-C", repo, *command], check=True, capture_output=True)
+
+    subprocess.run(["git", "init", "-q", repo], check=True)
+    commit("start")
+    core.write_text(core.read_text() + "\n\ndef double(x):\n    return 2 * x\n")
+    test.write_text(test.read_text() + "\n\ndef test_double():\n    from numbers_pkg.core import double\n    assert double(2) == 4\n")
+    commit("Doubling, closes #4")
+
+    def model(messages):
+        return "```python\n" + messages[-1]["content"].rsplit("```python\n", 1)[1].replace("total / len", "total * len")
+
+    with serve(model) as (url, bodies):
+        process = qcn(tmp_path, "synthesize", f"--repo={repo}", "--strategies=inject,rewrite,combine,mine", "--out=t.jsonl",
+                      "--kinds=change_augmented,drop_loop,change_boundary,flip_comparison", "--combined_per_repo=4",
+                      f"--endpoint={url}", "--model=m", "--sandbox=local", "--workers=1")
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert {row["strategy"] for row in rows} == {"inject", "combine", "mine"} and bodies
+    assert {"model_modify", "combine_file", "commit"} <= {row["kind"] for row in rows}
+    assert any(row["held_out_patch"] for row in rows) and all(row["difficulty"] > 0 for row in rows)
+    assert "numbers_pkg: 1 tasks of 1 changes (kept 1)" in out
+    process = qcn(tmp_path, "verify", "--tasks=t.jsonl", f"--repo={repo}", "--sandbox=local", "--isolation=shared",
+                  "--reruns=1", "--workers=1")
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
+    assert f"{len(rows)} of {len(rows)} tasks are sound" in out and f"flaky: 0 of {len(rows)} tasks" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (["synthesize", "--repo=.", "--strategies=rewrite", "--out=x.jsonl"], "--endpoint: needed for strategy rewrite"),
+        (["synthesize", "--repo=.", "--strategies=combine", "--out=x.jsonl"], "--strategies: combine needs inject"),
         (["synthesize", "--repo=nowhere", "--out=x.jsonl"], "--repo: 'nowhere' is neither"),
         (["synthesize", "--repo=.", "--strategies=magic", "--out=x.jsonl"], "--strategies: unknown 'magic'"),
         (["synthesize", "--repo=.", "--kinds=magic", "--out=x.jsonl"], "--kinds: unknown 'magic'"),

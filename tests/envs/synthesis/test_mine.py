@@ -1,8 +1,10 @@
 """Mining a small clone with merged pull requests, squashed ones and plain commits; the cleaning of issue texts."""
 
+import http.server
 import json
 import os
 import subprocess
+import threading
 
 import pytest
 from tests.envs.synthesis.small import SOURCE, TESTS, write_repository
@@ -123,6 +125,39 @@ def test_cleaning(line, kept):
 )  # fmt: skip
 def test_kinds_of_files(path, kind):
     assert kind_of(path) == kind
+
+
+def test_github(tmp_path, monkeypatch):
+    """The API over HTTP: the token is sent, failures are tried again, answers are kept, what is gone is None."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["authorization"]))
+            status = 404 if self.path.endswith("/404") else 502 if len(asked) == 1 else 401 if self.path.endswith("/9") else 200
+            data = json.dumps({**ISSUE, "user": "x"}).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GITHUB_TOKEN", "t")
+    monkeypatch.setattr(issues.time, "sleep", lambda _: None)
+    try:
+        for _ in range(2):
+            hub = issues.GitHub("a", "b", tmp_path, api=f"http://127.0.0.1:{server.server_port}")
+            assert hub.get(7).title == "mean of nothing" and not hub.get(7).is_pull and hub.get(404) is None
+        assert asked == 2 * [("/repos/a/b/issues/7", "Bearer t")] + [("/repos/a/b/issues/404", "Bearer t")]
+        with pytest.raises(UserError, match="a/b#9: answers 401"):
+            hub.get(9)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_bad_input(tmp_path, monkeypatch, clone):

@@ -120,14 +120,7 @@ def attempt(
     Raises:
       BuildFailed: a command fails, too few tests pass, or the verifier is none.
     """
-    with Container(client, toolchain(client, base, recipe), network=True) as container:
-        container.write(dict(files))
-        for command in recipe.install:
-            result = container.exec(command, INSTALL_SECONDS)
-            if result.exit_code:
-                raise BuildFailed(f"`{command}` exits with {result.exit_code}:\n{result.output[-LOG_TAIL:]}")
-        digest = hashlib.sha256(repr((recipe, base, sorted(files.items()))).encode()).hexdigest()[:12]
-        image = container.commit(f"qcn-build:{_tag(name)}-{digest}", (f"LABEL {images.LABEL}=repository",))
+    image = _installed(client, base, recipe, files, name)
     judge = verifier.Verifier(recipe.test, recipe.parser, test_seconds)
     try:
         with Container(client, image) as container:
@@ -141,6 +134,27 @@ def attempt(
         client.images.remove(image, force=True)
         raise
     return Environment(recipe, image, recipe.dockerfile(base), first.outcomes, first.seconds, acceptance)
+
+
+def _installed(
+    client: docker.DockerClient, base: str, recipe: Recipe, files: Mapping[str, bytes], name: str
+) -> str:
+    """The tag of the image with everything installed; made once for the same recipe, base and files."""
+    content = hashlib.sha256(repr((recipe.toolchain(base), recipe.install, sorted(files.items()))).encode()).hexdigest()
+    tag = f"qcn-build:{_tag(name)}-{content[:12]}"
+    try:
+        client.images.get(tag)
+        return tag
+    except docker.errors.ImageNotFound:
+        pass
+    with Container(client, toolchain(client, base, recipe), network=True) as container:
+        container.write(dict(files))
+        for command in recipe.install:
+            result = container.exec(command, INSTALL_SECONDS)
+            if result.exit_code:
+                raise BuildFailed(f"`{command}` exits with {result.exit_code}:\n{result.output[-LOG_TAIL:]}")
+        container.commit(tag, (f"LABEL {images.LABEL}=repository",))
+    return tag
 
 
 def _accepted(

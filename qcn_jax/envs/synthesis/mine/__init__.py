@@ -201,6 +201,9 @@ def _settled(future):
     settled: Future = Future()
 
     def copy(done: Future) -> None:
+        if done.cancelled():  # the pool is closing
+            settled.cancel()
+            return
         error = done.exception()
         if error is None or isinstance(error, SandboxError):
             settled.set_result(done.result() if error is None else error)
