@@ -285,6 +285,12 @@ def _validate(cfg: ModelConfig) -> None:
         raise UserError(f"model.num_experts_per_tok: {cfg.num_experts_per_tok} is not in 1..{cfg.num_experts}")
     if cfg.num_nextn_predict_layers not in (0, 1):
         raise UserError(f"model.num_nextn_predict_layers: {cfg.num_nextn_predict_layers}; allowed: 0, 1")
+    if cfg.delta_rule not in ("chunked", "recurrent", "pallas"):
+        raise UserError(f"model.delta_rule: {cfg.delta_rule!r}; allowed: chunked, recurrent, pallas")
+    if cfg.delta_rule == "pallas" and (cfg.chunk_size < 16 or cfg.chunk_size & (cfg.chunk_size - 1)):
+        raise UserError(f"model.chunk_size: {cfg.chunk_size}; with delta_rule pallas a power of two from 16 on")
+    if cfg.attention not in ("xla", "splash"):
+        raise UserError(f"model.attention: {cfg.attention!r}; allowed: xla, splash")
     if cfg.num_hidden_layers < 1 or cfg.full_attention_interval < 1:
         raise UserError("model.num_hidden_layers and model.full_attention_interval must be at least 1")
 

@@ -1,4 +1,4 @@
-"""The gated delta rule: one function, a chunked and a recurrent form.
+"""The gated delta rule: one function; a chunked and a recurrent form, and Pallas kernels (layers.kernels.delta_rule).
 
 Per value head, with state S [dk, dv] and S = 0 at the start of every document:
     S <- exp(g_t) S;  S <- S + k_t (beta_t (v_t - k_t^T S))^T;  o_t = q_t^T S.
@@ -46,7 +46,8 @@ def gated_delta_rule(
       state: [B, H, R, dk, dv] float32, the state before the first token; None is zero.
       segment_ids: [B, T] or None; the state is zeroed at every change of id. `state` belongs to the
         document of the first token.
-      form: "chunked" (C tokens at a time) or "recurrent" (one at a time: least work for single tokens).
+      form: "chunked" (C tokens at a time), "recurrent" (one at a time: least work for single tokens) or "pallas"
+        (chunked, as TPU kernels whose products take operands of v's dtype).
       chunk_size: C.
 
     Returns:
@@ -55,6 +56,10 @@ def gated_delta_rule(
     batch, length, heads, key_dim = q.shape
     if state is None:
         state = jnp.zeros((batch, heads, v.shape[3], key_dim, v.shape[4]), jnp.float32)
+    if form == "pallas" and length > 1:
+        from qcn_jax.layers.kernels.delta_rule import delta_rule  # Pallas takes a while to import
+
+        return delta_rule(q, k, v, g, beta, state, segment_ids, chunk_size)
     q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
     if form == "recurrent" or length == 1:
         return _recurrent(q, k, v, g, beta, state, segment_ids)

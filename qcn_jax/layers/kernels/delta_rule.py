@@ -30,12 +30,12 @@ def delta_rule(
 ) -> tuple[Array, Array]:
     """The rule by kernels; arguments and results as of layers.delta_rule.gated_delta_rule.
 
-    Products take bfloat16 operands where q, k and v are bfloat16, else float32 at full precision; o is rounded to
-    their dtype. chunk_size must be a power of two, at least 16 (on a TPU best 128).
+    Products take bfloat16 operands where v is bfloat16, else float32 at full precision; o is rounded to v's dtype.
+    chunk_size must be a power of two, at least 16 (on a TPU best 128).
     """
     batch, length, heads, key_dim = q.shape
     repeats, value_dim = v.shape[3:]
-    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
+    dtype = jnp.bfloat16 if v.dtype == jnp.bfloat16 else jnp.float32
     padding = -length % chunk_size
     flat = lambda x: jnp.pad(x.astype(dtype).reshape(batch, length, -1), ((0, 0), (0, padding), (0, 0)))
     rows = gate_rows(g, beta, segment_ids, chunk_size)
@@ -45,11 +45,15 @@ def delta_rule(
     return o, jnp.swapaxes(final.reshape(batch, heads, key_dim, repeats, value_dim), 2, 3)
 
 
-def gate_rows(g: Array, beta: Array, segment_ids: Array | None, chunk_size: int) -> Array:
+def gate_rows(
+    g: Array, beta: Array, segment_ids: Array | None, chunk_size: int, position_limit: int | None = None
+) -> Array:
     """Gates with tokens in the lanes, [B, H, N, rows, C] float32; rows are [coarse G | fine G | beta] of R each.
 
     G, the cumulative log decay inside a chunk, comes as a part that is exact and a small rest, so that differences
     keep their digits however strong the decay before them was. Tokens that pad the last chunk are inert.
+    With `position_limit` one more row follows: how many tokens of the same document come before the token, at most
+    that many.
     """
     batch, length, heads, repeats = g.shape
     coarse = jax.lax.stop_gradient(jnp.round(g * _GRID) / _GRID)
@@ -65,36 +69,52 @@ def gate_rows(g: Array, beta: Array, segment_ids: Array | None, chunk_size: int)
     before = jnp.triu(jnp.ones((chunk_size, chunk_size), jnp.float32))
     summed = jnp.einsum("...c,cd->...d", rows[:, :, :, :2], before, precision=jax.lax.Precision.HIGHEST)
     rows = jnp.concatenate([summed, rows[:, :, :, 2:]], axis=3).reshape(batch, heads, -1, 3 * repeats, chunk_size)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, -3 * repeats % _SUBLANES), (0, 0)))
+    if position_limit is not None:
+        position = _positions(batch, length, segment_ids, position_limit)
+        position = jnp.pad(position, ((0, 0), (0, padding))).reshape(batch, 1, -1, 1, chunk_size)
+        position = jnp.broadcast_to(position, (*rows.shape[:3], 1, chunk_size))
+        rows = jnp.concatenate([rows, position.astype(jnp.float32)], axis=3)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, -rows.shape[3] % _SUBLANES), (0, 0)))
+
+
+def _positions(batch: int, length: int, segment_ids: Array | None, limit: int) -> Array:
+    """[B, T]: tokens of the same document before each token, at most `limit`."""
+    count, same = jnp.zeros((batch, length), jnp.int32), True
+    ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+    for back in range(1, min(limit, length - 1) + 1):
+        # Of one document with the token `back` before, and with all tokens between.
+        same = same & jnp.pad(ids[:, back:] == ids[:, :-back], ((0, 0), (back, 0)))
+        count = count + same
+    return count
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _rule(q: Array, k: Array, v: Array, rows: Array, state: Array, repeats: int) -> tuple[Array, Array]:
     """q, k [B, T, H * dk]; v [B, T, H * R * dv]; rows [B, H, N, *, C]; state [B, H, dk, R * dv] -> (o, final)."""
-    return _on_platform(_forward_call, repeats, False)(q, k, v, rows, state)
+    return on_platform(_forward_call, repeats, False)(q, k, v, rows, state)
 
 
 def _rule_forward(
     q: Array, k: Array, v: Array, rows: Array, state: Array, repeats: int
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    o, final, states, inverses = _on_platform(_forward_call, repeats, True)(q, k, v, rows, state)
+    o, final, states, inverses = on_platform(_forward_call, repeats, True)(q, k, v, rows, state)
     return (o, final), (q, k, v, rows, states, inverses)
 
 
 def _rule_backward(repeats: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
-    return tuple(_on_platform(_backward_call, repeats)(*residuals, *cotangents))
+    return tuple(on_platform(_backward_call, repeats)(*residuals, *cotangents))
 
 
 _rule.defvjp(_rule_forward, _rule_backward)
 
 
-def _on_platform(call, *static):
+def on_platform(call, *static):
     """`call` compiled for a TPU, interpreted elsewhere."""
     return lambda *arrays: jax.lax.platform_dependent(
         *arrays, tpu=functools.partial(call, *static, False), default=functools.partial(call, *static, True))
 
 
-def _group(heads: int, limit: int) -> int:
+def group_size(heads: int, limit: int) -> int:
     return max(size for size in range(1, limit + 1) if heads % size == 0)
 
 
@@ -105,7 +125,7 @@ class _Shapes:
         self.batch, self.heads, self.chunks, self.gates, self.size = rows.shape
         self.repeats = repeats
         self.key_dim, self.value_dim = q.shape[2] // self.heads, v.shape[2] // self.heads // repeats
-        self.group = _group(self.heads, limit)
+        self.group = group_size(self.heads, limit)
         self.grid = (self.batch, self.heads // self.group, self.chunks)
         self.turn = (lambda n: self.chunks - 1 - n) if reverse else (lambda n: n)
 
@@ -126,7 +146,7 @@ class _Shapes:
         return [pltpu.VMEM((self.group, self.key_dim, self.repeats * self.value_dim), jnp.float32)]
 
 
-_PARAMS = pltpu.CompilerParams(
+PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES)
 
 
@@ -147,9 +167,21 @@ def _forward_call(
         kernel, grid=s.grid,
         in_specs=[s.tokens(s.key_dim), s.tokens(s.key_dim), s.tokens(repeats * s.value_dim),
                   s.per_chunk(s.gates, s.size), s.state()],
-        out_specs=out_specs, out_shape=out_shape, scratch_shapes=s.scratch(), compiler_params=_PARAMS,
+        out_specs=out_specs, out_shape=out_shape, scratch_shapes=s.scratch(), compiler_params=PARAMS,
         interpret=interpret, name="gated_delta_rule_forward",
     )(q, k, v, rows, state)
+
+
+def _lanes(state: tuple[int, int, int], repeats: int) -> tuple[list[slice], list[tuple[int, slice, slice]]]:
+    """Lanes of the key heads of a block; per value head its key head, its lanes in the state and among all values.
+
+    `state` is the state's shape [heads, dk, R * dv].
+    """
+    heads, key_dim, width = state
+    value_dim = width // repeats
+    span = lambda i, size: slice(i * size, (i + 1) * size)
+    values = [(h, span(r, value_dim), span(h * repeats + r, value_dim)) for h in range(heads) for r in range(repeats)]
+    return [span(h, key_dim) for h in range(heads)], values
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, rows_ref, first_ref, o_ref, final_ref, *rest, repeats: int, interpret: bool):
@@ -161,21 +193,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, rows_ref, first_ref, o_ref, final_ref, 
         state_ref[...] = first_ref[0]
 
     dot = chunk_math.Products(q_ref.dtype, interpret)
-    group, key_dim, width = state_ref.shape
-    value_dim = width // repeats
-    for h in range(group):
-        q, k = (ref[0, :, h * key_dim : (h + 1) * key_dim] for ref in (q_ref, k_ref))
-        part = lambda r: slice(r * value_dim, (r + 1) * value_dim)
-        of_head = lambda r: slice(h * width + r * value_dim, h * width + (r + 1) * value_dim)
-        v = [v_ref[0, :, of_head(r)] for r in range(repeats)]
-        state = [state_ref[h, :, part(r)] for r in range(repeats)]
-        out, after, inverse = chunk_math.forward(q, k, v, rows_ref[0, h, 0], state, dot)
-        for r in range(repeats):
-            if saved:
-                saved[0][0, h, 0, :, part(r)] = state[r].astype(saved[0].dtype)
-                saved[1][0, h, 0, r] = inverse[r].astype(saved[1].dtype)
-            o_ref[0, :, of_head(r)] = out[r].astype(o_ref.dtype)
-            state_ref[h, :, part(r)] = after[r]
+    heads, values = _lanes(state_ref.shape, repeats)
+    state = [state_ref[h, :, lanes] for h, lanes, _ in values]
+    solved = chunk_math.solve(
+        [q_ref[0, :, lanes] for lanes in heads], [k_ref[0, :, lanes] for lanes in heads],
+        [v_ref[0, :, lanes] for _, _, lanes in values], [rows_ref[0, h, 0] for h in range(len(heads))], state, dot)
+    for r, (out, after) in enumerate(zip(solved.out(dot), solved.after(dot))):
+        h, inner, outer = values[r]
+        if saved:
+            saved[0][0, h, 0, :, inner] = state[r].astype(saved[0].dtype)
+            saved[1][0, h, 0, r % repeats] = solved.inverse[r].astype(saved[1].dtype)
+        o_ref[0, :, outer] = out.astype(o_ref.dtype)
+        state_ref[h, :, inner] = after
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():
@@ -196,7 +225,7 @@ def _backward_call(
         out_specs=[keys, keys, values, gates, s.state()],
         out_shape=[shape(q.shape, q.dtype), shape(k.shape, k.dtype), shape(v.shape, v.dtype),
                    shape(rows.shape, jnp.float32), shape(d_final.shape, jnp.float32)],
-        scratch_shapes=s.scratch(), compiler_params=_PARAMS, interpret=interpret, name="gated_delta_rule_backward",
+        scratch_shapes=s.scratch(), compiler_params=PARAMS, interpret=interpret, name="gated_delta_rule_backward",
     )(q, k, v, rows, states, inverses, d_out.astype(v.dtype), d_final)
 
 
@@ -211,23 +240,21 @@ def _backward_kernel(
         d_state_ref[...] = d_final_ref[0]
 
     dot = chunk_math.Products(q_ref.dtype, interpret)
-    group, key_dim, width = d_state_ref.shape
-    value_dim = width // repeats
-    for h in range(group):
-        keys = slice(h * key_dim, (h + 1) * key_dim)
-        part = lambda r: slice(r * value_dim, (r + 1) * value_dim)
-        of_head = lambda r: slice(h * width + r * value_dim, h * width + (r + 1) * value_dim)
-        each = range(repeats)
-        dq, dk, dv, d_rows, d_state = chunk_math.backward(
-            q_ref[0, :, keys], k_ref[0, :, keys], [v_ref[0, :, of_head(r)] for r in each], rows_ref[0, h, 0],
-            [states_ref[0, h, 0, :, part(r)].astype(jnp.float32) for r in each],
-            [inverses_ref[0, h, 0, r] for r in each], [d_out_ref[0, :, of_head(r)] for r in each],
-            [d_state_ref[h, :, part(r)] for r in each], dot)
-        dq_ref[0, :, keys], dk_ref[0, :, keys] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
-        d_rows_ref[0, h, 0] = d_rows
-        for r in each:
-            dv_ref[0, :, of_head(r)] = dv[r].astype(dv_ref.dtype)
-            d_state_ref[h, :, part(r)] = d_state[r]
+    heads, values = _lanes(d_state_ref.shape, repeats)
+    solved = chunk_math.solve(
+        [q_ref[0, :, lanes] for lanes in heads], [k_ref[0, :, lanes] for lanes in heads],
+        [v_ref[0, :, outer] for _, _, outer in values], [rows_ref[0, h, 0] for h in range(len(heads))],
+        [states_ref[0, h, 0, :, inner] for h, inner, _ in values], dot,
+        [inverses_ref[0, h, 0, r % repeats] for r, (h, _, _) in enumerate(values)])
+    dq, dk, dv, d_rows, d_state = chunk_math.backward(
+        solved, rows_ref.shape[3], [d_out_ref[0, :, outer].astype(jnp.float32) for _, _, outer in values],
+        [d_state_ref[h, :, inner] for h, inner, _ in values], dot)
+    for h, lanes in enumerate(heads):
+        dq_ref[0, :, lanes], dk_ref[0, :, lanes] = dq[h].astype(dq_ref.dtype), dk[h].astype(dk_ref.dtype)
+        d_rows_ref[0, h, 0] = d_rows[h]
+    for r, (h, inner, outer) in enumerate(values):
+        dv_ref[0, :, outer] = dv[r].astype(dv_ref.dtype)
+        d_state_ref[h, :, inner] = d_state[r]
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _():

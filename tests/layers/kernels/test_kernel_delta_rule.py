@@ -1,0 +1,129 @@
+"""The gated delta rule's Pallas kernels, in Pallas' interpreter, against the float64 recurrence and the XLA form."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qcn_jax.layers.delta_rule import gated_delta_rule
+from qcn_jax.layers.kernels.chunk import Products, unit_lower_inverses
+
+_path = pathlib.Path(__file__).parent.parent / "test_delta_rule.py"
+_spec = importlib.util.spec_from_file_location("delta_rule_cases", _path)
+cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+
+B, T, H, R, DK, DV = cases.B, cases.T, cases.H, cases.R, cases.DK, cases.DV
+CHUNK = 32  # T = 75: two whole chunks and a part; a chunk of two substituted blocks and a merge
+KINDS = ("random", "strong decay", "zero vectors", "repeated keys", "correlated keys")
+NAMES = ("q", "k", "v", "g", "beta", "state")
+# Document starts at, before and after chunk and block edges; documents of one token.
+BOUNDARIES = ([1, 15, 16, 17, 48], [0, 31, 33, 50, T - 1])
+SEGMENTS = {
+    "packed": np.stack([np.searchsorted(ends, np.arange(T), side="right") for ends in BOUNDARIES]).astype(np.int32),
+    "whole": np.zeros((B, T), np.int32),
+}
+WEIGHT = np.random.default_rng(5).standard_normal((B, T, H, R, DV)).astype(np.float32)
+STATE = np.random.default_rng(1).standard_normal((B, H, R, DK, DV)).astype(np.float32)
+# An interpreted kernel is a long program of small operations: compiling it well takes longer than running it badly.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def rule(form, chunk=CHUNK):
+    return jax.jit(functools.partial(gated_delta_rule, form=form, chunk_size=chunk), compiler_options=QUICK)
+
+
+@functools.cache
+def with_gradients(form, dtype=jnp.float32):
+    """(q, k, v, g, beta, state, segments) -> ((o, final), gradients of a loss of both)."""
+
+    def loss(q, k, v, g, beta, state, segments):
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        out, final = gated_delta_rule(q, k, v, g, beta, state, segments, form, CHUNK)
+        return jnp.sum(out * WEIGHT) + jnp.sum(final**2), (out, final)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True), compiler_options=QUICK)
+
+    def call(*arrays):
+        (_, outputs), gradients = run(*arrays)
+        return outputs, gradients
+
+    return call
+
+
+def largest_error(got, expected):
+    assert np.isfinite(got).all()
+    return np.abs(np.asarray(got) - expected).max()
+
+
+@pytest.mark.parametrize("documents", SEGMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_close_to_float64_as_the_xla_form(kind, documents):
+    data = (*cases.inputs(kind, 4), STATE, SEGMENTS[documents])
+    outputs, gradients = with_gradients("pallas")(*data)
+    others, expected_gradients = with_gradients("recurrent")(*data)
+    assert [x.dtype for x in outputs] == [x.dtype for x in others]
+    xla = rule("chunked")(*data)
+    for got, other, expected, limit in zip(outputs, xla, cases.reference(*data), (3e-6, 1e-5)):
+        # Twice, because both are a few units in the last place, in different places.
+        assert largest_error(got, expected) < min(limit, 2 * largest_error(other, expected) + 3e-7)
+    for name, a, b in zip(NAMES, gradients, expected_gradients):
+        assert np.isfinite(a).all() and np.isfinite(b).all(), name
+        # Gradients of decays are small differences of large sums, in the XLA form too.
+        assert np.linalg.norm(a - b) <= (5e-5 if name == "g" else 2e-6) * np.linalg.norm(b) + 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["random", "correlated keys", "repeated keys"])
+def test_bfloat16_loses_what_rounding_the_operands_of_products_loses(kind):
+    q, k, v, g, beta = cases.inputs(kind, 7)
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (q, k, v)]
+    data = (*rounded, g, beta, STATE, SEGMENTS["packed"])
+    outputs, gradients = with_gradients("pallas", jnp.bfloat16)(*data)
+    _, expected_gradients = with_gradients("recurrent")(*data)
+    for got, expected in zip(outputs, cases.reference(*data)):
+        assert np.isfinite(got).all()
+        assert np.linalg.norm(got - expected) < 2**-7 * np.linalg.norm(expected)  # bfloat16 has 8 bits
+    for name, a, b in zip(NAMES, gradients, expected_gradients):
+        assert np.isfinite(a).all(), name
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("dtype, limit", [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-5)])
+def test_triangular_inverse_of_whole_registers(dtype, limit):
+    """At the TPU's chunk of 128; for bfloat16 the error stays far below the 4e-3 of rounding the result."""
+    size = 128
+    inverse = jax.jit(functools.partial(unit_lower_inverses, dot=Products(jnp.dtype(dtype), True)), compiler_options=QUICK)
+    keys = np.random.default_rng(0).standard_normal((3, size, 64))
+    keys[1] = keys[1, :1] + 0.1 * keys[1]  # correlated
+    keys[2] = keys[2, :1]  # repeated
+    keys /= np.linalg.norm(keys, axis=2, keepdims=True)
+    matrices = np.tril(0.95 * keys @ np.swapaxes(keys, 1, 2), -1)
+    got = inverse([jnp.asarray(a, jnp.float32) for a in matrices])
+    for x, a in zip(got, matrices):
+        assert largest_error(x, np.linalg.inv(np.eye(size) + a)) < limit
+
+
+def test_inert_padding_and_another_chunk():
+    data = cases.inputs("correlated keys", 8)
+    real = np.arange(T)[None, :, None, None] < np.array([30, 61])[:, None, None, None]
+    out, final = rule("pallas", 16)(*data[:3], np.where(real, data[3], 0), np.where(real, data[4], 0), STATE)
+    for row, length in enumerate((30, 61)):
+        expected, last = cases.reference(*(x[row : row + 1, :length] for x in data), STATE[row : row + 1])
+        assert largest_error(out[row, :length], expected[0]) < 3e-6
+        assert largest_error(final[row], last[0]) < 1e-5
+
+
+def test_a_sequence_in_pieces_equals_one_pass():
+    data = cases.inputs("random", 9)
+    expected, expected_final = cases.reference(*data)
+    state, outs = np.zeros_like(STATE), []
+    for start, stop in ((0, 37), (37, 74), (74, T)):  # two of one compiled length; a single token
+        out, state = rule("pallas", 16)(*cases.cut(data, start, stop), state)
+        outs.append(out)
+    assert largest_error(np.concatenate(outs, axis=1), expected) < 3e-6
+    assert largest_error(state, expected_final) < 1e-5
