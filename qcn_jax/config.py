@@ -181,6 +181,7 @@ class RLConfig:
     kl_coef: float = 0.0
     unfinished_penalty: float = 0.2
     malformed_penalty: float = 0.2
+    repeat_penalty: float = 0.2  # of turns that come again to files on which the tests have failed
     checkpoint_every: int = 5  # updates
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()

@@ -120,7 +120,7 @@ class Episode:
         self.task, self.scaffold, self.messages = task, scaffold, scaffold.first_messages(task, executor)
         self.turns: list[Turn] = []
         self.reason: EndReason | None = None
-        self._executor, self._max_turns, self._guard = executor, max_turns, guard
+        self.executor, self._max_turns, self._guard = executor, max_turns, guard
         self._unreadable = 0
 
     @property
@@ -168,7 +168,7 @@ class Episode:
         """Results of `calls`; of those before the first that the guard refuses, its refusal, and skipped ones."""
         refusals = (self._guard.check(call.name, call.arguments) if self._guard else None for call in calls)
         refused, message = next(((i, text) for i, text in enumerate(refusals) if text is not None), (len(calls), ""))
-        results = self._executor.execute(calls[:refused]) if refused else []
+        results = self.executor.execute(calls[:refused]) if refused else []
         if refused < len(calls) and all(result.ok and not result.submitted for result in results):
             results.append(ToolResult(calls[refused].name, message or "", ok=False, blocked=True))
             results += [skipped(call) for call in calls[refused + 1 :]]
@@ -195,7 +195,7 @@ class Episode:
             elif result.changed:
                 passed = False
         try:
-            patch = "" if self.reason is EndReason.INFRASTRUCTURE else self._executor.diff()
+            patch = "" if self.reason is EndReason.INFRASTRUCTURE else self.executor.diff()
         except SandboxError:
             self.reason, patch = EndReason.INFRASTRUCTURE, ""
         return EpisodeResult(

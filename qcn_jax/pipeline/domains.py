@@ -159,6 +159,7 @@ class TaskConversation:
         self._prompt, self._encoder, self._services = prompt, encoder, services
         self._max_turns = 1 if prompt.scaffold.single_turn else max_turns
         self._penalty = unfinished_penalty
+        self._refuted: set[str] = set()  # patches on which tests failed
 
     @functools.cached_property
     def episode(self) -> Episode:
@@ -181,8 +182,11 @@ class TaskConversation:
         observation = self.episode.step(text, complete=closed)
         runs = [result.tests for result in self.episode.turns[-1].results if result.tests is not None]
         refuted = bool(runs) and not runs[-1].passed
+        patch = self.episode.executor.diff() if refuted else ""
+        repeated = refuted and patch in self._refuted
+        self._refuted.add(patch)
         answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed)
-        return Reply(answer, observation.done, observation.malformed, refuted)
+        return Reply(answer, observation.done, observation.malformed, refuted, repeated)
 
     def outcome(self, truncated: bool) -> Outcome:
         """Grades the patch."""

@@ -68,9 +68,9 @@ def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRe
 
 
 def token_advantages(record: RolloutRecord, advantage: float, config: RLConfig) -> np.ndarray:
-    """The advantage of each token [n] float32: the episode's, less the penalty in turns that broke the format.
+    """The advantage of each token [n] float32: the episode's, less penalties in the turns that earned them.
 
-    A turn that ended in failing tests is never reinforced, however well the episode went on: what its edit claimed
+    Penalties are for turns that broke the format, and for those that only did again what tests had refuted. A turn that ended in failing tests is never reinforced, however well the episode went on: what its edit claimed
     has been refuted. Zero where the policy did not choose the token.
     """
     advantages = np.where(record.sampled, np.float32(advantage), np.float32(0.0))
@@ -79,6 +79,8 @@ def token_advantages(record: RolloutRecord, advantage: float, config: RLConfig) 
             advantages[turn.start : turn.stop] = min(advantage, 0.0)
         if turn.malformed:
             advantages[turn.start : turn.stop] -= config.malformed_penalty
+        if turn.repeated:
+            advantages[turn.start : turn.stop] -= config.repeat_penalty
     return advantages.astype(np.float32)
 
 
@@ -95,6 +97,7 @@ def summarize(records: list[RolloutRecord]) -> dict[str, float]:
         "sampled_tokens": mean([float(r.sampled.sum()) for r in counted]),
         "malformed": mean([float(turn.malformed) for r in counted for turn in r.turns]),
         "blocked": float(sum(r.outcome.detail.get("blocked", 0) for r in counted)),  # calls that the guard refused
+        "repeated": mean([float(turn.repeated) for r in counted for turn in r.turns]),
         "infrastructure": float(len(records) - len(counted)),
         "episodes": float(len(counted)),
     }

@@ -228,5 +228,5 @@ def training_prompts(context: StageContext, domain: str) -> list[Prompt]:
 def _line(metrics: dict[str, Any]) -> str:
     return (
         f"reward {metrics['reward']:.2f}  solved {metrics['pass_rate']:.0%}  turns {metrics['turns']:.1f}  "
-        f"malformed {metrics['malformed']:.0%}  groups {metrics['groups']}"
+        f"malformed {metrics['malformed']:.0%}  repeated {metrics['repeated']:.0%}  groups {metrics['groups']}"
     )

@@ -33,12 +33,14 @@ class Reply:
     tokens: what comes before the policy's next turn; of no meaning when `done`.
     malformed: whether the turn broke the format of tool calls.
     refuted: whether the turn ended in failing tests.
+    repeated: whether those tests had failed on the very same files before, in this conversation.
     """
 
     tokens: Sequence[int] = ()
     done: bool = False
     malformed: bool = False
     refuted: bool = False
+    repeated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Turn:
     malformed: bool
     stopped: bool
     refuted: bool = False
+    repeated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ class _Open:
         return self.conversation.reply(self.tokens[self.start :], self.stopped)
 
     def take(self, reply: Reply) -> None:
-        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted))
+        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted, reply.repeated))
         if not reply.done:
             self.tokens += reply.tokens
             self.logprobs += [0.0] * len(reply.tokens)

@@ -220,13 +220,24 @@ def test_refuted_turns_are_never_reinforced() -> None:
         np.testing.assert_array_equal(rewards.token_advantages(refuted, advantage, RLConfig()), want)
 
 
+def test_repeating_what_tests_refuted_is_penalised() -> None:
+    episode = record(0, 1, True, malformed=(False, False))
+    first, second = (dataclasses.replace(turn, refuted=True) for turn in episode.turns)
+    episode = dataclasses.replace(episode, turns=(first, dataclasses.replace(second, repeated=True)))
+    got = rewards.token_advantages(episode, 1.0, RLConfig(repeat_penalty=0.5))
+    np.testing.assert_array_equal(got, [0, 0, 0, 0, 0, -0.5, -0.5])
+
+
 def test_failing_tests_refute_a_turn(encoder, services) -> None:
     prompt = Prompt("swe", tiny.make_task())
     conversation = TaskConversation(prompt, encoder, services, max_turns=6, unfinished_penalty=0.25)
     conversation.opening()
     say = lambda calls: [*encoder.tokenizer.encode(templates.render(templates.NATIVE, "", calls)), encoder.end]
-    turns = [[VIEW], [WRONG, TESTS], [ToolCall("undo", {}), RIGHT, TESTS], [SUBMIT]]
-    assert [conversation.reply(say(calls), True).refuted for calls in turns] == [False, True, False, False]
+    undo = ToolCall("undo", {})
+    turns = [[VIEW], [WRONG, TESTS], [undo, WRONG, TESTS], [undo, RIGHT, TESTS], [SUBMIT]]
+    replies = [conversation.reply(say(calls), True) for calls in turns]
+    assert [reply.refuted for reply in replies] == [False, True, True, False, False]
+    assert [reply.repeated for reply in replies] == [False, False, True, False, False]
 
 
 def test_prompts_and_splits() -> None:
