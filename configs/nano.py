@@ -44,7 +44,7 @@ def get_config():
             repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=600, heldout=200,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(
-            train=train(60, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.1, fim=0.05, edits=0.15, agent_edits=0.7,
+            train=train(60, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
         sft=SftConfig(train=train(220, 1e-3), recovery=0.6, guesses=6),
         rl=RLConfig(updates=15, prompts=12, group_size=8, rows=4, sequence_length=LENGTH, optimizer=gentle,

@@ -134,7 +134,6 @@ class MidtrainConfig:
     repository: float = 0.3  # repository-level documents
     fim: float = 0.2  # fill in the middle, sentinel and search-and-replace forms
     edits: float = 0.5  # a function, a defect in it, and the edit that mends it
-    agent_edits: float = 0.0  # the same as an agent's conversation in the native tool form
     packing: str = "best_fit"  # best_fit, restart_last, pad_last or concat
     corpus_megabytes: float = 3.0  # of source text: the training repositories, then as much of the standard library
 

@@ -27,7 +27,7 @@ from qcn_jax.envs.workspace import ProviderRunner, TestRunner, WorkspaceError, o
 from qcn_jax.hub.chat import ToolCall
 
 __all__ = [
-    "SpanEdit", "Trajectory", "find_views", "gold_edits", "minimal_edit", "mutations", "solve", "solve_with", "span_edits", "wrong_edits",
+    "SpanEdit", "Trajectory", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits",
 ]
 
 MAX_EDITS = 3  # spans of one fix; larger ones are not what the compact edit tool is for
@@ -247,7 +247,7 @@ def wrong_edits(
     loops = _loop_lines(lines)
     made = [(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in guesses
             if 0 < edit.line <= len(lines) and spans.occurrences(lines[edit.line - 1], edit.old) == 1]
-    pool = [item for item in sorted(set(mutations(lines))) if item not in right and item not in made]
+    pool = [item for item in sorted(set(_mutations(lines))) if item not in right and item not in made]
     rng.shuffle(pool)
     chosen: list[SpanEdit] = []
     for number, after in dict.fromkeys(made):
@@ -265,7 +265,7 @@ def wrong_edits(
     return chosen
 
 
-def mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
+def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
     """(line number, changed line) for every token that has a swap; strings and comments are left alone.
 
     So are `while` loops: an endless one costs a whole test timeout and teaches little.

@@ -1,6 +1,6 @@
 """Stage `midtrain`: from the initial model to one that knows code and edits.
 
-The stream mixes repository-level documents, fill-in-the-middle in two forms, and edit documents in two forms, by share of
+The stream mixes repository-level documents, fill-in-the-middle in two forms, and edit documents, by share of
 tokens, packed by best fit; the loss is next-token, router balance and multi-token prediction. The corpus is the
 training repositories and the standard library of this Python; held-out repositories only serve to keep copies of
 their code out of it.
@@ -22,8 +22,6 @@ from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import corpus, edits, fim, loader
-from qcn_jax.pipeline.data.agent_edits import AgentEditDocuments
-from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.fit import fit
 
 BASE_FOLDER = pathlib.Path(__file__).parent.parent / "assets" / "nano_base"
@@ -162,7 +160,7 @@ def prepare_base(context: StageContext, tokenizer: Tokenizer) -> tuple[ModelConf
 
 
 def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) -> list[loader.Source]:
-    """The kinds of documents with their shares."""
+    """The three kinds of documents with their shares."""
     config, settings = context.config, context.config.midtrain
     length = settings.train.sequence_length
     modules = list(itertools.chain.from_iterable(groups.values()))
@@ -173,18 +171,14 @@ def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) ->
     if settings.fim > 0:
         documents = fim.FimDocuments(modules, tokenizer, seed=config.seed, max_tokens=length)
         sources.append(loader.Source("fim", documents, settings.fim))
-    if settings.edits + settings.agent_edits > 0:
+    if settings.edits > 0:
         code = [(path, text) for path, text in modules if not _is_test(path)]
         table = edits.function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds,
                                      seed=config.seed, cache=context.workdir / "data" / "edits.json",
                                      processes=config.workers)
         context.log(f"edits: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
         documents = edits.EditDocuments(table, tokenizer, seed=config.seed, max_tokens=length)
-        if settings.edits > 0:
-            sources.append(loader.Source("edits", documents, settings.edits))
-        if settings.agent_edits > 0:
-            agent = AgentEditDocuments(documents, ChatEncoder(tokenizer), seed=config.seed, max_tokens=length)
-            sources.append(loader.Source("agent_edits", agent, settings.agent_edits))
+        sources.append(loader.Source("edits", documents, settings.edits))
     return sources
 
 
@@ -209,7 +203,7 @@ def _repository_store(context: StageContext, groups: Corpus, tokenizer: Tokenize
 
 
 def _share(settings: MidtrainConfig) -> float:
-    return settings.repository / (settings.repository + settings.fim + settings.edits + settings.agent_edits)
+    return settings.repository / (settings.repository + settings.fim + settings.edits)
 
 
 def _is_test(path: str) -> bool:

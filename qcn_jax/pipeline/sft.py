@@ -22,7 +22,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline import guesses
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
-from qcn_jax.pipeline.data.chat import ChatEncoder, refuted
+from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.fit import fit
 from qcn_jax.pipeline.splits import split_tasks
 from qcn_jax.pipeline.train import Interrupted, stop_signals
@@ -100,9 +100,23 @@ def encode(trajectories: Sequence[Trajectory], encoder: ChatEncoder, max_tokens:
         tools = scaffolds.by_name(trajectory.scaffold).schemas()
         document = encoder.encode(trajectory.messages, tools)
         if len(document["tokens"]) <= max_tokens:
-            document["weights"] *= ~refuted(trajectory.messages, trajectory.outcomes, document["weights"])
+            document["weights"] = document["weights"] * ~_refuted(trajectory, document["weights"])
             documents.append(document)
     return documents, len(trajectories) - len(documents)
+
+
+def _refuted(trajectory: Trajectory, weights: np.ndarray) -> np.ndarray:
+    """[T] bool: positions whose next token is of an assistant turn that ended in failing tests."""
+    turns = np.cumsum(np.diff(weights, prepend=0) > 0) * (weights > 0)  # number of the assistant turn, from 1
+    runs = iter(trajectory.outcomes)
+    refuted, number = [], 0
+    for message in trajectory.messages:
+        if message["role"] == "assistant":
+            number += 1
+            calls = [call["name"] for call in message.get("tool_calls", ())]
+            if "run_tests" in calls and not next(runs):
+                refuted.append(number)
+    return np.isin(turns, refuted)
 
 
 def _train(context: StageContext, documents: list[dict[str, np.ndarray]], steps: int, directory: pathlib.Path,

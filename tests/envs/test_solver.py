@@ -195,7 +195,7 @@ def test_a_defect_in_another_function_is_looked_up_if_its_name_is_in_sight():
 def test_while_loops_are_left_alone():
     lines = ["def f(n):", "    while n > 1:", "        n -= 1", "        if n == 2:", "            break",
              "    return n + 1"]
-    assert {number for number, _ in solver.mutations(lines)} == {6}
+    assert {number for number, _ in solver._mutations(lines)} == {6}
 
 
 @settings(max_examples=50, deadline=None)

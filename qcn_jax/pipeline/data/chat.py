@@ -153,26 +153,6 @@ class ChatEncoder:
         return self._encode_ordinary(text.replace(mark, "") if mark else text)
 
 
-def refuted(messages: Sequence[Message], outcomes: Sequence[bool], weights: np.ndarray) -> np.ndarray:
-    """Which positions of an encoded conversation predict a turn that ended in failing tests: bool [T].
-
-    Args:
-      messages: what `weights` was encoded from; assistants with `tool_calls` by name.
-      outcomes: of each `run_tests` call in order: passed or not.
-      weights: [T] as from `ChatEncoder.encode`.
-    """
-    turns = np.cumsum(np.diff(weights, prepend=0) > 0) * (weights > 0)  # number of the assistant turn, from 1
-    runs = iter(outcomes)
-    failed, number = [], 0
-    for message in messages:
-        if message["role"] == "assistant":
-            number += 1
-            calls = [call["name"] for call in message.get("tool_calls", ())]
-            if "run_tests" in calls and not next(runs):
-                failed.append(number)
-    return np.isin(turns, failed)
-
-
 def _broken(added: re.Pattern[str], text: str, mark: str) -> str:
     """`text` with `mark` behind the first character of every match, until none is left."""
     while added.search(text):

@@ -146,7 +146,9 @@ class EditDocuments:
         """Document `index`: `tokens` int32 [T] and `weights` float32 [T], of predicting token t + 1 at t."""
         rng = np.random.default_rng([self._seed, index])
         while True:
-            function, j = self.draw(rng)
+            group = self._by_kind[rng.choice(len(self._kinds), p=self._probability)]
+            i, j = group[rng.integers(len(group))]
+            function = self._table[i]
             chosen = {function.defects[j].line: function.defects[j]}
             if rng.random() < self._multiple:
                 for k in rng.permutation(len(function.defects))[: rng.integers(1, 3)]:
@@ -154,12 +156,6 @@ class EditDocuments:
             document = self._document(function, [chosen[line] for line in sorted(chosen)])
             if document is not None:
                 return document
-
-    def draw(self, rng: np.random.Generator) -> tuple[FunctionDefects, int]:
-        """A function and the index of one of its defects."""
-        group = self._by_kind[rng.choice(len(self._kinds), p=self._probability)]
-        i, j = group[rng.integers(len(group))]
-        return self._table[i], j
 
     def prompt(self, path: str, lines: Sequence[str]) -> list[int]:
         """Ids of a document up to where the edits begin."""
