@@ -30,25 +30,27 @@ def get_config():
         num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
         router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16,
     )
-    rollout = RolloutConfig(max_turns=8, max_new_tokens=128, max_length=LENGTH, slots=64)
+    # One shape for all rollouts of a run, so that decoding is compiled once.
+    rollout = RolloutConfig(max_turns=8, max_new_tokens=128, max_length=LENGTH, slots=96)
     train = lambda steps, rate, rows=4, length=LENGTH, mtp_coef=0.0: TrainConfig(
         steps=steps, rows=rows, sequence_length=length, mtp_coef=mtp_coef,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))
-    gentle = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, weight_decay=0.0)
+    gentle = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     return to_config_dict(RunConfig(
         name="nano",
         templates=TEMPLATES,
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         tasks=TasksConfig(
-            repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=600, heldout=200,
+            repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=400, heldout=160,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(
-            train=train(60, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
+            train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
-        sft=SftConfig(train=train(220, 1e-3), recovery=0.6, guesses=6),
-        rl=RLConfig(updates=15, prompts=12, group_size=8, rows=4, sequence_length=LENGTH, optimizer=gentle,
-                    rollout=rollout),
-        distill=DistillConfig(updates=12, rows=4, sequence_length=LENGTH, optimizer=gentle, rollout=rollout),
-        evaluate=EvaluateConfig(tasks=200, pass_k_tasks=60, rollout=rollout),
+        sft=SftConfig(train=train(220, 1e-3), recovery=0.6, guesses=4),
+        rl=RLConfig(updates=8, prompts=12, group_size=8, minibatches=2, rows=4, sequence_length=LENGTH,
+                    average="episode", negative_weight=0.2, repeat_penalty=0.5, optimizer=gentle, rollout=rollout),
+        distill=DistillConfig(updates=8, prompts=12, rows=4, sequence_length=LENGTH, optimizer=gentle,
+                              rollout=rollout),
+        evaluate=EvaluateConfig(tasks=160, pass_k_tasks=24, rollout=rollout),
     ))
