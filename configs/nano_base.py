@@ -39,7 +39,7 @@ def get_config(phase: str = "code"):
     elif phase == "wide":
         config.tasks.repos_train = (*repositories.TRAIN, *repositories.PRETRAIN)
         stage.repository, stage.fim, stage.edits = 0.05, 0.0, 0.95
-        stage.train.steps, stage.train.optimizer.learning_rate = 4000, 2e-3
+        stage.train.steps, stage.train.optimizer.learning_rate = 1200, 1.5e-3
     else:
         raise ValueError(f"--config=configs/nano_base.py:{phase}: unknown phase; allowed: code, edits, wide")
     return config
