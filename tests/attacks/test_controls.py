@@ -1,0 +1,176 @@
+"""Each defence taken away, and its attack succeeds: tests/attacks would notice.
+
+Host-side defences are replaced in place; those inside the sandbox are edited in a copy of its programs, from which a
+provider of the local back end is then started. Without the edit the same attack fails (the first half of each test).
+"""
+
+import dataclasses
+import functools
+import shutil
+import socket
+import time
+
+import pytest
+
+from qcn_jax.envs import grading, patches
+from qcn_jax.envs.grading import Grader
+from qcn_jax.envs.sandbox import RepositorySpec, local
+from tests.sandboxes import BROKEN, CALC, FAILING, FILE, LIMITS, SOURCE, TESTS, make_task, write_repository
+
+HOOK = ("import pytest\n@pytest.hookimpl(hookwrapper=True)\ndef pytest_runtest_makereport(item, call):\n    out = yield\n"
+        "    report = out.get_result()\n    report.outcome = report.outcome.replace('failed', 'passed')\n")
+WEAK = TESTS.replace("== 5", "!= None").replace("== 0\n", "!= None\n").replace("pytest.raises(ValueError)", "pytest.raises(Exception)"
+                                                                              ).replace("clamp(value, 10, 0)", "1 / 0")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return str(write_repository(tmp_path_factory.mktemp("controls") / "victim"))
+
+
+def start(archive, folder):
+    """A local provider with namespaces and the repository prepared."""
+    provider = local.LocalProvider(str(folder), LIMITS)
+    if provider.walls != "namespaces":
+        provider.close()
+        pytest.skip(f"no namespaces on this machine: {provider.reason}")
+    provider.prepare(RepositorySpec("victim==1.2.3", archive))
+    return provider
+
+
+@pytest.fixture(scope="module")
+def whole(archive, tmp_path_factory):
+    """A provider with all defences."""
+    with start(archive, tmp_path_factory.mktemp("whole")) as provider:
+        yield provider
+
+
+@pytest.fixture
+def edited(archive, tmp_path, monkeypatch):
+    """A function that starts a provider whose programs inside are edited: {file: (text, in its place)}."""
+    made = []
+
+    def provider(edits):
+        inside = tmp_path / "inside"
+        shutil.copytree(local.INSIDE, inside, ignore=shutil.ignore_patterns("__pycache__"))
+        for name, (old, new) in edits.items():
+            text = (inside / name).read_text()
+            assert old in text, (name, old)
+            (inside / name).write_text(text.replace(old, new))
+        monkeypatch.setattr(local, "INSIDE", inside)
+        monkeypatch.setattr(local, "inside_digest", functools.partial(str, f"edited{time.time_ns()}"))
+        made.append(start(archive, tmp_path / "state"))
+        return made[-1]
+
+    yield provider
+    for one in made:
+        one.close()
+
+
+def resolves(provider, changes, strict=True):
+    """Whether a patch that makes `changes` counts as resolving."""
+    known = {SOURCE: BROKEN}
+    before = {path: known.get(path, provider.files("victim==1.2.3").get(path)) for path in changes}
+    return Grader(provider, strict=strict).grade(make_task(), patches.make_diff(before, changes)).resolved
+
+
+@pytest.mark.parametrize("changes", [
+    {SOURCE: BROKEN + "#\n", FILE: WEAK}, {SOURCE: BROKEN + "#\n", "tests/conftest.py": HOOK},
+    {SOURCE: BROKEN + "#\n", "pytest.ini": "[pytest]\naddopts = -p evil\n", "evil.py": HOOK}],
+    ids=["08_weak_tests", "10_conftest", "11_pytest_ini"])
+def test_paths_that_steer_tests(whole, monkeypatch, changes):
+    assert not resolves(whole, changes, strict=False)
+    monkeypatch.setattr(grading, "allowed", lambda *_: True)
+    assert resolves(whole, changes, strict=False)
+
+
+@pytest.mark.parametrize("source", [
+    "class Any:\n    def __eq__(self, other): return True\ndef clamp(value, low, high):\n    if low > high: raise ValueError\n"
+    "    return Any()\ndef mean(v): v = list(v); return sum(v) / len(v)\n",
+    "import linecache, sys\ndef clamp(value, low, high):\n    if low > high: raise ValueError\n    f = sys._getframe(1)\n"
+    "    return eval(linecache.getline(f.f_code.co_filename, f.f_lineno).split('==')[1])\n"
+    "def mean(v): v = list(v); return sum(v) / len(v)\n"], ids=["22_always_equal", "23_frames"])
+def test_forbidden_lines(whole, source):
+    assert not resolves(whole, {SOURCE: source})
+    assert resolves(whole, {SOURCE: source}, strict=False)
+
+
+def test_22_patched_reports_without_the_look_at_pytest(whole, edited):
+    source = BROKEN + ("\nfrom _pytest.reports import TestReport\nold = TestReport.from_item_and_call\ndef new(item, call):\n"
+                       "    call.excinfo = None\n    return old(item, call)\nTestReport.from_item_and_call = new\n")
+    # The expected failure of the suite would pass, too, and so tell: leave it out.
+    assert not resolves(whole, {SOURCE: source}, strict=False)
+    open_provider = edited({"runner.py": ("def tampered():\n", "def tampered():\n    return []\n\n\ndef _unused():\n")})
+    task = dataclasses.replace(make_task(), PASS_TO_PASS=(f"{FILE}::test_mean",))
+    patch = patches.make_diff({SOURCE: BROKEN}, {SOURCE: source})
+    assert not Grader(whole, strict=False).grade(task, patch).resolved
+    assert Grader(open_provider, strict=False).grade(task, patch).resolved
+
+
+def test_24_current_test_without_its_removal(whole, edited):
+    source = ("import os\ndef clamp(value, low, high):\n    if low > high: raise ValueError\n"
+              "    return 5 if 'inside' in os.environ['PYTEST_CURRENT_TEST'] else 0\ndef mean(v): v = list(v); return sum(v) / len(v)\n")
+    assert not resolves(whole, {SOURCE: source}, strict=False)
+    assert resolves(edited({"runner.py": ("    _pytest.runner._update_current_test_var = lambda item, when: None\n", "")}),
+                    {SOURCE: source}, strict=False)
+
+
+def test_17_results_without_the_exit_status():
+    """A run whose results all pass but whose process ended otherwise."""
+    from qcn_jax.envs.sandbox.base import TestRun
+    task = make_task()
+    good = dict.fromkeys((*task.FAIL_TO_PASS, *task.PASS_TO_PASS), "passed")
+    assert not grading.judge(task, TestRun("ok", good, {}, 0.0, "", 1)).resolved
+    assert grading.judge(task, TestRun("ok", good, {}, 0.0, "", 0)).resolved
+
+
+def test_03_04_28_network_without_its_namespace(whole, edited):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        probe = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), 2); print('CONNECTED')"
+
+        def reached(provider):
+            with provider.create("victim==1.2.3") as place:
+                return "CONNECTED" in place.exec(f'python -c "{probe}"', 10).output
+
+        assert not reached(whole)
+        # The machine's own network then, without touching its loopback device.
+        assert reached(edited({"enter.py": (" | NEWNET | (0", " | (0")}))
+
+
+def test_30_shared_places_without_their_clearing(whole, edited):
+    def leaks(provider):
+        with provider.create("victim==1.2.3") as first:
+            first.exec("echo s3cret > /tmp/note; chmod 644 /tmp/note")
+        with provider.create("victim==1.2.3") as second:
+            return "s3cret" in second.exec("cat /tmp/note").output
+
+    assert not leaks(whole)
+    assert leaks(edited({"workspace.py": ("    def _clear(self, shared):\n", "    def _clear(self, shared):\n        return\n")}))
+
+
+def test_06_07_fix_in_the_tree_without_the_cleaning(archive, whole, tmp_path, monkeypatch):
+    """Build results and byte code of a careless checkout reach the agent if nothing drops them."""
+    find = "grep -rl repaired-4c1f0e7d . | sort"
+
+    def found(provider):
+        with provider.create("victim==1.2.3", {SOURCE: BROKEN}) as place:
+            return place.exec(find).output.split()
+
+    assert found(whole) == []
+    from qcn_jax.envs.sandbox import repository
+    monkeypatch.setattr(repository, "DROPPED_NAMES", frozenset())
+    monkeypatch.setattr(repository, "DROPPED_ENDINGS", ())
+    with start(archive, tmp_path / "careless") as careless:
+        assert {"./build/lib/victim/calc.py", "./victim/calc.py.orig"} <= set(found(careless))
+
+
+def test_19_background_process_without_the_reaping(whole, edited):
+    def lives(provider):
+        with provider.create("victim==1.2.3") as place:
+            place.exec("(setsid sh -c 'while :; do date > /tmp/alive; sleep 0.05; done' >/dev/null 2>&1 &)")
+            place.exec("rm -f /tmp/alive")
+            time.sleep(0.3)
+            return place.exec("test -e /tmp/alive").exit_code == 0
+
+    assert not lives(whole)
+    assert lives(edited({"zygote.py": ("    killed, started = 0, time.monotonic()\n", "    return 0\n")}))
