@@ -1,13 +1,62 @@
-"""Qwen3-Coder-Next as published: 79,674,391,296 parameters, 3.9B active.
+"""Qwen3-Coder-Next as published, 79,674,391,296 parameters of which 3.9B act on a token, on TPU pods.
 
-    qcn compile --config=configs/qwen3_coder_next.py --topology=v5p:4x4x4
+    qcn compile --config=configs/qwen3_coder_next.py:v5p-128
+    qcn compile --config=configs/qwen3_coder_next.py:v5p-512,262k --stage=midtrain
+    qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --config.init=HF_FOLDER --config.mesh.hosts=auto
+
+The argument is a pod, named by its cores (v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a
+comma mid-training's length: 8k, 32k (default) or 262k. Expected: every stage fits the pod (benchmarks/pod_compile.py).
 """
+
+import dataclasses
 
 import ml_collections
 
-from qcn_jax.config import ModelConfig, RunConfig, to_config_dict
+from qcn_jax.config import (
+    DistillConfig, MeshConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RunConfig, SftConfig, TrainConfig,
+    to_config_dict,
+)
+from qcn_jax.errors import UserError
+
+# Topology and number of devices. Experts lie on 16 devices; what is left splits the width of weights, and the batch.
+PODS = {
+    "v5p-128": ("v5p:4x4x4", 64),
+    "v5p-512": ("v5p:4x8x8", 256),
+    "v5e-256": ("v5e:16x16", 256),
+    "v6e-256": ("v6e:16x16", 256),
+    "tpu7x-128": ("tpu7x:4x4x4", 128),
+}
+EXPERT = 16
+# Mid-training's row length, and over how many devices a row is split, so that each holds about 8,192 tokens (32,768 of
+# the longest rows where the pod has too few devices for its experts otherwise).
+LENGTHS = {"8k": (8192, 1), "32k": (32_768, 4), "262k": (262_144, 16)}
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The run configuration; ModelConfig's defaults are the published architecture."""
-    return to_config_dict(RunConfig(name="qwen3_coder_next", model=ModelConfig()))
+def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
+    """The configuration for `POD[,LENGTH]`."""
+    pod, _, length = argument.partition(",")
+    length = length or "32k"
+    if pod not in PODS or length not in LENGTHS:
+        raise UserError(f"--config: {argument!r} is not POD[,LENGTH] with a pod of {', '.join(PODS)} and a length of "
+                        f"{', '.join(LENGTHS)}")
+    topology, devices = PODS[pod]
+    tokens, context = LENGTHS[length]
+    expert = min(EXPERT, devices // context)
+    mesh = MeshConfig(fsdp=devices // expert // context, expert=expert, context=context)
+    rows = devices // context
+    optimizer = OptimizerConfig(learning_rate=3e-5, warmup_steps=500, master_copy=True)
+    gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)
+    train = lambda steps, rows, length, optimizer: TrainConfig(
+        steps=steps, rows=rows, sequence_length=length, mtp_coef=0.0, checkpoint_every=250, keep=3, optimizer=optimizer)
+    # Stages behind mid-training take rows of as many tokens as a device holds of mid-training's, or a whole row.
+    short = max(8192, tokens // context) * context
+    return to_config_dict(RunConfig(
+        name="qwen3_coder_next",
+        topology=topology,
+        model=ModelConfig(param_dtype="bfloat16", remat="full"),
+        mesh=mesh,
+        midtrain=MidtrainConfig(train=train(10_000, rows, tokens, optimizer)),
+        sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),
+        rl=RLConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle),
+        distill=DistillConfig(updates=300, rows=rows, sequence_length=short, optimizer=gentle),
+    ))

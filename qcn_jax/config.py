@@ -87,6 +87,10 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float = 1.0
+    mu_dtype: str = "float32"  # of the first moment as it is kept; updates are computed in float32
+    nu_dtype: str = "float32"  # of the second moment (Muon keeps one for what it leaves to AdamW)
+    master_copy: bool = False  # float32 parameters in the optimizer's state, for a lower model.param_dtype
+    offload: bool = False  # the optimizer's state in host memory between steps, where the device allows it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +127,8 @@ class TrainConfig:
     accumulate: int = 1  # slices of the rows that go through the model one after the other
     checkpoint_every: int = 100
     log_every: int = 10
+    keep: int = 1  # checkpoints kept
+    nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -232,6 +238,7 @@ class RunConfig:
     pool: str = "process"  # where they run: process (this machine) or ray (a cluster)
     ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine
     templates: tuple[str, ...] = ()  # tool-call templates of the format domain (hub.templates); all where empty
+    topology: str = ""  # of `qcn compile` where no flag names one
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

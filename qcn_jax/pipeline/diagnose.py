@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.optimizer import parameter_name
+from qcn_jax.sharding.parallel import Parallel
 
 Params = dict[str, Any]
 
@@ -33,12 +33,16 @@ def truncated(config: ModelConfig, params: Params, layers: int) -> tuple[ModelCo
     return dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0), cut
 
 
-def first_bad_layer(config: ModelConfig, params: Params, batch: Mapping[str, jax.Array]) -> int | None:
+def first_bad_layer(
+    config: ModelConfig, params: Params, batch: Mapping[str, jax.Array], parallel: Parallel | None = None
+) -> int | None:
     """Index of the first layer whose output is not finite at a real token; None where all are finite."""
+
+    network = lambda config: Qwen3Next(config) if parallel is None else Qwen3Next(config, parallel=parallel)
 
     def finite(layers: int) -> bool:
         smaller, cut = truncated(config, params, layers)
-        forward = jax.jit(lambda params, tokens, positions, segments: Qwen3Next(smaller).apply(
+        forward = jax.jit(lambda params, tokens, positions, segments: network(smaller).apply(
             {"params": params}, tokens, positions=positions, segment_ids=segments, with_logits=False).hidden)
         hidden = forward(cut, batch["tokens"], batch["positions"], batch["segment_ids"])
         return bool(jnp.all(jnp.isfinite(hidden) | (batch["segment_ids"] == 0)[..., None]))
@@ -52,14 +56,16 @@ def first_bad_layer(config: ModelConfig, params: Params, batch: Mapping[str, jax
     return high - 1
 
 
-def explain(config: ModelConfig, loss_fn: Callable[..., Any]) -> Callable[[Params, Mapping[str, jax.Array]], str]:
+def explain(
+    config: ModelConfig, loss_fn: Callable[..., Any], parallel: Parallel | None = None
+) -> Callable[[Params, Mapping[str, jax.Array]], str]:
     """The `explain` of train.loop: one clause that names where the first non-finite value is."""
 
     def clause(params: Params, batch: Mapping[str, jax.Array]) -> str:
         bad = _first_bad_leaf(params)
         if bad:
             return f"parameter {bad} holds a non-finite value"
-        layer = first_bad_layer(config, params, batch)
+        layer = first_bad_layer(config, params, batch, parallel)
         if layer is not None:
             kind = "attention" if (layer + 1) % config.full_attention_interval == 0 else "DeltaNet"
             return f"layer {layer} ({kind}) is the first whose output is not finite"
@@ -73,6 +79,6 @@ def explain(config: ModelConfig, loss_fn: Callable[..., Any]) -> Callable[[Param
 
 def _first_bad_leaf(tree: Params) -> str | None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
+        if not bool(jnp.all(jnp.isfinite(leaf))):
             return parameter_name(path)
     return None

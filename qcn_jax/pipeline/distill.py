@@ -24,27 +24,30 @@ from qcn_jax import hub
 from qcn_jax.config import DistillConfig, ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
-from qcn_jax.model import Qwen3Next
+from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline import online, rl_losses
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.domains import TaskConversation, make_services
+from qcn_jax.pipeline.head import over_vocabulary, project
+from qcn_jax.pipeline.losses import predicted
 from qcn_jax.pipeline.metrics import read_metrics
 from qcn_jax.pipeline.optimizer import make_optimizer
 from qcn_jax.pipeline.rl import training_prompts
 from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, Stop, never, rollout, sequence_seed
 from qcn_jax.pipeline.train import TrainState
 from qcn_jax.pipeline.update import Part, SumLoss, Updater
+from qcn_jax.sharding.parallel import Parallel
 
 LOSSES = ("reverse_kl", "forward_kl", "rejection_sft")
 
 
-def distill_loss(model: ModelConfig, name: str) -> SumLoss:
+def distill_loss(model: ModelConfig, name: str, parallel: Parallel | None = None) -> SumLoss:
     """The loss called `name`, summed over tokens: (student, batch, teacher) -> (sum, {"agreement": sum}).
 
     `agreement` counts tokens at which both would choose the same. `rejection_sft` has no use for the teacher.
     """
-    network = Qwen3Next(model)
+    network = Qwen3Next(model, parallel=parallel)
     divergence = {"reverse_kl": rl_losses.reverse_kl, "forward_kl": rl_losses.forward_kl}.get(name)
 
     def hidden_of(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -53,24 +56,19 @@ def distill_loss(model: ModelConfig, name: str) -> SumLoss:
             with_logits=False,
         ).hidden  # fmt: skip
 
+    def compared(kernels: tuple[jax.Array, ...], h: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ours, theirs = project(h, kernels[0]), project(g, kernels[1])
+        same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
+        return divergence(ours, theirs), same.astype(jnp.float32)
+
     def loss(student: Any, batch: dict[str, jax.Array], teacher: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        chunk, weights = online.positions_at_a_time(model, batch), batch["weights"]
-        hidden, targets = hidden_of(student, batch), online.next_tokens(batch)
+        weights, hidden, kernel = batch["weights"], hidden_of(student, batch), head_kernel(model, student)
         if divergence is None:
-            function = lambda h, target: (
-                -rl_losses.token_statistics(logits := network.head(student, h), target)[0],
-                (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32),
-            )
-            losses, agreement = rl_losses.over_positions(function, chunk, hidden, targets)
+            targets = online.next_tokens(batch)
+            losses, agreement = over_vocabulary(predicted, (kernel,), hidden, targets, parallel=parallel)
         else:
-            taught = jax.lax.stop_gradient(hidden_of(teacher, batch))
-
-            def function(h: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-                ours, theirs = network.head(student, h), jax.lax.stop_gradient(network.head(teacher, g))
-                same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
-                return divergence(ours, theirs), same.astype(jnp.float32)
-
-            losses, agreement = rl_losses.over_positions(function, chunk, hidden, taught)
+            taught = jax.lax.stop_gradient((head_kernel(model, teacher), hidden_of(teacher, batch)))
+            losses, agreement = over_vocabulary(compared, (kernel, taught[0]), hidden, taught[1], parallel=parallel)
         return jnp.sum(weights * losses), {"agreement": jnp.sum(weights * agreement)}
 
     return loss

@@ -8,17 +8,20 @@ import grain
 import jax
 
 from qcn_jax import hub
-from qcn_jax.config import ModelConfig, TrainConfig
+from qcn_jax.config import MeshConfig, ModelConfig, TrainConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline import diagnose, losses, optimizer, train
+from qcn_jax.pipeline import diagnose, layout, losses, optimizer, train
 from qcn_jax.pipeline.data import loader
+from qcn_jax.pipeline.flops import token_flops
+from qcn_jax.pipeline.layout import Rows
 from qcn_jax.pipeline.metrics import read_metrics
 
 
 def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: Any, batches: grain.DatasetIterator,
-        config: TrainConfig, *, tokenizer: Tokenizer, log: Callable[[str], None]) -> dict[str, Any]:
+        config: TrainConfig, *, tokenizer: Tokenizer, log: Callable[[str], None], rows: Rows | None = None
+        ) -> dict[str, Any]:
     """Trains until `config.steps` and writes the weights to `out`; resumes from `directory`'s checkpoint.
 
     Args:
@@ -27,6 +30,7 @@ def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: 
       model, params: the initial model; `params` is donated.
       batches: from data.loader; its position is part of the checkpoint.
       config: steps, batch shape, optimizer.
+      rows: the mesh, and which rows `batches` gives this process (see `input_rows`); None is one device.
     Returns:
       JSON-ready results: steps, tokens, loss and its parts at the end, seconds_per_step (without
       compilation), packing statistics.
@@ -35,19 +39,41 @@ def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: 
     """
     if config.rows % config.accumulate:
         raise UserError(f"--config.*.train.accumulate: {config.accumulate} does not divide {config.rows} rows")
-    loss_fn = losses.language_model_loss(Qwen3Next(model), config.mtp_coef, config.mtp_steps)
+    parallel = None if rows is None else rows.parallel
+    network = Qwen3Next(model) if parallel is None else Qwen3Next(model, parallel=parallel)
+    loss_fn = losses.language_model_loss(network, config.mtp_coef, config.mtp_steps)
     update = optimizer.make_optimizer(config.optimizer, config.steps)
-    step = train.make_train_step(loss_fn, update, config.accumulate)
+    if parallel is None:
+        step, place = train.make_train_step(loss_fn, update, config.accumulate), jax.device_put
+        state = train.TrainState.create(params, update)
+    else:
+        shardings = layout.state_shardings(model, parallel, update, config.optimizer.offload)
+        step = train.make_train_step(loss_fn, update, config.accumulate, shardings, layout.batch_sharding(parallel))
+        state, place = layout.place_state(params, update, shardings), rows.place
     result = train.loop(
-        directory, train.TrainState.create(params, update), step, batches, config.steps, log=log,
-        schedule=optimizer.schedule(config.optimizer, config.steps), checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every, explain=diagnose.explain(model, loss_fn))
-    hub.save(out, model, jax.device_get(result.state.params), tokenizer)
+        directory, state, step, batches, config.steps, log=log,
+        schedule=optimizer.schedule(config.optimizer, config.steps), place=place,
+        options=train.LoopOptions(
+            config.checkpoint_every, config.log_every, config.keep, config.nonfinite,
+            token_flops(model, config.sequence_length, config.mtp_coef > 0).training),
+        explain=diagnose.explain(model, loss_fn, parallel))
+    weights = layout.on_host(result.state.params)
+    if jax.process_index() == 0:
+        hub.save(out, model, weights, tokenizer)
     return {
         "steps": config.steps, "tokens": config.steps * config.rows * config.sequence_length,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
         **_recorded(directory), "packing": loader.statistics(batches).as_dict(),
     }
+
+
+def input_rows(mesh: MeshConfig, config: TrainConfig) -> Rows | None:
+    """The mesh over all devices and this process's rows of a batch; None on a single device.
+
+    Raises:
+      UserError: a mesh that does not fit the devices, or rows that do not divide by it.
+    """
+    return None if jax.device_count() == 1 else Rows.of(make_parallel(mesh), config.rows)
 
 
 def _recorded(directory: pathlib.Path) -> dict[str, float]:

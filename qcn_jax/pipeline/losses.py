@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qcn_jax.model import head_kernel
 from qcn_jax.moe.losses import balance_loss, max_violation, overflow
+from qcn_jax.pipeline.head import over_vocabulary, project
 
 Batch = Mapping[str, jax.Array]
 
@@ -24,6 +26,12 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def predicted(kernels: tuple[jax.Array], hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of each target, and whether it is the likeliest token: [n] float32 twice; a HeadFunction."""
+    logits = project(hidden, kernels[0])
+    return cross_entropy(logits, targets), (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
 
 def mtp_weights(weights: jax.Array, segment_ids: jax.Array, step: int) -> jax.Array:
@@ -58,20 +66,22 @@ def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
         targets = next_tokens(tokens)
         ahead = [next_tokens(tokens, 1 + step) for step in range(mtp_steps)] if with_mtp else None
         out = model.apply({"params": params}, tokens, positions=batch["positions"], segment_ids=segments,
-                          mtp_tokens=jnp.stack(ahead, axis=-1) if with_mtp else None)
-        ce = jnp.sum(weights * cross_entropy(out.logits, targets))
+                          mtp_tokens=jnp.stack(ahead, axis=-1) if with_mtp else None, with_logits=False)
+        kernels = (head_kernel(config, params),)
+        predict = lambda hidden, targets: over_vocabulary(predicted, kernels, hidden, targets, parallel=model.parallel)
+        losses, right = predict(out.hidden, targets)
+        ce = jnp.sum(weights * losses)
         balance = batch["fraction"] * balance_loss(out.aux)
         loss = ce + config.router_aux_loss_coef * balance
         metrics = {
-            "ce": ce, "balance": balance,
-            "accuracy": jnp.sum(weights * (jnp.argmax(out.logits, axis=-1) == targets)),
+            "ce": ce, "balance": balance, "accuracy": jnp.sum(weights * right),
             "load_violation": batch["fraction"] * jnp.max(max_violation(out.aux)),
             "overflow": batch["fraction"] * overflow(out.aux),
         }
         if with_mtp:
             metrics["mtp"] = sum(
                 jnp.sum(mtp_weights(weights, segments, step)
-                        * cross_entropy(model.head(params, out.mtp_hidden[step]), next_tokens(tokens, 2 + step)))
+                        * predict(out.mtp_hidden[step], next_tokens(tokens, 2 + step))[0])
                 for step in range(mtp_steps)) / mtp_steps
             loss += mtp_coef * metrics["mtp"]
         return loss, metrics

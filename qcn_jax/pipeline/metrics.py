@@ -1,13 +1,19 @@
-"""Curves on disk: one JSON object a line, one line per logged step, rewound when a run resumes."""
+"""Curves on disk, one JSON object a line, rewound when a run resumes; speed; profiles on demand."""
 
 import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from qcn_jax import files
 from qcn_jax.errors import UserError
+from qcn_jax.sharding.chips import chip_of
+
+PROFILED_STEPS = 3
 
 
 class MetricsLog:
@@ -17,15 +23,20 @@ class MetricsLog:
     that training resumes from removes both, so that a resumed curve is the curve of an uninterrupted run.
     """
 
-    def __init__(self, path: files.Path, resume_step: int = 0) -> None:
-        """Opens the log at `path`, keeping the rows of steps up to `resume_step`."""
+    def __init__(self, path: files.Path, resume_step: int = 0, enabled: bool = True) -> None:
+        """Opens the log at `path`, keeping the rows of steps up to `resume_step`; not `enabled`, it writes nothing."""
         self._path = pathlib.Path(path)
+        self._stream = None
+        if not enabled:
+            return
         kept = [row for row in read_metrics(self._path) if row["step"] <= resume_step]
         files.write_jsonl(self._path, kept)
         self._stream = open(self._path, "a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Adds a row; non-finite numbers are written as null because JSON has none."""
+        if self._stream is None:
+            return
         row = {"step": step} | {name: _plain(value) for name, value in values.items()}
         try:
             self._stream.write(json.dumps(row, allow_nan=False) + "\n")
@@ -35,8 +46,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the file; its rows are on disk."""
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+            self._stream.close()
 
 
 def read_metrics(path: files.Path) -> list[dict[str, Any]]:
@@ -49,13 +61,17 @@ def read_metrics(path: files.Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Speed of a loop: tokens a second since the last reading, and goodput.
+    """Speed of a loop: tokens a second since the last reading, utilisation, and goodput.
 
     Goodput is the share of the wall time since the meter began that went into steps, the rest being
-    compilation, checkpoints and start-up.
+    compilation, checkpoints and start-up. Utilisation (MFU) is the model's FLOPs, without recomputation, over
+    what the devices could do; it is left out for devices whose peak is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flops_per_token: float | None = None) -> None:
+        chip = chip_of(jax.devices()[0].device_kind)
+        self._flops = flops_per_token
+        self._peak = chip.peak_flops * jax.device_count() if chip else None
         self._begin = self._mark = time.perf_counter()
         self._useful = 0.0
         self._tokens = 0
@@ -81,8 +97,39 @@ class Meter:
             "goodput": self._useful / max(now - self._begin, 1e-9),
             "seconds": now - self._begin,
         }
+        if self._flops is not None and self._peak is not None:
+            values["mfu"] = values["tokens_per_second"] * self._flops / self._peak
         self._mark, self._tokens, self._steps = now, 0, 0
         return values
+
+
+class Profiler:
+    """Traces PROFILED_STEPS steps whenever a file called `profile` appears in a loop's folder (and removes it)."""
+
+    def __init__(self, directory: pathlib.Path, log: Callable[[str], None]) -> None:
+        self._request = directory / "profile"
+        self._folder = directory / "profiles"
+        self._log = log
+        self._left = 0
+
+    def step(self, done: int) -> None:
+        """To be called before each step, with the number of those done."""
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                jax.profiler.stop_trace()
+        elif self._request.exists():
+            self._request.unlink(missing_ok=True)
+            folder = self._folder / f"step_{done}"
+            self._log(f"traces {PROFILED_STEPS} steps into {folder}")
+            jax.profiler.start_trace(folder)
+            self._left = PROFILED_STEPS
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._left:
+            self._left = 0
+            jax.profiler.stop_trace()
 
 
 def _plain(value: Any) -> Any:

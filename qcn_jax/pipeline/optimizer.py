@@ -1,11 +1,16 @@
 """Optimizers through optax: AdamW, or Muon for matrices with AdamW for the rest, and one schedule.
 
+Updates are computed in float32 whatever the dtypes of parameters, gradients and kept moments.
+
 Weight decay reaches every matrix and, as the Qwen3-Next blog describes, the zero-centred norm weights (it keeps
 them from growing without bound). It never reaches A_log and dt_bias, whose zero is no natural centre, nor the
 DeltaNet output norm, whose weight is initialised to one and is not zero-centred.
 """
 
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -66,7 +71,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """Clipping by global norm, then the optimizer that `config.name` chooses, over `steps` steps.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name or dtype.
     """
     rate = schedule(config, steps)
     if config.name == "adamw":
@@ -80,4 +85,81 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             optax.scale_by_schedule(rate))
     else:
         raise UserError(f"--config.*.optimizer.name: unknown optimizer {config.name!r}; allowed: adamw, muon")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    moments = {"mu": _moment_dtype(config.mu_dtype, "mu_dtype"), "nu": _moment_dtype(config.nu_dtype, "nu_dtype")}
+    update = in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), update), moments)
+    return with_master_copy(update) if config.master_copy else update
+
+
+def _moment_dtype(name: str, field: str) -> jnp.dtype:
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"--config.*.optimizer.{field}: {name!r}; allowed: float32, bfloat16")
+    return jnp.dtype(name)
+
+
+def in_float32(inner: optax.GradientTransformation, moments: dict[str, jnp.dtype]) -> optax.GradientTransformation:
+    """`inner` computed in float32, its state fields named in `moments` kept in those dtypes between steps."""
+    to_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def cast_moments(state: optax.OptState, dtypes: dict[str, jnp.dtype]) -> optax.OptState:
+        def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name in dtypes]
+            return leaf.astype(dtypes[fields[-1]]) if fields else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, state)
+
+    def init(params: Params) -> optax.OptState:
+        return cast_moments(inner.init(to_float32(params)), moments)
+
+    def update(grads: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        state = cast_moments(state, dict.fromkeys(moments, jnp.dtype(jnp.float32)))
+        updates, state = inner.update(to_float32(grads), state, to_float32(params))
+        return updates, cast_moments(state, moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+class MasterCopyState(NamedTuple):
+    """float32 parameters, of which the model's are the rounded form, and the state of the optimizer that moves them."""
+
+    master: Params
+    inner: optax.OptState
+
+
+def with_master_copy(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` applied to float32 parameters, so that updates too small for the model's dtype add up all the same."""
+
+    def init(params: Params) -> MasterCopyState:
+        # A copy even where the dtype is float32 already: both are donated.
+        master = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+        return MasterCopyState(master, inner.init(params))
+
+    def update(grads: Params, state: MasterCopyState, params: Params | None = None) -> tuple[Params, MasterCopyState]:
+        updates, inner_state = inner.update(grads, state.inner, state.master)
+        master = optax.apply_updates(state.master, updates)
+        # What is added to the rounded parameters in float32 gives the master copy, which is then rounded.
+        return jax.tree.map(lambda m, p: m - p.astype(jnp.float32), master, params), MasterCopyState(master, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def state_like(optimizer: optax.GradientTransformation, params: Params, of_params: Any, other: Any) -> Any:
+    """A tree of the optimizer state's structure with the leaf of `of_params` for every parameter's, else `other`.
+
+    Args:
+      optimizer: whose state.
+      params: parameters or their ShapeDtypeStructs.
+      of_params: a tree of params' structure, e.g. of shardings.
+      other: the leaf of counters and the like.
+    """
+    by_name = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(of_params)[0]}
+    shapes = {parameter_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def choose(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+        keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        name = parameter_name(tuple(keys))
+        # Wrappers put their own dictionary keys ("muon", "adam") in front of a parameter's.
+        while name not in by_name and "/" in name:
+            name = name.split("/", 1)[1]
+        return by_name[name] if name in by_name and shapes[name] == leaf.shape else other
+
+    return jax.tree_util.tree_map_with_path(choose, jax.eval_shape(optimizer.init, params))

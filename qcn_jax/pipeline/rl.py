@@ -23,11 +23,12 @@ from qcn_jax import files, hub
 from qcn_jax.config import ModelConfig, RLConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
-from qcn_jax.model import Qwen3Next
+from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline import online, rl_losses
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts, make_services
+from qcn_jax.pipeline.head import over_vocabulary, project
 from qcn_jax.pipeline.metrics import read_metrics
 from qcn_jax.pipeline.optimizer import make_optimizer
 from qcn_jax.pipeline.rewards import informative_groups, summarize, token_advantages
@@ -35,28 +36,29 @@ from qcn_jax.pipeline.rollout import Conversation, RolloutRecord, Stop, never, r
 from qcn_jax.pipeline.splits import split_tasks
 from qcn_jax.pipeline.train import TrainState
 from qcn_jax.pipeline.update import Part, SumLoss, Updater
+from qcn_jax.sharding.parallel import Parallel
 
 AVERAGES = ("token", "episode")
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
 
-def policy_loss(model: ModelConfig, config: RLConfig) -> SumLoss:
+def policy_loss(model: ModelConfig, config: RLConfig, parallel: Parallel | None = None) -> SumLoss:
     """The loss of packed rows, summed over tokens.
 
     The returned function takes (params, batch, reference) where batch has, besides tokens, segment_ids,
     positions and weights, `advantages` and `old_logprobs` [B, T]. `reference` is the parameter tree that
     `config.kl_coef` holds the policy to; None where that is 0.
     """
-    network = Qwen3Next(model)
+    network = Qwen3Next(model, parallel=parallel)
+    statistics = lambda kernels, hidden, target: rl_losses.token_statistics(project(hidden, kernels[0]), target)
 
     def logprobs_of(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out = network.apply(
             {"params": params}, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
             with_logits=False,
         )  # fmt: skip
-        statistics = lambda hidden, target: rl_losses.token_statistics(network.head(params, hidden), target)
-        chunk = online.positions_at_a_time(model, batch)
-        return rl_losses.over_positions(statistics, chunk, out.hidden, online.next_tokens(batch))
+        kernels = (head_kernel(model, params),)
+        return over_vocabulary(statistics, kernels, out.hidden, online.next_tokens(batch), parallel=parallel)
 
     def loss(params: Any, batch: dict[str, jax.Array], reference: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         logprobs, entropy = logprobs_of(params, batch)

@@ -15,11 +15,52 @@ import numpy as np
 import optax
 
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.train import TrainState
+from qcn_jax.pipeline.train import TrainState, global_norm, updated
 
 Arrays = Mapping[str, np.ndarray]
 # (params, batch, *extra) -> (weighted sum of token losses, dict of sums); summed, not averaged.
 SumLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_update(
+    loss: SumLoss, optimizer: optax.GradientTransformation, shardings: TrainState | None = None,
+    batch_sharding: jax.sharding.Sharding | None = None, judged: bool = False,
+) -> Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]:  # fmt: skip
+    """Compiles one pass of some rows through the model, which ends in an optimizer step where it is the last.
+
+    Args:
+      loss: see SumLoss; `batch` has [rows, T] arrays, among them `weights`.
+      optimizer: see pipeline.optimizer.
+      shardings, batch_sharding: of the state and of a batch's arrays on a mesh; None leaves the layout to the
+        arguments.
+      judged: with `shardings`: the loss's last argument is a tree of parameters, laid out as the state's.
+
+    Returns:
+      (state, gradient, batch, total, last, *extra) -> (state, gradient, metrics). `gradient`, the sum so far of
+      gradients over `total`, and `state` are donated; where `last`, the optimizer moves and the sum begins anew.
+    """
+
+    def step(state, gradient, batch, total, last, *extra):
+        (value, sums), new = jax.value_and_grad(loss, has_aux=True)(state.params, batch, *extra)
+        gradient = jax.tree.map(lambda old, g: old + g / total.astype(g.dtype), gradient, new)
+        if shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
+
+        def move(state, gradient):
+            norm = global_norm(gradient)
+            moved = updated(state, gradient, jnp.isfinite(norm), optimizer, shardings)
+            return moved, jax.tree.map(jnp.zeros_like, gradient), norm
+
+        stay = lambda state, gradient: (state, gradient, jnp.zeros(()))
+        state, gradient, norm = jax.lax.cond(last, move, stay, state, gradient)
+        return state, gradient, sums | {"loss": value, "grad_norm": norm}
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=(0, 1))
+    whole, params = shardings.step, shardings.params
+    return jax.jit(
+        step, donate_argnums=(0, 1), out_shardings=(shardings, params, whole),
+        in_shardings=(shardings, params, batch_sharding, whole, whole, params if judged else None))
 
 
 class Updater:
@@ -27,30 +68,11 @@ class Updater:
 
     def __init__(self, loss: SumLoss, optimizer: optax.GradientTransformation, rows: int) -> None:
         """Args:
-          loss: see SumLoss; `batch` has [rows, T] arrays, among them `weights`.
-          optimizer: see pipeline.optimizer.
+          loss, optimizer: see `make_update`.
           rows: rows that go through the model at a time.
         """
         self._rows = rows
-
-        def step(state, gradient, batch, total, last, *extra):
-            (value, sums), new = jax.value_and_grad(loss, has_aux=True)(state.params, batch, *extra)
-            gradient = jax.tree.map(lambda old, g: old + g / total, gradient, new)
-
-            def move(state, gradient):
-                norm = optax.global_norm(gradient)
-                finite = jnp.isfinite(norm)
-                updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-                params = optax.apply_updates(state.params, updates)
-                keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(finite, x, y), a, b)
-                moved = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state))
-                return moved, jax.tree.map(jnp.zeros_like, gradient), norm
-
-            stay = lambda state, gradient: (state, gradient, jnp.zeros(()))
-            state, gradient, norm = jax.lax.cond(last, move, stay, state, gradient)
-            return state, gradient, sums | {"loss": value, "grad_norm": norm}
-
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._step = make_update(loss, optimizer)
         self._gradient = None
 
     def __call__(self, state: TrainState, *parts: "Part") -> tuple[TrainState, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Reading compiled HLO text: collectives with bytes, matrix FLOPs and estimated cycles, loop trip counts applied.
 
 XLA's own `cost_analysis()` counts a loop body once, so the text is read instead: every computation gets the number of
-times it runs (entry 1, a while body its known trip count), and per-instruction figures are multiplied by it.
+times it runs (entry 1, a while body its trip count), and per-instruction figures are multiplied by it.
 """
 
 import dataclasses
@@ -25,6 +25,10 @@ _CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_INTEGER = re.compile(r"^(\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,25 @@ class Instruction:
 
 @dataclasses.dataclass
 class Summary:
-    """What a program does in one run on one device; bytes are of the collective's larger side."""
+    """What a program does in one run on one device.
+
+    Attributes:
+      collective_bytes, collective_count: by kind; bytes are of the collective's larger side.
+      matmul_flops: of products that the compiler made.
+      kernel_flops: that custom kernels state of themselves.
+      cycles: estimated, by instruction (trip counts applied), where the compiler gives an estimate.
+      origin: where in the traced program an instruction of `cycles` or a collective comes from.
+      unknown_loops: while loops whose trip count depends on data; they are counted once.
+    """
 
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     collective_count: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
+    largest_collectives: list[tuple[float, str, int, str]] = dataclasses.field(default_factory=list)
     matmul_flops: float = 0.0
+    kernel_flops: float = 0.0
     cycles: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    origin: dict[str, str] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
 
     def top_cycles(self, count: int = 20) -> list[tuple[str, float]]:
         """The `count` instructions with most estimated cycles (trip counts applied), largest first."""
@@ -91,12 +108,30 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     return entry, computations
 
 
-def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
+def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a while loop runs; None where it depends on data.
+
+    Back ends that keep no known trip count (TPU) still have the bound in the condition, as an integer constant
+    that the counter, which begins at 0 and goes up by 1 in what JAX makes, is compared with.
+    """
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known.group(1))
+    condition = dict(_CALLED.findall(loop.rest)).get("condition", "")
+    inside = list(computations.get(condition, ()))
+    for name in [called for i in inside for _, called in _CALLED.findall(i.rest)]:
+        inside += computations.get(name, ())
+    compares = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.rest]
+    bounds = [int(found.group(1)) for i in inside if i.opcode == "constant" and i.shape.startswith(("s32[]", "u32[]"))
+              and (found := _INTEGER.match(i.rest))]
+    return max(bounds) if len(compares) == 1 and bounds and max(bounds) > 0 else None
+
+
+def _calls(instruction: Instruction, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
     """Computations that an instruction runs, with how often per execution."""
-    trips = 1
-    if instruction.opcode == "while":
-        known = _TRIPS.search(instruction.rest)
-        trips = int(known.group(1)) if known else 1
+    if instruction.opcode in ("async-update", "async-done"):
+        return  # counted at the start
+    trips = (_trip_count(instruction, computations) or 1) if instruction.opcode == "while" else 1
     for attribute, name in _CALLED.findall(instruction.rest):
         if attribute == "to_apply" and instruction.opcode != "call":
             continue  # the scalar reducer of a reduction
@@ -109,12 +144,12 @@ def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
 def multiplicities(entry: str, computations: dict[str, list[Instruction]]) -> dict[str, int]:
     """How many times each computation runs in one execution of the entry."""
     result: dict[str, int] = defaultdict(int)
+    calls = {name: [call for i in body for call in _calls(i, computations)] for name, body in computations.items()}
 
     def visit(name: str, times: int) -> None:
         result[name] += times
-        for instruction in computations.get(name, ()):
-            for called, trips in _calls(instruction):
-                visit(called, times * trips)
+        for called, trips in calls.get(name, ()):
+            visit(called, times * trips)
 
     visit(entry, 1)
     return dict(result)
@@ -140,7 +175,7 @@ def _matmul_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
 
 
 def summarize(text: str) -> Summary:
-    """Collectives, matrix FLOPs and estimated cycles of one execution of the program in `text`."""
+    """Collectives, FLOPs and estimated cycles of one execution of the program in `text`."""
     entry, computations = parse(text)
     times = multiplicities(entry, computations)
     summary = Summary()
@@ -152,24 +187,63 @@ def summarize(text: str) -> Summary:
         for instruction in instructions:
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                inline = shape_bytes(instruction.operands)
-                named = [shapes.get(n, "") for n in re.findall(r"%([\w.\-]+)", instruction.operands)]
-                operand = sum(inline) or sum(sum(shape_bytes(shape)) for shape in named)
-                # An asynchronous start's result tuple holds its operands too.
-                result = sum(shape_bytes(instruction.shape)) - (operand if instruction.opcode.endswith("-start") else 0)
-                summary.collective_bytes[kind] += count * max(operand, result)
-                summary.collective_count[kind] += count
+                _add_collective(summary, instruction, kind, count, shapes)
             elif instruction.opcode in ("dot", "convolution"):
                 summary.matmul_flops += count * _matmul_flops(instruction, shapes)
+            elif instruction.opcode == "custom-call" and (flops := _KERNEL_FLOPS.search(instruction.rest)):
+                summary.kernel_flops += count * float(flops.group(1))
+            elif instruction.opcode == "while" and _trip_count(instruction, computations) is None:
+                summary.unknown_loops += 1
             cycles = _CYCLES.search(instruction.rest)
             if cycles:
                 summary.cycles[instruction.name] += count * float(cycles.group(1))
+                summary.origin[instruction.name] = _origin(instruction)
+    summary.largest_collectives = sorted(summary.largest_collectives, reverse=True)[:20]
     return summary
+
+
+def _origin(instruction: Instruction) -> str:
+    found = _ORIGIN.search(instruction.rest)
+    return found.group(1) if found else ""
+
+
+def _add_collective(summary: Summary, instruction: Instruction, kind: str, count: int, shapes: dict[str, str]) -> None:
+    inline = shape_bytes(instruction.operands)
+    named = [shapes.get(name, "") for name in _OPERAND.findall(instruction.operands)]
+    operand = sum(inline) or sum(sum(shape_bytes(shape)) for shape in named)
+    # An asynchronous start's result tuple holds its operands too.
+    result = sum(shape_bytes(instruction.shape)) - (operand if instruction.opcode.endswith("-start") else 0)
+    moved = count * max(operand, result)
+    summary.collective_bytes[kind] += moved
+    summary.collective_count[kind] += count
+    summary.largest_collectives.append((moved, kind, count, _origin(instruction)))
+
+
+def cycles_by_part(summary: Summary, parts: dict[str, str]) -> dict[str, float]:
+    """Estimated cycles by part of the program.
+
+    Args:
+      summary: of the program.
+      parts: name of a part: regular expression of the origins that belong to it; the first that matches counts,
+        and "other" takes what none matches.
+    """
+    patterns = {name: re.compile(pattern) for name, pattern in parts.items()}
+    result = dict.fromkeys((*parts, "other"), 0.0)
+    for name, cycles in summary.cycles.items():
+        found = next((part for part, p in patterns.items() if p.search(summary.origin.get(name, ""))), "other")
+        result[found] += cycles
+    return result
 
 
 def to_json(summary: Summary) -> dict[str, object]:
     """A JSON-ready form of `summary`."""
     return json.loads(json.dumps({
         "collective_bytes": dict(summary.collective_bytes), "collective_count": dict(summary.collective_count),
-        "matmul_flops": summary.matmul_flops, "top_cycles": summary.top_cycles(),
+        "largest_collectives": [
+            {"bytes": moved, "kind": kind, "count": count, "origin": origin}
+            for moved, kind, count, origin in summary.largest_collectives],
+        "matmul_flops": summary.matmul_flops, "kernel_flops": summary.kernel_flops,
+        "data_dependent_loops": summary.unknown_loops,
+        "top_cycles": [{"op": name, "cycles": cycles, "origin": summary.origin.get(name, "")}
+                       for name, cycles in summary.top_cycles()],
     }))

@@ -1,5 +1,6 @@
 """The train loop: resumption after every kind of end gives the uninterrupted run, bit for bit."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from qcn_jax.pipeline.data import loader
 
 STEPS, ROWS, LENGTH = 24, 4, 16
 CONFIG = OptimizerConfig(learning_rate=0.05, warmup_steps=4)
+OPTIONS = train.LoopOptions(log_every=4, checkpoint_every=6)
 
 
 def loss_fn(params, batch):
@@ -48,7 +50,7 @@ def batches():
 
 
 def run(directory, step_fn=STEP, log=lambda line: None, **options):
-    return train.loop(directory, fresh(), step_fn, batches(), STEPS, log=log, log_every=4, checkpoint_every=6,
+    return train.loop(directory, fresh(), step_fn, batches(), STEPS, log=log, options=OPTIONS,
                       schedule=optimizer.schedule(CONFIG, STEPS), **options)
 
 
@@ -189,12 +191,38 @@ def test_non_finite_stops_before_it_spreads(tmp_path):
 
     step = train.make_train_step(poisoned, OPTIMIZER)
     with pytest.raises(UserError, match=r"^step 10: loss nan .* not finite: the table; the last checkpoint is kept$"):
-        train.loop(tmp_path, fresh(), step, Poison(batches()), STEPS, log=lambda line: None, log_every=4,
-                   checkpoint_every=6, explain=lambda params, batch: "the table")
+        train.loop(tmp_path, fresh(), step, Poison(batches()), STEPS, log=lambda line: None, options=OPTIONS,
+                   explain=lambda params, batch: "the table")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
     # The step itself left the parameters alone.
     state, values = step(fresh(), next(batches()) | {"poison": np.ones(ROWS, np.float32)})
     assert not values["finite"] and same(state.params, fresh().params)
+    # With the policy to skip, the run goes on and says what it left out.
+    lines = []
+    skipping = dataclasses.replace(OPTIONS, nonfinite="skip")
+    result = train.loop(tmp_path / "skip", fresh(), step, Poison(batches()), STEPS, log=lines.append, options=skipping,
+                        explain=lambda params, batch: "the table")
+    assert [line for line in lines if "left out" in line] == [
+        "step 10: loss nan with gradient norm nan is not finite: the table; the step is left out"]
+    rows = curve(tmp_path / "skip")
+    assert result.steps_done == STEPS and [row["step"] for row in rows if row.get("skipped")] == [12]
+    assert all(np.isfinite(row["loss"]) for row in rows) and rows[-1]["loss"] < rows[0]["loss"]
+    with pytest.raises(UserError, match="so were the 10 before it"):
+        broken = train.make_train_step(lambda p, b: (jnp.nan * loss_fn(p, b)[0], {}), OPTIMIZER)
+        train.loop(tmp_path / "broken", fresh(), broken, batches(), STEPS, log=lines.append, options=skipping)
+
+
+def test_a_profile_is_made_on_demand(tmp_path):
+    lines = []
+
+    def step(state, batch):
+        if int(state.step) == 3:
+            (tmp_path / "profile").touch()
+        return STEP(state, batch)
+
+    run(tmp_path, step, lines.append)
+    assert any("traces 3 steps" in line for line in lines) and not (tmp_path / "profile").exists()
+    assert list((tmp_path / "profiles" / "step_4").rglob("*.xplane.pb"))
 
 
 def test_data_that_ends_is_one_line(tmp_path):

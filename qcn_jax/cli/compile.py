@@ -1,0 +1,195 @@
+"""Compiles a config's step for a TPU topology that is not here, and says whether it fits and what it moves.
+
+Needs libtpu (pip install 'qcn_jax[compile]'), no TPU. The program is compiled in a process of its own; 80 billion
+parameters take some 8 GB of memory and a few minutes. Nothing here is a time: what a step takes is known on the chip.
+
+  qcn compile --config=configs/qwen3_coder_next.py:v5p-128
+  qcn compile --config=configs/qwen3_coder_next.py:v5p-128 --topology=v5p:4x4x4 --stage=sft --out=sft.json
+  qcn compile --config=configs/qwen3_coder_next.py:v5e-256 --config.midtrain.train.optimizer.mu_dtype=bfloat16
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from qcn_jax import files
+from qcn_jax.cli import parsing
+from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.errors import UserError
+
+STAGES = ("midtrain", "sft", "experts", "distill")
+DOES_NOT_FIT = 3  # exit status of a program that compiled, or nearly, but is too large
+_GIB = 2**30
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses flags, compiles in a child process, prints and writes the report."""
+    values = flags.FlagValues()
+    config = parsing.define_config(values, argv)
+    flags.DEFINE_string("topology", None, "GENERATION:AxBxC, e.g. v5p:4x4x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4. Default: "
+                        "the config's (config.topology).", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "Slices of that topology, joined over the data center network; the mesh's data "
+                         "axis must be a multiple.", flag_values=values, lower_bound=1)
+    flags.DEFINE_enum("stage", "midtrain", STAGES, "Whose step to compile.", flag_values=values)
+    flags.DEFINE_string("out", None, "File for the report as JSON.", flag_values=values)
+    flags.DEFINE_string("dump", None, "File for the compiled program's text.", flag_values=values)
+    parsing.parse(values, "compile", __doc__, argv)
+    settings = config()
+    topology = values.topology or settings.topology
+    if not topology:
+        raise UserError("--topology is required; this config names none")
+    report = compile_in_child(settings, values.stage, topology, values.slices, values.dump)
+    if values.out:
+        files.write_json(values.out, report)
+    print(render(report))
+    return 0 if report["memory"]["fits"] else DOES_NOT_FIT
+
+
+def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int = 1, dump: str | None = None
+                     ) -> dict[str, Any]:
+    """The report of `compile_here`, from a process with libtpu's environment.
+
+    Raises:
+      UserError: bad input, the compiler's refusal, or a process that ended without a report.
+    """
+    from qcn_jax.sharding import aot
+
+    aot.generation(topology)
+    job = {"config": dataclasses.asdict(config), "stage": stage, "topology": topology, "slices": slices, "dump": dump}
+    child = subprocess.run([sys.executable, "-m", "qcn_jax.cli.compile"], input=json.dumps(job), capture_output=True,
+                           text=True, env=aot.worker_environment(), check=False)
+    for line in reversed(child.stdout.splitlines()):
+        if line.startswith("{"):
+            answer = json.loads(line)
+            if "error" in answer:
+                raise UserError(answer["error"])
+            return answer
+    ending = (child.stderr.strip().splitlines() or ["no message"])[-1][:300]
+    raise UserError(f"the compiling process ended with status {child.returncode}: {ending}")
+
+
+def compile_here(job: dict[str, Any]) -> dict[str, Any]:
+    """Compiles the step that `job` describes, in this process; the report is JSON-ready."""
+    from qcn_jax.model import parameter_count
+    from qcn_jax.pipeline.steps import stage_step
+    from qcn_jax.sharding import aot
+    from qcn_jax.sharding.mesh import make_parallel
+
+    config = from_config_dict(RunConfig, job["config"])
+    devices = aot.topology_devices(job["topology"], job["slices"])
+    parallel = make_parallel(config.mesh, devices)
+    step = stage_step(config, job["stage"], parallel)
+    head = {
+        "config": config.name, "stage": job["stage"], "topology": job["topology"], "slices": job["slices"],
+        "devices": len(devices), "mesh": {axis: size for axis, size in parallel.mesh.shape.items() if size > 1},
+        "parameters": parameter_count(config.model), "tokens_per_device": step.tokens / len(devices),
+        "model_flops_per_device": step.model_flops / len(devices),
+        "model_flops_by_part": {name: step.passes * step.tokens / len(devices) * value
+                                for name, value in dataclasses.asdict(step.flops).items()},
+    }
+    program = aot.Program(step.function, step.arguments, step.kinds)
+    try:
+        found = aot.compile_program(program, job["topology"], job["dump"])
+    except aot.TooLarge as error:
+        kinds = {name: aot.bytes_per_device(tree) for name, tree in step.kinds.items()}
+        memory = {"arguments_by_kind": kinds, "total": error.used, "hbm": error.limit, "fits": False,
+                  "compiler": str(error)}
+        found = {"memory": memory, "versions": {"libtpu": aot.libtpu_version()}}
+    report = head | found
+    if not report["memory"]["fits"]:
+        report["advice"] = advice(config, job["stage"], report)
+    return report
+
+
+def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
+    """What to change, with what each change saves per device (GiB), the largest first."""
+    memory, kinds = report["memory"], report["memory"]["arguments_by_kind"]
+    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "rl", "distill": "distill"}[stage]
+    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.rl,
+                "distill": config.distill}[stage]
+    optimizer, weights, moments = settings.optimizer, kinds["weights"], kinds["optimizer"]
+    temporaries = (memory["total"] or 0) - sum(kinds.values())
+    found: list[tuple[float, str]] = []
+    if config.model.remat != "full":
+        found.append((0.7 * temporaries, "--config.model.remat=full: most of the activations, at a forward pass more"))
+    if hasattr(settings, "accumulate") and settings.rows // settings.accumulate > 1:
+        found.append((temporaries / 2, f"--config.{group}.accumulate={2 * settings.accumulate}: about half of what is "
+                      "neither weights nor optimizer"))
+    elif settings.rows > 1:
+        found.append((temporaries / 2, f"--config.{group}.rows={settings.rows // 2}: about half of what is neither "
+                      "weights nor optimizer"))
+    if not optimizer.offload:
+        found.append((moments, f"--config.{group}.optimizer.offload=true: the optimizer's state moves to the host"))
+    copies = 2 + optimizer.master_copy
+    for field in ("mu_dtype", "nu_dtype"):
+        if getattr(optimizer, field) == "float32":
+            found.append((moments / copies / 2, f"--config.{group}.optimizer.{field}=bfloat16"))
+    if config.model.param_dtype == "float32":
+        found.append((weights / 2, "--config.model.param_dtype=bfloat16"))
+    held = (weights + moments) / 2
+    found.append((held, "twice the devices (--topology, --config.mesh.fsdp): half of the weights and optimizer's state"))
+    return [f"{text}, about {saved / _GIB:.1f} GiB less" for saved, text in sorted(found, reverse=True) if saved > 0]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    memory, gib = report["memory"], lambda n: f"{n / _GIB:8.2f} GiB"
+    lines = [
+        f"{report['config']} {report['stage']} on {report['slices']} x {report['topology']} ({report['devices']} devices, "
+        f"mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())})",
+        f"{report['parameters']:,} parameters, {report['tokens_per_device']:,.0f} tokens per device and step",
+        "", "HBM per device",
+    ]
+    lines += [f"  {name:<28}{gib(size)}" for name, size in memory["arguments_by_kind"].items()]
+    for name in ("padding", "activations_and_temporaries", "outputs_not_aliased", "code", "host"):
+        if memory.get(name):
+            lines.append(f"  {name.replace('_', ' '):<28}{gib(memory[name])}")
+    if memory["total"]:
+        verdict = "fits" if memory["fits"] else f"does not fit: {(memory['total'] - memory['hbm']) / _GIB:.1f} GiB too much"
+        lines.append(f"  {'total':<28}{gib(memory['total'])} of {memory['hbm'] / _GIB:.0f}: {verdict}")
+    elif not memory["fits"]:
+        lines.append(f"  does not fit: {memory['compiler']}")
+    if "advice" in report:
+        lines += ["", "To make it fit:", *(f"  {line}" for line in report["advice"])]
+    if "seconds" in report:
+        lines += _render_program(report)
+    return "\n".join(lines)
+
+
+def _render_program(report: dict[str, Any]) -> list[str]:
+    lines = ["", "Collectives per device and step (loops counted; bytes of the larger side)"]
+    for kind, moved in sorted(report["collective_bytes"].items(), key=lambda item: -item[1]):
+        lines.append(f"  {kind:<24}{moved / 1e9:9.2f} GB in {report['collective_count'][kind]:,}")
+    found = report["matmul_flops"] + report["kernel_flops"]
+    lines += [
+        "", f"FLOPs per device and step: model {report['model_flops_per_device'] / 1e12:.1f} TF; compiled "
+        f"{found / 1e12:.1f} TF ({report['kernel_flops'] / 1e12:.1f} of them stated by kernels), with recomputation",
+        "", "Estimated cycles by part (compiler's estimates of single ops; no collectives, no kernels, no overlap)",
+    ]
+    lines += [f"  {part:<16}{cycles:14,.0f}" for part, cycles in report["cycles_by_part"].items() if cycles]
+    lines += ["", "Largest ops by estimated cycles"]
+    lines += [f"  {row['cycles']:14,.0f}  {row['op']}  {row['origin'][-90:]}" for row in report["top_cycles"]]
+    seconds, versions = report["seconds"], report["versions"]
+    if report["data_dependent_loops"]:
+        lines.append(f"{report['data_dependent_loops']} loops depend on data and are counted as run once")
+    lines += ["", f"traced in {seconds['trace_and_lower']} s, compiled in {seconds['compile']} s; jax {versions['jax']}, "
+              f"libtpu {versions['libtpu']}. Not measured on a chip."]
+    return lines
+
+
+def _worker() -> None:
+    """Reads a job from stdin and writes one line of JSON: the report, or {"error": line}."""
+    try:
+        answer = compile_here(json.load(sys.stdin))
+    except UserError as error:
+        answer = {"error": " ".join(str(error).split())}
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _worker()

@@ -1,0 +1,33 @@
+"""What one device of each TPU generation has, as published in Google Cloud's TPU documentation.
+
+A device is what `jax.devices()` lists: a chip, or one of the two halves of a tpu7x (Ironwood) chip.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device: HBM in bytes, dense bfloat16 peak in FLOP/s."""
+
+    hbm: float
+    peak_flops: float
+
+
+_GIB = 2**30
+# By the generation in a topology's name.
+CHIPS = {
+    "v4": Chip(32 * _GIB, 275e12),
+    "v5e": Chip(16 * _GIB, 197e12),
+    "v5p": Chip(95 * _GIB, 459e12),
+    "v6e": Chip(32 * _GIB, 918e12),
+    "tpu7x": Chip(96 * _GIB, 1153.5e12),
+}
+# `device_kind` as JAX reports it.
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`; None where it is not in the table (a CPU, a GPU)."""
+    name = _KINDS.get(device_kind)
+    return CHIPS[name] if name else None
