@@ -6,6 +6,9 @@ is WORKDIR/report/index.html, its numbers WORKDIR/report/summary.json.
   qcn run --config=configs/nano.py --workdir=runs/nano
   qcn run --config=configs/nano.py --workdir=runs/nano --stages=evaluate,report
   qcn run --config=configs/nano.py --workdir=runs/other --config.sft.train.steps=300 --config.sandbox=local
+
+On several hosts give every process the same command, with a WORKDIR that all see, and on TPU pods nothing more;
+elsewhere --coordinator=HOST:PORT --processes=N --process_id=I. Stages that execute code run on one host.
 """
 
 import os
@@ -26,10 +29,17 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("stages", None, "Comma-separated stages to run; default: all of them.", flag_values=values)
     flags.DEFINE_list("restart", [], "Comma-separated stages to throw away and make anew, with every later one.",
                       flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a run on several hosts, or auto to ask the "
+                        "environment; default: join where a TPU environment names several hosts.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "With --coordinator=HOST:PORT: how many.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.",
+                         flag_values=values, lower_bound=0)
     parsing.parse(values, "run", __doc__, argv)
     # Set before JAX is imported: a resumed run does not compile again.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(values.workdir).absolute() / "xla_cache"))
     from qcn_jax.pipeline import run
+    from qcn_jax.sharding import distributed
 
+    distributed.start(values.coordinator, values.processes, values.process_id)
     run.run(config(), values.workdir, values.stages or tuple(run.STAGES), values.restart)
     return 0

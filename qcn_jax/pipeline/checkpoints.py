@@ -77,12 +77,15 @@ class Checkpoints:
         Returns:
           (step, state, extra), or None where there is no checkpoint.
         Raises:
-          UserError: the checkpoint does not fit `state` (another model or optimizer).
+          UserError: the checkpoint does not fit `state` (another model or optimizer), or another number of
+            processes saved data positions of their own.
         """
         step = self.latest
         if step is None:
             return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        if data is not None:
+            self._require_processes(step)
         items = {"state": ocp.args.StandardRestore(abstract), "extra": ocp.args.JsonRestore()}
         if data is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(data)
@@ -92,6 +95,13 @@ class Checkpoints:
             raise UserError(f"{self._directory / str(step)}: does not fit this model and optimizer; delete the "
                             f"folder or restore the configuration ({str(error).splitlines()[0][:200]})") from error
         return step, restored["state"], restored["extra"]
+
+    def _require_processes(self, step: int) -> None:
+        """Every process has its own position in its own documents; no other number of them can take these up."""
+        saved = len(list((self._directory / str(step) / "data").glob("process_*-of-*.json")))
+        if saved and saved != jax.process_count():
+            raise UserError(f"{self._directory / str(step)}: {saved} processes saved it, each with its position in the "
+                            f"data, and {jax.process_count()} would go on; start as many (their devices may differ)")
 
     def close(self) -> None:
         """Waits for saves under way and releases threads.

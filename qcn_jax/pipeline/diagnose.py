@@ -38,11 +38,9 @@ def first_bad_layer(
 ) -> int | None:
     """Index of the first layer whose output is not finite at a real token; None where all are finite."""
 
-    network = lambda config: Qwen3Next(config) if parallel is None else Qwen3Next(config, parallel=parallel)
-
     def finite(layers: int) -> bool:
         smaller, cut = truncated(config, params, layers)
-        forward = jax.jit(lambda params, tokens, positions, segments: network(smaller).apply(
+        forward = jax.jit(lambda params, tokens, positions, segments: Qwen3Next(smaller, parallel=parallel).apply(
             {"params": params}, tokens, positions=positions, segment_ids=segments, with_logits=False).hidden)
         hidden = forward(cut, batch["tokens"], batch["positions"], batch["segment_ids"])
         return bool(jnp.all(jnp.isfinite(hidden) | (batch["segment_ids"] == 0)[..., None]))

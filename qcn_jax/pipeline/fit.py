@@ -17,6 +17,7 @@ from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.flops import token_flops
 from qcn_jax.pipeline.layout import Rows
 from qcn_jax.pipeline.metrics import read_metrics
+from qcn_jax.sharding.mesh import make_parallel
 
 
 def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: Any, batches: grain.DatasetIterator,
@@ -40,7 +41,7 @@ def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: 
     if config.rows % config.accumulate:
         raise UserError(f"--config.*.train.accumulate: {config.accumulate} does not divide {config.rows} rows")
     parallel = None if rows is None else rows.parallel
-    network = Qwen3Next(model) if parallel is None else Qwen3Next(model, parallel=parallel)
+    network = Qwen3Next(model, parallel=parallel)
     loss_fn = losses.language_model_loss(network, config.mtp_coef, config.mtp_steps)
     update = optimizer.make_optimizer(config.optimizer, config.steps)
     if parallel is None:
@@ -67,13 +68,13 @@ def fit(directory: pathlib.Path, out: pathlib.Path, model: ModelConfig, params: 
     }
 
 
-def input_rows(mesh: MeshConfig, config: TrainConfig) -> Rows | None:
-    """The mesh over all devices and this process's rows of a batch; None on a single device.
+def input_rows(mesh: MeshConfig, config: TrainConfig) -> Rows:
+    """The mesh over all devices there are, and this process's rows of a batch.
 
     Raises:
       UserError: a mesh that does not fit the devices, or rows that do not divide by it.
     """
-    return None if jax.device_count() == 1 else Rows.of(make_parallel(mesh), config.rows)
+    return Rows.of(make_parallel(mesh) if jax.device_count() > 1 else None, config.rows)
 
 
 def _recorded(directory: pathlib.Path) -> dict[str, float]:

@@ -78,18 +78,21 @@ class Rows:
     Processes that hold different columns of the same rows read the same documents and keep their own columns.
 
     Attributes:
+      parallel: the mesh; None is one device, which reads all rows.
       shard: (index, count) for data.loader: which of the groups of processes that read different documents.
       first: this process's parts of the rows, in order, and where each begins among the rows that it reads.
     """
 
-    parallel: Parallel
+    parallel: Parallel | None
     total: int
-    shard: tuple[int, int]
-    first: Mapping[int, int]
+    shard: tuple[int, int] = (0, 1)
+    first: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, parallel: Parallel, total: int) -> "Rows":
+    def of(cls, parallel: Parallel | None, total: int) -> "Rows":
         """Raises UserError where the rows do not divide, or processes' rows overlap in part."""
+        if parallel is None:
+            return cls(None, total)
         where, parts = _row_parts(parallel), parallel.size("activation_batch")
         if total % parts:
             raise UserError(f"--config.*.train.rows: {total} rows do not divide by the {parts} parts of --config.mesh "
@@ -112,6 +115,8 @@ class Rows:
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global [total, T] arrays of which `batch` [count, T] are this process's rows."""
+        if self.parallel is None:
+            return jax.device_put(dict(batch))
         sharding, size = batch_sharding(self.parallel), self.total // self.parallel.size("activation_batch")
 
         def globally(array: np.ndarray) -> jax.Array:

@@ -22,7 +22,8 @@ from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import corpus, edits, fim, loader
-from qcn_jax.pipeline.fit import fit
+from qcn_jax.pipeline.fit import fit, input_rows
+from qcn_jax.sharding import distributed
 
 BASE_FOLDER = pathlib.Path(__file__).parent.parent / "assets" / "nano_base"
 LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, 65))
@@ -45,15 +46,17 @@ _FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embedding
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Trains `config.midtrain`; writes tokenizer, base/ and model/ (see pipeline.context)."""
     settings = context.config.midtrain
-    groups = read_corpus(context)
-    tokenizer = prepare_tokenizer(context, groups)
-    model, params = prepare_base(context, tokenizer)
-    sources = make_sources(context, groups, tokenizer)
     train = settings.train
-    batches = loader.batches(sources, rows=train.rows, length=train.sequence_length, seed=context.config.seed,
-                             method=settings.packing)
+    rows = input_rows(context.config.mesh, train)
+    with distributed.first_before_others("midtrain's data"):  # what the first process writes, the others read
+        groups = read_corpus(context)
+        tokenizer = prepare_tokenizer(context, groups)
+        model, params = prepare_base(context, tokenizer)
+        sources = make_sources(context, groups, tokenizer)
+    batches = loader.batches(sources, rows=rows.count, length=train.sequence_length, seed=context.config.seed,
+                             method=settings.packing, shard=rows.shard)
     results = fit(context.workdir, context.model_path("midtrain"), model, params, batches, train,
-                  tokenizer=tokenizer, log=context.log)
+                  tokenizer=tokenizer, log=context.log, rows=rows)
     shares = {source.name: source.share for source in sources}
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     return results | {

@@ -25,6 +25,7 @@ from qcn_jax import files
 from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import Shared, StageContext
+from qcn_jax.sharding import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,13 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
     root = pathlib.Path(workdir).absolute()
     shared = Shared(config, root)
     results = {}
-    with _locked(root), contextlib.closing(shared):
-        _discard(root, restart)
-        _remove_half_written(root)
+    _check_hosts(stages)
+    # Of several hosts' processes the first alone locks, cleans and writes down what has been done.
+    with _locked(root) if distributed.is_first() else contextlib.nullcontext(), contextlib.closing(shared):
+        with distributed.first_before_others("workdir"):
+            if distributed.is_first():
+                _discard(root, restart)
+                _remove_half_written(root)
         for name in stages:
             _check_unchanged(config, root, name)
         began = time.monotonic()
@@ -81,6 +86,13 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
                 results[name] = _run_one(name, StageContext(config, root, name, shared))
         print(f"finished {', '.join(results)} in {time.monotonic() - began:.1f} s; workdir {root}", flush=True)
     return results
+
+
+def _check_hosts(stages: Sequence[str]) -> None:
+    alone = [name for name in stages if STAGES[name].sandbox or name == "report"]
+    if alone and not distributed.alone():
+        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain after tasks has "
+                        "finished in the same workdir")
 
 
 def stage_config(config: RunConfig, name: str) -> dict[str, Any]:
@@ -103,23 +115,27 @@ def is_done(root: pathlib.Path, name: str) -> bool:
 
 def _run_one(name: str, context: StageContext) -> dict[str, Any]:
     done_path = context.workdir / "DONE.json"
+    distributed.barrier(f"before {name}")
     if is_done(context.root, name) and name != "report":
         done = files.read_json(done_path)
         context.log(f"done before ({done['seconds']:.1f} s), skipped")
         return done["results"]
     began = time.monotonic()
-    spent = _record_start(context, name)
+    with distributed.first_before_others(f"start of {name}"):
+        spent = _record_start(context, name) if distributed.is_first() else None
     context.log("starts" if spent is None else f"resumes after {spent:.1f} s of an earlier attempt")
     if STAGES[name].sandbox:
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
     try:
         stage_results = importlib.import_module(STAGES[name].module).run_stage(context)
     except BaseException:
-        _record_end(context, time.monotonic() - began)
+        if distributed.is_first():
+            _record_end(context, time.monotonic() - began)
         raise
     seconds = time.monotonic() - began + (spent or 0.0)
-    files.write_json(done_path, {
-        "seconds": round(seconds, 2), "config_hash": config_hash(context.config, name), "results": stage_results})
+    if distributed.is_first():
+        files.write_json(done_path, {
+            "seconds": round(seconds, 2), "config_hash": config_hash(context.config, name), "results": stage_results})
     context.log(f"done in {seconds:.1f} s" + (f": {stage_results['line']}" if "line" in stage_results else ""))
     return stage_results
 

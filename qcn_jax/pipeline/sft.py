@@ -23,7 +23,7 @@ from qcn_jax.pipeline import guesses
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.chat import ChatEncoder
-from qcn_jax.pipeline.fit import fit
+from qcn_jax.pipeline.fit import fit, input_rows
 from qcn_jax.pipeline.splits import split_tasks
 from qcn_jax.pipeline.train import Interrupted, stop_signals
 from qcn_jax.pipeline.trajectories import collect, plan
@@ -126,6 +126,7 @@ def _train(context: StageContext, documents: list[dict[str, np.ndarray]], steps:
     train = dataclasses.replace(context.config.sft.train, steps=steps)
     if not documents:
         raise UserError(f"--config.sft.train.sequence_length: {train.sequence_length} is shorter than every trajectory")
-    batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=train.rows,
-                             length=train.sequence_length, seed=seed)
-    return fit(directory, out, model, params, batches, train, tokenizer=context.tokenizer(), log=context.log)
+    rows = input_rows(context.config.mesh, train)
+    batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=rows.count,
+                             length=train.sequence_length, seed=seed, shard=rows.shard)
+    return fit(directory, out, model, params, batches, train, tokenizer=context.tokenizer(), log=context.log, rows=rows)

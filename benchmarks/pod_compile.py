@@ -1,0 +1,144 @@
+"""Compiles the 80B model's steps for named TPU pods, and grows memory and compile time with length and depth.
+
+    python benchmarks/pod_compile.py [--cases=REGEX] [--list] [--again]
+
+Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory, and some minutes of two cores a case; no TPU. Each case is
+one file in benchmarks/results/pod_compile/; a case whose file is there is not compiled again, so that an interrupted run
+goes on where it stopped. At the end the table of all cases is written beside them and printed. Everything is the compiler's
+account (memory_analysis and the compiled text, loop trip counts applied); nothing is measured on a chip.
+"""
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+from absl import app, flags
+
+from qcn_jax import files
+from qcn_jax.cli import compile as qcn_compile
+from qcn_jax.cli import parsing
+from qcn_jax.errors import UserError
+
+_CASES = flags.DEFINE_string("cases", ".", "regular expression of the cases to run")
+_LIST = flags.DEFINE_bool("list", False, "only list them")
+_AGAIN = flags.DEFINE_bool("again", False, "compile those anew whose result is there")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "pod_compile"
+STAGES = ("midtrain", "sft", "experts", "distill")
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation: the config's argument, the stage, overrides, and how many slices."""
+
+    name: str
+    argument: str
+    stage: str = "midtrain"
+    overrides: tuple[str, ...] = ()
+    slices: int = 1
+
+
+def _cases() -> list[Case]:
+    # The work of the published comparison: 8,192 tokens a device, bfloat16 weights, no master copy.
+    moments = "midtrain.train.optimizer"
+    bare = (f"{moments}.master_copy=false",)
+    low = (*bare, f"{moments}.mu_dtype=bfloat16", f"{moments}.nu_dtype=bfloat16")
+    cases = [
+        Case("peer-v5p-float32-moments", "v5p-128,8k", overrides=bare),
+        Case("peer-v5p-bfloat16-moments", "v5p-128,8k", overrides=low),
+        Case("peer-v5p-capacity", "v5p-128,8k", overrides=(*bare, "mesh.dispatch=capacity")),
+        Case("peer-v5e-float32-moments", "v5e-256,8k", overrides=bare),
+        Case("peer-v6e-float32-moments", "v6e-256,8k", overrides=bare),
+        Case("peer-tpu7x-float32-moments", "tpu7x-128,8k", overrides=bare),
+    ]
+    pods = ("v5p-128", "v5e-256", "v6e-256", "tpu7x-128")
+    cases += [Case(f"{pod}-{stage}", f"{pod},32k", stage) for pod in pods for stage in STAGES]
+    cases += [
+        Case("v5p-128-midtrain-262k", "v5p-128,262k"),
+        Case("v5p-512-midtrain-262k", "v5p-512,262k"),
+        Case("v5p-128-two-slices", "v5p-128,8k", overrides=("mesh.data=2", "midtrain.train.rows=128"), slices=2),
+    ]
+    cases += [
+        Case(f"length-{length}", "v5p-128,8k", overrides=(*bare, f"midtrain.train.sequence_length={length}"))
+        for length in (1024, 2048, 4096, 8192, 16_384)
+    ]
+    cases += [
+        Case(f"layers-{layers}", "v5p-128,8k", overrides=(*bare, f"model.num_hidden_layers={layers}"))
+        for layers in (4, 12, 24, 36, 48)
+    ]
+    return cases
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The report of `qcn compile` for one case, or {"error": the line it ends with}."""
+    values = flags.FlagValues()
+    arguments = [f"--config={ROOT / 'configs' / 'qwen3_coder_next.py'}:{case.argument}",
+                 *(f"--config.{override}" for override in case.overrides)]
+    config = parsing.define_config(values, arguments)
+    parsing.parse(values, "compile", "", arguments)
+    try:
+        return qcn_compile.compile_in_child(config(), case.stage, config().topology, case.slices)
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def table(cases: list[Case]) -> str:
+    """Markdown of all results that are there."""
+    lines = [
+        "| case | topology | mesh | tokens per device | arguments + temporaries, GiB of HBM | all-to-all | all-gather | "
+        "reduce-scatter | all-reduce | permute, GB | TF compiled / model | trace + compile, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    missing = []
+    for case in cases:
+        path = RESULTS / f"{case.name}.json"
+        if not path.exists():
+            missing.append(case.name)
+            continue
+        lines.append(_row(case, files.read_json(path)))
+    if missing:
+        lines += ["", f"Not compiled: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(case: Case, report: dict[str, Any]) -> str:
+    if "error" in report:
+        return f"| {case.name} | | | | {report['error'][:160]} |" + " |" * 7
+    memory = report["memory"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    topology = f"{report['slices']} x {report['topology']}" if report["slices"] > 1 else report["topology"]
+    start = f"| {case.name} | {topology} | {mesh} | {report['tokens_per_device']:,.0f} |"
+    if "seconds" not in report:
+        return f"{start} does not fit: {memory['compiler'][:120]} |" + " |" * 7
+    moved = lambda *kinds: f"{sum(report['collective_bytes'].get(kind, 0) for kind in kinds) / 1e9:.1f}"
+    flops = (report["matmul_flops"] + report["kernel_flops"]) / 1e12
+    verdict = "" if memory["fits"] else ", does not fit"
+    seconds = report["seconds"]
+    return (f"{start} {memory['arguments'] / GIB:.1f} + {memory['activations_and_temporaries'] / GIB:.1f} of "
+            f"{memory['hbm'] / GIB:.0f}{verdict} | {moved('all-to-all', 'ragged-all-to-all')} | {moved('all-gather')} | "
+            f"{moved('reduce-scatter')} | {moved('all-reduce')} | {moved('collective-permute')} | "
+            f"{flops:.0f} / {report['model_flops_per_device'] / 1e12:.0f} | "
+            f"{seconds['trace_and_lower']:.0f} + {seconds['compile']:.0f} |")
+
+
+def main(_: list[str]) -> None:
+    cases = _cases()
+    chosen = [case for case in cases if re.search(_CASES.value, case.name)]
+    for number, case in enumerate(chosen, 1):
+        path = RESULTS / f"{case.name}.json"
+        if _LIST.value or (path.exists() and not _AGAIN.value):
+            print(f"{case.name}: {'there' if path.exists() else 'to be compiled'}")
+            continue
+        print(f"[{number}/{len(chosen)}] {case.name} ...", flush=True)
+        report = run(case)
+        files.write_json(path, report)
+        print(report.get("error") or _row(case, report), flush=True)
+    if not _LIST.value:
+        files.write_text(RESULTS.parent / "pod_compile.md", table(cases))
+        print(table(cases))
+
+
+if __name__ == "__main__":
+    app.run(main)
