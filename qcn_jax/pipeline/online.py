@@ -26,7 +26,6 @@ from qcn_jax.pipeline.rollout import RolloutRecord, Stop, Stopped
 from qcn_jax.pipeline.train import Interrupted, TrainState, stop_signals
 
 T = TypeVar("T")
-HEAD_CHUNK_ELEMENTS = 1 << 25  # logits that exist at a time: all of a nano model's, 216 positions of Qwen's
 
 # (number of the update from 0, state, whether to give up) -> (state, metrics)
 Step = Callable[[int, TrainState, Stop], tuple[TrainState, dict[str, Any]]]
@@ -144,12 +143,6 @@ def document(record: RolloutRecord, **per_token: np.ndarray) -> dict[str, np.nda
 def pack_rows(documents: Sequence[dict[str, np.ndarray]], length: int, rows: int) -> dict[str, np.ndarray]:
     """Documents in as few rows of `length` as best fit finds, a multiple of `rows` of them."""
     return pack(documents, length, rows=rows)
-
-
-def positions_at_a_time(config: ModelConfig, batch: dict[str, jax.Array]) -> int | None:
-    """How many positions' logits should exist at a time; None for all."""
-    limit = max(1, HEAD_CHUNK_ELEMENTS // config.vocab_size)
-    return None if batch["tokens"].size <= limit else limit
 
 
 def next_tokens(batch: dict[str, jax.Array]) -> jax.Array:

@@ -5,8 +5,7 @@ tokens[t + 1], and every per-position array of a batch (weights, advantages, old
 with the predicting position.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,31 +90,3 @@ def reverse_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
 def forward_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """KL(teacher || student) over the whole vocabulary, per token: [..., V] logits twice -> [...]."""
     return reverse_kl(teacher, student)
-
-
-def over_positions(function: Callable[..., Any], chunk: int | None, *arrays: jax.Array) -> Any:
-    """Applies `function` to all positions, `chunk` of them at a time, so that [B, T, V] never exists whole.
-
-    Args:
-      function: takes one [n, ...] array per given array and returns a pytree of [n] arrays; typically it
-        applies the head to hidden states and reduces over the vocabulary. Recomputed in the backward pass.
-      chunk: positions at a time; None applies `function` once.
-      *arrays: [B, T, ...].
-
-    Returns:
-      The pytree with [B, T] leaves.
-    """
-    batch, length = arrays[0].shape[:2]
-    total = batch * length
-    flat = [array.reshape(total, *array.shape[2:]) for array in arrays]
-    if chunk is None or chunk >= total:
-        out = function(*flat)
-    else:
-        pad = -total % chunk
-        parts = [
-            jnp.pad(array, [(0, pad)] + [(0, 0)] * (array.ndim - 1)).reshape(-1, chunk, *array.shape[1:])
-            for array in flat
-        ]
-        out = jax.lax.map(lambda xs: jax.checkpoint(function)(*xs), parts)
-        out = jax.tree.map(lambda leaf: leaf.reshape(-1)[:total], out)
-    return jax.tree.map(lambda leaf: leaf.reshape(batch, length), out)

@@ -116,23 +116,3 @@ def test_kl_and_its_gradient(name: str) -> None:
     assert got.shape == (3,) and got.sum() == pytest.approx(plain(student), rel=1e-5)
     gradient = jax.grad(lambda s: function(s, jnp.asarray(teacher)).sum())(jnp.asarray(student))
     np.testing.assert_allclose(gradient, finite_difference(plain, student, 1e-4), atol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 8, 100])
-def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
-    rng = np.random.default_rng(4)
-    hidden, kernel = jnp.asarray(rng.normal(size=(2, 8, 3))), jnp.asarray(rng.normal(size=(3, 11)))
-    targets = jnp.asarray(rng.integers(0, 11, size=(2, 8)))
-
-    def loss(kernel, hidden, chunk):
-        logprobs, entropy = rl_losses.over_positions(
-            lambda h, t: rl_losses.token_statistics(h @ kernel, t), chunk, hidden, targets
-        )
-        return (logprobs * jnp.arange(16).reshape(2, 8)).sum(), entropy
-
-    (want, entropy), gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)(kernel, hidden, None)
-    (got, entropies), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(kernel, hidden, chunk)
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-    np.testing.assert_allclose(entropies, entropy, rtol=1e-5)
-    for a, b in zip(gradients, gradient):
-        np.testing.assert_allclose(a, b, atol=1e-5)
