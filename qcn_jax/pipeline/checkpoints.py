@@ -72,7 +72,8 @@ class Checkpoints:
 
         Args:
           state: pytree of arrays or ShapeDtypeStructs with the shapes, types and shardings to restore into;
-            a checkpoint from another mesh is laid out anew.
+            a checkpoint from another mesh is laid out anew. Arrays are freed where there is a checkpoint, so that
+            a device never holds two states.
           data: Grain iterator to move to the saved position.
         Returns:
           (step, state, extra), or None where there is no checkpoint.
@@ -86,6 +87,9 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         if data is not None:
             self._require_processes(step)
+        for leaf in jax.tree.leaves(state):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
         items = {"state": ocp.args.StandardRestore(abstract), "extra": ocp.args.JsonRestore()}
         if data is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(data)

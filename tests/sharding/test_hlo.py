@@ -1,0 +1,94 @@
+"""Figures read from compiled text against what was put into the program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qcn_jax.sharding import hlo
+
+# As TPU back ends print it: no known trip count, the bound is in the condition; an asynchronous gather; a kernel.
+TEXT = """HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %p = (s32[]{:T(128)}, bf16[64,32]{1,0}) parameter(0)
+  %x = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %w = bf16[16,32]{1,0} constant({...})
+  %gathered = bf16[32,32]{1,0} all-gather(%w), channel_id=1, dimensions={0}
+  %fusion.1 = bf16[64,32]{1,0} fusion(%x, %gathered), kind=kOutput, calls=%product, metadata={op_name="jit(step)/while/body/mlp/dot"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %reduced = bf16[64,32]{1,0} all-reduce(%fusion.1), channel_id=2, to_apply=%add
+  ROOT %t = (s32[], bf16[64,32]) tuple(%i, %reduced)
+}
+
+%product (x: bf16[64,32], w: bf16[32,32]) -> bf16[64,32] {
+  %x.1 = bf16[64,32]{1,0} parameter(0)
+  %w.1 = bf16[32,32]{1,0} parameter(1)
+  ROOT %dot = bf16[64,32]{1,0} convolution(%x.1, %w.1), dim_labels=bf_io->bf
+}
+
+%condition (p: (s32[], bf16[64,32])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  %p.2 = (s32[]{:T(128)}, bf16[64,32]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%unknown (p: (s32[], s32[])) -> pred[] {
+  %p.3 = (s32[], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%p.3), index=0
+  %n = s32[] get-tuple-element(%p.3), index=1
+  ROOT %lt.1 = pred[] compare(%j, %n), direction=LT
+}
+
+ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
+  %param = bf16[64,32]{1,0} parameter(0)
+  %loop = (s32[], bf16[64,32]) while(%start), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
+  %other = (s32[], s32[]) while(%pair), condition=%unknown, body=%body
+  %scatter-start = ((bf16[64,32]), bf16[16,32]) async-start(%param), calls=%wrapped
+  %scatter-done = bf16[16,32] async-done(%scatter-start), calls=%wrapped
+  ROOT %kernel = bf16[64,32]{1,0} custom-call(%param), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":5000,"transcendentals":0}}}
+}
+
+%wrapped (p: bf16[64,32]) -> bf16[16,32] {
+  %p.4 = bf16[64,32]{1,0} parameter(0)
+  ROOT %rs = bf16[16,32]{1,0} reduce-scatter(%p.4), channel_id=3, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_loops_collectives_flops_and_cycles():
+    summary = hlo.summarize(TEXT)
+    runs = 12 + 1  # the loop whose bound depends on data counts once, and is said to
+    assert summary.unknown_loops == 1
+    assert dict(summary.collective_count) == {"all-gather": runs, "all-reduce": runs, "reduce-scatter": 1}
+    assert summary.collective_bytes["all-gather"] == runs * 32 * 32 * 2
+    assert summary.collective_bytes["all-reduce"] == runs * 64 * 32 * 2
+    assert summary.collective_bytes["reduce-scatter"] == 64 * 32 * 2
+    assert summary.matmul_flops == runs * 2 * 64 * 32 * 32 and summary.kernel_flops == 5000
+    assert summary.top_cycles(1) == [("fusion.1", 100 * runs)]
+    assert hlo.cycles_by_part(summary, {"net": "linear_attn", "moe": "/mlp/"}) == {
+        "net": 0.0, "moe": 100.0 * runs, "other": 0.0}
+    report = hlo.to_json(summary)
+    assert report["largest_collectives"][0] == {
+        "bytes": runs * 64 * 32 * 2, "kind": "all-reduce", "count": runs, "origin": ""}
+
+
+def test_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.summarize("HloModule nothing\n")
+
+
+def test_flops_of_a_program_that_xla_made():
+    """Seven steps of [8, 16] x [16, 16] forward, and two products each backward."""
+
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
+
+    shapes = jax.ShapeDtypeStruct((7, 16, 16), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().as_text()
+    assert hlo.summarize(text).matmul_flops == 3 * 7 * 2 * 8 * 16 * 16
