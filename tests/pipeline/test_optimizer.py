@@ -108,7 +108,7 @@ def _walk(config, dtype, steps=40):
     return np.asarray(params["q_proj"]["kernel"], np.float64), state
 
 
-START = np.linspace(0.5, 2.0, 32).reshape(8, 4)
+START = np.random.default_rng(0).uniform(0.5, 2.0, (8, 4))
 SMALL = dataclasses.replace(CONFIG, learning_rate=2e-4, warmup_steps=0, weight_decay=0.0)
 
 
@@ -123,7 +123,7 @@ def test_moments_are_kept_in_the_dtypes_asked_for(name):
     exact, _ = _walk(config, jnp.float32)
     low, state = _walk(dataclasses.replace(config, mu_dtype="bfloat16", nu_dtype="bfloat16"), jnp.float32)
     assert _moments(state, "mu", "nu") == {"bfloat16"}
-    assert 0 < np.abs(low - exact).max() < 0.02 * 0.01 * 40
+    assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact - START).max()
     mixed = optimizer.make_optimizer(dataclasses.replace(config, mu_dtype="bfloat16"), 10).init(
         {"q_proj": {"kernel": jnp.ones((4, 4), jnp.bfloat16)}, "A_log": jnp.ones(4, jnp.bfloat16)})
     assert _moments(mixed, "mu") == {"bfloat16"} and _moments(mixed, "nu") == {"float32"}
