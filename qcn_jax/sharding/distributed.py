@@ -54,13 +54,13 @@ def several_tpu_hosts(environment: Mapping[str, str]) -> bool:
 
 
 def alone() -> bool:
-    """Whether this is the only process."""
-    return jax.process_count() == 1
+    """Whether this is the only process; starts no device to find out."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes what only one may write."""
-    return jax.process_index() == 0
+    return alone() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
