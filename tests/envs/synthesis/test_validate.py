@@ -159,6 +159,33 @@ def test_combined_defects(place):
         assert grader.grade(task, part.patch).outcome == "unresolved"
 
 
+def test_combined_in_one_module(tmp_path):
+    """Defects of two files of one folder: one patch, two files, and neither half of the fix is enough."""
+    text = "def {0}(x):\n    return x + 1\n"
+    for path, content in {
+        "pkg/__init__.py": "", "pkg/a.py": text.format("up"), "pkg/b.py": text.format("more"),
+        "tests/test_pkg.py": "import pytest\nfrom pkg import a, b\n\n\ndef test_up():\n    assert a.up(1) == 2\n\n\ndef test_more():\n"
+                             "    assert b.more(5) == 6\n\n\n@pytest.mark.parametrize('n', range(4))\ndef test_nothing(n):\n    pass\n",
+    }.items():  # fmt: skip
+        (tmp_path / "repo" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repo" / path).write_text(content)
+    spec = sources.locate(str(tmp_path / "repo"), {})
+    with make_provider("local", str(tmp_path / "state")) as provider:
+        survey = validate.survey(provider, spec)
+        kept = []
+        for name, function in (("a", "up"), ("b", "more")):
+            (injection,) = inject.candidates(text.format(function), f"pkg/{name}.py", ["change_arithmetic"])
+            item = validate.make_candidate(injection, spec, survey, random.Random(0))
+            kept.append((item, validate.check(provider, item).task))
+        made = combine.combinations(kept, survey, 4, seed=0)
+        assert {c.kind for c in made} == {combine.MODULE}
+        task = validate.check(provider, made[0], validate.Options(characters=statement.FULL)).task
+        assert patches.touched(task.patch) == ["pkg/a.py", "pkg/b.py"] and len(task.FAIL_TO_PASS) == 2
+        grader = grading.Grader(provider)
+        assert grader.grade(task, task.patch).resolved and verify.verify_task(provider, task).problems == ()
+        assert [grader.grade(task, part.patch).outcome for _, part in kept] == ["unresolved", "unresolved"]
+
+
 def test_held_out_tests(place):
     """Calls that no test makes tell a right fix from one that only serves the tests' own values."""
     provider = place[0]

@@ -133,7 +133,8 @@ def attempt(
     except BuildFailed:
         client.images.remove(image, force=True)
         raise
-    return Environment(recipe, image, recipe.dockerfile(base), first.outcomes, first.seconds, acceptance)
+    named = next(iter(client.images.get(base).tags), base)  # a name means more than an id where the file is read
+    return Environment(recipe, image, recipe.dockerfile(named), first.outcomes, first.seconds, acceptance)
 
 
 def _installed(

@@ -17,7 +17,7 @@ _REQUIREMENTS = ("requirements-test.txt", "requirements-tests.txt", "requirement
                  "requirements-dev.txt", "requirements_dev.txt", "dev-requirements.txt", "requirements/test.txt",
                  "requirements/tests.txt", "requirements/dev.txt", "requirements/testing.txt")
 # Of the packages that test groups list, those that tests never import.
-_NEVER_NEEDED = re.compile(r"^(?:black|ruff|flake8|mypy|pylint|isort|sphinx|furo|tox|nox|twine|build|pre-commit|coveralls|"
+_NEVER_NEEDED = re.compile(r"^(?:black|ruff|flake8|mypy|pylint|isort|sphinx|furo|tox|nox|hatch|twine|build|pre-commit|coveralls|"
                            r"codecov|bump|check-manifest|wheel)\b", re.IGNORECASE)
 _VERSIONED_BY_GIT = re.compile(r"setuptools[-_]scm|hatch-vcs|versioningit|setuptools-git-versioning|pbr\b|dunamai")
 _NODE_WRAPPERS = re.compile(r"^(?:npx |cross-env (?:\w+=\S+ )*|nyc (?:-\S+ )*|c8 (?:-\S+ )*)+")
