@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import pytest
@@ -46,13 +47,12 @@ def test_published_model_divides(sizes):
     config = dataclasses.replace(ModelConfig(), num_nextn_predict_layers=1)
     parallel = _parallel(**sizes)
     names = logical_axes(config)
-    devices = parallel.size("embed", "heads")
 
     def check(shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> None:
         parallel.spec(*axes)
         parts = [parallel.size(name) for name in axes]
         assert all(size % part == 0 for size, part in zip(shape.shape, parts, strict=True)), axes
-        assert shape.size / jax.numpy.prod(jax.numpy.asarray(parts)) < 2**31 / min(devices, 16), axes
+        assert shape.size < 2**24 or math.prod(parts) >= 16, axes
 
     jax.tree.map(check, abstract_params(config), names)
 

@@ -30,11 +30,11 @@ class Form(Protocol):
 
     Attributes:
       rounds: how often this device works through a buffer of rows.
-      dropped: float32, slots of this device's tokens that found no room.
+      dropped: float32, slots of this device's tokens that found no room; None where there always is.
     """
 
     rounds: int | Array
-    dropped: Array
+    dropped: Array | None
     send: Callable[[Array], Any]
     send_slots: Callable[[Array], Any]
     fetch: Callable[[Any, int | Array], Array]
@@ -87,6 +87,8 @@ def _apply(
         whole = _gather_kernels(kernels, parallel)
         out = _run(form, flat(x), flat(weights), whole, backend)
         out = _sum(out, parallel.axes("mlp")).reshape(x.shape)
+        if form.dropped is None:
+            return out, jnp.zeros((), jnp.float32)
         return out, _sum(form.dropped, parallel.axes("activation_batch", "activation_length"))
 
     run = parallel.per_device(local, (tokens, tokens, tokens, stacked), (tokens, PartitionSpec()))

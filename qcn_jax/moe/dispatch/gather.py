@@ -15,6 +15,8 @@ Array = jax.Array
 class Gather:
     """Plan of one dispatch; see moe.dispatch.dispatch.Form."""
 
+    dropped = None
+
     def __init__(
         self, experts: Array, num_experts: int, axes: tuple[str, ...], all_axes: tuple[str, ...], buffer: float
     ) -> None:
@@ -33,7 +35,6 @@ class Gather:
         # Whole rounds of slots; those beyond the total point out of bounds.
         padded = jnp.pad(order, (0, self._rows + -order.size % self._rows), constant_values=self._slots)
         self._order = jnp.where(jnp.arange(padded.size) < self._total, padded, self._slots)
-        self.dropped = jnp.zeros((), jnp.float32)
 
     def send(self, x: Array) -> Array:
         """x [N, ...] of tokens -> [M, ...] of all devices' tokens."""

@@ -50,6 +50,8 @@ def exchange_slices(
 class Ragged:
     """Plan of one dispatch; see moe.dispatch.dispatch.Form."""
 
+    dropped = None
+
     def __init__(self, experts: Array, num_experts: int, axes: Axes, all_axes: Axes, buffer: float) -> None:
         tokens, self._choices = experts.shape
         self._axes, self._devices = axes, jax.lax.axis_size(axes) if axes else 1
@@ -57,7 +59,6 @@ class Ragged:
         self._sorted = sort_slots(experts.reshape(-1), num_experts)
         worst = self._devices * tokens * min(self._choices, local)
         self._rows = buffer_rows(experts.size, buffer if axes else 0, worst)
-        self.dropped = jnp.zeros((), jnp.float32)
         if not axes:
             self.rounds, self._sizes = 1, self._sorted.counts
             return
