@@ -18,7 +18,7 @@ FORMS = {
     "fsdp and context": {"fsdp": 2, "context": 4},
     "expert and tensor": {"expert": 4, "tensor": 2},
     "expert and context": {"expert": 4, "context": 2},
-    "tensor and context": {"tensor": 2, "context": 4},
+    "tensor and context": {"tensor": 2, "context": 2},
 }
 ROWS, LENGTH = 8, 20  # 20 = 4 stretches of 5: odd everywhere, and no multiple of the chunk
 
