@@ -1,14 +1,20 @@
 """Speed of the model on CPU beside transformers: a training step, and cached decoding at batch 1 and 16.
 
-    python benchmarks/model_cpu.py [--rounds=5] [--rows=8] [--length=512] [--skip_torch]
+    python benchmarks/model_cpu.py [--rounds=5] [--parts=decode,train] [--cores=1 --clock=cpu] [--skip_torch]
 
 One process measures both, turn by turn (ours, theirs, ours, ...), so that a noisy machine is noisy for both, and
 reports each side's fastest round. Run it on an otherwise idle machine: contention hits torch's thread pool
-harder than ours and would flatter us; the load average is printed for that reason. Training is forward, backward
-and AdamW on a batch of `rows` x `length` random tokens with next-token and balance loss. The share of peak is
-model FLOPs (6 per active parameter and token, embedding left out, plus attention and the delta rule) over the
-rate of a large float32 matrix product measured in the same run.
+harder than ours and would flatter us; the load average is printed for that reason. With --cores=1 --clock=cpu both
+sides have one core and are charged the processor time they used, which other programs on the machine hardly change.
+Freed memory is kept by malloc for both, as `qcn` does. Training is forward, backward and AdamW on a batch of `rows` x
+`length` random tokens with next-token and balance loss. The share of peak is model FLOPs (6 per active parameter and
+token, embedding left out, plus attention and the delta rule) over the rate of a large float32 matrix product measured
+in the same run.
 """
+
+from qcn_jax.hostmemory import keep_freed_memory
+
+keep_freed_memory()  # before JAX and torch start threads
 
 import os
 import statistics
@@ -31,6 +37,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Measured rounds of each side.")
 ROWS = flags.DEFINE_integer("rows", 8, "Sequences of a training batch.")
 LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a sequence.")
 PROMPT, NEW = 64, 64  # tokens of the decoding measurement
+CORES = flags.DEFINE_integer("cores", 0, "Cores and threads that both sides may use; 0: all.")
+CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "cpu"], "Elapsed seconds, or processor seconds of all threads.")
+PARTS = flags.DEFINE_list("parts", ["decode", "train"], "What to measure: decode, train.")
 SKIP_TORCH = flags.DEFINE_boolean("skip_torch", False, "Measure ours alone.")
 
 CONFIG = ModelConfig(
@@ -74,10 +83,11 @@ def matmul_peak() -> float:
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds until the result of `function` is there."""
-    start = time.perf_counter()
+    """Seconds, by --clock, until the result of `function` is there."""
+    clock = time.process_time if CLOCK.value == "cpu" else time.perf_counter
+    start = clock()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def our_training(config: ModelConfig, params: Any, tokens: np.ndarray) -> Callable[[], Any]:
@@ -187,24 +197,40 @@ def compare(name: str, tokens: int, ours: Callable, theirs: Callable | None, goa
     return min(seconds["ours"][1:])
 
 
+def limit_cores(count: int) -> int:
+    """Keeps this process, whose threads have not started yet, on `count` cores (0: all); returns how many it has."""
+    if count:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-count:])
+    return len(os.sched_getaffinity(0))
+
+
 def main(_: list[str]) -> None:
     """Prints the table."""
+    cores = limit_cores(CORES.value)
+    if not SKIP_TORCH.value:
+        import torch
+
+        torch.set_num_threads(cores)
     rng = np.random.default_rng(0)
     params = random_params(CONFIG)
     total, active = active_parameters(CONFIG)
     peak = matmul_peak()
-    print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {os.cpu_count()} cores; load average "
-          f"{os.getloadavg()[0]:.2f}; measured matmul peak {peak / 1e9:.0f} GFLOP/s\n")
+    print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {cores} of {os.cpu_count()} cores; "
+          f"load average {os.getloadavg()[0]:.2f}; measured matmul peak {peak / 1e9:.0f} GFLOP/s\n")
     model = None if SKIP_TORCH.value else their_model(CONFIG, params)
-    print("| tokens/s, fastest round (median) | ours | transformers | ratio | goal |\n|---|---|---|---|---|")
-    for batch, goal in ((1, 3), (16, 5)):
+    heading = f"tokens/s ({CLOCK.value} time), fastest round (median)"
+    print(f"| {heading} | ours | transformers | ratio | goal |\n|---|---|---|---|---|")
+    for batch, goal in ((1, 3), (16, 5)) if "decode" in PARTS.value else ():
         prompt = rng.integers(0, CONFIG.vocab_size, (batch, PROMPT)).astype(np.int32)
         theirs = model and their_decoding(model, prompt)
         compare(f"decoding, batch {batch}", batch * NEW, our_decoding(CONFIG, params, prompt), theirs, goal)
+    if "train" not in PARTS.value:
+        return
     shape = (ROWS.value, LENGTH.value)
     tokens = rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32)
     theirs = model and their_training(model.train(), tokens)
-    seconds = compare(f"training, {shape[0]} x {shape[1]}", tokens.size, our_training(CONFIG, params, tokens), theirs, 1.6)
+    ours = our_training(CONFIG, params, tokens)
+    seconds = compare(f"training, {shape[0]} x {shape[1]}", tokens.size, ours, theirs, 1.6)
     flops = 3 * forward_flops(CONFIG, shape[1]) * tokens.size
     print(f"\nTraining runs at {100 * flops / seconds / peak:.0f} % of the matmul peak (goal 60 %).")
 
