@@ -108,10 +108,11 @@ def test_harbor_reads_our_folder(harbor_python, tmp_path):
               "config = TaskConfig.model_validate_toml(pathlib.Path(sys.argv[1], 'task.toml').read_text())\n"
               "print(config.agent.timeout_sec, config.verifier.timeout_sec, config.environment.cpus, "
               "config.environment.memory_mb)\n"
-              "from harbor.models.task.paths import TaskPaths\npaths = TaskPaths(pathlib.Path(sys.argv[1]))\n"
-              "print(paths.is_valid())\n")
+              "from harbor.models.task.task import Task\ntask = Task(pathlib.Path(sys.argv[1]))\n"
+              "print('clamp is wrong' in task.instruction, task.paths.test_path.name, task.paths.solve_path.name)\n")
     done = subprocess.run([harbor_python, "-c", script, str(tmp_path / "task")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = done.stdout.strip().splitlines()
     assert [float(value) for value in first.split()] == [
-        harbor.AGENT_SECONDS, harbor.VERIFIER_SECONDS, harbor.CPUS, harbor.MEMORY_MB] and second == "True"
+        harbor.AGENT_SECONDS, harbor.VERIFIER_SECONDS, harbor.CPUS, harbor.MEMORY_MB]
+    assert second == "True test.sh solve.sh"
