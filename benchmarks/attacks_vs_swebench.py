@@ -3,12 +3,13 @@
   python benchmarks/attacks_vs_swebench.py [--out=attacks.json]
 
 Every attack that a patch can carry (numbers as in tests/attacks) is handed in to one task: a repository whose function
-`clamp` is wrong. Here it is graded by `Grader` in Docker sandboxes; there by `python -m swebench.harness.run_evaluation`
-on an image of the same repository, made locally, with the task's test files put back by the script as SWE-bench's own
-scripts do. An attack works if a patch that repairs nothing is counted as resolved, or if the code under test does what it
-prints that it did: reach the network, or write into the machine's programs. Attacks on the agent's own sandbox (1 to 7, 18,
-26, 30) have no counterpart in a harness that only grades and are in tests/attacks alone. Fork and memory bombs and full
-disks (27) are not run under the harness, whose containers have no limits: they would take this machine.
+`clamp` is wrong. Here it is graded by `Grader` in Docker sandboxes; there by `python -m
+swebench.harness.run_evaluation` on an image of the same repository, made locally, with the task's test files put back
+by the script as SWE-bench's own scripts do. An attack works if a patch that repairs nothing is counted as resolved, or
+if the code under test does what it prints that it did: reach the network, or write into the machine's programs.
+Attacks on the agent's own sandbox (1 to 7, 18, 26, 30) have no counterpart in a harness that only grades and are in
+tests/attacks alone. Fork and memory bombs and full disks (27) are not run under the harness, whose containers have no
+limits: they would take this machine.
 """
 
 import json

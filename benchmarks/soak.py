@@ -3,12 +3,12 @@
   python benchmarks/soak.py --executions=5000 --out=DIR        resumable: run it again after an interruption
   python benchmarks/soak.py --executions=200 --kind=local --out=DIR
 
-Each execution grades one patch in a fresh sandbox through the pool. Most are right or wrong fixes; the others hang, fork
-without end, allocate without end, fill their disk, print 100 MB, or leave the interpreter. Meanwhile pool workers,
-containers and (docker) the whole Docker daemon are killed at random times. The daemon is one of its own, with its own
-folders and socket below DIR; the machine's other daemon is only asked for its base image. A result is right if its outcome
-is one that its patch can have; "infrastructure" is none. DIR/results.jsonl holds one line for each result. The exit status
-is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
+Each execution grades one patch in a fresh sandbox through the pool. Most are right or wrong fixes; the others hang,
+fork without end, allocate without end, fill their disk, print 100 MB, or leave the interpreter. Meanwhile pool
+workers, containers and (docker) the whole Docker daemon are killed at random times. The daemon is one of its own, with
+its own folders and socket below DIR; the machine's other daemon is only asked for its base image. A result is right if
+its outcome is one that its patch can have; "infrastructure" is none. DIR/results.jsonl holds one line for each result.
+The exit status is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
 """
 
 import _thread
@@ -211,7 +211,7 @@ def descendants(pid: int, besides: int | None = None) -> list[int]:
     return found
 
 
-def left_behind(daemon: Daemon | None, state: pathlib.Path, shims: set[int]) -> dict[str, int]:
+def left_behind(daemon: Daemon | None, state: pathlib.Path) -> dict[str, int]:
     """What is still there when everything should be gone."""
     found = {"processes": len(descendants(os.getpid(), daemon and daemon.process.pid)),
              "files": sum(1 for _ in (state / "work").rglob("*")) if (state / "work").exists() else 0}
@@ -230,8 +230,7 @@ def left_behind(daemon: Daemon | None, state: pathlib.Path, shims: set[int]) -> 
 
 def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tuple[collections.Counter, list[float]]:
     """Runs what is not known yet; returns how often each number came, and samples of this process's memory."""
-    came, samples, lock = collections.Counter(known), [], threading.Lock()
-    came = collections.Counter(dict.fromkeys(known, 1))
+    came, samples, lock = collections.Counter(dict.fromkeys(known, 1)), [], threading.Lock()
     one = task()
     todo = [number for number in range(_EXECUTIONS.value) if number not in known]
     with open(journal, "a", encoding="utf-8") as stream, tqdm.tqdm(
@@ -326,7 +325,7 @@ def soak(daemon: Daemon | None, tree: pathlib.Path, state: pathlib.Path, journal
         retried = pool.counts["infrastructure_failures"]
     seconds = time.monotonic() - started
     time.sleep(3.0)
-    left = left_behind(daemon, state, set())
+    left = left_behind(daemon, state)
     kinds = {number: patch(number)[0] for number in range(_EXECUTIONS.value)}
     wrong = {number: known[number] for number in known if known[number] not in KINDS[kinds[number]][3]}
     lost = [number for number in kinds if came[number] == 0]

@@ -25,7 +25,8 @@ from qcn_jax.cli import parsing
 
 NEED_MEMORY_GB, NEED_DISK_GB = 6.0, 3.0  # what `qcn run --config=configs/nano.py` uses at its peak, rounded up
 DOCKER_REGISTRY = "https://registry-1.docker.io/v2/"
-OPTIONAL = {"torch": "parity tests", "transformers": "parity tests", "libtpu": "qcn compile", "ray": "many machines"}
+OPTIONAL = {"torch": "parity tests", "transformers": "parity tests", "libtpu": "qcn compile", "ray": "many machines",
+            "swebench": "logs of other languages' tests"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +105,18 @@ def _jax() -> Finding:
 def _docker() -> Finding:
     import docker
 
+    from qcn_jax.envs.sandbox import layers
+
     try:
         client = docker.from_env(timeout=10)
         version = client.version()
     except docker.errors.DockerException as error:
         why = parsing.one_line(error)[:90]
         return Finding("docker", False, f"no engine answers ({why}); `local` sandboxes are used")
-    images = len(client.images.list())
-    return Finding("docker", True, f"engine {version['Version']} ({version['Os']}/{version['Arch']}), {images} images")
+    images, ours = len(client.images.list()), layers.usage(client)
+    size = f"{len(ours)} of {sum(ours.values()) / 2**20:.0f} MiB"
+    engine = f"engine {version['Version']} ({version['Os']}/{version['Arch']})"
+    return Finding("docker", True, f"{engine}, {images} images; ours above their bases: {size}")
 
 
 def _local_sandbox() -> Finding:

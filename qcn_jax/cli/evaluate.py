@@ -13,11 +13,12 @@ resolved rate and its 95 % interval.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tqdm
@@ -26,7 +27,8 @@ from absl import flags
 from qcn_jax import files
 from qcn_jax.cli import parsing
 from qcn_jax.envs import formats, swebench
-from qcn_jax.envs.sandbox import RepositorySpec, make_provider
+from qcn_jax.envs.grading import Verdict
+from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
@@ -93,7 +95,7 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
     out = pathlib.Path(values.out)
     if values.predictions:  # bad predictions are named before anything is downloaded
         predictions.read_predictions(values.predictions, tasks)
-    specs = find_repositories(tasks.values(), values.repo)
+    specs = find_repositories([task for task in tasks.values() if not task.eval_script], values.repo)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}
     with make_pool(values.pool, values.workers, arguments, specs, ray_address=values.ray_address) as pool:
@@ -103,8 +105,35 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
             files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool, arguments))
         rows = predictions.read_predictions(path, tasks)
         with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
-            verdicts = predictions.grade(rows, tasks, pool, lambda _: bar.update())
+            verdicts = _grade(rows, tasks, pool, values.workers, bar.update)
     return _report(values, tasks, rows, verdicts, sandbox["kind"])
+
+
+def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, workers: int,
+           update: Callable[[], Any]) -> list[Verdict]:
+    """Verdicts in the order of `rows`: by the pool, or for tasks with a script and an image of their own in that."""
+    from qcn_jax.pipeline import predictions
+
+    own = [row for row in rows if not tasks[row.instance_id].eval_script]
+    found = {verdict.instance_id: verdict for verdict in predictions.grade(own, tasks, pool, lambda _: update())}
+    foreign = [row for row in rows if row.instance_id not in found]
+    if foreign:
+        from qcn_jax.envs.synthesis.build.container import engine
+        from qcn_jax.envs.synthesis.languages import grade
+
+        client = engine()
+
+        def one(row: Any) -> Verdict:
+            try:
+                verdict = grade.grade(client, tasks[row.instance_id], row.patch)
+            except SandboxError as error:
+                verdict = Verdict(row.instance_id, "infrastructure", detail=str(error))
+            update()
+            return verdict
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+            found.update((verdict.instance_id, verdict) for verdict in threads.map(one, foreign))
+    return [found[row.instance_id] for row in rows]
 
 
 def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[Any], verdicts: Sequence[Any],

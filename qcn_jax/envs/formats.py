@@ -96,11 +96,13 @@ def detect(row: Mapping[str, Any]) -> str:
     """Which format a row is in: one of FORMATS, or "qcn" for our own."""
     if "fail_to_pass" in row or "selected_test_files_to_run" in row:
         return "swebench_pro"
+    if "bug_patch" in row:
+        return "qcn"
     if "eval_script" in row:
         return "swebench5"
     if "image_name" in row and "test_patch" not in row:
         return "swesmith"
-    return "qcn" if "bug_patch" in row else "swebench"
+    return "swebench"
 
 
 def from_row(row: Mapping[str, Any], where: str = "task") -> Task:

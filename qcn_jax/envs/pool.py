@@ -1,9 +1,10 @@
 """A pool of processes in which sandboxes are driven, so that the trainer's process only waits.
 
-Each worker has a provider and warm servers of its own; it is a process of this machine (`pool_process.py`) or, for many
-machines, an actor of a Ray cluster (`pool_ray.py`), and nothing else differs. Jobs return futures; an infrastructure failure (a dead worker, a
-sandbox that does not answer, a job past its deadline) is tried again and then raised as SandboxError or returned as a
-Verdict with outcome "infrastructure": it is never a zero reward. Everything else a job raises is raised unchanged.
+Each worker has a provider and warm servers of its own; it is a process of this machine (`pool_process.py`) or, for
+many machines, an actor of a Ray cluster (`pool_ray.py`), and nothing else differs. Jobs return futures; an
+infrastructure failure (a dead worker, a sandbox that does not answer, a job past its deadline) is tried again and then
+raised as SandboxError or returned as a Verdict with outcome "infrastructure": it is never a zero reward. Everything
+else a job raises is raised unchanged.
 """
 
 import collections
@@ -296,7 +297,7 @@ class EnvPool:
             return line
 
     def _attempt(self, index: int, job: Job) -> tuple[str, Any]:
-        """Tries a job until it is done or the attempts are used up; returns ok, error or infrastructure, and a value."""
+        """Tries a job until it is done or its attempts are used up; returns ok, error or infrastructure, and a value."""
         for attempt in range(job.attempts):
             try:
                 if self._lines[index] is None:

@@ -42,7 +42,8 @@ def connect(address: str = "") -> Callable[[Mapping[str, Any]], "RayWorker"]:
         try:
             ray.init(address=address or None, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"--config.ray_address={address}: no cluster answers: {str(error).splitlines()[0]}") from error
+            text = str(error).splitlines()[0]
+            raise UserError(f"--config.ray_address={address}: no cluster answers: {text}") from error
     archives, turns = _Archives(), itertools.count()
 
     def start(provider_args: Mapping[str, Any]) -> RayWorker:
@@ -86,7 +87,8 @@ class RayWorker:
         """As WorkerLine says."""
         try:
             message = pickle.dumps((job.number, job.kind, job.arguments))
-            shipped = {spec.name: self._archives.put(spec) for spec in job.arguments if isinstance(spec, RepositorySpec)}
+            specs = [argument for argument in job.arguments if isinstance(argument, RepositorySpec)]
+            shipped = {spec.name: self._archives.put(spec) for spec in specs}
         except Exception as error:
             return "error", (error, "the job cannot be sent to a worker")
         try:

@@ -1,9 +1,10 @@
 """SWE-bench's own instances (release 5): run in their images, graded from their logs by their rules.
 
-A row names an image, a script and a log parser. The patch is applied in a fresh container, the script run there, and its
-output read: that is how these sets are defined, and the verdicts are those of the `swebench` package on the same logs.
-What stands around it is ours: no network, no capabilities, memory, process, time and output limits, and containers that a
-crashed run leaves are found by their label. Tasks of our own are graded by `envs.grading`, which trusts no log.
+A row names an image, a script and a log parser. The patch is applied in a fresh container, the script run there, and
+its output read: that is how these sets are defined, and the verdicts are those of the `swebench` package on the same
+logs. What stands around it is ours: no network, no capabilities, memory, process, time and output limits, and
+containers that a crashed run leaves are found by their label. Tasks of our own are graded by `envs.grading`, which
+trusts no log.
 """
 
 import concurrent.futures
@@ -22,7 +23,7 @@ import docker
 import docker.errors
 
 from qcn_jax import files
-from qcn_jax.envs import logs
+from qcn_jax.envs import formats, logs
 from qcn_jax.envs.grading import INFRASTRUCTURE_ATTEMPTS, Verdict
 from qcn_jax.envs.sandbox import docker as back_end
 from qcn_jax.envs.sandbox import images
@@ -36,9 +37,10 @@ PASS_AND_FAIL, FAIL_ONLY = "pass_and_fail", "fail_only"
 TIMEOUT = 1800.0  # seconds, as in the package
 MEMORY_MB, PROCESSES, LOG_BYTES = 8192, 1024, 200_000_000
 # What a runner prints when it has run something; without results and without such a line nothing was run.
-_RAN = re.compile(r"Executed [1-9]\d* of \d+|TOTAL: [1-9]\d* (?:SUCCESS|FAILED)|[1-9]\d* passing|Tests:\s+[1-9]\d*|"
-                  r"Test Suites:\s+(?:\d+ \w+, )*[1-9]\d* total|^# tests [1-9]\d*|[1-9]\d* specs?, \d+ failures?|': ok$",
-                  re.MULTILINE)
+_RAN = re.compile("|".join((
+    r"Executed [1-9]\d* of \d+", r"TOTAL: [1-9]\d* (?:SUCCESS|FAILED)", r"[1-9]\d* passing", r"Tests:\s+[1-9]\d*",
+    r"Test Suites:\s+(?:\d+ \w+, )*[1-9]\d* total", r"^# tests [1-9]\d*", r"[1-9]\d* specs?, \d+ failures?",
+    r"': ok$")), re.MULTILINE)
 # Ways to apply a patch, in the package's order; after a failure the tree is put back.
 _APPLY = ("git apply --verbose", "git apply --verbose --3way", "git apply --verbose --reject",
           "patch --batch --forward --fuzz=5 -p1 -i")
@@ -71,7 +73,8 @@ class Instance:
             except (KeyError, ValueError, TypeError) as error:
                 raise UserError(f"{where}: field {field} is not a list of tests") from error
         if values["eval_type"] not in (PASS_AND_FAIL, FAIL_ONLY):
-            raise UserError(f"{where}: field eval_type: expected {PASS_AND_FAIL} or {FAIL_ONLY}, got {row['eval_type']!r}")
+            raise UserError(
+                f"{where}: field eval_type: expected {PASS_AND_FAIL} or {FAIL_ONLY}, got {row['eval_type']!r}")
         logs.parser(values["log_parser"])
         return cls(**values)
 
@@ -86,9 +89,9 @@ class Instance:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Instance] | None:
-    """Instances by id, or None where the file's first row is none of release 5 (it has no `eval_script`)."""
+    """Instances by id, or None where the file's first row is none of release 5."""
     rows = files.read_json(path) if pathlib.Path(path).suffix == ".json" else files.read_jsonl(path)
-    if not isinstance(rows, list) or not rows or "eval_script" not in rows[0]:
+    if not isinstance(rows, list) or not rows or formats.detect(rows[0]) != "swebench5":
         return None
     found = [Instance.from_row(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
     return {instance.instance_id: instance for instance in found}

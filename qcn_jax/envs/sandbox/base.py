@@ -323,7 +323,8 @@ class Provider:
         if prepared.key not in server.trees:
             with open(prepared.archive, "rb") as stream:
                 payload = stream.read()
-            server.call({"op": "load", "tree": prepared.key, "settings": dict(prepared.settings)}, payload, ANSWER_GRACE)
+            request = {"op": "load", "tree": prepared.key, "settings": dict(prepared.settings)}
+            server.call(request, payload, ANSWER_GRACE)
             server.trees.add(prepared.key)
 
     def _start_loaded(self, prepared: Prepared) -> channel.Server:

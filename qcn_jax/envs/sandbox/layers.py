@@ -1,8 +1,8 @@
 """Image layers above the base: a repository with what it needs, and on it a task's starting state.
 
-An image is named by a hash of its parent, its files and its steps, so that equal ones are built once, and all tasks of a
-repository share its layers. Every use renews the image's tag; `prune` removes the longest unused ones until the rest fits
-a budget of disk space.
+An image is named by a hash of its parent, its files and its steps, so that equal ones are built once, and all tasks of
+a repository share its layers. Every use renews the image's tag; `prune` removes the longest unused ones until the rest
+fits a budget of disk space.
 """
 
 import datetime
@@ -56,7 +56,8 @@ def layer(client: docker.DockerClient, kind: str, parent: str, contents: Mapping
     if found:
         return found
     gone = [path for path, data in contents.items() if data is None]
-    lines = [f"FROM {parent}", f"LABEL {images.LABEL}={kind} {images.PARENT}={parent}", "USER root", f"WORKDIR {folder}"]
+    labels = f"LABEL {images.LABEL}={kind} {images.PARENT}={parent}"
+    lines = [f"FROM {parent}", labels, "USER root", f"WORKDIR {folder}"]
     if gone:
         lines.append(f"RUN {json.dumps(['rm', '-f', '--', *gone])}")
     if len(gone) < len(contents):

@@ -5,6 +5,12 @@ namespaces  (as root, or through a user namespace) a root file system of its own
 filters     (Landlock and seccomp, no privilege needed) no network, no files but the system's programs and the workspace
 none        limits, a scrubbed environment and process clean-up; tested code reaches what the calling user reaches, and
             commands of agents are refused unless "none" was asked for by name
+
+Of the thirty attacks (tests/attacks, numbers as there) docker and namespaces stop the same, with one difference: here
+memory is limited for each process and not for the sandbox, so that many processes together can take the machine's
+(27). Filters do not stop 6 where a fixed copy is among the machine's installed packages, nor 27 for disk space. With
+none also 3, 4, 5 and 28 (the network), 6 and 14 (what the user may read and write) and 30 (shared folders) are not
+stopped.
 """
 
 import base64
