@@ -78,7 +78,8 @@ def main(path):
         for patch in chosen:
             report = constants.LOG_DIR_RUN_VALIDATION / name / patch["instance_id"] / "report.json"
             found = json.loads(report.read_text()) if report.exists() else {}
-            rows.append({"repository": spec["repo"], "kind": patch["strategy"], "kept": bool(found.get("FAIL_TO_PASS"))})
+            kept = bool(found.get("FAIL_TO_PASS"))
+            rows.append({"repository": spec["repo"], "kind": patch["strategy"], "kept": kept})
     Path("result.json").write_text(json.dumps({"rows": rows, "seconds": seconds}))
 
 

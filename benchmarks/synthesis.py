@@ -2,10 +2,10 @@
 
     python benchmarks/synthesis.py --out=bench/synthesis [--count=2000] [--workers=2] [--sample=0] [--reruns=3]
 
-Makes tasks from the repositories below in one run (source distributions from PyPI, hashes checked). The run can be killed
-at any time and given again: it continues from its journal. Held-out repositories of configs/ take no part. What is
-printed also stands in OUT/summary.json. Processor seconds are those of the sandboxes' processes; wall seconds are of this
-machine, busy or not.
+Makes tasks from the repositories below in one run (source distributions from PyPI, hashes checked). The run can be
+killed at any time and given again: it continues from its journal. Held-out repositories of configs/ take no part. What
+is printed also stands in OUT/summary.json. Processor seconds are those of the sandboxes' processes; wall seconds are
+of this machine, busy or not.
 """
 
 import collections
@@ -44,8 +44,8 @@ def main(argv):
     del argv
     out = pathlib.Path(_OUT.value)
     known = repositories.TRAIN | MORE
-    settings = plan.Settings(target=_COUNT.value, statement_characters=statement.FULL, tests_may_tell=True, held_out=True,
-                             candidates_per_repo=600, combined_per_repo=12)
+    settings = plan.Settings(target=_COUNT.value, statement_characters=statement.FULL, tests_may_tell=True,
+                             held_out=True, candidates_per_repo=600, combined_per_repo=12)
     started, arguments = time.monotonic(), {"kind": _SANDBOX.value, "state_dir": str(out / "sandbox")}
     with EnvPool(_WORKERS.value, arguments) as pool:
         described = pool.describe()["description"]

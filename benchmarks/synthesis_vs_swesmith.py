@@ -1,16 +1,18 @@
 """Validated tasks per core-hour, side by side with the swesmith package's generators and validation.
 
-    python -m venv /tmp/swesmith && /tmp/swesmith/bin/pip install 'swesmith[generate,validate]' 'swebench<5' pytest litellm
+    python -m venv /tmp/swesmith && /tmp/swesmith/bin/pip install 'swesmith[generate,validate]' 'swebench<5' pytest
+    litellm
     python benchmarks/synthesis_vs_swesmith.py --swesmith=/tmp/swesmith/bin/python --out=bench/swesmith
 
-The same repositories, the same interpreter and pytest inside, both in Docker containers of one engine, one after the other
-in one run. swesmith's procedural generators make its candidates and `swesmith.harness.valid` validates a sample of each kind;
-ours are those of the kinds that correspond. A candidate of swesmith's is validated when a test fails that passed before; one
-of ours when it is kept, which asks more: fixed by the reverse patch, the same again in a second run, a statement from
-observed behaviour that does not tell the fix.
+The same repositories, the same interpreter and pytest inside, both in Docker containers of one engine, one after the
+other in one run. swesmith's procedural generators make its candidates and `swesmith.harness.valid` validates a sample
+of each kind; ours are those of the kinds that correspond. A candidate of swesmith's is validated when a test fails
+that passed before; one of ours when it is kept, which asks more: fixed by the reverse patch, the same again in a
+second run, a statement from observed behaviour that does not tell the fix.
 
 Processor time is that of the containers (from the control groups, read while they run; what a container uses after
-the last reading is lost, in favour of swesmith) and of the processes that drive them. The Docker daemon's own is left out.
+the last reading is lost, in favour of swesmith) and of the processes that drive them. The Docker daemon's own is left
+out.
 """
 
 import collections
@@ -119,7 +121,7 @@ def ours(client, specs, out):
     with Meter(client, mine) as meter:
         with tempfile.TemporaryDirectory() as state:
             with EnvPool(_WORKERS.value, {"kind": "docker", "state_dir": state}) as pool:
-                result = synthesize.synthesize(pool, specs, settings, out / "ours", lambda line: print(line, flush=True))
+                result = synthesize.synthesize(pool, specs, settings, out / "ours", print)
     wall = time.monotonic() - started
     group = {kind: theirs for theirs, found in KINDS.items() for kind in found}
     rows = [{"repository": v.repository, "kind": group[v.kind], "kept": v.task is not None,
@@ -133,7 +135,8 @@ def image_for(client, spec):
     base = images.base_image(client)
     runtime = images.runtime_image(client, base)
     settings = repository.settings(spec, repository.unpack(spec))
-    places = ":".join("/testbed/" + path.removeprefix("repo").strip("/") for path in settings["python_path"] if path != "meta")
+    places = ":".join("/testbed/" + path.removeprefix("repo").strip("/") for path in settings["python_path"]
+                      if path != "meta")
     with tempfile.TemporaryDirectory() as folder:
         for name, member in repository.unpack(spec).items():
             if name.startswith("repo/"):
@@ -166,7 +169,8 @@ def theirs(client, specs, out):
         job["repositories"].append({
             "repo": name, "commit": "0" * 40, "folder": str(next(path for path in folder.iterdir() if path.is_dir())),
             "image": image_for(client, spec),
-            "test": "/opt/qcn/bin/python -m pytest -p no:cacheprovider --disable-warnings --color=no --tb=no --verbose"})
+            "test": "/opt/qcn/bin/python -m pytest -p no:cacheprovider --disable-warnings --color=no --tb=no "
+                    "--verbose"})
     files.write_json(out / "job.json", job)
     before, started = children_seconds(), time.monotonic()
     with Meter(client, lambda row: any(name.startswith("/swesmith.val.") for name in row["Names"])) as meter:
@@ -199,7 +203,8 @@ def main(argv):
         kept, tried = sum(row["kept"] for row in found["rows"]), len(found["rows"])
         rates[side] = kept / found["cpu"] * 3600
         print(f"{side}: {kept} of {tried} validated ({kept / tried:.0%}), {found['cpu']:.0f} core-seconds, "
-              f"{found['wall']:.0f} s wall: {rates[side]:.0f} per core-hour, {kept / found['wall'] * 3600:.0f} per hour")
+              f"{found['wall']:.0f} s wall: {rates[side]:.0f} per core-hour, "
+              f"{kept / found['wall'] * 3600:.0f} per hour")
     print(f"ratio: {rates['qcn_jax'] / rates['swesmith']:.2f} in validated tasks per core-hour")
     return 0
 

@@ -7,8 +7,9 @@
 
 Strategies: inject (rules), rewrite (a model changes or rewrites functions), combine (several verified defects at once),
 mine (the history of a git clone), build (only the environment: Dockerfile, install steps, test command, log parser).
-JavaScript and Go repositories get an environment first and need a Docker engine. A candidate is kept only after execution: tests that passed now fail, and the fix makes
-them pass again. Interrupted runs continue from OUT.work, with the same result. Beside OUT stands OUT.yields.json.
+JavaScript and Go repositories get an environment first and need a Docker engine. A candidate is kept only after
+execution: tests that passed now fail, and the fix makes them pass again. Interrupted runs continue from OUT.work, with
+the same result. Beside OUT stands OUT.yields.json.
 """
 
 import dataclasses
@@ -36,9 +37,10 @@ STRATEGIES = ("inject", "rewrite", "combine", "mine", "build")
 def main(argv: Sequence[str]) -> int:
     """Parses flags, synthesizes, prints the table of yields."""
     values = flags.FlagValues()
-    flags.DEFINE_list("repo", None, "Repositories: name==version, source distributions, folders or (to mine) git clones.",
+    flags.DEFINE_list("repo", None, "Repositories: name==version, source distributions, folders or git clones.",
                       flag_values=values, required=True)  # fmt: skip
-    flags.DEFINE_list("strategies", ["inject"], f"Comma-separated, out of: {', '.join(STRATEGIES)}.", flag_values=values)
+    flags.DEFINE_list("strategies", ["inject"], f"Comma-separated, out of: {', '.join(STRATEGIES)}.",
+                      flag_values=values)  # fmt: skip
     flags.DEFINE_string("out", None, "Where tasks are written, as JSONL in SWE-bench's schema.", flag_values=values,
                         required=True)  # fmt: skip
     flags.DEFINE_integer("count", 0, "Stop injecting at so many verified tasks; 0: try all candidates.",
@@ -60,13 +62,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_bool("held_out", True, "Make held-out tests for each task.", flag_values=values)
     flags.DEFINE_float("near_duplicates", quality.NEAR, "Tasks of one file whose changes are this alike are kept once; "
                        "above 1: keep all.", flag_values=values, lower_bound=0.0)  # fmt: skip
-    flags.DEFINE_string("endpoint", "", "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1.", flag_values=values)
+    flags.DEFINE_string("endpoint", "", "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1.",
+                        flag_values=values)  # fmt: skip
     flags.DEFINE_string("model", "", "Model to ask there.", flag_values=values)
     flags.DEFINE_string("key_variable", "OPENAI_API_KEY", "Environment variable that holds the endpoint's key.",
                         flag_values=values)  # fmt: skip
     flags.DEFINE_bool("word_statements", False, "Let the model word the statements.", flag_values=values)
-    flags.DEFINE_string("issues", "", "mine: pull requests and issues as JSON, or `github` to ask its API with the token in "
-                        "GITHUB_TOKEN.", flag_values=values)  # fmt: skip
+    flags.DEFINE_string("issues", "", "mine: pull requests and issues as JSON, or `github` to ask its API with the "
+                        "token in GITHUB_TOKEN.", flag_values=values)  # fmt: skip
     flags.DEFINE_bool("need_issue", True, "mine: only changes with a linked issue, SWE-bench's criterion.",
                       flag_values=values)  # fmt: skip
     flags.DEFINE_integer("mined_per_repo", 0, "mine: try at most so many changes, newest first; 0: all.",
@@ -169,7 +172,8 @@ def _foreign(values: flags.FlagValues, specs: Sequence[RepositorySpec], settings
 
     client, tasks, verdicts = engine(), [], []
     for spec in specs:
-        content = {name[5:]: member.data for name, member in repository.unpack(spec).items() if name.startswith("repo/")}
+        content = {name[5:]: member.data for name, member in repository.unpack(spec).items()
+                   if name.startswith("repo/")}
         environment = build.build(content, spec.name, _log, model=settings.model, client=client)
         folder = pathlib.Path(f"{values.out}.work", "environments", spec.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,8 +182,8 @@ def _foreign(values: flags.FlagValues, specs: Sequence[RepositorySpec], settings
         print(f"{spec.name}: {len(environment.passing)} tests pass in {environment.seconds:.1f} s by "
               f"`{environment.recipe.test}`; verifier: {environment.acceptance.states}; {folder / 'Dockerfile'}")
         if "build" not in values.strategies and environment.recipe.language != "python":
-            made, found = factory.synthesize(client, spec.name, content, environment, settings, f"{values.out}.work", _log,
-                                             values.workers)
+            made, found = factory.synthesize(client, spec.name, content, environment, settings, f"{values.out}.work",
+                                             _log, values.workers)
             tasks, verdicts = tasks + made, verdicts + found
     if verdicts:
         result = synthesize.Result(tasks, verdicts, list(specs), {})

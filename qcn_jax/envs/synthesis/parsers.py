@@ -1,7 +1,7 @@
 """Test logs to outcomes: {test id: passed, failed, skipped or xfailed}, for the runners that recipes use.
 
-Ids say where a test stands: pytest's node ids, "package::Test/sub" for Go, "suite > test" where tests nest by name. A test
-reported twice keeps its worse outcome, so that a name used twice cannot hide a failure.
+Ids say where a test stands: pytest's node ids, "package::Test/sub" for Go, "suite > test" where tests nest by name. A
+test reported twice keeps its worse outcome, so that a name used twice cannot hide a failure.
 """
 
 import json
@@ -39,7 +39,8 @@ def pytest(log: str) -> Outcomes:
     return _collect(pairs())
 
 
-_UNITTEST = re.compile(r"^(\w+) \(([\w.]+)\)(?:.*?)? \.\.\. (ok|FAIL|ERROR|skipped|expected failure|unexpected success)")
+_UNITTEST = re.compile(r"^(\w+) \(([\w.]+)\)(?:.*?)? \.\.\. (ok|FAIL|ERROR|skipped|expected failure|"
+                       r"unexpected success)")
 _UNITTEST_OUTCOMES = {"ok": "passed", "FAIL": "failed", "ERROR": "failed", "skipped": "skipped",
                       "expected failure": "xfailed", "unexpected success": "failed"}
 

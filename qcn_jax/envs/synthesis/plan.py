@@ -52,8 +52,8 @@ class Settings:
     def options(self) -> validate.Options:
         """How each candidate is examined."""
         words = self.model if self.word_statements else None
-        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out, words,
-                                self.tests_may_tell)
+        return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out,
+                                words, self.tests_may_tell)
 
 
 @dataclasses.dataclass
@@ -110,7 +110,8 @@ class Plan:
         if self.settings.model and self.settings.rewrites_per_repo:
             names = {name.split("::")[1] for name in survey.callers if name.startswith(f"{path}::")}
             share = math.ceil(self.settings.rewrites_per_repo * len(names) / max(len(survey.callers), 1))
-            found += rewrite.candidates(text, path, self.settings.model, seed=self.settings.seed, limit=share, among=names)
+            found += rewrite.candidates(text, path, self.settings.model, seed=self.settings.seed, limit=share,
+                                        among=names)
         return found
 
     def next_wave(self) -> list[validate.Candidate]:

@@ -50,7 +50,8 @@ def locate(source: str, known: Mapping[str, str], cache: pathlib.Path | None = N
             name = name.removesuffix(suffix)
         pinned = re.fullmatch(r"(.+)-(\d[^-]*)", name)
         digest = "" if path.is_dir() else sha256(path)
-        return RepositorySpec(f"{pinned[1]}=={pinned[2]}" if pinned and "@" not in name else name, str(path.resolve()), digest)
+        name = f"{pinned[1]}=={pinned[2]}" if pinned and "@" not in name else name
+        return RepositorySpec(name, str(path.resolve()), digest)
     if not _REQUIREMENT.fullmatch(source):
         raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version")
     archive = download(source, known.get(source), cache or default_cache())

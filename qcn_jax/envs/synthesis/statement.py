@@ -152,8 +152,9 @@ def contains_fix(text: str, patch: str) -> bool:
     return False
 
 
-_WORDING = """Write the text of a bug report for a repository's issue tracker from these observations. Say what was called,
-what came and what was expected. Do not guess at the cause, do not propose a fix, do not mention tests. Plain text only.
+_WORDING = """Write the text of a bug report for a repository's issue tracker from these observations. Say what was
+called, what came and what was expected. Do not guess at the cause, do not propose a fix, do not mention tests. Plain
+text only.
 
 {facts}"""
 

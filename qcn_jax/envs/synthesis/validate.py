@@ -35,7 +35,8 @@ _SCRIPT, _COLLECT = ((_INSIDE / name).read_text() for name in ("observe.py", "co
 class Survey:
     """What one traced run of a repository's suite showed; JSON-ready through `dataclasses.asdict`.
 
-    `seconds` is processor time. `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests in suite order).
+    `seconds` is processor time. `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests
+    in suite order).
     """
 
     repository: str
@@ -72,7 +73,8 @@ class Candidate:
     suite: int = 0
     seconds: float = 0.0  # of `tests` on the pristine state
     strategy: str = "inject"
-    others: tuple[tuple[str, str, str], ...] = dataclasses.field(default=(), repr=False)  # further (path, before, after)
+    # Further files, as (path, before, after).
+    others: tuple[tuple[str, str, str], ...] = dataclasses.field(default=(), repr=False)
     parts: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), repr=False)  # of several defects: tests of each
 
     @property
@@ -340,8 +342,8 @@ def _run(
     """
     # Of all tests more than MAX_SHARE would fail if those not run failed like those run.
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
-    arguments = {"mode": "check", "tests": candidate.tests if tests is None else tests, "observe": observe, "always": always,
-                 "sources": candidate.sources, "too_many": too_many,
+    arguments = {"mode": "check", "tests": candidate.tests if tests is None else tests, "observe": observe,
+                 "always": always, "sources": candidate.sources, "too_many": too_many,
                  "seconds": min(timeout, LEAST_SECONDS + 4 * candidate.seconds)}  # fmt: skip
     run = sandbox.run_python(_SCRIPT, arguments, timeout)
     spent.append((run.seconds, run.value["cpu"] if run.value else 0.0))

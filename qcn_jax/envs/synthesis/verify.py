@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 
 from qcn_jax.envs import grading
 from qcn_jax.envs.pool import EnvPool
@@ -63,5 +64,7 @@ def _problems(provider: Provider, task: Task) -> tuple[list[str], float]:
 
 def verify(pool: EnvPool, tasks: Iterable[Task], reruns: int = 0) -> Iterator[Check]:
     """Checks of all tasks, in order, from the pool's workers; their repositories must be registered."""
-    return pool.map(
-        lambda task: pool.submit(verify_task, task, reruns, repository=task.repo, deadline=900.0 + 60.0 * reruns), tasks)
+    def submit(task: Task) -> Future:
+        return pool.submit(verify_task, task, reruns, repository=task.repo, deadline=900.0 + 60.0 * reruns)
+
+    return pool.map(submit, tasks)

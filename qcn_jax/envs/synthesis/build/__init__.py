@@ -127,8 +127,9 @@ def attempt(
             first = verifier.run(container, judge)
             passing = [test for test, outcome in first.outcomes.items() if outcome == "passed"]
             if not passing or len(passing) < LEAST_PASSING * len(first.outcomes):
-                raise BuildFailed(f"`{recipe.test}` passes {len(passing)} of {len(first.outcomes)} tests (exit status "
-                                  f"{first.status}{', timed out' if first.timed_out else ''}):\n{first.log[-LOG_TAIL:]}")
+                ended = f"exit status {first.status}{', timed out' if first.timed_out else ''}"
+                raise BuildFailed(f"`{recipe.test}` passes {len(passing)} of {len(first.outcomes)} tests ({ended}):\n"
+                                  f"{first.log[-LOG_TAIL:]}")
             acceptance = _accepted(container, judge, recipe.language, files, passing)
     except BuildFailed:
         client.images.remove(image, force=True)
@@ -166,7 +167,8 @@ def _accepted(
     sources = {path: data.decode("utf-8", "replace") for path, data in files.items()
                if speaks.is_source(path) and not path.startswith(("docs/", "examples/"))}
     rng = random.Random(0)
-    found = [injection for path, text in sorted(sources.items()) for injection in speaks.candidates(text, path, rng=rng)]
+    found = [injection for path, text in sorted(sources.items())
+             for injection in speaks.candidates(text, path, rng=rng)]
     rng.shuffle(found)
     for injection in found[:DEFECTS_TRIED]:
         defect = {injection.path: injection.after_source}

@@ -1,7 +1,7 @@
 """The agent that builds where rules do not: a model gives commands, sees what they print, and submits a recipe.
 
-Its commands run in a container with a network, which is thrown away; what it submits is run from nothing, and rejected by
-execution with the reason told, until it is accepted or the turns are used up.
+Its commands run in a container with a network, which is thrown away; what it submits is run from nothing, and rejected
+by execution with the reason told, until it is accepted or the turns are used up.
 """
 
 import dataclasses
@@ -22,21 +22,22 @@ SHOWN = 4000  # characters of a command's output, the middle left out
 LISTED = 80  # files in the first message
 _BLOCK = re.compile(r"```(bash|sh|shell|json)\n(.*?)```", re.DOTALL)
 
-_SYSTEM = """You make a repository's tests run in a Debian 12 container. The repository is at /testbed; you are root and have a
-network (apt-get, pip, npm, go). Python needs a virtual environment: python3 -m venv /opt/env.
+_SYSTEM = """You make a repository's tests run in a Debian 12 container. The repository is at /testbed; you are root
+and have a network (apt-get, pip, npm, go). Python needs a virtual environment: python3 -m venv /opt/env.
 
 Answer every message with exactly one block.
 A command to run:
 ```bash
 COMMAND
 ```
-or, when you know what is needed, the recipe (it is run from nothing in a fresh container; the test command runs without a
-network and must run the repository's own tests):
+or, when you know what is needed, the recipe (it is run from nothing in a fresh container; the test command runs
+without a network and must run the repository's own tests):
 ```json
 {{"language": "{languages}", "packages": ["DEBIAN-PACKAGE"], "install": ["COMMAND"], "test": "COMMAND",
   "parser": "{parsers}", "variables": {{"NAME": "VALUE"}}}}
 ```
-Parsers: pytest reads `pytest -rA`; unittest `python -m unittest -v`; tap TAP, e.g. `node --test --test-reporter=tap`; jest
+Parsers: pytest reads `pytest -rA`; unittest `python -m unittest -v`; tap TAP, e.g. `node --test --test-reporter=tap`;
+jest
 `jest --verbose`; mocha its spec reporter; go_test `go test -json`."""
 
 
@@ -102,7 +103,9 @@ def _recipe(text: str) -> Recipe:
     if wrong:
         raise BuildFailed(f"{wrong[0]!r} is no Debian package's name")
     variables = row.get("variables") or {}
-    if not isinstance(variables, dict) or not all(re.fullmatch(r"\w+", k) and "\n" not in str(v) for k, v in variables.items()):
+    if not isinstance(variables, dict) or not all(
+        re.fullmatch(r"\w+", name) and "\n" not in str(value) for name, value in variables.items()
+    ):
         raise BuildFailed("variables must map names to one-line values")
     return Recipe(row["language"], tuple(lists["packages"]), tuple(lists["install"]), row["test"], row["parser"],
                   tuple((name, str(value)) for name, value in variables.items()), ("a model",))

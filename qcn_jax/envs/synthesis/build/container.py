@@ -25,10 +25,12 @@ from qcn_jax.envs.sandbox.base import ExecResult
 from qcn_jax.envs.sandbox.channel import SandboxError
 
 ROOT = "/testbed"
+_LOG = "/tmp/.qcn-output"  # of the last command
 OUTPUT_BYTES = 4 << 20  # of a command; the middle of longer output is left out
 _CLIENT_SECONDS = 4 * 3600.0  # limits are enforced inside; this only ends what hangs beyond all of them
 # What a container should trust as this machine does: behind a proxy that re-signs, downloads fail otherwise.
-_CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO")
+_CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS",
+                 "GIT_SSL_CAINFO")
 _BUNDLE, _INSIDE_BUNDLE = "/etc/ssl/certs/ca-certificates.crt", "/opt/qcn-build/ca.crt"
 
 
@@ -95,19 +97,22 @@ class Container:
         Raises:
           SandboxError: the engine or the container is gone.
         """
-        log = f"/tmp/.qcn-{uuid.uuid4().hex[:8]}"
-        half = OUTPUT_BYTES // 2
-        script = (f"timeout -k 2 {timeout} sh -c {shlex.quote(command)} > {log} 2>&1; s=$?; n=$(stat -c %s {log}); "
-                  f"if [ $n -gt {OUTPUT_BYTES} ]; then head -c {half} {log}; echo; echo '[...]'; tail -c {half} {log}; "
-                  f"else cat {log}; fi; rm -f {log}; exit $s")
+        half, end = OUTPUT_BYTES // 2, f"[{uuid.uuid4().hex}]"
+        script = (f"timeout -k 2 {timeout} sh -c {shlex.quote(command)} > {_LOG} 2>&1; s=$?; n=$(stat -c %s {_LOG}); "
+                  f"if [ $n -gt {OUTPUT_BYTES} ]; then (head -c {half} {_LOG}; echo; echo '[...]'; "
+                  f"tail -c {half} {_LOG}) > {_LOG}.cut; mv {_LOG}.cut {_LOG}; fi; cat {_LOG}; printf '{end}'; exit $s")
         started = time.monotonic()
         try:
-            code, output = self._container.exec_run(["sh", "-c", script], workdir=folder, environment=dict(env or {}))
+            code, raw = self._container.exec_run(["sh", "-c", script], workdir=folder, environment=dict(env or {}))
+            output = raw.decode("utf-8", "replace")
+            if not output.endswith(end):  # a busy engine can lose what a short command prints
+                output = self.read({_LOG}).get(_LOG, "") + end
         except (docker.errors.DockerException, OSError) as error:
             raise SandboxError(f"the container does not answer: {str(error).splitlines()[0]}") from error
+        output = output.removesuffix(end)
         seconds = time.monotonic() - started
         late = code in (124, 137) and seconds >= timeout - 0.05
-        return ExecResult(code, output.decode("utf-8", "replace"), late, code == 137 and not late, round(seconds, 3))
+        return ExecResult(code, output, late, code == 137 and not late, round(seconds, 3))
 
     def write(self, files: Mapping[str, str | bytes | None]) -> None:
         """Writes files (relative to ROOT, or absolute); None deletes."""

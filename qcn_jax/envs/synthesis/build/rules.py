@@ -17,8 +17,8 @@ _REQUIREMENTS = ("requirements-test.txt", "requirements-tests.txt", "requirement
                  "requirements-dev.txt", "requirements_dev.txt", "dev-requirements.txt", "requirements/test.txt",
                  "requirements/tests.txt", "requirements/dev.txt", "requirements/testing.txt")
 # Of the packages that test groups list, those that tests never import.
-_NEVER_NEEDED = re.compile(r"^(?:black|ruff|flake8|mypy|pylint|isort|sphinx|furo|tox|nox|hatch|twine|build|pre-commit|coveralls|"
-                           r"codecov|bump|check-manifest|wheel)\b", re.IGNORECASE)
+_NEVER_NEEDED = re.compile(r"^(?:black|ruff|flake8|mypy|pylint|isort|sphinx|furo|tox|nox|hatch|twine|build|pre-commit|"
+                           r"coveralls|codecov|bump|check-manifest|wheel)\b", re.IGNORECASE)
 _VERSIONED_BY_GIT = re.compile(r"setuptools[-_]scm|hatch-vcs|versioningit|setuptools-git-versioning|pbr\b|dunamai")
 _NODE_WRAPPERS = re.compile(r"^(?:npx |cross-env (?:\w+=\S+ )*|nyc (?:-\S+ )*|c8 (?:-\S+ )*)+")
 
@@ -53,7 +53,8 @@ class Recipe:
     def dockerfile(self, base: str) -> str:
         """The whole Dockerfile, to be built in the repository's folder."""
         steps = [f"RUN {command}" for command in self.install]
-        return self.toolchain(base) + "\n".join(["COPY . /testbed", *steps, f'CMD ["sh", "-c", {json.dumps(self.test)}]', ""])
+        command = f'CMD ["sh", "-c", {json.dumps(self.test)}]'
+        return self.toolchain(base) + "\n".join(["COPY . /testbed", *steps, command, ""])
 
 
 def plan(files: Mapping[str, str]) -> Recipe:
@@ -76,7 +77,8 @@ def _go(files: Mapping[str, str]) -> Recipe:
     return Recipe(
         "go", ("golang-go", "ca-certificates", "git"), ("go mod download", "go test -run '^$' ./..."),
         "go test -json ./...", "go_test",
-        (("GOCACHE", "/opt/go/cache"), ("GOMODCACHE", "/opt/go/mod"), ("GOFLAGS", "-mod=mod"), ("GOTOOLCHAIN", "local")),
+        (("GOCACHE", "/opt/go/cache"), ("GOMODCACHE", "/opt/go/mod"), ("GOFLAGS", "-mod=mod"),
+         ("GOTOOLCHAIN", "local")),
         ("go.mod",))
 
 
@@ -97,7 +99,8 @@ def _node(files: Mapping[str, str]) -> Recipe:
     elif re.match(r"(?:_?mocha)\b", words):
         test = f"npx --no-install {re.sub(r' (?:-R|--reporter)[ =][^ ]+', '', words)} --reporter tap"
     elif words.startswith("vitest"):
-        test = f"npx --no-install {words if ' run' in words else words.replace('vitest', 'vitest run', 1)} --reporter=tap"
+        words = words if " run" in words else words.replace("vitest", "vitest run", 1)
+        test = f"npx --no-install {words} --reporter=tap"
     elif words.startswith(("tape", "tap", "ava")):
         test = f"npx --no-install {words}" + (" --tap" if words.startswith("ava") else "")
     elif not words.startswith("node "):

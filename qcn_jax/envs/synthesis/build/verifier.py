@@ -1,4 +1,5 @@
-"""Whether a verifier is one, by execution: it must fail on the defective state, pass on the mended one, and run the code.
+"""Whether a verifier is one, by execution: it must fail on the defective state, pass on the mended one, and run the
+code.
 
 A verifier that only reads the sources cannot tell working code from the same text that never gets to run, and one that
 looks at nothing cannot tell code from no code. So it is also run with the sources emptied and with sources that are

@@ -1,7 +1,7 @@
 """Model-driven defects: a model changes a function, or writes its body anew from name, signature and docstring.
 
-What comes back counts only where it parses, keeps the signature, and changes the function's code; the defect is then cut
-down to the lines that differ. Whether tests notice is decided by execution, as for every other candidate.
+What comes back counts only where it parses, keeps the signature, and changes the function's code; the defect is then
+cut down to the lines that differ. Whether tests notice is decided by execution, as for every other candidate.
 """
 
 import ast

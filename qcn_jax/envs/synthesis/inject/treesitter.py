@@ -1,7 +1,7 @@
 """Rule-based defects in JavaScript and Go, over tree-sitter: the same kinds, edits and guarantees as for Python.
 
-One defect in one function, everything else of the text untouched; never in tests. What a language calls its nodes stands in
-its Grammar, what a kind does stands once.
+One defect in one function, everything else of the text untouched; never in tests. What a language calls its nodes
+stands in its Grammar, what a kind does stands once.
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ JAVASCRIPT = Grammar(
     frozenset({"function_declaration", "function_expression", "arrow_function", "method_definition",
                "generator_function_declaration", "generator_function"}),
     frozenset({"statement_block"}), frozenset({"for_statement", "for_in_statement", "while_statement"}),
-    frozenset({"number"}), "arguments", frozenset({"augmented_assignment_expression"}), frozenset({"update_expression"}),
+    frozenset({"number"}), "arguments", frozenset({"augmented_assignment_expression"}),
+    frozenset({"update_expression"}),
     (("===", "!=="), ("==", "!=")),
     frozenset({"expression_statement", "lexical_declaration", "variable_declaration"}),
 )
@@ -155,7 +156,8 @@ def _drop_operand(node: Node, site: _Site) -> Iterator[Edit]:
 
 
 def _swap_operands(node: Node, site: _Site) -> Iterator[Edit]:
-    if node.type == "binary_expression" and site.text(node.child_by_field_name("operator")) in ("-", "/", "%", "<", ">"):
+    ordered = ("-", "/", "%", "<", ">")
+    if node.type == "binary_expression" and site.text(node.child_by_field_name("operator")) in ordered:
         left, right = node.child_by_field_name("left"), node.child_by_field_name("right")
         simple = all(side.type not in ("binary_expression", "ternary_expression") for side in (left, right))
         if simple and site.text(left) != site.text(right):
@@ -370,7 +372,7 @@ def _children(node: Node, site: _Site, function: Node | None, name: str) -> Iter
 
 
 def _name(node: Node, site: _Site) -> str:
-    """A function's name: its own, of the variable or property that it is assigned to, with the receiver's type in Go."""
+    """A function's name: its own, or of what it is assigned to; in Go with the receiver's type."""
     own = node.child_by_field_name("name")
     if own is None and node.parent is not None:
         place = node.parent

@@ -1,7 +1,8 @@
-"""Verified tasks in any language that has an environment: defects tried in warm containers by the environment's verifier.
+"""Verified tasks in any language that has an environment: defects tried in warm containers by the environment's
+verifier.
 
-The counterpart of validate.py and synthesize.py for repositories whose tests are no pytest's. Only defects in code that the
-tests reach are tried; coverage says which that is. Tasks carry release 5's eval_script, log_parser and image.
+The counterpart of validate.py and synthesize.py for repositories whose tests are no pytest's. Only defects in code
+that the tests reach are tried; coverage says which that is. Tasks carry release 5's eval_script, log_parser and image.
 """
 
 import collections
@@ -90,8 +91,8 @@ def synthesize(
       name: the tasks' `repo`.
       files: the repository's files.
       environment: built from them.
-      settings: `target`, `kinds` (those that the language has), `candidates_per_repo`, `per_function`, `reruns`, `seed`.
-      workdir: of the journal.
+      settings: `target`, `kinds` (those that the language has), `candidates_per_repo`, `per_function`, `reruns`,
+      `seed`. workdir: of the journal.
       log: takes progress lines.
       workers: containers side by side.
 
@@ -127,7 +128,8 @@ def synthesize(
             idle.put(container)
 
     try:
-        with Rows(pathlib.Path(workdir, f"{_slug(name)}.journal.jsonl")) as journal, ThreadPoolExecutor(workers) as threads:
+        path = pathlib.Path(workdir, f"{_slug(name)}.journal.jsonl")
+        with Rows(path) as journal, ThreadPoolExecutor(workers) as threads:
             keys = [_key(place, injection) for injection in chosen]
             futures = {key: threads.submit(work, injection) for key, injection in zip(keys, chosen)
                        if key not in journal.known}
@@ -225,7 +227,8 @@ def _task(
     content = hashlib.sha256(repr(sorted(place.files.items())).encode()).hexdigest()
     state = hashlib.sha256(f"{content}\0{bug}".encode()).hexdigest()[:40]
     task = Task(
-        instance_id=f"{_slug(place.name)}.{content[:8]}.{injection.kind}__{key[:8]}", repo=place.name, base_commit=state,
+        instance_id=f"{_slug(place.name)}.{content[:8]}.{injection.kind}__{key[:8]}", repo=place.name,
+        base_commit=state,
         patch=gold, test_patch="", problem_statement=text, FAIL_TO_PASS=tuple(failing),
         PASS_TO_PASS=tuple(name for name in place.expected if name not in set(failing)), kind=injection.kind,
         environment_setup_commit=state, image_name=place.environment.image, bug_patch=bug, path=injection.path,

@@ -1,4 +1,4 @@
-"""Grading and verifying tasks that carry their own eval_script and image: a fresh container for every run, no network."""
+"""Grading tasks that carry their own eval_script and image: a fresh container for every run, no network."""
 
 import time
 from collections.abc import Mapping
@@ -84,6 +84,6 @@ def _container(client: docker.DockerClient, task: Task) -> Container:
     try:
         client.images.get(task.image_name)
     except docker.errors.ImageNotFound as error:
-        raise UserError(f"task {task.instance_id}: image {task.image_name} is not here; qcn synthesize --strategies=build "
-                        "builds it from the repository") from error
+        raise UserError(f"task {task.instance_id}: image {task.image_name} is not here; qcn synthesize "
+                        "--strategies=build builds it from the repository") from error
     return Container(client, task.image_name)

@@ -1,8 +1,8 @@
 """Tasks from history: pull requests and commits that fix something and bring tests, by SWE-bench's criteria.
 
-A change of the main line counts where it resolves a linked issue, touches sources and tests, and where, by execution, some
-of its tests fail before the fix and pass after it. The issue's text, cleaned, is the statement; without an issue's text
-the statement tells which of the change's tests fail, and how.
+A change of the main line counts where it resolves a linked issue, touches sources and tests, and where, by execution,
+some of its tests fail before the fix and pass after it. The issue's text, cleaned, is the statement; without an
+issue's text the statement tells which of the change's tests fail, and how.
 """
 
 import collections
@@ -11,7 +11,8 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 from qcn_jax.envs import grading, patches
 from qcn_jax.envs.pool import EnvPool
@@ -23,7 +24,6 @@ from qcn_jax.envs.synthesis.mine import execute, issues
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 from qcn_jax.envs.synthesis.mine.split import Split, size, split
 from qcn_jax.envs.tasks import Task
-from qcn_jax.errors import UserError
 
 ANCHOR_SPAN = 40  # changes that share one prepared state; the others' files are laid over it
 SHORTEST_TEXT = 40  # characters of an issue that can serve as a statement (SWE-bench: 40 words were asked of its users)
@@ -153,7 +153,10 @@ def _linked(change: Change, known: issues.Tracker | None) -> tuple[int, ...]:
     return tuple(linked)
 
 
-def _execute(pool, clone, chosen, criteria, archives, journal, log):
+def _execute(
+    pool: EnvPool, clone: Clone, chosen: Sequence[_Candidate], criteria: Criteria, archives: pathlib.Path, journal: Rows,
+    log: Log,
+) -> Iterator[tuple[_Candidate, execute.Finding]]:
     """(candidate, finding) in order: known findings from the journal, the others from the pool."""
     anchors: dict[str, tuple[RepositorySpec, dict[str, str]]] = {}
 
@@ -161,7 +164,7 @@ def _execute(pool, clone, chosen, criteria, archives, journal, log):
         facts = (candidate.change.commit, candidate.patch, candidate.test_patch, criteria.timeout, criteria.reruns)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
-    def submit(pair):
+    def submit(pair: tuple[int, _Candidate]) -> Future:
         number, candidate = pair
         first = number - number % ANCHOR_SPAN
         before = clone.text_files(candidate.change.base)
@@ -194,10 +197,8 @@ def _execute(pool, clone, chosen, criteria, archives, journal, log):
         yield candidate, execute.Finding.from_json(journal.known[name])
 
 
-def _settled(future):
+def _settled(future: Future) -> Future:
     """A future that gives the SandboxError of `future` instead of raising it, so that one change ends no run."""
-    from concurrent.futures import Future
-
     settled: Future = Future()
 
     def copy(done: Future) -> None:
@@ -237,7 +238,7 @@ def _task(
 
 
 def observed(change: Change, finding: execute.Finding, patch: str) -> str:
-    """A statement from what was seen: the change's subject where it does not give the fix away, and its failing tests."""
+    """A statement from what was seen: the change's subject without hints at the fix, and its failing tests."""
     title = issues.cleaned(change.title, patch)
     lines = [re.sub(r"^(?:fix(?:e[sd])?|add(?:s|ed)?)\b:?\s*", "", title, flags=re.IGNORECASE), ""] if title else []
     lines.append("These tests of the new behaviour fail:" if len(finding.fail_to_pass) > 1
@@ -248,6 +249,3 @@ def observed(change: Change, finding: execute.Finding, patch: str) -> str:
     if len(finding.fail_to_pass) > 8:
         lines.append(f"- and {len(finding.fail_to_pass) - 8} more")
     return issues.cleaned("\n".join(lines), patch)
-
-
-__all__ = ["Criteria", "Mined", "UserError", "mine"]

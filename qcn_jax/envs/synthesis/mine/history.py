@@ -70,7 +70,8 @@ class Clone:
     def git_bytes(self, *arguments: str, data: bytes | None = None) -> bytes:
         """A git command's output; raises UserError with git's own words."""
         command = ["git", "-c", "safe.directory=*", "-c", "core.quotePath=false", "-C", str(self.path), *arguments]
-        environment = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLACE_OBJECTS": "1"}
+        environment = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
+                       "GIT_NO_REPLACE_OBJECTS": "1"}
         done = subprocess.run(command, input=data, capture_output=True, env=environment, check=False)
         if done.returncode:
             words = done.stderr.decode("utf-8", "replace").strip().splitlines()
@@ -91,14 +92,17 @@ class Clone:
         number = int((merged or squashed or [0, 0])[1])
         if merged:
             title, _, body = body.strip().partition("\n")
-        texts = message if len(parents) == 1 else message + self.git("log", "--format=%B", f"{parents[0]}..{parents[1]}")
+        texts = message
+        if len(parents) > 1:
+            texts += self.git("log", "--format=%B", f"{parents[0]}..{parents[1]}")
         linked = dict.fromkeys(closing(texts))
         linked.pop(number, None)
         return Change(commit, parents[0], date, _SQUASHED.sub("", title).strip(), body.strip(), number, tuple(linked))
 
     def touched(self, change: Change) -> dict[str, str]:
         """Paths that a change touches, with A (added), M or D; a moved file is one deleted and one added."""
-        fields = self.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", change.base, change.commit).split("\0")
+        listing = self.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", change.base, change.commit)
+        fields = listing.split("\0")
         return {path: status for status, path in zip(fields[::2], fields[1::2])}
 
     def tree(self, commit: str) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Issue and pull request texts: from an exported JSON file or GitHub's API; cleaned of links and of hints at the fix."""
+"""Issue and pull request texts, from an export or GitHub's API; cleaned of links and of hints at the fix."""
 
 import dataclasses
 import json
@@ -113,7 +113,8 @@ class GitHub(Tracker):
                 reason, pause = str(error), 2.0**attempt
             else:
                 if reply.status_code == 200:
-                    return {key: reply.json().get(key) for key in ("number", "title", "body", "created_at", "pull_request")}
+                    row = reply.json()
+                    return {key: row.get(key) for key in ("number", "title", "body", "created_at", "pull_request")}
                 if reply.status_code in (404, 410):
                     return None
                 reason = f"answers {reply.status_code}"
@@ -136,8 +137,8 @@ def _item(row: Any, is_pull: bool, where: str) -> Item:
 
 
 # GitHub's keywords that close an issue, followed by #12, owner/name#12 or the issue's address.
-_CLOSES = re.compile(r"\b(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?)\b[:\s]*(?:(?:[\w.-]+/[\w.-]+)?#|https?://github\.com/"
-                     r"[\w.-]+/[\w.-]+/issues/)(\d+)", re.IGNORECASE)
+_CLOSES = re.compile(r"\b(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?)\b[:\s]*(?:(?:[\w.-]+/[\w.-]+)?#|https?://"
+                     r"github\.com/[\w.-]+/[\w.-]+/issues/)(\d+)", re.IGNORECASE)
 
 
 def closing(text: str) -> tuple[int, ...]:
@@ -153,7 +154,8 @@ _REFERENCE = re.compile(r"(?<![\w&])(?:[\w.-]+/[\w.-]+)?#\d+\b|\bGH-\d+\b")
 _COMMIT = re.compile(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,40}\b")
 _DIFF = re.compile(r"```(?:diff|patch)\n.*?(?:```|\Z)", re.DOTALL)
 _DIFF_LINE = re.compile(r"^(?:diff --git |index [0-9a-f]+\.\.|--- a/|\+\+\+ b/|@@ -\d)")
-_POINTING = frozenset("see also and ref refs reference cf related to in at from duplicate of issue issues here link".split())
+_POINTING = frozenset("see also and ref refs reference cf related to in at from duplicate of issue issues here "
+                      "link".split())
 # Lines that say where the answer is, or what it is.
 _HINT = re.compile(
     r"\b(?:(?:possible|proposed|suggested|simple|quick|the|a|my) (?:fix|patch|solution)\b|fix(?:ed)? (?:in|by|with)\b|"

@@ -8,7 +8,8 @@ from qcn_jax.envs.synthesis import inject
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 
 TEST_FOLDERS = frozenset({"test", "tests", "testing", "_tests", "testsuite"})
-ASIDE = frozenset({"doc", "docs", "example", "examples", "benchmark", "benchmarks", "tools", "scripts", ".github", "ci"})
+ASIDE = frozenset({"doc", "docs", "example", "examples", "benchmark", "benchmarks", "tools", "scripts", ".github",
+                   "ci"})
 ENDINGS = (".py", ".pyi")
 
 
