@@ -64,7 +64,7 @@ class GatedAttention(nn.Module):
         q = apply_rotary(norm("q_norm")(q), context.cos, context.sin)
         k = apply_rotary(norm("k_norm")(k), context.cos, context.sin)
         if cache is None:
-            y = sharded_attention(q, k, v, context.segment_ids, context.parallel)
+            y = sharded_attention(q, k, v, context.segment_ids, context.parallel, cfg.attention)
         else:
             q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
             y, cache = cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context)

@@ -4,6 +4,7 @@ Axes as in layers.delta_rule: B batch, T tokens, H key heads, R value heads per 
 Channels of projection, convolution and state stay grouped by key head, so that all of them shard by heads.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from qcn_jax.config import ModelConfig
+from qcn_jax.errors import UserError
 from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.delta_rule import gated_delta_rule
 from qcn_jax.layers.dense import dense, normal_init
@@ -86,6 +88,28 @@ def next_window(x: Array, window: Array, lengths: Array | None) -> Array:
     return jnp.take_along_axis(padded, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
+def _by_kernel(
+    cfg: ModelConfig, qkvz: Array, kernel: Array, g: Array, beta: Array, weight: Array, context: TokenContext
+) -> Array:
+    """All between the projections of whole sequences by one kernel per device: [B, T, H * R * dv]."""
+    from qcn_jax.layers.kernels.mixer import delta_net  # Pallas takes a while to import
+
+    mix = functools.partial(
+        delta_net, eps=cfg.rms_norm_eps, chunk_size=cfg.chunk_size, key_dim=cfg.linear_key_head_dim)
+    arrays, parallel = (qkvz, kernel, g, beta, weight, context.segment_ids), context.parallel
+    if parallel is None:
+        return mix(*arrays)
+    parts = parallel.size("activation_heads")
+    if cfg.linear_num_key_heads % parts:
+        raise UserError(
+            f"--config.mesh.tensor: {parts} parts do not divide {cfg.linear_num_key_heads} key heads of the delta rule")
+    tokens = ("activation_batch", "activation_length")
+    flat, gates = parallel.spec(*tokens, "activation_heads"), parallel.spec(*tokens, "activation_heads", None)
+    taps = parallel.spec(None, "activation_heads", None)
+    specs = (flat, taps, gates, gates, parallel.spec(None), parallel.spec(*tokens))
+    return parallel.per_device(mix, specs, flat)(*arrays)
+
+
 class _ConvKernel(nn.Module):
     """conv1d/kernel [taps, channels], channels ordered all q, all k, all v; returned grouped by key head."""
 
@@ -121,16 +145,22 @@ class GatedDeltaNet(nn.Module):
         batch, length, _ = x.shape
         values = repeats * value_dim
         qkvz = dense(cfg, heads * (2 * key_dim + 2 * values), ("embed", "heads"), "in_proj_qkvz")(x)
-        qkvz = qkvz.reshape(batch, length, heads, -1)
-        qkv, z = qkvz[..., : _conv_width(cfg)], qkvz[..., _conv_width(cfg) :]
         ba = dense(cfg, heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
         ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
         beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
 
-        window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
         kernel = _ConvKernel(cfg, name="conv1d")()
+        norm = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")
+        out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "out_proj")
         parallel = context.parallel if cache is None else None  # decoding is left to the compiler
-        if parallel is not None and parallel.size("activation_length") > 1:
+        split = parallel is not None and parallel.size("activation_length") > 1
+        if cfg.delta_rule == "pallas" and cache is None and length > 1 and not split:
+            return out(_by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
+
+        window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
+        qkvz = qkvz.reshape(batch, length, heads, -1)
+        qkv, z = qkvz[..., : _conv_width(cfg)], qkvz[..., _conv_width(cfg) :]
+        if split:
             mixed = sharded_conv(qkv, kernel, context.segment_ids, parallel)
         else:
             mixed = causal_conv(qkv, kernel, window, context.segment_ids)
@@ -150,8 +180,7 @@ class GatedDeltaNet(nn.Module):
             cache = {"conv": next_window(qkv, window, context.lengths), "state": state}
 
         z = z.reshape(batch, length, heads, repeats, value_dim)
-        o = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")(o.astype(x.dtype), z)
-        out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "out_proj")
+        o = norm(o.astype(x.dtype), z)
         return out(o.reshape(batch, length, heads * values)), cache
 
     def _gates(self, b: Array, a: Array, valid: Array | None) -> tuple[Array, Array]:

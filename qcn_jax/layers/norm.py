@@ -45,9 +45,12 @@ class GatedRMSNorm(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    def weight(self, width: int) -> Array:
+        """[width], the parameter."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
+        return self.param("weight", init, (width,), self.param_dtype)
+
     def __call__(self, x: Array, gate: Array) -> Array:
         dtype = gate.dtype
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis_name,))
-        weight = self.param("weight", init, (x.shape[-1],), self.param_dtype).astype(dtype)
-        y = weight * _normalise(x, self.eps).astype(dtype)
+        y = self.weight(x.shape[-1]).astype(dtype) * _normalise(x, self.eps).astype(dtype)
         return (y * jax.nn.silu(gate.astype(jnp.float32))).astype(dtype)

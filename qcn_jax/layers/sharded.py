@@ -28,28 +28,36 @@ _TOKENS = ("activation_batch", "activation_length")
 _HEADS = (*_TOKENS, "activation_heads")
 
 
-def grouped_attention(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    """causal_attention with heads behind tokens: q [B, T, N, H], k, v [B, T, K, H] -> [B, T, N, H]."""
+def grouped_attention(q: Array, k: Array, v: Array, segment_ids: Array | None, form: str = "xla") -> Array:
+    """causal_attention with heads behind tokens: q [B, T, N, H], k, v [B, T, K, H] -> [B, T, N, H].
+
+    `form` is xla (layers.flash) or splash (TPU kernels, layers.kernels.splash).
+    """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
-    y = causal_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), segment_ids)
+    attention = causal_attention
+    if form == "splash":
+        from qcn_jax.layers.kernels.splash import causal_attention as attention  # Pallas takes a while to import
+    y = attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), segment_ids)
     return jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim)
 
 
-def sharded_attention(q: Array, k: Array, v: Array, segment_ids: Array | None, parallel: Parallel | None) -> Array:
+def sharded_attention(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, parallel: Parallel | None, form: str = "xla"
+) -> Array:
     """`grouped_attention` on all devices of `parallel` (None: on one).
 
     Raises:
       UserError: heads that do not divide by the devices, or parts that would share a key/value head unevenly.
     """
     if parallel is None:
-        return grouped_attention(q, k, v, segment_ids)
+        return grouped_attention(q, k, v, segment_ids, form)
     heads, kv_heads = q.shape[2], k.shape[2]
     _require_divisible(heads, kv_heads, parallel)
     local = functools.partial(
         _local_attention, repeats=heads // kv_heads, split=parallel.axes("activation_heads"),
-        context=parallel.axes("activation_length"))
+        context=parallel.axes("activation_length"), form=form)
     heads_spec, tokens = parallel.spec(*_HEADS, None), parallel.spec(*_TOKENS)
     whole = parallel.spec(*_TOKENS, None, None)  # few key/value heads: every device holds all of its tokens'
     return parallel.per_device(local, (heads_spec, whole, whole, tokens), heads_spec)(q, k, v, segment_ids)
@@ -64,11 +72,12 @@ def _require_divisible(heads: int, kv_heads: int, parallel: Parallel) -> None:
 
 
 def _local_attention(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, *, repeats: int, split: Axes, context: Axes
+    q: Array, k: Array, v: Array, segment_ids: Array | None, *, repeats: int, split: Axes, context: Axes,
+    form: str,
 ) -> Array:
     """Of one device: q [B, T / c, N / t, H], k, v [B, T / c, K, H] -> [B, T / c, N / t, H]."""
     if not split and not context:
-        return grouped_attention(q, k, v, segment_ids)
+        return grouped_attention(q, k, v, segment_ids, form)
     parts = jax.lax.axis_size(context) if context else 1
     own = q.shape[2] // parts  # query heads of one device during attention
     needed = max(1, own // repeats)  # key/value heads that serve them
@@ -76,12 +85,12 @@ def _local_attention(
     # [parts, needed]: key/value heads of each device along `context`.
     served = ((first + jnp.arange(parts)) * own // repeats)[:, None] + jnp.arange(needed)
     if not context:
-        return grouped_attention(q, k[:, :, served[0]], v[:, :, served[0]], segment_ids)
+        return grouped_attention(q, k[:, :, served[0]], v[:, :, served[0]], segment_ids, form)
     to_heads = lambda x: jax.lax.all_to_all(x, context, 2, 1, tiled=True)
     k, v = (to_heads(x[:, :, served.reshape(-1)]) for x in (k, v))
     if segment_ids is not None:
         segment_ids = jax.lax.all_gather(segment_ids, context, axis=1, tiled=True)
-    y = grouped_attention(to_heads(q), k, v, segment_ids)
+    y = grouped_attention(to_heads(q), k, v, segment_ids, form)
     return jax.lax.all_to_all(y, context, 1, 2, tiled=True)
 
 
