@@ -1,0 +1,64 @@
+"""The TPU compiler accepts the kernels: a reduced layer of each kind, forward and backward, sharded over four chips."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from qcn_jax.sharding import aot
+
+
+def compile_layers(topology: str = "v5p:2x2x1") -> None:
+    """Compiles both mixers by kernels at the published head sizes; prints the kernels in the programs."""
+    import dataclasses
+    import re
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from qcn_jax.config import ModelConfig
+    from qcn_jax.layers.attention import GatedAttention
+    from qcn_jax.layers.context import TokenContext
+    from qcn_jax.layers.gated_delta_net import GatedDeltaNet
+    from qcn_jax.sharding.mesh import AXES
+    from qcn_jax.sharding.parallel import Parallel
+
+    config = dataclasses.replace(
+        ModelConfig(), num_attention_heads=4, linear_num_key_heads=2, linear_num_value_heads=4, hidden_size=256,
+        param_dtype="bfloat16", delta_rule="pallas", chunk_size=128, attention="splash")
+    devices = np.asarray(aot.topology_devices(topology)).reshape(1, -1, 1, 1, 1)
+    parallel = Parallel(Mesh(devices, AXES))
+    array = lambda shape, dtype, *names: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(parallel.mesh, PartitionSpec(*names)))
+    batch, length = devices.size, 256
+    x = array((batch, length, config.hidden_size), jnp.bfloat16, "fsdp")
+    ids = array((batch, length), jnp.int32, "fsdp")
+    angles = array((batch, length, 32), jnp.float32, "fsdp")
+    for layer in (GatedDeltaNet(config), GatedAttention(config)):
+
+        def loss(params, x, ids, cos, sin, layer=layer):
+            context = TokenContext(cos, sin, ids, parallel=parallel)
+            return jnp.sum(layer.apply(params, x, context)[0].astype(jnp.float32) ** 2)
+
+        alone = TokenContext(jnp.zeros((1, 1, 32)), jnp.zeros((1, 1, 32)))
+        params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 1, config.hidden_size), jnp.bfloat16), alone)
+        params = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), params)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        text = step.trace(params, x, ids, angles, angles).lower(lowering_platforms=("tpu",)).compile().as_text()
+        print(type(layer).__name__, sorted(set(re.findall(r"%([a-z_]*(?:delta|splash)[a-z_]*)[\w.]* = [^\n]*tpu_custom_call", text))))
+
+
+@pytest.mark.slow
+def test_compiler_accepts_the_kernels():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (pip install 'qcn_jax[compile]')")
+    code = (f"import importlib.util; spec = importlib.util.spec_from_file_location('child', {__file__!r}); "
+            "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); module.compile_layers()")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=aot.worker_environment(), capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "delta_net_forward" in done.stdout and "delta_net_backward" in done.stdout, done.stdout
+    assert done.stdout.count("splash") >= 3, done.stdout  # forward, gradient of queries, gradient of keys and values
