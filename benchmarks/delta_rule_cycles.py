@@ -2,8 +2,8 @@
 
     python benchmarks/delta_rule_cycles.py [--generations=v5p,v5e,v6e,tpu7x] [--length=8192] [--json=FILE]
 
-Needs libtpu (pip install 'qcn_jax[compile]'), no TPU: programs are compiled ahead of time, nothing runs, no figure is a
-time. One layer of the 80B model on one device: 16 key heads x 128, 32 value heads x 128, bfloat16, packed documents,
+Needs libtpu (pip install 'qcn_jax[compile]'), no TPU: programs are compiled ahead of time, nothing runs, and no figure
+is a time. One layer of the 80B model on one device: 16 key heads x 128, 32 value heads x 128, bfloat16, packed documents,
 forward and backward (jax.vjp) in one program.
 
 How the figures are got, each program in a process of its own with one libtpu:

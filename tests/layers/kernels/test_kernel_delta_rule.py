@@ -97,7 +97,8 @@ def test_bfloat16_loses_what_rounding_the_operands_of_products_loses(kind):
 def test_triangular_inverse_of_whole_registers(dtype, limit):
     """At the TPU's chunk of 128; for bfloat16 the error stays far below the 4e-3 of rounding the result."""
     size = 128
-    inverse = jax.jit(functools.partial(unit_lower_inverses, dot=Products(jnp.dtype(dtype), True)), compiler_options=QUICK)
+    inverse = functools.partial(unit_lower_inverses, dot=Products(jnp.dtype(dtype), True))
+    inverse = jax.jit(inverse, compiler_options=QUICK)
     keys = np.random.default_rng(0).standard_normal((3, size, 64))
     keys[1] = keys[1, :1] + 0.1 * keys[1]  # correlated
     keys[2] = keys[2, :1]  # repeated
