@@ -2,10 +2,11 @@
 
     qcn compile --config=configs/qwen3_coder_next.py:v5p-128
     qcn compile --config=configs/qwen3_coder_next.py:v5p-512,262k --stage=midtrain
-    qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --config.init=HF_FOLDER --config.mesh.hosts=auto
+    qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
-The argument is a pod, named by its cores (v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a
-comma mid-training's length: 8k, 32k (default) or 262k. Expected: every stage fits the pod (benchmarks/pod_compile.py).
+`qcn run` is given on every host of the pod, with a workdir that all of them see. The argument is a pod, named by its cores
+(v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a comma mid-training's length: 8k, 32k
+(default) or 262k. benchmarks/pod_compile.py says which of them have been compiled, and what they take.
 """
 
 import dataclasses
