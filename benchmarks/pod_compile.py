@@ -2,10 +2,10 @@
 
     python benchmarks/pod_compile.py [--cases=REGEX] [--list] [--again]
 
-Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory, and some minutes of two cores a case; no TPU. Each case is
-one file in benchmarks/results/pod_compile/; a case whose file is there is not compiled again, so that an interrupted run
-goes on where it stopped. At the end the table of all cases is written beside them and printed. Everything is the compiler's
-account (memory_analysis and the compiled text, loop trip counts applied); nothing is measured on a chip.
+Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory, and some minutes of two cores a case; no TPU. Each case
+is one file in benchmarks/results/pod_compile/; a case whose file is there is not compiled again, so that an interrupted
+run goes on where it stopped. At the end the table of all cases is written beside them and printed. Everything is the
+compiler's account (memory_analysis and the compiled text, loop trip counts applied); nothing is measured on a chip.
 """
 
 import dataclasses
@@ -87,8 +87,8 @@ def run(case: Case) -> dict[str, Any]:
 def table(cases: list[Case]) -> str:
     """Markdown of all results that are there."""
     lines = [
-        "| case | topology | mesh | tokens per device | arguments + temporaries, GiB of HBM | all-to-all | all-gather | "
-        "reduce-scatter | all-reduce | permute, GB | TF compiled / model | trace + compile, s |",
+        "| case | topology | mesh | tokens per device | arguments + temporaries, GiB of HBM | all-to-all | "
+        "all-gather | reduce-scatter | all-reduce | permute, GB | TF compiled / model | trace + compile, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     missing = []
@@ -117,8 +117,8 @@ def _row(case: Case, report: dict[str, Any]) -> str:
     verdict = "" if memory["fits"] else ", does not fit"
     seconds = report["seconds"]
     return (f"{start} {memory['arguments'] / GIB:.1f} + {memory['activations_and_temporaries'] / GIB:.1f} of "
-            f"{memory['hbm'] / GIB:.0f}{verdict} | {moved('all-to-all', 'ragged-all-to-all')} | {moved('all-gather')} | "
-            f"{moved('reduce-scatter')} | {moved('all-reduce')} | {moved('collective-permute')} | "
+            f"{memory['hbm'] / GIB:.0f}{verdict} | {moved('all-to-all', 'ragged-all-to-all')} | "
+            f"{moved('all-gather')} | {moved('reduce-scatter')} | {moved('all-reduce')} | {moved('collective-permute')} | "
             f"{flops:.0f} / {report['model_flops_per_device'] / 1e12:.0f} | "
             f"{seconds['trace_and_lower']:.0f} + {seconds['compile']:.0f} |")
 

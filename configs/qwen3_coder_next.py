@@ -4,9 +4,9 @@
     qcn compile --config=configs/qwen3_coder_next.py:v5p-512,262k --stage=midtrain
     qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
-`qcn run` is given on every host of the pod, with a workdir that all of them see. The argument is a pod, named by its cores
-(v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a comma mid-training's length: 8k, 32k
-(default) or 262k. benchmarks/pod_compile.py says which of them have been compiled, and what they take.
+`qcn run` is given on every host of the pod, with a workdir that all of them see. The argument is a pod, named by its
+cores (v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a comma mid-training's length: 8k,
+32k (default) or 262k. benchmarks/pod_compile.py says which of them have been compiled, and what they take.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import dataclasses
 import ml_collections
 
 from qcn_jax.config import (
-    DistillConfig, MeshConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RunConfig, SftConfig, TrainConfig,
-    to_config_dict,
+    DistillConfig, MeshConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RunConfig, SftConfig,
+    TrainConfig, to_config_dict,
 )
 from qcn_jax.errors import UserError
 
@@ -54,7 +54,10 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
     return to_config_dict(RunConfig(
         name="qwen3_coder_next",
         topology=topology,
-        model=ModelConfig(param_dtype="bfloat16", remat="full"),
+        # Rows that are split over devices take the compiler's delta rule, which carries the state between them.
+        model=ModelConfig(
+            param_dtype="bfloat16", remat="full", attention="splash",
+            delta_rule="pallas" if context == 1 else "chunked"),
         mesh=mesh,
         midtrain=MidtrainConfig(train=train(10_000, rows, tokens, optimizer)),
         sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     """Parses flags, compiles in a child process, prints and writes the report."""
     values = flags.FlagValues()
     config = parsing.define_config(values, argv)
-    flags.DEFINE_string("topology", None, "GENERATION:AxBxC, e.g. v5p:4x4x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4. Default: "
-                        "the config's (config.topology).", flag_values=values)
+    flags.DEFINE_string("topology", None, "GENERATION:AxBxC, e.g. v5p:4x4x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4. "
+                        "Default: the config's (config.topology).", flag_values=values)
     flags.DEFINE_integer("slices", 1, "Slices of that topology, joined over the data center network; the mesh's data "
                          "axis must be a multiple.", flag_values=values, lower_bound=1)
     flags.DEFINE_enum("stage", "midtrain", STAGES, "Whose step to compile.", flag_values=values)
@@ -132,7 +132,7 @@ def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     if config.model.param_dtype == "float32":
         found.append((weights / 2, "--config.model.param_dtype=bfloat16"))
     held = (weights + moments) / 2
-    found.append((held, "twice the devices (--topology, --config.mesh.fsdp): half of the weights and optimizer's state"))
+    found.append((held, "twice the devices (--topology, --config.mesh.fsdp): half of weights and optimizer's state"))
     return [f"{text}, about {saved / _GIB:.1f} GiB less" for saved, text in sorted(found, reverse=True) if saved > 0]
 
 
@@ -140,8 +140,8 @@ def render(report: dict[str, Any]) -> str:
     """The report as text."""
     memory, gib = report["memory"], lambda n: f"{n / _GIB:8.2f} GiB"
     lines = [
-        f"{report['config']} {report['stage']} on {report['slices']} x {report['topology']} ({report['devices']} devices, "
-        f"mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())})",
+        f"{report['config']} {report['stage']} on {report['slices']} x {report['topology']} ({report['devices']} "
+        f"devices, mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())})",
         f"{report['parameters']:,} parameters, {report['tokens_per_device']:,.0f} tokens per device and step",
         "", "HBM per device",
     ]
@@ -150,7 +150,8 @@ def render(report: dict[str, Any]) -> str:
         if memory.get(name):
             lines.append(f"  {name.replace('_', ' '):<28}{gib(memory[name])}")
     if memory["total"]:
-        verdict = "fits" if memory["fits"] else f"does not fit: {(memory['total'] - memory['hbm']) / _GIB:.1f} GiB too much"
+        excess = (memory["total"] - memory["hbm"]) / _GIB
+        verdict = "fits" if memory["fits"] else f"does not fit: {excess:.1f} GiB too much"
         lines.append(f"  {'total':<28}{gib(memory['total'])} of {memory['hbm'] / _GIB:.0f}: {verdict}")
     elif not memory["fits"]:
         lines.append(f"  does not fit: {memory['compiler']}")
@@ -177,8 +178,8 @@ def _render_program(report: dict[str, Any]) -> list[str]:
     seconds, versions = report["seconds"], report["versions"]
     if report["data_dependent_loops"]:
         lines.append(f"{report['data_dependent_loops']} loops depend on data and are counted as run once")
-    lines += ["", f"traced in {seconds['trace_and_lower']} s, compiled in {seconds['compile']} s; jax {versions['jax']}, "
-              f"libtpu {versions['libtpu']}. Not measured on a chip."]
+    lines += ["", f"traced in {seconds['trace_and_lower']} s, compiled in {seconds['compile']} s; jax "
+              f"{versions['jax']}, libtpu {versions['libtpu']}. Not measured on a chip."]
     return lines
 
 

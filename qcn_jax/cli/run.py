@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
                       flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a run on several hosts, or auto to ask the "
                         "environment; default: join where a TPU environment names several hosts.", flag_values=values)
-    flags.DEFINE_integer("processes", None, "With --coordinator=HOST:PORT: how many.", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("processes", None, "With --coordinator=HOST:PORT: how many.", flag_values=values,
+                         lower_bound=1)
     flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.",
                          flag_values=values, lower_bound=0)
     parsing.parse(values, "run", __doc__, argv)

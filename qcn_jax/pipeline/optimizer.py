@@ -137,7 +137,8 @@ def with_master_copy(inner: optax.GradientTransformation) -> optax.GradientTrans
         updates, inner_state = inner.update(grads, state.inner, state.master)
         master = optax.apply_updates(state.master, updates)
         # What is added to the rounded parameters in float32 gives the master copy, which is then rounded.
-        return jax.tree.map(lambda m, p: m - p.astype(jnp.float32), master, params), MasterCopyState(master, inner_state)
+        difference = jax.tree.map(lambda m, p: m - p.astype(jnp.float32), master, params)
+        return difference, MasterCopyState(master, inner_state)
 
     return optax.GradientTransformation(init, update)
 

@@ -91,8 +91,8 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
 def _check_hosts(stages: Sequence[str]) -> None:
     alone = [name for name in stages if STAGES[name].sandbox or name == "report"]
     if alone and not distributed.alone():
-        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain after tasks has "
-                        "finished in the same workdir")
+        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain after tasks "
+                        "has finished in the same workdir")
 
 
 def stage_config(config: RunConfig, name: str) -> dict[str, Any]:

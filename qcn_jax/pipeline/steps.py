@@ -71,8 +71,8 @@ def _check_rows(stage: str, settings: Any, parallel: Parallel) -> None:
                         "batch times accumulate")
     columns = parallel.size("activation_length", "vocab")
     if settings.sequence_length % columns:
-        raise UserError(f"--config.{group}.sequence_length: {settings.sequence_length} does not divide by the {columns} "
-                        "parts of mesh axes context and tensor")
+        raise UserError(f"--config.{group}.sequence_length: {settings.sequence_length} does not divide by the "
+                        f"{columns} parts of mesh axes context and tensor")
 
 
 def _batch(settings: Any, parallel: Parallel, floats: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -112,7 +112,8 @@ def _update_step(config: RunConfig, stage: str, settings: Any, parallel: Paralle
     whole = NamedSharding(parallel.mesh, PartitionSpec())
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
     function = make_update(loss, update, shardings, layout.batch_sharding(parallel), judge is not None)
-    kinds = {"weights": state.params, "optimizer": state.opt_state, "gradient": gradient, "judge": judge, "batch": batch}
+    kinds = {"weights": state.params, "optimizer": state.opt_state, "gradient": gradient, "judge": judge,
+             "batch": batch}
     arguments = (state, gradient, batch, scalar(jnp.float32), scalar(jnp.bool_), judge)
     flops = token_flops(model, settings.sequence_length)
     return StageStep(function, arguments, {name: tree for name, tree in kinds.items() if tree is not None},

@@ -92,7 +92,8 @@ def make_train_step(
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding), out_shardings=(shardings, shardings.step))
+    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding),
+                   out_shardings=(shardings, shardings.step))
 
 
 def global_norm(grads: Params) -> jax.Array:

@@ -77,7 +77,8 @@ def topology_devices(topology: str, slices: int = 1) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:  # jaxlib raises several kinds
-        raise UserError(f"--topology={topology}: libtpu does not accept it: {str(error).splitlines()[0][:200]}") from error
+        line = str(error).splitlines()[0][:200]
+        raise UserError(f"--topology={topology}: libtpu does not accept it: {line}") from error
 
 
 def libtpu_version() -> str | None:
@@ -173,5 +174,5 @@ def _refusal(message: str) -> UserError:
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment of a process that compiles; its own, because libtpu reads it once and aborts on large programs."""
+    """The environment of a process that compiles: its own, as libtpu reads it once and may abort on large programs."""
     return {**os.environ, **ENVIRONMENT}

@@ -24,7 +24,9 @@ CHIPS = {
     "tpu7x": Chip(96 * _GIB, 1153.5e12),
 }
 # `device_kind` as JAX reports it.
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+}
 
 
 def chip_of(device_kind: str) -> Chip | None:

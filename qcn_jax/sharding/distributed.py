@@ -29,8 +29,8 @@ def start(coordinator: str | None, processes: int | None = None, process_id: int
     """
     explicit = coordinator not in (None, AUTO)
     if explicit != (processes is not None) or explicit != (process_id is not None):
-        raise UserError("--coordinator=HOST:PORT, --processes=N and --process_id=I go together; --coordinator=auto needs "
-                        "neither")
+        raise UserError("--coordinator=HOST:PORT, --processes=N and --process_id=I go together; --coordinator=auto "
+                        "needs neither")
     if explicit and not 0 <= process_id < processes:
         raise UserError(f"--process_id={process_id}: allowed: 0 to {processes - 1}")
     if explicit and ":" not in coordinator:

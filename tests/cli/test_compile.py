@@ -101,6 +101,6 @@ def test_what_does_not_fit_says_what_to_change():
 
 
 def test_the_compilers_message_is_understood():
-    error = aot._refusal("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.5G of 95.74G hbm. Exceeded")
+    error = aot._refusal("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 120.5G of 95.74G hbm. And")
     assert isinstance(error, aot.TooLarge) and error.used == 120.5 * 2**30 and error.limit == 95.74 * 2**30
     assert not isinstance(aot._refusal("INVALID_ARGUMENT: no"), aot.TooLarge)

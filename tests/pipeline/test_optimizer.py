@@ -151,7 +151,8 @@ def test_state_lies_as_its_parameters_do():
         rule = optimizer.make_optimizer(config, 10)
         places = optimizer.state_like(rule, shapes, names, "elsewhere")
         state = jax.eval_shape(rule.init, shapes)
-        for (path, leaf), place in zip(jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(places), strict=True):
+        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+        for (path, leaf), place in zip(leaves, jax.tree.leaves(places), strict=True):
             if place == "elsewhere":
                 assert not any(isinstance(key, jax.tree_util.DictKey) and key.key in shapes for key in path), path
             else:
