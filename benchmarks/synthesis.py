@@ -28,7 +28,6 @@ from qcn_jax.pipeline import repositories
 MORE = {
     "funcy==2.1": "8979feb3de7120afd1d00e5a8eae810c1942e4bfbc91697151e9ee1e49f79284",
     "humanize==4.17.0": "1d6a36c453dbfbb3f0b34601d2e0b4ce5d48d780305cd45714843f0068fde6ac",
-    "idna==3.20": "a7db850025b95ded1eae8a46181a1a6c56c92c96f0e2b005d9ff8dc0210cab44",
 }  # beside the training repositories of configs/
 _OUT = flags.DEFINE_string("out", "bench/synthesis", "Folder of tasks, journal and summary.")
 _COUNT = flags.DEFINE_integer("count", 2000, "Verified tasks wanted from injection; combinations come on top.")
