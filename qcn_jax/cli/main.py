@@ -1,6 +1,7 @@
 """`qcn VERB ...`: finds the verb's module, runs it, and turns bad input into one line on stderr."""
 
 import errno
+import gc
 import importlib
 import importlib.util
 import os
@@ -26,6 +27,8 @@ VERBS = {
     "doctor": ("qcn_jax.cli.doctor", "what this machine has: devices, Docker, registry, disk"),
 }
 _COMPUTING = ("run", "evaluate", "generate", "serve")  # verbs that step a model over and over
+_FINALIZERS = ("__del__", "_xla_gc_callback")
+_AGAIN_SECONDS = 0.02  # until a signal that came during a finalizer is tried again
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended
 
 _QUIET = {  # chatter of libraries on stderr that says nothing about this program
@@ -88,9 +91,25 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack like Ctrl-C, so that sandboxes and worker processes are closed."""
+    """SIGTERM unwinds the stack like Ctrl-C, so that sandboxes and worker processes are closed.
+
+    Python reports an exception out of a finalizer or a callback of the garbage collector and drops it, so where the
+    signal comes during one, it is put off until that has returned.
+    """
+    if _drops_exceptions(frame):
+        signal.signal(signal.SIGALRM, _terminate)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not interrupt the clean-up
     raise SystemExit(TERMINATED)
+
+
+def _drops_exceptions(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name in _FINALIZERS or any(frame.f_code is getattr(f, "__code__", None) for f in gc.callbacks):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _fail(who: str, line: str) -> int:

@@ -117,3 +117,35 @@ def test_sigterm_unwinds_so_that_clean_up_runs(tmp_path):
 
 def test_user_error_is_what_it_says():
     assert str(UserError("--x: no")) == "--x: no"
+
+
+@pytest.mark.parametrize("where", ["finalizer", "collection"])
+def test_a_signal_where_exceptions_are_dropped_still_ends_the_process(where):
+    """Python swallows SystemExit out of `__del__` and of gc callbacks; the signal must not be lost with it."""
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(f"""
+        import gc, os, signal, sys, time
+        from qcn_jax.cli import main as cli
+
+        strike = lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1))
+
+        class Dying:
+            def __del__(self):
+                strike()
+
+        def callback(phase, info):
+            if phase == "start":
+                strike()
+
+        signal.signal(signal.SIGTERM, cli._terminate)
+        try:
+            if "{where}" == "finalizer":
+                Dying()
+            else:
+                gc.callbacks.append(callback)
+                gc.collect()
+                gc.callbacks.remove(callback)
+            time.sleep(30)
+        finally:
+            print("cleaned up", flush=True)
+    """)], capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert child.returncode == cli.TERMINATED and child.stdout == "cleaned up\n", child.stderr
