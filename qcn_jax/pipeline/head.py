@@ -25,6 +25,7 @@ HeadFunction = Callable[..., Any]
 # Logits of one kernel that exist at a time on a device, in float32: half a gigabyte. Smaller chunks would spend more
 # on reading and writing the kernel's gradient than on the products.
 CHUNK_ELEMENTS = 1 << 27
+_TILE = 256  # a large chunk is a multiple of this many tokens, whole tiles of any generation's matrix unit
 
 
 @jax.custom_vjp
@@ -61,7 +62,7 @@ def over_vocabulary(
       *arrays: [B, T, ...] laid out as activations are; gradients flow to those of floating type. B and T must
         divide by the mesh axes of activation_batch, and of activation_length and vocab.
       parallel: the devices; None is one.
-      chunk: tokens at a time on a device; by default such that CHUNK_ELEMENTS logits exist.
+      chunk: tokens at a time on a device; by default such that some CHUNK_ELEMENTS logits exist.
 
     Returns:
       The pytree with [B, T] leaves.
@@ -71,6 +72,7 @@ def over_vocabulary(
     if chunk is None:
         parts = math.ceil(tokens * kernels[0].shape[1] / CHUNK_ELEMENTS)
         chunk = math.ceil(tokens / parts)
+        chunk = chunk if chunk < _TILE else -(-chunk // _TILE) * _TILE
     if parallel is None and chunk >= tokens:  # nothing to save: logits are kept for the backward pass
         return _unflatten(function(tuple(kernels), *(_flatten(array) for array in arrays)), batch, length)
     return _chunked(function, chunk, parallel, tuple(kernels), arrays)

@@ -99,7 +99,7 @@ def _update_step(config: RunConfig, stage: str, settings: Any, parallel: Paralle
     update = optimizer.make_optimizer(settings.optimizer, settings.updates)
     shardings = layout.state_shardings(model, parallel, update, settings.optimizer.offload)
     state = layout.abstract_state(model, update, shardings)
-    gradient = state.params
+    gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
     if stage == "experts":
         loss = policy_loss(model, settings, parallel)
         judges = 1 if settings.kl_coef else 0

@@ -36,13 +36,13 @@ def make_update(
       judged: with `shardings`: the loss's last argument is a tree of parameters, laid out as the state's.
 
     Returns:
-      (state, gradient, batch, total, last, *extra) -> (state, gradient, metrics). `gradient`, the sum so far of
-      gradients over `total`, and `state` are donated; where `last`, the optimizer moves and the sum begins anew.
+      (state, gradient, batch, total, last, *extra) -> (state, gradient, metrics). `gradient`, the float32 sum so far
+      of gradients over `total`, and `state` are donated; where `last`, the optimizer moves and the sum begins anew.
     """
 
     def step(state, gradient, batch, total, last, *extra):
         (value, sums), new = jax.value_and_grad(loss, has_aux=True)(state.params, batch, *extra)
-        gradient = jax.tree.map(lambda old, g: old + g / total.astype(g.dtype), gradient, new)
+        gradient = jax.tree.map(lambda old, g: old + g.astype(old.dtype) / total, gradient, new)
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
 
@@ -90,7 +90,7 @@ class Updater:
           UserError: the gradient is not finite; parameters and optimizer state have not been changed.
         """
         if self._gradient is None:
-            self._gradient = jax.tree.map(jnp.zeros_like, state.params)
+            self._gradient = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
         batches = [(part, batch) for part in parts for batch in _slices(part.arrays, self._rows)]
         weights = {part.name: float(part.arrays["weights"].sum()) for part in parts}
         total = max(sum(float(part.arrays["weights"].sum()) for part in parts), 1e-6)

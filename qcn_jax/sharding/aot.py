@@ -6,6 +6,7 @@ compiler's own per-op estimates; never a time: overlap and interconnect are not 
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 import time
@@ -90,16 +91,13 @@ def libtpu_version() -> str | None:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that a device holds of ShapeDtypeStructs with shardings (without the compiler's padding)."""
-    size = lambda leaf: leaf.dtype.itemsize * _elements(leaf.sharding.shard_shape(leaf.shape))
+    """Bytes that a device holds in HBM of ShapeDtypeStructs with shardings (without the compiler's padding)."""
+
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        on_host = (leaf.sharding.memory_kind or "").endswith("host")
+        return 0 if on_host else leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+
     return sum(size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for dimension in shape:
-        count *= dimension
-    return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +146,11 @@ def _memory(stats: Any, kinds: Mapping[str, Any], topology: str) -> dict[str, An
     limit = CHIPS[generation(topology)].hbm
     arguments = {name: bytes_per_device(tree) for name, tree in kinds.items()}
     device = stats.argument_size_in_bytes
-    known = sum(arguments.values()) - stats.host_argument_size_in_bytes
     # Outputs that do not take the place of donated arguments.
     outputs = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
     total = device + stats.temp_size_in_bytes + outputs + stats.generated_code_size_in_bytes
     return {
-        "arguments_by_kind": arguments, "padding": max(0, device - known), "arguments": device,
+        "arguments_by_kind": arguments, "padding": max(0, device - sum(arguments.values())), "arguments": device,
         "activations_and_temporaries": stats.temp_size_in_bytes, "outputs_not_aliased": outputs,
         "code": stats.generated_code_size_in_bytes, "host": stats.host_argument_size_in_bytes,
         "total": total, "hbm": limit, "fits": total <= limit,
