@@ -18,6 +18,7 @@ from qcn_jax.layers.cache import Cache, init_cache
 from qcn_jax.layers.context import TokenContext, segment_positions
 from qcn_jax.layers.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
 from qcn_jax.layers.dense import dense, normal_init
+from qcn_jax.layers.embedding import sharded_lookup
 from qcn_jax.layers.norm import RMSNorm
 from qcn_jax.layers.products import einsum_float32
 from qcn_jax.layers.remat import rematerialised
@@ -85,7 +86,7 @@ class Qwen3Next(nn.Module):
       unrolled: False scans over layers stacked in the parameter tree (one compiled layer for all); True
         holds each layer's parameters and cache apart (see `unroll`), which saves decoding the copies that
         a scan makes of every weight and cache it slices.
-      parallel: the devices over which batches and parameters are spread; None is one device.
+      parallel: the devices over which batches and parameters are spread; None is one device, and does to `init`.
     """
 
     config: ModelConfig
@@ -223,8 +224,9 @@ class Qwen3Next(nn.Module):
         return TokenContext(cos, sin, segment_ids, valid, start, lengths, key_limit, self.parallel)
 
     def _embed(self, tokens: Array) -> Array:
-        x = self.embed_tokens(tokens)
-        return x if self.parallel is None else self.parallel.constrain_tokens(x)
+        if self.parallel is None:
+            return self.embed_tokens(tokens)
+        return sharded_lookup(self.embed_tokens.embedding.astype(jnp.dtype(self.config.dtype)), tokens, self.parallel)
 
     def _run_layers(self, x: Array, context: TokenContext, caches: Any) -> tuple[Array, RouterStatistics, Any]:
         """All decoder layers; statistics have a leading axis L, caches the layout they came in."""

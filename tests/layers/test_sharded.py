@@ -26,6 +26,7 @@ def _cases(parallel):
     import jax.numpy as jnp
 
     from qcn_jax.layers.delta_rule import gated_delta_rule
+    from qcn_jax.layers.embedding import sharded_lookup
     from qcn_jax.layers.gated_delta_net import causal_conv, sharded_conv
     from qcn_jax.layers.norm import l2_norm
     from qcn_jax.layers.sharded import sharded_attention, sharded_delta_rule
@@ -49,6 +50,11 @@ def _cases(parallel):
             return None
         return lambda x, kernel: sharded_conv(x, kernel, ids, parallel)
 
+    def lookup(table):
+        words = jnp.asarray(tokens_of_rows)
+        return table[words] if parallel is None else sharded_lookup(table, words, parallel)
+
+    tokens_of_rows = rng.integers(0, 12, (BATCH, LENGTH))
     attention = lambda ids: lambda q, k, v: sharded_attention(q, k, v, ids, parallel)
     shape = (BATCH, LENGTH)
     tokens = [normal(*shape, 2, 6), normal(*shape, 2, 6), normal(*shape, 2, 3, 5),
@@ -59,6 +65,7 @@ def _cases(parallel):
         "delta packed": (delta(ids), tokens), "delta": (delta(None), tokens),
         "conv packed": (conv(ids), taps), "conv": (conv(None), taps),
         "attention packed": (attention(ids), heads), "attention": (attention(None), heads),
+        "embedding": (lookup, [normal(12, 16)]),
     }
 
 
@@ -94,6 +101,6 @@ def _results(run_with_devices) -> dict[str, dict]:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_equals_one_device(results, mesh):
-    assert len(results[mesh]) == (4 if mesh == "tensor" else 6)
+    assert len(results[mesh]) == (5 if mesh == "tensor" else 7)
     for case, errors in results[mesh].items():
         assert np.isfinite(errors).all() and max(errors) < 1e-5, (case, errors)
