@@ -87,8 +87,8 @@ def flops_of_gradient(backend: str) -> float:
 
         program = jax.jit(both).trace(*args, array(rows, width)).lower(lowering_platforms=("tpu",)).compile().as_text()
         kernels = sum(float(flops) for flops in re.findall(r'custom-call.*?"flops":"?([0-9]+)', program))
-        # Forward three products; gradient two of those again and two for each.
-        print((summarize(program).matmul_flops + kernels) / (11 * 2 * rows * width * narrow))
+        # Three products forward, of which the gradient shares gate and up, and two gradients of each.
+        print((summarize(program).matmul_flops + kernels) / (9 * 2 * rows * width * narrow))
     """
     env = os.environ | {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
@@ -104,4 +104,4 @@ def flops_of_gradient(backend: str) -> float:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `compile`)")
 def test_gradient_costs_no_more_than_its_products():
     """The weight gradient of lax.ragged_dot multiplies every expert with every row on most TPUs; ours does not."""
-    assert 0.8 < flops_of_gradient("auto") < 1.3
+    assert 0.95 < flops_of_gradient("auto") < 1.3
