@@ -262,6 +262,7 @@ def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tupl
 
 def main(_) -> None:
     """Runs, then counts what was lost, doubled, wrong or left."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the daemon is ended in order
     out = pathlib.Path(_OUT.value).absolute()
     out.mkdir(parents=True, exist_ok=True)
     journal, known = out / "results.jsonl", {}

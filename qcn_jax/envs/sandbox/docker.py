@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import docker
@@ -44,7 +45,7 @@ class DockerProvider(Provider):
         super().__init__(state_dir, limits, isolation, spares)
         self.client = images.engine()
         remove_leftovers(self.client)
-        with lock(self.state_dir, "image"):
+        with lock(self.state_dir, "image"), engine_failures():
             self.base = images.base_image(self.client, image)
             self.image = images.runtime_image(self.client, self.base)
         self._containers: set[str] = set()
@@ -62,7 +63,7 @@ class DockerProvider(Provider):
         if spec is None or not (spec.image or spec.setup):
             return self.image
         if (spec.image, spec.setup) not in self._images:
-            with lock(self.state_dir, "image"):
+            with lock(self.state_dir, "image"), engine_failures():
                 parent = images.base_image(self.client, spec.image) if spec.image else self.base
                 if spec.setup:
                     parent = layers.layer(self.client, "repository", parent, steps=spec.setup, network=True)
@@ -109,8 +110,9 @@ class DockerProvider(Provider):
     def close(self) -> None:
         super().close()
         for container in list(self._containers):
-            remove(self.client, container)
-            self.forget(container)
+            with contextlib.suppress(SandboxError):  # without an engine nothing runs, and its next start finds the label
+                remove(self.client, container)
+                self.forget(container)
 
 
 class ContainerStream:
@@ -127,8 +129,9 @@ class ContainerStream:
             self._socket.setblocking(False)
             api.start(container)
         except (docker.errors.DockerException, OSError) as error:
-            remove(provider.client, container)
-            provider.forget(container)
+            with contextlib.suppress(SandboxError):
+                remove(provider.client, container)
+                provider.forget(container)
             raise SandboxError(f"container does not start: {error}") from error
 
     def send(self, data: bytes, deadline: float) -> None:
@@ -194,12 +197,26 @@ class ContainerStream:
             self._closed = True
             with contextlib.suppress(OSError):
                 self._socket.close()
-            remove(self.provider.client, self.container)
-            self.provider.forget(self.container)
+            with contextlib.suppress(SandboxError):  # `DockerProvider.close` tries again
+                remove(self.provider.client, self.container)
+                self.provider.forget(self.container)
+
+
+@contextlib.contextmanager
+def engine_failures() -> Iterator[None]:
+    """Failures of the engine, and of the way to it, as SandboxError."""
+    try:
+        yield
+    except (docker.errors.DockerException, OSError) as error:
+        raise SandboxError(f"the Docker engine fails: {str(error).splitlines()[0][:300]}") from error
 
 
 def remove(client: docker.DockerClient, container: str) -> None:
-    """Kills and removes a container and its anonymous volumes; one that is gone is fine."""
+    """Kills and removes a container and its anonymous volumes; one that is gone is fine.
+
+    Raises:
+      SandboxError: it cannot be removed, or no engine answers.
+    """
     for _ in range(20):
         try:
             client.api.remove_container(container, force=True, v=True)
@@ -210,6 +227,8 @@ def remove(client: docker.DockerClient, container: str) -> None:
             if "in progress" not in str(error):
                 raise SandboxError(f"container {container[:12]} cannot be removed: {error}") from error
             time.sleep(0.05)
+        except OSError as error:
+            raise SandboxError(f"container {container[:12]} cannot be removed: {error}") from error
 
 
 def host_identity() -> str:
