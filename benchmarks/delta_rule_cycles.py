@@ -31,13 +31,15 @@ from absl import app, flags
 from qcn_jax.sharding import aot, hlo
 
 GENERATIONS = flags.DEFINE_list("generations", ["v5p", "v5e", "v6e", "tpu7x"], "TPU generations.")
+FORMS = flags.DEFINE_list(
+    "forms", ["rule chunked 64", "rule chunked 128", "rule pallas 128", "mixer chunked 64", "mixer pallas 128"],
+    "Programs: what, form and chunk size.")
 LENGTH = flags.DEFINE_integer("length", 8192, "Tokens of the one sequence.")
 JSON = flags.DEFINE_string("json", None, "Also writes the table there.")
 CASE = flags.DEFINE_string("case", None, "One program (set for the child processes): FORM,GENERATION.")
 
 H, R, D, TAPS, EPS = 16, 2, 128, 4, 1e-6  # Qwen3-Coder-Next's linear attention
 TOPOLOGIES = {"v5p": "v5p:1x1x1", "v5e": "v5e:1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
-FORMS = ("rule chunked 64", "rule chunked 128", "rule pallas 128", "mixer chunked 64", "mixer pallas 128")
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 
 
@@ -139,12 +141,12 @@ def main(_) -> None:
     table = {}
     for generation in GENERATIONS.value:
         best = {}
-        for form in FORMS:
+        for form in FORMS.value:
             result = table[f"{generation} {form}"] = run_case(form, generation)
             what = form.split()[0]
             if "pallas" not in form:
                 best[what] = min(best.get(what, float("inf")), result["total"])
-            ratio = f"{best[what] / result['total']:.2f}x" if "pallas" in form else ""
+            ratio = f"{best[what] / result['total']:.2f}x" if "pallas" in form and what in best else ""
             million = lambda key: f"{result[key] / 1e6:9.2f}"
             print(f"{generation:8}{form:20}{million('xla')}{million('kernels')}{million('total')}{ratio:>7}"
                   f"{result['GiB']:10.2f}", flush=True)
