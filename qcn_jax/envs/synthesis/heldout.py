@@ -2,18 +2,21 @@
 
 Functions of a module that were seen misbehaving are called with arguments that vary those of the failing test. Calls
 that end differently in the two states become tests that a right fix must pass; some that end alike guard the rest.
-They are a second opinion on a patch: no agent sees them, and no statement tells of them (`second_opinion`).
+Where no such call can be made (objects for arguments, say) a test file's own tests stand under another name, which patches
+that know the tests by name or place do not expect. They are a second opinion on a patch: no agent sees them, and no
+statement tells of them (`second_opinion`).
 """
 
 import ast
 import dataclasses
 import importlib.resources
+import posixpath
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.sandbox.base import Sandbox
+from qcn_jax.envs.sandbox.base import PASSING, Sandbox
 from qcn_jax.envs.synthesis import statement
 from qcn_jax.envs.tasks import Task
 
@@ -110,6 +113,27 @@ def _body(expression: str, outcome: str, text: str) -> str:
     if outcome == "raised":
         return f"    with pytest.raises({text}):\n        {expression}\n"
     return f"    assert {expression} == {text}\n"
+
+
+def mirrored(task: Task, sandbox: Sandbox, mended: Mapping[str, str], timeout: float) -> Task:
+    """The task with copies of some of its tests, as the sandbox (in the defective state) and `mended` bear them out."""
+    path = task.FAIL_TO_PASS[0].split("::")[0]
+    copy = posixpath.join(posixpath.dirname(path), PATH)
+    text = sandbox.read(path)
+    names = [copy + name.removeprefix(path) for group in (task.FAIL_TO_PASS, task.PASS_TO_PASS)
+             for name in [name for name in group if name.startswith(f"{path}::")][:TESTS]]
+    sandbox.write(copy, text)
+    before = sandbox.run_tests(names, timeout).outcomes
+    for place, content in mended.items():
+        sandbox.write(place, content)
+    after = sandbox.run_tests(names, timeout).outcomes
+    passing = [name for name in names if after.get(name) in PASSING]
+    failing = tuple(name for name in passing if before.get(name) in ("failed", "error"))
+    if not failing:
+        return task
+    return dataclasses.replace(
+        task, held_out_patch=patches.make_diff({}, {copy: text}), HELD_OUT_FAIL_TO_PASS=failing,
+        HELD_OUT_PASS_TO_PASS=tuple(name for name in passing if before.get(name) in PASSING))
 
 
 def second_opinion(task: Task) -> Task | None:

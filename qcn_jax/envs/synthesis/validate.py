@@ -296,6 +296,9 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if mended_calls:
         sandbox.reset()
         task = heldout.add(task, mended_calls, heldout.call_all(sandbox, wanted, timeout))
+    if options.held_out and not task.held_out_patch:
+        sandbox.reset()
+        task = heldout.mirrored(task, sandbox, mended, timeout)
     return quality.scored(task, candidate.callers, candidate.suite)
 
 

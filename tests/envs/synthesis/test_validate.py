@@ -200,6 +200,23 @@ def test_held_out_tests(place):
     assert grader.grade(task, patch).resolved and not grader.grade(opinion, patch).resolved
 
 
+def test_held_out_copies(place):
+    """Where no call can be made anew, copies of the tests under another name: hard-coding on names is noticed."""
+    provider = place[0]
+    options = validate.Options(held_out=True)
+    task = validate.check(provider, candidate(place, "self.items.append(item)", "self.items.append(self)"), options).task
+    opinion = heldout.second_opinion(task)
+    assert [name.split("::")[0] for name in opinion.FAIL_TO_PASS] == ["tests/test_held_out.py"]
+    start = patches.apply_diff({PATH: SOURCE}, task.bug_patch)
+    cheat = start[PATH].replace(
+        "self.items.append(self)", "import traceback\n        names = str(traceback.extract_stack())\n"
+        "        self.items.append(item if 'test_core' in names else self)")
+    patch = patches.make_diff(start, {PATH: cheat})
+    grader = grading.Grader(provider)
+    assert grader.grade(task, patch).resolved and grader.grade(opinion, patch).outcome == "unresolved"
+    assert grader.grade(opinion, task.patch).resolved and verify.verify_task(provider, task).problems == ()
+
+
 def test_scores_and_duplicates(place):
     tasks = [validate.check(place[0], candidate(place, *change)).task for change in (
         ("value > high", "value >= low"), ("total += value", "total -= value"))]  # fmt: skip

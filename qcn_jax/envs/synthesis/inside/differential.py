@@ -96,6 +96,8 @@ def attempt(function, positional, named):
         return (kind, text) if len(text) <= LONGEST and ast.literal_eval(text) == result else None
     except OutOfTime:
         return None
+    except (RecursionError, MemoryError):  # what comes depends on how much is in use around the call
+        return None
     except Exception as error:
         known = getattr(builtins, type(error).__name__, None) is type(error)
         return ("raised", type(error).__name__) if known else None
