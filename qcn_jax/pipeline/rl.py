@@ -105,13 +105,15 @@ class Learner:
     reference: Any = None
 
     def act(
-        self, params: Any, update: int, prompts: Sequence[Any], samples: int, stop: Stop = never
+        self, params: Any, update: int, prompts: Sequence[Any], samples: int, stop: Stop = never,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[RolloutRecord]:
-        """`samples` episodes on each of `prompts`."""
+        """`samples` episodes on each of `prompts`; `progress` and `stop` are rollout's."""
         self.engine.params = params
         groups = [[self.converse(prompt) for _ in range(samples)] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, g, i) for i in range(samples)] for g in range(len(prompts))]
-        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout), stop=stop)
+        sampling = online.sampling_of(self.config.rollout)
+        return rollout(self.engine, groups, seeds, sampling=sampling, progress=progress, stop=stop)
 
     def step(self, update: int, state: TrainState, stop: Stop = never) -> tuple[TrainState, dict[str, Any]]:
         """One update: act, judge, learn. Without an informative group the state stays as it is."""
@@ -148,9 +150,9 @@ class Learner:
                 ))  # fmt: skip
         return online.pack_rows(documents, self.config.sequence_length, self.config.rows)
 
-    def useful(self, params: Any, samples: int) -> list[int]:
+    def useful(self, params: Any, samples: int, progress: Callable[[int, int], None] | None = None) -> list[int]:
         """Indices of the prompts that the given policy solves sometimes, but not always, in `samples` tries."""
-        records = self.act(params, PROBE, self.prompts, samples)
+        records = self.act(params, PROBE, self.prompts, samples, progress=progress)
         return sorted(informative_groups(records))
 
 
@@ -214,11 +216,24 @@ def _train_expert(
 def _filtered(learner: Learner, params: Any, path: pathlib.Path, log: Callable[[str], None]) -> list[Any]:
     """The prompts that the SFT model solves sometimes; written down, so that a resumed run keeps the same."""
     if not path.exists():
-        kept = learner.useful(params, learner.config.filter_samples)
+        kept = learner.useful(params, learner.config.filter_samples, _every_tenth(log))
         files.write_json(path, {"of": len(learner.prompts), "kept": kept})
     kept = files.read_json(path)["kept"]
     log(f"{len(kept)} of {len(learner.prompts)} prompts are solved sometimes, but not always")
     return [learner.prompts[index] for index in kept]
+
+
+def _every_tenth(log: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A progress callback that logs each time another tenth of the episodes has ended."""
+    shown = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if done * 10 // max(total, 1) > shown:
+            shown = done * 10 // max(total, 1)
+            log(f"prompt filter: {done} of {total} episodes")
+
+    return progress
 
 
 def training_prompts(context: StageContext, domain: str) -> list[Prompt]:
