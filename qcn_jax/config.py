@@ -151,6 +151,7 @@ class SftConfig:
     train: TrainConfig = TrainConfig()
     trajectories_per_task: int = 2
     recovery: float = 0.5  # share of trajectories with wrong edits first
+    searches: int = 0  # trajectories per task that look for the defect without knowing it, refuted edits learned too
     guesses: int = 0  # edits per task sampled from the mid-trained model; recoveries begin with its wrong ones
 
 

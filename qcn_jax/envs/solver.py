@@ -63,6 +63,7 @@ class Trajectory:
       messages: assistants carry `tool_calls` (name, arguments) and the `template` they are written in.
       wrong_edits: attempts before the right one.
       outcomes: of each test run, in order: passed or not.
+      search: nobody knew the answer; also what the tests refuted shows how to look for a defect.
     """
 
     task_id: str
@@ -73,6 +74,7 @@ class Trajectory:
     patch: str
     wrong_edits: int
     outcomes: tuple[bool, ...]
+    search: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready row."""
@@ -125,6 +127,23 @@ def solve(
             undo = [ToolCall("undo")] * len(attempt)
         if not episode.done and _last_run_passed(episode):
             _act(episode, [ToolCall("submit")])
+    return verified(episode, executor, grade)
+
+
+def verified(
+    episode: Episode, executor: ToolExecutor, grade: Callable[[Task, str], bool] | None = None, search: bool = False
+) -> Trajectory | None:
+    """An episode that is over as a trajectory; None unless it was submitted, well formed and the tests pass.
+
+    Args:
+      episode: played to its end on `executor`.
+      grade: whether a patch resolves the task; by default the tests are run where the edits were made.
+      search: see Trajectory.
+
+    Raises:
+      SandboxError: the sandbox failed.
+    """
+    task, scaffold = episode.task, episode.scaffold
     if episode.reason is EndReason.INFRASTRUCTURE:
         raise SandboxError(f"{task.instance_id}: the sandbox failed")
     if episode.reason is not EndReason.SUBMITTED or any(turn.malformed for turn in episode.turns):
@@ -134,7 +153,7 @@ def solve(
         return None
     return Trajectory(
         task.instance_id, task.repo, scaffold.name, scaffold.template, tuple(_with_calls(episode)), result.patch,
-        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs),
+        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs), search=search,
     )
 
 

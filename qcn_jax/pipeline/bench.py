@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from qcn_jax.config import EvaluateConfig, ModelConfig
+from qcn_jax.envs import heuristic
 from qcn_jax.envs.tasks import Task
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
-from qcn_jax.pipeline import evaluate_metrics, heuristic
+from qcn_jax.pipeline import evaluate_metrics
 from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.domains import Prompt, Services, TaskConversation, make_prompts
 from qcn_jax.pipeline.online import make_engine

@@ -5,6 +5,7 @@ likelier all along. After a refuted edit that the model itself believed in, the 
 learns to turn away from what the tests refuted.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from qcn_jax import files, hub
@@ -42,7 +43,9 @@ class _Proposal:
 
 
 def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Guess]]:
-    """`config.sft.guesses` sampled answers per task: its id -> distinct (line, old, new), right ones included.
+    """`config.sft.guesses` sampled answers per task: its id -> distinct (line, old, new), most frequent first.
+
+    Right ones are among them.
 
     Written to sft/guesses.json, so that a resumed stage goes on with the same.
     """
@@ -62,10 +65,10 @@ def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Gues
         groups = [[_Proposal(documents, prompts[name]) for _ in range(samples)] for name in names]
         seeds = [[sequence_seed(context.config.seed, SEED, number, sample) for sample in range(samples)]
                  for number in range(len(names))]
-        found: dict[str, dict[Guess, None]] = {name: {} for name in names}
+        found: dict[str, Counter[Guess]] = {name: Counter() for name in names}
         for record in rollout(engine, groups, seeds, sampling=Sampling(TEMPERATURE)):
-            found[names[record.prompt]].update(dict.fromkeys(record.outcome.detail["edits"]))
-        files.write_json(path, {name: list(edits) for name, edits in found.items()})
+            found[names[record.prompt]].update(record.outcome.detail["edits"])
+        files.write_json(path, {name: [edit for edit, _ in edits.most_common()] for name, edits in found.items()})
         context.log(f"{sum(map(len, found.values()))} guesses of the mid-trained model on {len(names)} tasks")
     return {name: [tuple(edit) for edit in edits] for name, edits in files.read_json(path).items()}
 

@@ -3,7 +3,8 @@
 The scripted solver acts through the same tools in the same sandboxes as the model will; what its tests did not
 confirm is not kept. Tasks are those of the imitation side of pipeline.splits, so that reinforcement learning meets
 none of them. Turns whose edit the tests refuted are part of what the model reads and no part of the loss: it learns
-to recover from mistakes, not to make them.
+to recover from mistakes, not to make them. Trajectories that look for a defect nobody has told them (`searches`) are
+learned whole: there the refuted edits are the search.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ def collect_trajectories(context: StageContext) -> list[Trajectory]:
     names = context.templates()
     guessed = guesses.propose(context, tasks)
     requests = lambda number, task: plan(task, number, seed, settings.trajectories_per_task, settings.recovery, names,
-                                         guessed.get(task.instance_id, ()))
+                                         guessed.get(task.instance_id, ()), settings.searches)
     with stop_signals() as stop:
         found = collect(context.root / "sft" / "trajectories.jsonl", tasks, requests, pool, context.log, stop.is_set)
     if found is None:
@@ -100,7 +101,8 @@ def encode(trajectories: Sequence[Trajectory], encoder: ChatEncoder, max_tokens:
         tools = scaffolds.by_name(trajectory.scaffold).schemas()
         document = encoder.encode(trajectory.messages, tools)
         if len(document["tokens"]) <= max_tokens:
-            document["weights"] = document["weights"] * ~_refuted(trajectory, document["weights"])
+            if not trajectory.search:
+                document["weights"] = document["weights"] * ~_refuted(trajectory, document["weights"])
             documents.append(document)
     return documents, len(trajectories) - len(documents)
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcn_jax import files
-from qcn_jax.envs import scaffolds, solver
+from qcn_jax.envs import heuristic, scaffolds, solver
 from qcn_jax.envs.pool import EnvPool
 from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.solver import Trajectory
 from qcn_jax.envs.tasks import Task
-from qcn_jax.envs.workspace import ProviderRunner, Remembering
+from qcn_jax.envs.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
 from qcn_jax.errors import UserError
 
 MAX_WRONG = 3  # edits that the tests refute, in trajectories that show a recovery
@@ -31,16 +31,18 @@ class Request:
     """One trajectory wanted: the scaffold by name, how many wrong edits come first, and whose guesses they may be.
 
     guesses: (line, old, new) of edits, see `solver.solve`.
+    search: the trajectory looks for the defect (`heuristic.search`) instead of knowing it.
     """
 
     scaffold: str
     seed: int
     wrong: int = 0
     guesses: tuple[tuple[int, str, str], ...] = ()
+    search: bool = False
 
 
 def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, templates: Sequence[str],
-         guesses: Sequence[tuple[int, str, str]] = ()) -> list[Request]:
+         guesses: Sequence[tuple[int, str, str]] = (), searches: int = 0) -> list[Request]:
     """What is asked of the solver for one task: multi-turn, single-turn, and one tool-call template in turn.
 
     Args:
@@ -50,6 +52,7 @@ def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, t
       recovery: share of those with wrong edits first.
       templates: of the format scaffold; none leaves it out.
       guesses: edits that a model proposed; each multi-turn trajectory takes its wrong edits from them in another order.
+      searches: trajectories that look for the defect, each trying the guesses in another order.
     """
     rng = random.Random(f"{seed} {task.instance_id}")
     requests = []
@@ -57,6 +60,9 @@ def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, t
         wrong = rng.randint(1, MAX_WRONG) if rng.random() < recovery else 0
         ours = rng.sample(list(guesses), len(guesses)) if wrong else []
         requests.append(Request(scaffolds.NANO.name, seed + index, wrong, tuple(map(tuple, ours))))
+    for index in range(searches):
+        ours = rng.sample(list(guesses), len(guesses)) if index else guesses
+        requests.append(Request(scaffolds.NANO.name, seed + index, guesses=tuple(map(tuple, ours)), search=True))
     requests.append(Request(scaffolds.NANO_SINGLE.name, seed))
     if templates:
         requests.append(Request(scaffolds.nano_format(templates[number % len(templates)]).name, seed))
@@ -69,12 +75,17 @@ def act(provider: Provider, task: Task, requests: Sequence[Request]) -> list[dic
     The same tests on the same files run once, however many trajectories come to that state.
     """
     runner = Remembering(ProviderRunner(provider, task.repo))
-    made = (
-        solver.solve_with(provider, task, scaffolds.by_name(request.scaffold), seed=request.seed, wrong=request.wrong,
-                          guesses=[solver.SpanEdit(*guess) for guess in request.guesses], runner=runner)
-        for request in requests
-    )
+    made = (_make(provider, task, request, runner) for request in requests)
     return [trajectory.to_json() for trajectory in made if trajectory is not None]
+
+
+def _make(provider: Provider, task: Task, request: Request, runner: TestRunner) -> Trajectory | None:
+    scaffold, guesses = scaffolds.by_name(request.scaffold), [solver.SpanEdit(*guess) for guess in request.guesses]
+    if request.search:
+        workspace = open_overlay(task, provider.files(task.repo), runner)
+        return heuristic.search(task, scaffold.executor(task, workspace), guesses)
+    return solver.solve_with(provider, task, scaffold, seed=request.seed, wrong=request.wrong, guesses=guesses,
+                             runner=runner)
 
 
 class Journal:

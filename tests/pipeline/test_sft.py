@@ -199,6 +199,10 @@ def test_plans_cover_scaffolds_and_templates():
     assert names[0] == ["nano", "nano", "nano_single", "nano_format:hermes"] and names[1][-1] == "nano_format:qwen3_coder"
     recoveries = np.mean([request.wrong > 0 for requests in plans for request in requests[:2]])
     assert 0.35 < recoveries < 0.65
+    guesses = [(1, "a", "b"), (2, "c", "d")]
+    with_search = trajectories.plan(tasks[7], 7, 0, 2, 0.5, (), guesses, searches=2)
+    assert [request.search for request in with_search] == [False, False, True, True, False]
+    assert with_search[2].guesses == tuple(guesses) and set(with_search[3].guesses) == set(guesses)
 
 
 def test_no_solvable_task_is_one_line(tmp_path):

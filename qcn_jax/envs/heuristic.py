@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 from qcn_jax.envs import spans
 from qcn_jax.envs.agent import Episode
-from qcn_jax.envs.solver import SpanEdit
+from qcn_jax.envs.scaffolds import NANO
+from qcn_jax.envs.solver import SpanEdit, Trajectory, verified
+from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tools import ToolExecutor
 from qcn_jax.hub.chat import ToolCall
 
 # Most suspicious first: a rule maps a token to what it is taken to have been. Deleting `not` comes before all.
@@ -39,10 +42,12 @@ def suspicions(lines: Sequence[str]) -> list[SpanEdit]:
     return list(dict.fromkeys(ranked))
 
 
-def act(episode: Episode) -> None:
-    """Plays `episode` (of the nano scaffold) to its end."""
+def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
+    """Plays `episode` (of the nano scaffold) to its end; tries the edits `first`, as far as they apply, before any."""
     _step(episode, [ToolCall("view")])
-    edits = suspicions(_shown(episode)) if not episode.done else []
+    lines = _shown(episode) if not episode.done else []
+    applicable = [edit for edit in first if _applies(lines, edit)]
+    edits = list(dict.fromkeys([*applicable, *suspicions(lines)]))
     tried: list[ToolCall] = []
     for edit in edits:
         if episode.done:
@@ -53,6 +58,33 @@ def act(episode: Episode) -> None:
         tried = [ToolCall("undo")]
     if not episode.done:
         _step(episode, [ToolCall("submit")])
+
+
+def search(task: Task, executor: ToolExecutor, guesses: Sequence[SpanEdit] = (), max_turns: int = 8
+           ) -> Trajectory | None:
+    """A trajectory that looks for the defect without knowing it: guesses first, then suspicions, tests deciding.
+
+    Args:
+      task: its starting state is what `executor` (of scaffold nano) must hold, untouched.
+      guesses: of a model, the likeliest first.
+      max_turns: turns in which it must have been found.
+
+    Returns:
+      None where it was not.
+
+    Raises:
+      SandboxError: the sandbox failed.
+    """
+    episode = Episode(task, NANO, executor, max_turns=max_turns)
+    act(episode, guesses)
+    return verified(episode, executor, search=True)
+
+
+def _applies(lines: Sequence[str], edit: SpanEdit) -> bool:
+    if not 0 < edit.line <= len(lines) or spans.occurrences(lines[edit.line - 1], edit.old) != 1 or edit.old == edit.new:
+        return False
+    changed = lines[edit.line - 1].replace(edit.old, edit.new)
+    return _parses([*lines[: edit.line - 1], changed, *lines[edit.line :]])
 
 
 def _step(episode: Episode, calls: Sequence[ToolCall]) -> None:

@@ -9,15 +9,17 @@ import time
 
 import pytest
 
-from qcn_jax.envs import spans
+from qcn_jax.envs import heuristic, spans
 from qcn_jax.envs.agent import EndReason, Episode
 from qcn_jax.envs.patches import apply_diff, make_diff
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.scaffolds import NANO
+from qcn_jax.envs.solver import SpanEdit, Trajectory
 from qcn_jax.envs.tasks import Task
 from qcn_jax.envs.tools import ToolExecutor
 from qcn_jax.envs.workspace import OverlayWorkspace
-from qcn_jax.pipeline import heuristic
+from tests.envs import tiny
+from qcn_jax.envs import heuristic
 
 FUNCTION = """def f(a, b):
     # not a real `not`
@@ -84,6 +86,21 @@ def test_stops_at_the_turn_limit_like_everyone(tmp_path):
     heuristic.act(episode)
     assert episode.reason is EndReason.TURN_LIMIT and len(episode.turns) == 3
     assert not episode.result().tests_passed
+
+
+def test_a_search_tries_guesses_first_and_is_verified():
+    task = tiny.make_task()
+    executor = lambda: NANO.executor(task, tiny.overlay(task, tiny.run_tests))
+    guesses = [SpanEdit(99, "x", "y"), SpanEdit(3, "<=", ">="), SpanEdit(5, ">", "<"), SpanEdit(3, "<=", "==")]
+    found = heuristic.search(task, executor(), guesses)
+    assert found.search and found.patch == task.patch and found.outcomes == (False, True) and found.wrong_edits == 1
+    edits = [call["arguments"]["line"] for m in found.messages if m["role"] == "assistant"
+             for call in m["tool_calls"] if call["name"] == "edit"]
+    assert edits == ["<|3|>", "<|5|>"]  # what does not apply is passed over
+    assert Trajectory.from_json(found.to_json()) == found
+    alone = heuristic.search(task, executor())
+    assert alone is None or (alone.outcomes[-1] and not any(alone.outcomes[:-1]))
+    assert heuristic.search(task, executor(), guesses[1:2], max_turns=2) is None  # not found in time
 
 
 class _Garbage:
