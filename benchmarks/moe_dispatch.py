@@ -1,4 +1,4 @@
-"""Forms of expert parallelism beside each other: one sparse layer of the 80B model, forward and backward, for a TPU pod.
+"""Forms of expert parallelism beside each other: a sparse layer of the 80B model, both passes, for a TPU pod.
 
     python benchmarks/moe_dispatch.py --topology=v5p:4x4x4
 
@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--json", help="file for all figures")
     args = parser.parse_args()
     print(f"{args.topology}, {TOKENS} tokens per chip, one layer forward + backward, libtpu of this environment")
-    print(f"{'form':22} {'collectives GB':>15} {'tokens sent GB':>15} {'HLO TFLOP':>10} {'temp GiB':>9} {'cycles':>9} {'s':>5}")
+    print(f"{'form':22} {'collectives GB':>15} {'tokens sent GB':>15} {'HLO TFLOP':>10} {'temp GiB':>9} "
+          f"{'cycles':>9} {'s':>5}")
     results = {}
     for name in (case.replace("/", ", ") for case in args.cases.split(",")):
         found = results[name] = measure(args.topology, CASES[name], args.backend)

@@ -38,6 +38,6 @@ def sharded_lookup(table: Array, tokens: Array, parallel: Parallel) -> Array:
                 x = jax.lax.all_to_all(x, axes, dim, 2, tiled=True)
         return x
 
-    tokens_spec = parallel.spec("activation_batch", "activation_length")
-    specs = (parallel.spec("vocab", "embed"), tokens_spec)
-    return parallel.per_device(local, specs, parallel.spec("activation_batch", "activation_length", None))(table, tokens)
+    batch = ("activation_batch", "activation_length")
+    specs = (parallel.spec("vocab", "embed"), parallel.spec(*batch))
+    return parallel.per_device(local, specs, parallel.spec(*batch, None))(table, tokens)

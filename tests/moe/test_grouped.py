@@ -76,7 +76,8 @@ def flops_of_gradient(backend: str) -> float:
         rows, width, narrow, experts = 1024, 256, 128, 16
         device = topologies.get_topology_desc(
             platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1]).devices[0]
-        array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+        place = SingleDeviceSharding(device)
+        array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         up, down = array(experts, width, narrow), array(experts, narrow, width)
         args = (array(rows, width), array(rows, dtype=jnp.float32), array(experts, dtype=jnp.int32),
                 ExpertWeights(up, up, down))
