@@ -11,9 +11,10 @@ How the figures are got, each program in a process of its own with one libtpu:
   kernel  instruction bundles of the kernel's final schedule (dumped by libtpu: "total scheduled bundles") times grid
           steps, plus the XLA ops around it as above. A bundle takes one cycle unless it waits for memory. Code that runs
           once (first and last step of a sequence, start of the pipeline) is counted in every step: an upper bound.
-`estimated_cycles` and bundles are both the compiler's static estimates without waits for HBM, of one core: on chips
-whose two cores are one device (v5p) the compiler's figure for an XLA op already splits it over both, a kernel's bundles
-do not, so that the ratio printed is too low there by up to two where the compiler runs the kernel on both.
+`estimated_cycles` and bundles are both the compiler's static figures without waits for HBM; they come from different
+parts of the compiler, so that ratios between them say which is cheaper, not by what a chip would be faster. On v5p,
+whose two cores are one device, matrix products' `estimated_cycles` match the peak of both cores together, bundles count
+one core.
 """
 
 import functools
