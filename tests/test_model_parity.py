@@ -1,5 +1,7 @@
 """The model against transformers' Qwen3NextForCausalLM in float32: logits, losses, every gradient, generation."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 
@@ -78,9 +80,39 @@ def recurrent_reference(monkeypatch):
     monkeypatch.setattr(reference_code, "torch_chunk_gated_delta_rule", recurrent)
 
 
+class _Float64Torch:
+    """The module torch with float64 under the name of float32."""
+
+    def __getattr__(self, name):
+        import torch
+
+        return torch.float64 if name in ("float32", "float") else getattr(torch, name)
+
+
+@contextlib.contextmanager
+def float64():
+    """Both implementations compute in float64, also where their code says float32."""
+    import torch
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr(modeling_qwen3_next, "torch", _Float64Torch())
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        patch.setattr(jnp, "float32", jnp.float64)
+        yield
+
+
+def in_float64(model):
+    """A transformers model with the same weights, for use within `float64()`."""
+    twin = copy.deepcopy(model).double()
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config=twin.config)  # its frequencies are rounded in float32
+    twin.set_experts_implementation("eager")  # torch's grouped product knows no float64
+    return twin
+
+
 @functools.cache
-def jitted(config):
-    """(forward, loss with gradient) of a config, compiled once for all tests that share it."""
+def jitted(config, options=()):
+    """Loss with gradient, logits and balance loss of a config, compiled once for all tests that share it."""
     model = Qwen3Next(config)
 
     def loss(params, tokens):
@@ -89,11 +121,56 @@ def jitted(config):
         balance = balance_loss(out.aux)
         return -jnp.mean(picked) + config.router_aux_loss_coef * balance, (out.logits, balance)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=dict(options) or None)
 
 
-# Known and not yet explained: logits of these random models differ by 4e-4 to 1.3e-3, more than LOGITS allows.
-_BEYOND = pytest.mark.xfail(reason="logits differ by up to 1.3e-3, cause not yet found", strict=False)
+def measured(model, tokens, folder):
+    """(logits, balance, loss, gradients in our layout) of a transformers model."""
+    import torch
+
+    ids = torch.from_numpy(tokens)
+    out = model(input_ids=ids, labels=ids, output_router_logits=True)
+    out.loss.backward()
+    # Gradients travel through the same files as weights, so that they come in our layout.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    gradients = converted(model.to(torch.float32), folder)[1]
+    return out.logits.detach().numpy(), out.aux_loss.item(), out.loss.item(), gradients
+
+
+def gradient_errors(got, exact):
+    """Per parameter, the norm of the difference over the norm (at least 1e-7) of the exact gradient."""
+    distance = lambda a, b: np.linalg.norm(np.asarray(a, np.float64) - b) / max(np.linalg.norm(b), 1e-7)
+    return {jax.tree_util.keystr(path): distance(value, want) for (path, value), want in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(exact), strict=True)}
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 1)) for seed in range(20)])
+def test_the_same_function_in_float64(seed, tmp_path):
+    """Logits, losses and every gradient: what differs in float32 is rounding."""
+    hf_config, shape, chunk_size = random_config(seed)
+    model = reference(hf_config, seed)
+    config, params = converted(model, tmp_path / "weights", chunk_size)
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, shape)
+    with float64():
+        exact = measured(in_float64(model), tokens, tmp_path / "exact")
+        wide = dataclasses.replace(config, dtype="float64", param_dtype="float64")
+        wide_params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), params)
+        # Compilation is nearly all of this test's time, and what it makes runs once.
+        run = jitted(wide, (("xla_backend_optimization_level", 0),))
+        (loss, (logits, balance)), gradients = run(wide_params, jnp.asarray(tokens, jnp.int32))
+    exact_logits, exact_balance, exact_loss, exact_gradients = exact
+    assert logits.dtype == exact_logits.dtype == np.float64
+    assert np.abs(np.asarray(logits) - exact_logits).max() < 1e-9
+    np.testing.assert_allclose([balance, loss], [exact_balance, exact_loss], rtol=1e-10)
+    errors = gradient_errors(gradients, exact_gradients)
+    assert max(errors.values()) < 1e-6, errors  # the files they travelled through hold float32
+
+
+# Float32's own rounding: in float64 these models agree to 1e-12 (test above), and there a relative change of 6e-8 of
+# the weights moves logits by up to 3e-4 (seeds 7, 13). transformers in float32 misses its float64 result by 6e-4 (7).
+_BEYOND = pytest.mark.xfail(reason="ill-conditioned: float32 rounding alone may exceed the tolerance", strict=False)
 _SEEDS = [
     pytest.param(seed, marks=[*([pytest.mark.slow] if seed > 2 else []), *([_BEYOND] if seed in (1, 7, 12, 13) else [])])
     for seed in range(20)
