@@ -156,6 +156,11 @@ class EnvPool:
         return future
 
     def _graded(self, key: str, instance_id: str, done: Future, future: Future) -> None:
+        if done.cancelled():
+            with self._changed:
+                del self._grading[key]
+            future.cancel()
+            return
         error = done.exception()
         if isinstance(error, SandboxError):
             verdict = Verdict(instance_id, "infrastructure", detail=str(error))
@@ -368,7 +373,9 @@ class Session:
 
 
 def _copy(done: Future, future: Future) -> None:
-    if done.exception() is not None:
+    if done.cancelled():
+        future.cancel()
+    elif done.exception() is not None:
         future.set_exception(done.exception())
     else:
         future.set_result(done.result())
