@@ -133,7 +133,7 @@ def test_verify_notices_wrong_tasks(place):
 
 
 def test_repository_without_passing_tests(place, tmp_path):
-    root = write_repository(tmp_path)
+    root = write_repository(tmp_path, "failing-1.0")
     (root / "tests/test_core.py").write_text("def test_no():\n    assert False\n")
     with pytest.raises(UserError, match="none of its tests passes before any defect"):
         validate.survey(place[0], sources.locate(str(root), {}))
