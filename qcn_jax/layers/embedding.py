@@ -13,7 +13,13 @@ Array = jax.Array
 
 
 def sharded_lookup(table: Array, tokens: Array, parallel: Parallel) -> Array:
-    """table [V, D] and tokens [B, T] int32 -> [B, T, D], laid out as parameters, batches and activations are."""
+    """table [V, D] and tokens [B, T] int32 -> [B, T, D], laid out as parameters, batches and activations are.
+
+    Raises:
+      UserError: a dimension that does not divide by the devices it is split over.
+    """
+    batch = ("activation_batch", "activation_length")
+    parallel.check(tokens.shape, *batch)
     columns = parallel.axes("embed")
     rows = tuple(axis for axis in columns if axis in parallel.axes("activation_batch"))
     length = tuple(axis for axis in columns if axis in parallel.axes("activation_length"))
@@ -38,6 +44,5 @@ def sharded_lookup(table: Array, tokens: Array, parallel: Parallel) -> Array:
                 x = jax.lax.all_to_all(x, axes, dim, 2, tiled=True)
         return x
 
-    batch = ("activation_batch", "activation_length")
     specs = (parallel.spec("vocab", "embed"), parallel.spec(*batch))
     return parallel.per_device(local, specs, parallel.spec(*batch, None))(table, tokens)

@@ -6,7 +6,7 @@ cannot see into run per device, under `Parallel.per_device`, with collectives wr
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,16 +50,16 @@ class Parallel:
         """Partition spec of an array with these logical axes; None is a dimension that is not split."""
         return self.rules.spec(names, [axis for axis, size in self.mesh.shape.items() if size > 1])
 
-    def constrain(self, x: Array, *names: str | None) -> Array:
-        """`x` laid out by these logical axes.
-
-        Raises:
-          UserError: a dimension that does not divide.
-        """
-        for size, name in zip(x.shape, names, strict=True):
+    def check(self, shape: Sequence[int], *names: str | None) -> None:
+        """Raises UserError where a dimension does not divide by the parts of its logical axis."""
+        for size, name in zip(shape, names, strict=True):
             if name is not None and size % self.size(name):
                 raise UserError(f"--config.mesh: {size} along {name!r} does not divide by the {self.size(name)} parts "
                                 f"of mesh axes {', '.join(self.axes(name))}")
+
+    def constrain(self, x: Array, *names: str | None) -> Array:
+        """`x` laid out by these logical axes; raises what `check` raises."""
+        self.check(x.shape, *names)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*names)))
 
     def constrain_tokens(self, x: Array) -> Array:

@@ -108,7 +108,7 @@ def test_loss_is_on_the_assistants_words_but_not_on_refuted_turns(whole):
     tokenizer = context.tokenizer()
     made = [solver.Trajectory.from_json(row) for group in _rows(root) for row in group["trajectories"]]
     for trajectory in made:
-        documents, dropped = sft.encode([trajectory], ChatEncoder(tokenizer), 512)
+        documents, dropped = sft.encode([trajectory], ChatEncoder(tokenizer), 1024)
         assert dropped == 0
         tokens, weights = documents[0]["tokens"], documents[0]["weights"]
         counted = tokenizer.decode(tokens[1:][weights[:-1] > 0])
