@@ -147,7 +147,8 @@ def gradient_errors(got, exact):
 
 
 # Those of which float32 says least (see _BEYOND), and one more; each takes most of a minute.
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 1)) for seed in (0, 1, 7, 12, 13)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 1)) for seed in (0, 1, 7, 12, 13)])
 def test_the_same_function_in_float64(seed, tmp_path):
     """Logits, losses and every gradient: what differs in float32 is rounding."""
     hf_config, shape, chunk_size = random_config(seed)
