@@ -30,7 +30,7 @@ CONFIG = RunConfig(
     sandbox="local", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
     tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
     sft=SftConfig(trajectories_per_task=2, recovery=0.5, train=TrainConfig(
-        steps=STEPS, rows=2, sequence_length=512, mtp_coef=0.0, checkpoint_every=2, log_every=1,
+        steps=STEPS, rows=2, sequence_length=768, mtp_coef=0.0, checkpoint_every=2, log_every=1,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2))))
 
 
