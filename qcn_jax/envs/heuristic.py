@@ -36,7 +36,7 @@ def suspicions(lines: Sequence[str]) -> list[SpanEdit]:
     found = []
     for rank, number, after in _changes(lines):
         span = spans.minimal_edit(lines[number - 1], after)
-        if span is not None and _parses([*lines[: number - 1], after, *lines[number:]]):
+        if span is not None and spans.parses([*lines[: number - 1], after, *lines[number:]]):
             found.append((rank, SpanEdit(number, *span)))
     ranked = [edit for _, edit in sorted(found, key=lambda item: item[0])]  # stable: text order within a rule
     return list(dict.fromkeys(ranked))
@@ -84,7 +84,7 @@ def _applies(lines: Sequence[str], edit: SpanEdit) -> bool:
     if not 0 < edit.line <= len(lines) or spans.occurrences(lines[edit.line - 1], edit.old) != 1 or edit.old == edit.new:
         return False
     changed = lines[edit.line - 1].replace(edit.old, edit.new)
-    return _parses([*lines[: edit.line - 1], changed, *lines[edit.line :]])
+    return spans.parses([*lines[: edit.line - 1], changed, *lines[edit.line :]])
 
 
 def _step(episode: Episode, calls: Sequence[ToolCall]) -> None:
@@ -127,11 +127,3 @@ def _swaps(token: tokenize.TokenInfo) -> list[tuple[int, str]]:
         value = int(token.string) if token.string.isdigit() else None
         return [] if value is None else [(_NUMBER_RULE, str(value - 1)), (_NUMBER_RULE, str(value + 1))]
     return [(rank, swap) for rank, rule in enumerate(RULES) for swap in rule.get(token.string, ())]
-
-
-def _parses(lines: Sequence[str]) -> bool:
-    try:
-        spans.parse("\n".join(lines))
-    except (SyntaxError, ValueError):
-        return False
-    return True

@@ -272,14 +272,14 @@ def wrong_edits(
     for number, after in dict.fromkeys(made):
         span = minimal_edit(lines[number - 1], after)
         if len(chosen) < count and span is not None and (number, after) not in right and number not in loops and \
-                _parses([*lines[: number - 1], after, *lines[number:]]):
+                spans.parses([*lines[: number - 1], after, *lines[number:]]):
             chosen.append(SpanEdit(number, *span))
     while pool and len(chosen) < count:
         near = [item for item in pool if item[0] in gold_lines]
         number, after = (near or pool)[0] if rng.random() < GOLD_LINE else pool[0]
         pool.remove((number, after))
         span = minimal_edit(lines[number - 1], after)
-        if span is not None and _parses([*lines[: number - 1], after, *lines[number:]]):
+        if span is not None and spans.parses([*lines[: number - 1], after, *lines[number:]]):
             chosen.append(SpanEdit(number, *span))
     return chosen
 
@@ -320,11 +320,3 @@ def _loop_lines(lines: Sequence[str]) -> set[int]:
     except (SyntaxError, ValueError):
         return set()
     return {number for loop in loops for number in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}
-
-
-def _parses(lines: Sequence[str]) -> bool:
-    try:
-        ast.parse("\n".join(lines))
-    except (SyntaxError, ValueError):
-        return False
-    return True

@@ -26,6 +26,15 @@ def parse(source: str) -> ast.Module:
         return ast.parse(source)
 
 
+def parses(lines: Sequence[str]) -> bool:
+    """Whether `lines` are Python."""
+    try:
+        parse("\n".join(lines))
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
 def line_token(number: int) -> str:
     """The tokenizer's token for line `number` (1-based) of a function on view."""
     return f"<|{number}|>"
