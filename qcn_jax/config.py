@@ -178,6 +178,7 @@ class RLConfig:
     group_size: int = 8
     minibatches: int = 1  # optimizer steps per update; groups are dealt out to them
     filter_samples: int = 0  # tries of the SFT policy per prompt; always and never solved ones are left out (0: all)
+    greedy_turns: tuple[int, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
     rows: int = 16
     sequence_length: int = 1024
     average: str = "token"  # token (DAPO): every sampled token alike; episode (GRPO): every episode alike

@@ -59,6 +59,16 @@ class Turn:
     results: tuple[ToolResult, ...]
     malformed: bool
 
+    @property
+    def tests(self) -> RunSummary | None:
+        """The last test run of the turn."""
+        return next((result.tests for result in reversed(self.results) if result.tests is not None), None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether that passed."""
+        return self.tests is not None and self.tests.passed
+
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeResult:

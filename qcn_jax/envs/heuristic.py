@@ -53,7 +53,7 @@ def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
         if episode.done:
             return
         _step(episode, [*tried, edit.call(), ToolCall("run_tests")])
-        if _passed(episode):
+        if episode.turns[-1].passed:
             break
         tried = [ToolCall("undo")]
     if not episode.done:
@@ -97,11 +97,6 @@ def _shown(episode: Episode) -> list[str]:
     if not shown.ok:
         return []
     return [line.removeprefix(spans.line_token(number)) for number, line in enumerate(shown.text.split("\n")[1:], 1)]
-
-
-def _passed(episode: Episode) -> bool:
-    runs = [result.tests for result in episode.turns[-1].results if result.tests is not None]
-    return bool(runs) and runs[-1].passed
 
 
 def _changes(lines: Sequence[str]) -> list[tuple[int, int, str]]:

@@ -122,10 +122,10 @@ def solve(
         undo: list[ToolCall] = []
         for attempt in [*([edit] for edit in refuted), edits]:
             _act(episode, [*undo, *(edit.call() for edit in attempt), ToolCall("run_tests")])
-            if episode.done or _last_run_passed(episode):
+            if episode.done or episode.turns[-1].passed:
                 break
             undo = [ToolCall("undo")] * len(attempt)
-        if not episode.done and _last_run_passed(episode):
+        if not episode.done and episode.turns[-1].passed:
             _act(episode, [ToolCall("submit")])
     return verified(episode, executor, grade)
 
@@ -174,11 +174,6 @@ def solve_with(
 def _act(episode: Episode, calls: Sequence[ToolCall]) -> None:
     if not episode.done:
         episode.step(episode.scaffold.render("", calls))
-
-
-def _last_run_passed(episode: Episode) -> bool:
-    runs = [result.tests for result in episode.turns[-1].results if result.tests is not None]
-    return bool(runs) and runs[-1].passed
 
 
 def _with_calls(episode: Episode) -> list[Message]:

@@ -19,6 +19,9 @@ class Sampling:
     top_k: int = 0
 
 
+GREEDY = Sampling(temperature=0.0)
+
+
 def filter_logits(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
     """Sets to -inf what lies outside of the top k, and then outside of the nucleus of mass p.
 

@@ -17,14 +17,13 @@ from qcn_jax.config import EvaluateConfig, ModelConfig
 from qcn_jax.envs import heuristic
 from qcn_jax.envs.tasks import Task
 from qcn_jax.inference.engine import Engine
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline import evaluate_metrics
 from qcn_jax.pipeline.data.chat import ChatEncoder
 from qcn_jax.pipeline.domains import Prompt, Services, TaskConversation, make_prompts
 from qcn_jax.pipeline.online import make_engine
 from qcn_jax.pipeline.rollout import Outcome, RolloutRecord, rollout, sequence_seed
 
-GREEDY = Sampling(temperature=0.0)
 HEURISTIC_THREADS = 8  # each waits for a sandbox; the pool decides how many really run
 
 

@@ -180,8 +180,8 @@ class TaskConversation:
         closed = stopped and tokens[-1] == self._encoder.end
         text = self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens)
         observation = self.episode.step(text, complete=closed)
-        runs = [result.tests for result in self.episode.turns[-1].results if result.tests is not None]
-        refuted = bool(runs) and not runs[-1].passed
+        run = self.episode.turns[-1].tests
+        refuted = run is not None and not run.passed
         patch = self.episode.executor.diff() if refuted else ""
         repeated = refuted and patch in self._refuted
         self._refuted.add(patch)

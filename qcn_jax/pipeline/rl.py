@@ -113,7 +113,8 @@ class Learner:
         groups = [[self.converse(prompt) for _ in range(samples)] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, g, i) for i in range(samples)] for g in range(len(prompts))]
         sampling = online.sampling_of(self.config.rollout)
-        return rollout(self.engine, groups, seeds, sampling=sampling, progress=progress, stop=stop)
+        return rollout(self.engine, groups, seeds, sampling=sampling, greedy_turns=self.config.greedy_turns,
+                       progress=progress, stop=stop)
 
     def step(self, update: int, state: TrainState, stop: Stop = never) -> tuple[TrainState, dict[str, Any]]:
         """One update: act, judge, learn. Without an informative group the state stays as it is."""
@@ -141,8 +142,8 @@ class Learner:
             advantages = rl_losses.group_advantages(rewards, [0] * len(group), [True] * len(group))
             advantages *= np.where(advantages < 0, self.config.negative_weight, 1.0)
             if self.config.average == "episode":
-                lengths = np.array([max(record.sampled.sum(), 1) for record in group])
-                advantages *= lengths.mean() / lengths
+                lengths = np.array([record.sampled.sum() for record in group])  # 0: taken greedily to its end
+                advantages *= lengths[lengths > 0].mean() / np.maximum(lengths, 1) if lengths.any() else 1.0
             for record, advantage in zip(group, advantages, strict=True):
                 documents.append(online.document(
                     record, advantages=token_advantages(record, float(advantage), self.config),

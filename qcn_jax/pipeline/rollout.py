@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qcn_jax.inference.engine import Engine, Generation
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.inference.sampling import GREEDY, Sampling
 
 STRAGGLERS = 0.25  # share of turns under way that the rest does not wait for
 THREADS = 128  # each only waits for a worker process; how many tools really run at once is the pool's choice
@@ -93,7 +93,7 @@ class RolloutRecord:
       prompt: index of its prompt among those given.
       sample: index among the samples of that prompt.
       tokens: [n] int32, opening, turns and answers.
-      sampled: [n] bool, which of them the policy chose.
+      sampled: [n] bool, which of them the policy drew; not those of its first turns that it was made to take greedily.
       logprobs: [n] float32, theirs under the untempered policy when they were chosen; 0 for the rest.
       turns: the policy's turns in order.
       outcome: what execution said.
@@ -128,8 +128,11 @@ class Stopped(Exception):
 class _Open:
     """A conversation that holds a slot."""
 
-    def __init__(self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int]) -> None:
+    def __init__(
+        self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int], greedy: int
+    ) -> None:  # fmt: skip
         self.prompt, self.sample, self.conversation, self.seed = prompt, sample, conversation, seed
+        self.greedy = greedy  # turns
         self.tokens, self.logprobs, self.turns = list(opening), [0.0] * len(opening), []
         self.start, self.stopped = len(opening), False  # of the turn under way
 
@@ -151,7 +154,7 @@ class _Open:
 
     def record(self, outcome: Outcome) -> RolloutRecord:
         sampled = np.zeros(len(self.tokens), bool)
-        for turn in self.turns:
+        for turn in self.turns[self.greedy :]:
             sampled[turn.start : turn.stop] = True
         return RolloutRecord(
             self.prompt, self.sample, np.asarray(self.tokens, np.int32), sampled,
@@ -170,6 +173,7 @@ def rollout(
     seeds: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
+    greedy_turns: Sequence[int] = (),
     max_new_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     stop: Stop = never,
@@ -181,6 +185,8 @@ def rollout(
       groups: conversations by prompt; those of one prompt have the same opening.
       seeds: one for each conversation, in the same nesting.
       sampling: how to draw tokens.
+      greedy_turns: how many turns at their start the samples of a prompt take greedily, in turn; none by default.
+        Such samples begin where the greedy policy would be, its first mistakes made, and go on by `sampling`.
       max_new_tokens: of one turn (None: the engine's own limit).
       progress: called with (finished, all) conversations after every turn.
       stop: asked after every turn whether to give up.
@@ -191,7 +197,7 @@ def rollout(
     Raises:
       Stopped: `stop` said so; tests under way have ended.
     """
-    waiting = deque(_units(groups, seeds, engine.slots))
+    waiting = deque(_units(groups, seeds, engine.slots, greedy_turns or (0,)))
     total = sum(len(group) for group in groups)
     free = list(range(engine.slots))
     active: dict[int, _Open] = {}
@@ -236,7 +242,8 @@ def _generate(engine: Engine, active: dict[int, _Open], sampling: Sampling, limi
     if not slots:
         return []
     generations = engine.generate(
-        slots, seeds=[active[slot].seed for slot in slots], sampling=sampling,
+        slots, seeds=[active[slot].seed for slot in slots],
+        sampling=[GREEDY if len(active[slot].turns) < active[slot].greedy else sampling for slot in slots],
         max_new_tokens=[limit - (len(active[slot].tokens) - active[slot].start) for slot in slots],
         enough=int(STRAGGLERS * len(slots)),
     )  # fmt: skip
@@ -245,13 +252,15 @@ def _generate(engine: Engine, active: dict[int, _Open], sampling: Sampling, limi
     return [slot for slot, generation in zip(slots, generations, strict=True) if generation.finish != "paused"]
 
 
-def _units(groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], slots: int) -> list[list[_Open]]:
+def _units(
+    groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], slots: int, greedy: Sequence[int]
+) -> list[list[_Open]]:  # fmt: skip
     """Groups, cut where they are larger than the engine, that are admitted as one."""
     units = []
     for prompt, (group, streams) in enumerate(zip(groups, seeds, strict=True)):
         opening = list(group[0].opening()) if group else []
         members = [
-            _Open(prompt, sample, conversation, seed, opening)
+            _Open(prompt, sample, conversation, seed, opening, greedy[sample % len(greedy)])
             for sample, (conversation, seed) in enumerate(zip(group, streams, strict=True))
         ]
         units += [members[first : first + slots] for first in range(0, len(members), slots)]

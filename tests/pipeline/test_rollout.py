@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcn_jax.inference.engine import Engine
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rollout import Reply, rollout, sequence_seed
 from tests.pipeline.micro import MODEL, STOP, Echo, micro_params
@@ -69,6 +69,19 @@ def test_records_hold_what_was_said_and_its_log_probability(engine, params) -> N
         scores = jax.nn.log_softmax(apply({"params": params}, padded, segment_ids=segments).logits[0])
         want = [float(scores[i - 1, said[i]]) if i in sampled else 0.0 for i in range(len(said))]
         np.testing.assert_allclose(record.logprobs, want, atol=1e-4)
+
+
+def test_first_turns_taken_greedily_are_those_of_the_greedy_policy(engine) -> None:
+    talk = lambda: [[Echo([3, 4], 3) for _ in range(3)]]
+    greedy = rollout(engine, talk(), [[1, 2, 3]], sampling=GREEDY)[0]
+    records = rollout(engine, talk(), [[1, 2, 3]], sampling=Sampling(2.0), greedy_turns=(0, 1, 2))
+    free = rollout(engine, talk(), [[1, 2, 3]], sampling=Sampling(2.0))
+    assert records[0].tokens.tolist() == free[0].tokens.tolist() != greedy.tokens.tolist()
+    for record, count in zip(records, (0, 1, 2), strict=True):
+        end = greedy.turns[count - 1].stop if count else 2
+        assert record.tokens[:end].tolist() == greedy.tokens[:end].tolist()
+        assert not record.sampled[:end].any() and record.sampled.sum() == sum(t.stop - t.start for t in record.turns[count:])
+    assert records[2].tokens.tolist() != greedy.tokens.tolist()
 
 
 def test_conversations_that_grow_too_long_are_unfinished(engine) -> None:
