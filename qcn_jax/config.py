@@ -86,6 +86,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
+    eps: float = 1e-8  # above the typical gradient's size, AdamW comes near to plain descent: noise is not blown up
     clip_norm: float = 1.0
     mu_dtype: str = "float32"  # of the first moment as it is kept; updates are computed in float32
     nu_dtype: str = "float32"  # of the second moment (Muon keeps one for what it leaves to AdamW)

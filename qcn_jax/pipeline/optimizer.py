@@ -75,7 +75,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """
     rate = schedule(config, steps)
     if config.name == "adamw":
-        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decay_mask)
+        update = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
+                             mask=decay_mask)
     elif config.name == "muon":
         update = optax.chain(
             contrib.muon(1.0, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=_MUON_RMS,

@@ -86,6 +86,14 @@ def test_clipping_is_by_global_norm():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+def test_a_large_eps_is_plain_descent():
+    config = dataclasses.replace(CONFIG, eps=100.0, warmup_steps=0, weight_decay=0.0, final_fraction=1.0)
+    rule = optimizer.make_optimizer(config, 10)
+    grads, params = {"a": jnp.array([0.02, -1.0, 3.0])}, {"a": jnp.zeros(3)}
+    updates, _ = rule.update(grads, rule.init(params), params)
+    np.testing.assert_allclose(updates["a"], -config.learning_rate * grads["a"] / config.eps, rtol=0.05)
+
+
 def test_unknown_optimizer_is_one_line():
     with pytest.raises(UserError, match="unknown optimizer 'sgd'; allowed: adamw, muon"):
         optimizer.make_optimizer(dataclasses.replace(CONFIG, name="sgd"), 10)

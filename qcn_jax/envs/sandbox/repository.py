@@ -16,7 +16,7 @@ import pathlib
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qcn_jax import files
@@ -222,18 +222,24 @@ def store(state_dir: str, name: str, members: Mapping[str, Member], facts: dict[
     return stored
 
 
+def text_files(members: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    """The repository's files that are UTF-8 text, of all (member's name, content): what agents can read and tasks change."""
+    texts = {}
+    for name, data in members:
+        if name.startswith("repo/") and not name.endswith(".pyc"):
+            with contextlib.suppress(UnicodeDecodeError):
+                texts[name[5:]] = data.decode("utf-8")
+    return texts
+
+
 def load(state_dir: str, name: str) -> Stored | None:
     """Reads a prepared repository back, or None."""
     folder = pathlib.Path(state_dir, "repositories")
     if not (folder / f"{name}.json").exists():
         return None
     facts = files.read_json(folder / f"{name}.json")
-    texts = {}
     with tarfile.open(folder / f"{name}.tar") as archive:
-        for member in archive:
-            if member.name.startswith("repo/") and not member.name.endswith(".pyc"):
-                with contextlib.suppress(UnicodeDecodeError):
-                    texts[member.name[5:]] = archive.extractfile(member).read().decode("utf-8")
+        texts = text_files((member.name, archive.extractfile(member).read()) for member in archive)
     return Stored(texts, facts["settings"], str(folder / f"{name}.tar"), facts["baseline"])
 
 

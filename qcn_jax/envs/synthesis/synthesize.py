@@ -129,10 +129,9 @@ def synthesize(
         raise UserError(f"{label}: no repository can be used: {'; '.join(skipped.values())}")
     schedule = plan.Plan(settings)
     for spec in usable:
-        members = repository.unpack(spec)
-        texts = {name[5:]: member.data.decode("utf-8", "replace") for name, member in members.items()
-                 if name.startswith("repo/") and name.endswith(".py")}
-        schedule.add(spec, surveys[spec.name], texts)
+        texts = repository.text_files((name, member.data) for name, member in repository.unpack(spec).items())
+        sources = {path: text for path, text in texts.items() if path.endswith(".py")}
+        schedule.add(spec, surveys[spec.name], sources)
     verdicts: list[validate.Verdict] = []
     candidates: dict[str, validate.Candidate] = {}
     with Journal(workdir / f"{label}.journal.jsonl") as journal:

@@ -1,0 +1,125 @@
+"""Checkpoints that are damaged or unsupported, and trees that do not fit: one line each that names the fault."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from qcn_jax import files, hub
+from qcn_jax.config import ModelConfig
+from qcn_jax.errors import UserError
+from tests.hub.models import SMALL, random_params
+
+
+def rewrite(folder, change):
+    """Applies `change` to the table of the first file and brings the index up to date."""
+    file = sorted(folder.glob("model-*.safetensors"))[0]
+    table = safetensors.numpy.load_file(file)
+    change(table)
+    safetensors.numpy.save_file(table, file)
+    index = files.read_json(folder / "model.safetensors.index.json")
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != file.name} | dict.fromkeys(
+        table, file.name
+    )
+    files.write_json(folder / "model.safetensors.index.json", index)
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+FAULTS = {
+    "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"{NORM} is missing"),
+    "missing expert": (
+        lambda f: rewrite(f, lambda t: t.pop("model.layers.0.mlp.experts.2.up_proj.weight")),
+        "experts.2.up_proj.weight is missing",
+    ),
+    "surplus tensor": (
+        lambda f: rewrite(f, lambda t: t.update(extra=np.zeros(3, "float32"))),
+        "00001-of.*: extra is not part of this model",
+    ),
+    "wrong shape": (
+        lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(31, "float32")})),
+        rf"{NORM} has shape \[31\], expected \[32\]",
+    ),
+    "wrong dtype": (lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "int64")})), f"{NORM} has dtype I64"),
+    "mixed dtypes": (
+        lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "float16")})),
+        "float16, but|float32, but",
+    ),
+    "truncated file": (lambda f: truncate(f, 100), "00001-of-.*is truncated"),
+    "cut header": (lambda f: truncate(f, None), "00001-of-.*is (truncated|damaged)"),
+    "missing file": (lambda f: sorted(f.glob("model-*"))[1].unlink(), "00002-of-.*is missing"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "holds neither model.safetensors nor"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: is not valid JSON"),
+    "index names a lost tensor": (lambda f: add_to_index(f, "lost.weight"), "lost.weight is not in model-00001"),
+}
+
+
+def truncate(folder, less):
+    file = sorted(folder.glob("model-*"))[0]
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) - less] if less else data[:40])
+
+
+def add_to_index(folder, name):
+    index = files.read_json(folder / "model.safetensors.index.json")
+    index["weight_map"][name] = sorted(index["weight_map"].values())[0]
+    files.write_json(folder / "model.safetensors.index.json", index)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named_in_one_line(fault, copy):
+    damage, line = FAULTS[fault]
+    damage(copy)
+    with pytest.raises(UserError, match=line) as caught:
+        hub.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, line",
+    [
+        ("model_type", "qwen3_moe", "model_type must be 'qwen3_next'"),
+        ("attention_bias", True, "attention_bias=True is not supported"),
+        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling=.* is not supported"),
+        ("hidden_act", "gelu", "hidden_act"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}, "rope_type='yarn' is not supported"),
+        ("rope_theta", 1.0, "rope_theta is 1.0 but rope_parameters.rope_theta is 12345.0"),
+        ("mlp_only_layers", [1], "mlp_only_layers"),
+        ("layer_types", ["full_attention"] * 6, "layer_types is not supported"),
+        ("decoder_sparse_step", 2, "decoder_sparse_step"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("hidden_size", "32", "hidden_size must be int, got '32'"),
+        ("dtype", "float8_e4m3fn", "dtype='float8_e4m3fn' is not supported"),
+        ("full_attention_interval", 0, "at least 1"),
+        ("num_experts", 5, r"(shape \[4, 32\], expected \[5, 32\]|experts.4.gate_proj.weight is missing)"),
+    ],
+)
+def test_unsupported_options_are_named(copy, key, value, line):
+    files.write_json(copy / "config.json", files.read_json(copy / "config.json") | {key: value})
+    with pytest.raises(UserError, match=line) as caught:
+        hub.load(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_without_rotary_base_is_refused_and_absent_fields_take_transformers_defaults():
+    with pytest.raises(UserError, match="rope_theta is missing"):
+        hub.config_from_hf({"model_type": "qwen3_next"})
+    config = hub.config_from_hf({"model_type": "qwen3_next", "rope_theta": 10_000_000})
+    assert config == dataclasses.replace(ModelConfig(), rope_theta=1e7, max_position_embeddings=32_768)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (lambda p: p["norm"].pop("weight"), "norm/weight is missing"),
+        (lambda p: p.update(extra={"x": np.zeros(1, "float32")}), "extra/x is not part"),
+        (lambda p: p["norm"].update(weight=np.zeros(3, "float32")), r"norm/weight has shape \[3\]"),
+        (lambda p: p["norm"].update(weight=np.zeros(32)), "norm/weight has dtype float64"),
+    ],
+)
+def test_trees_that_do_not_fit_are_refused(change, line, tmp_path):
+    params = random_params(SMALL)
+    change(params)
+    with pytest.raises(UserError, match=line):
+        hub.save(tmp_path / "m", SMALL, params)
