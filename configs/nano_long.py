@@ -1,10 +1,10 @@
-"""The chain of configs/nano.py with the time that reinforcement learning needs: about an hour on two cores.
+"""The chain of configs/nano.py with the tasks and the time that reinforcement learning needs: about an hour and a half.
 
     qcn run --config=configs/nano_long.py --workdir=runs/nano_long
 
-Tasks, mid-training and SFT are those of `nano`; a finished run of it, copied, is continued from there. The experts get
-six times as many updates, on prompts that the SFT model solves sometimes but not always. What it reached beside `nano`
-is in README.
+More than twice as many training tasks, of which each is met once or twice instead of being learned by heart; SFT sees
+the solver look for defects that nobody told it, so that there is a search for reinforcement learning to improve; the
+experts get seven times as many updates. What it reached beside `nano` is in README.
 """
 
 import pathlib
@@ -12,10 +12,12 @@ import runpy
 
 
 def get_config():
-    """The configuration `nano` with more reinforcement learning and distillation."""
+    """The configuration `nano` with more tasks, searching trajectories, and longer training of the experts."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
     config.name = "nano_long"
-    config.rl.updates, config.rl.filter_samples = 48, 4
-    config.distill.updates = 16
-    config.evaluate.pass_k_tasks = 60
+    config.tasks.train = 900
+    config.sft.searches, config.sft.train.steps = 2, 520
+    config.rl.updates, config.rl.prompts = 40, 16
+    config.distill.updates = 24
+    config.evaluate.tasks, config.evaluate.pass_k_tasks = 160, 60
     return config

@@ -192,9 +192,12 @@ def _train_expert(
 ) -> dict[str, Any]:  # fmt: skip
     config, directory = context.config.rl, context.workdir / name
     log = lambda line: context.log(f"{name}: {line}")
+    prompts = training_prompts(context, name)
+    if all(prompt.scaffold.single_turn for prompt in prompts):  # taken greedily, the only turn would teach nothing
+        config = dataclasses.replace(config, greedy_turns=())
     learner = Learner(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(name.encode())), engine=engine,
-        updater=updater, prompts=training_prompts(context, name), reference=params if config.kl_coef else None,
+        updater=updater, prompts=prompts, reference=params if config.kl_coef else None,
         converse=lambda prompt: TaskConversation(
             prompt, encoder, services, max_turns=config.rollout.max_turns,
             unfinished_penalty=config.unfinished_penalty,

@@ -157,5 +157,42 @@ def test_long_sequences(kind):
         out, final = compiled(form)(*data)
         assert np.abs(out - expected).max() < 1e-5, form
         assert np.abs(final - expected_final).max() < 3e-5, form
-    loss = lambda *x: jnp.sum(jnp.sin(compiled("chunked")(*x)[0]))
-    assert all(np.isfinite(x).all() for x in jax.jit(jax.grad(loss, argnums=range(5)))(*data))
+
+
+def gradients_in_float64(data):
+    """Of sum(sin(out)), one head: the definition as a scan, differentiated in float64."""
+    with jax.enable_x64(True):
+        def loss(q, k, v, g, beta):
+            def step(s, x):
+                q, k, v, g, beta = x
+                s = s * jnp.exp(g)
+                s = s + jnp.outer(k, beta * (v - k @ s))
+                return s, q @ s
+
+            _, out = jax.lax.scan(step, jnp.zeros((k.shape[-1], v.shape[-1])), (q, k, v, g, beta))
+            return jnp.sum(jnp.sin(out))
+
+        q, k, v, g, beta = (jnp.asarray(x, jnp.float64) for x in data)
+        arguments = (q[0, :, 0], k[0, :, 0], v[0, :, 0, 0], g[0, :, 0, 0], beta[0, :, 0, 0])
+        return [np.asarray(x) for x in jax.jit(jax.grad(loss, argnums=range(5)))(*arguments)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["random", "strong decay", "zero vectors", "repeated keys", "correlated keys"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_long_sequences(kind, dtype):
+    q, k, v, g, beta = inputs(kind, 11, 32_768, batch=1)
+    q, k, v, g, beta = q[:, :, :1], k[:, :, :1], v[:, :, :1, :1], g[:, :, :1, :1], beta[:, :, :1, :1]
+    data = (*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(g), jnp.asarray(beta))
+    expected = gradients_in_float64(data)
+
+    def errors(form):
+        loss = lambda *x: jnp.sum(jnp.sin(gated_delta_rule(*x, form=form, chunk_size=64)[0]))
+        found = jax.jit(jax.grad(loss, argnums=range(5)))(*data)
+        return [np.linalg.norm(np.asarray(x, np.float64).reshape(w.shape) - w) for x, w in zip(found, expected)]
+
+    for name, error, step_by_step, want in zip("q k v g beta".split(), errors("chunked"), errors("recurrent"), expected):
+        # The gradients of bfloat16 inputs are bfloat16 themselves: eight bits each. That of g for repeated keys is a
+        # difference of terms a thousand times its size, which float32 has no digits for in either form.
+        limit = 2e-3 if dtype == "bfloat16" and name in ("q", "k", "v") else 2e-4
+        assert error <= max(limit * np.linalg.norm(want), 2 * step_by_step), (name, error, step_by_step)
