@@ -56,13 +56,14 @@ def sampled(rows: Sequence[Row]) -> dict[str, Any]:
     """pass@k for k = 1, 2, 4, 8 over several sampled episodes a task, each a mean of unbiased estimates.
 
     Tasks whose episodes without a verdict leave fewer than k samples do not count for that k; `pass_at_8` is None
-    where no task has 8.
+    where no task has 8. `sampled_solved` holds [solved, samples] of each task.
     """
     by_task: dict[str, list[bool]] = {}
     for row in rows:
         if not row["infrastructure"]:
             by_task.setdefault(row["instance_id"], []).append(bool(row["solved"]))
-    result: dict[str, Any] = {"sampled_tasks": len(by_task)}
+    result: dict[str, Any] = {"sampled_tasks": len(by_task),
+                              "sampled_solved": {task: [sum(found), len(found)] for task, found in by_task.items()}}
     for k in (1, 2, 4, PASS_K):
         values = [statistics.pass_at_k(len(found), sum(found), k) for found in by_task.values() if len(found) >= k]
         result[f"pass_at_{k}"] = round(sum(values) / len(values), 6) if values else None
@@ -90,7 +91,11 @@ def format_validity(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def comparisons(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Exact paired tests on the tasks that both models of a pair have verdicts for."""
+    """Paired tests on the tasks that both models of a pair have verdicts for.
+
+    Greedy episodes by McNemar's exact test; where tasks were sampled too, the shares of solved samples by a sign-flip
+    test: there the `only_` fields count tasks at which that model's share is the higher one.
+    """
     tests = {}
     for first, second, domain in COMPARISONS:
         a, b = (_solved(models.get(name, {}), domain) for name in (first, second))
@@ -101,7 +106,20 @@ def comparisons(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 "first": first, "second": second, "domain": domain, "tasks": len(common),
                 "only_first": test.only_first, "only_second": test.only_second,
                 "difference": round(test.difference, 6), "p_value": test.p_value}
+        if domain == "swe" and (found := _sampled_comparison(*(models.get(name, {}) for name in (first, second)))):
+            tests[f"{first}_vs_{second}_swe_sampled"] = {"first": first, "second": second} | found
     return tests
+
+
+def _sampled_comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any] | None:
+    a, b = (model.get("sampled_solved") or {} for model in (first, second))
+    differences = [a[task][0] / a[task][1] - b[task][0] / b[task][1] for task in sorted(a.keys() & b.keys())]
+    if not differences:
+        return None
+    return {"domain": "swe, sampled", "tasks": len(differences), "only_first": sum(x > 0 for x in differences),
+            "only_second": sum(x < 0 for x in differences),
+            "difference": round(sum(differences) / len(differences), 6),
+            "p_value": statistics.sign_flip_test(differences)}
 
 
 def retention(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

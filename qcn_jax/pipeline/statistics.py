@@ -65,6 +65,23 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, float(2 * tail / 2**trials))
 
 
+def sign_flip_test(differences: Sequence[float], resamples: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value of a mean difference over pairs: without an effect each one's sign is a coin's.
+
+    The permutation test of Fisher (1935), "The design of experiments", section 21, over random flips; the smallest
+    p-value is 1 / (resamples + 1).
+
+    Raises:
+      ValueError: `differences` is empty.
+    """
+    if not len(differences):
+        raise ValueError("a test of no differences")
+    values = np.asarray(differences, np.float64)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, len(values)))
+    extreme = np.abs(signs @ values) >= abs(values.sum()) - 1e-9
+    return float((1 + extreme.sum()) / (1 + resamples))
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Probability that `k` of the `samples` drawn without replacement hold at least one that is correct.
 

@@ -67,6 +67,14 @@ def test_comparisons_use_common_tasks_only():
     assert test["p_value"] == pytest.approx(2 / 32) and test["difference"] == pytest.approx(5 / 9, abs=1e-6)
 
 
+def test_sampled_shares_are_compared_task_by_task():
+    models = {"expert_swe": {"sampled_solved": {str(i): [6, 8] for i in range(12)} | {"x": [8, 8]}},
+              "sft": {"sampled_solved": {str(i): [2 if i else 8, 8] for i in range(12)} | {"y": [0, 8]}}}
+    test = metrics.comparisons(models)["expert_swe_vs_sft_swe_sampled"]
+    assert (test["tasks"], test["only_first"], test["only_second"]) == (12, 11, 1)
+    assert test["difference"] == pytest.approx((11 * 0.5 - 0.25) / 12, abs=1e-6) and 0 < test["p_value"] < 0.01
+
+
 def test_retention_is_against_the_best_expert_of_each_domain():
     single = {"single_turn": {"rate": 0.2}, "format_valid": 0.0}
     models = {"expert_swe": {"rate": 0.4, **single}, "expert_format": {"rate": 0.5, **single},

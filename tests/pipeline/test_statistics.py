@@ -82,3 +82,14 @@ def test_bootstrap_interval_is_close_to_the_exact_one_over_all_resamples():
 
 def test_bootstrap_interval_of_constant_values_is_a_point():
     assert statistics.bootstrap_interval([0.5] * 7) == (0.5, 0.5)
+
+
+def test_sign_flips_equal_enumeration_of_all_signs():
+    differences = [0.5, 0.25, -0.125, 0.375, 0.0, 0.5, -0.25, 0.625]
+    sums = [sum(sign * x for sign, x in zip(signs, differences, strict=True))
+            for signs in itertools.product((-1, 1), repeat=len(differences))]
+    exact = sum(abs(total) >= abs(sum(differences)) for total in sums) / len(sums)
+    assert statistics.sign_flip_test(differences) == pytest.approx(exact, abs=0.01)
+    assert statistics.sign_flip_test([0.0, 0.0]) == 1.0
+    with pytest.raises(ValueError, match="no differences"):
+        statistics.sign_flip_test([])
