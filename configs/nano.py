@@ -56,5 +56,5 @@ def get_config():
                     optimizer=steady, rollout=rollout),
         distill=DistillConfig(updates=8, prompts=12, rows=4, sequence_length=LENGTH, optimizer=gentle,
                               rollout=rollout),
-        evaluate=EvaluateConfig(tasks=120, pass_k_tasks=12, rollout=rollout),
+        evaluate=EvaluateConfig(tasks=120, pass_k_tasks=12, temperature=1.0, rollout=rollout),
     ))
