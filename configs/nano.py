@@ -30,8 +30,8 @@ def get_config():
         num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
         router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16,
     )
-    # One shape for all rollouts of a run, so that decoding is compiled once.
-    rollout = RolloutConfig(max_turns=8, max_new_tokens=128, max_length=LENGTH, slots=96)
+    # One shape for all rollouts of a run, so that decoding is compiled once; no turn of the solver has 80 tokens.
+    rollout = RolloutConfig(max_turns=8, max_new_tokens=80, max_length=LENGTH, slots=96)
     train = lambda steps, rate, rows=4, length=LENGTH, mtp_coef=0.0: TrainConfig(
         steps=steps, rows=rows, sequence_length=length, mtp_coef=mtp_coef,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))
@@ -45,16 +45,16 @@ def get_config():
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         tasks=TasksConfig(
-            repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=360, heldout=160,
+            repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=300, heldout=110,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
-        sft=SftConfig(train=train(220, 1e-3), recovery=0.6, guesses=4),
-        rl=RLConfig(updates=6, prompts=12, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
+        sft=SftConfig(train=train(190, 1e-3), recovery=0.6, guesses=4),
+        rl=RLConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
                     optimizer=steady, rollout=rollout),
-        distill=DistillConfig(updates=8, prompts=12, rows=4, sequence_length=LENGTH, optimizer=gentle,
+        distill=DistillConfig(updates=6, prompts=12, rows=4, sequence_length=LENGTH, optimizer=gentle,
                               rollout=rollout),
-        evaluate=EvaluateConfig(tasks=120, pass_k_tasks=12, temperature=1.0, rollout=rollout),
+        evaluate=EvaluateConfig(tasks=100, pass_k_tasks=8, temperature=1.0, rollout=rollout),
     ))

@@ -15,7 +15,7 @@ def get_config():
     """The configuration `nano` with more tasks, searching trajectories, and longer training of the experts."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
     config.name = "nano_long"
-    config.tasks.train = 900
+    config.tasks.train, config.tasks.heldout = 900, 160
     config.sft.searches, config.sft.train.steps = 2, 520
     config.rl.updates, config.rl.prompts = 40, 16
     config.distill.updates = 24

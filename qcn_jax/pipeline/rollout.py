@@ -146,7 +146,9 @@ class _Open:
         return self.conversation.reply(self.tokens[self.start :], self.stopped)
 
     def take(self, reply: Reply) -> None:
-        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted, reply.repeated))
+        self.turns.append(
+            Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted, reply.repeated)
+        )
         if not reply.done:
             self.tokens += reply.tokens
             self.logprobs += [0.0] * len(reply.tokens)

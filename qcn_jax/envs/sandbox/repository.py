@@ -223,7 +223,7 @@ def store(state_dir: str, name: str, members: Mapping[str, Member], facts: dict[
 
 
 def text_files(members: Iterable[tuple[str, bytes]]) -> dict[str, str]:
-    """The repository's files that are UTF-8 text, of all (member's name, content): what agents can read and tasks change."""
+    """The repository's UTF-8 files, of all its (member's name, content): what agents can read and tasks change."""
     texts = {}
     for name, data in members:
         if name.startswith("repo/") and not name.endswith(".pyc"):
