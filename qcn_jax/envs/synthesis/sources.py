@@ -1,9 +1,14 @@
 """Repositories to make tasks from: source distributions from PyPI, local archives, local folders.
 
-Downloads go through pip (the user's index settings apply), are kept in a cache and checked by SHA-256.
+Downloads come from the index that pip is set to (over its JSON interface, where nothing of the distribution is run;
+where that does not answer, through pip, which asks the distribution for its metadata), are kept in a cache and checked
+by SHA-256.
 """
 
+import functools
 import hashlib
+import http.client
+import json
 import os
 import pathlib
 import re
@@ -11,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 
 from qcn_jax.envs.sandbox.repository import RepositorySpec
@@ -19,6 +26,8 @@ from qcn_jax.errors import UserError
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)")
 _ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
 _DOWNLOAD_SECONDS = 300.0
+_INDEX_SECONDS = 30.0  # without a byte, after which pip is tried
+_DEFAULT_INDEX = "https://pypi.org/simple"
 
 
 def default_cache() -> pathlib.Path:
@@ -59,7 +68,7 @@ def locate(source: str, known: Mapping[str, str], cache: pathlib.Path | None = N
 
 
 def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pathlib.Path:
-    """Returns the cached sdist of `name==version`; downloads it with pip where it is missing or damaged.
+    """Returns the cached sdist of `name==version`; downloads it where it is missing or damaged.
 
     Raises:
       UserError: no network, no such release, or a hash other than `expected`; names the requirement.
@@ -72,7 +81,8 @@ def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as temporary:
-            archive = _pip_download(requirement, pathlib.Path(temporary))
+            folders = pathlib.Path(temporary)
+            archive = _index_download(requirement, folders) or _pip_download(requirement, folders)
             found = sha256(archive)
             if expected is not None and found != expected:
                 raise UserError(f"{requirement}: the downloaded {archive.name} has SHA-256 {found}, expected {expected}")
@@ -83,6 +93,47 @@ def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pat
 
 def _archives(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.glob("*") if path.name.endswith(_ARCHIVES))
+
+
+@functools.cache
+def _index() -> str:
+    """The package index of pip's settings; "" where they forbid any."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
+    try:
+        settings = subprocess.run(command, capture_output=True, text=True, timeout=_INDEX_SECONDS, check=False).stdout
+    except subprocess.TimeoutExpired:
+        settings = ""
+    if re.search(r"^[\w:]+\.no-index='(1|true|yes|on)'", settings, re.MULTILINE | re.IGNORECASE):
+        return ""
+    found = dict(re.findall(r"^([\w:]+)\.index-url='([^']+)'", settings, re.MULTILINE))
+    return next((found[scope] for scope in (":env:", "download", "global") if scope in found), _DEFAULT_INDEX)
+
+
+def _index_download(requirement: str, folder: pathlib.Path) -> pathlib.Path | None:
+    """The sdist from the index's JSON interface (PEP 691); None where that does not give it, for whatever reason."""
+    name, version = requirement.split("==")
+    if not _index():
+        return None
+    project = _normalized(name)
+    address = f"{_index().rstrip('/')}/{project}/"
+    request = urllib.request.Request(address, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    try:
+        with urllib.request.urlopen(request, timeout=_INDEX_SECONDS) as answer:
+            listed = json.load(answer)["files"]
+        for file in listed:
+            stem = next((file["filename"].removesuffix(end) for end in _ARCHIVES if file["filename"].endswith(end)), "")
+            if _normalized(stem) == f"{project}-{_normalized(version)}":
+                archive = folder / pathlib.PurePosixPath(file["filename"]).name
+                with urllib.request.urlopen(urllib.parse.urljoin(address, file["url"]), timeout=_INDEX_SECONDS) as body:
+                    archive.write_bytes(body.read())
+                return archive
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return None
+    return None
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _pip_download(requirement: str, folder: pathlib.Path) -> pathlib.Path:

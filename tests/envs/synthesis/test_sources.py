@@ -1,7 +1,10 @@
 """Where repositories come from: folders, archives, downloads; one clear line when there is no network."""
 
 import hashlib
+import http.server
+import json
 import tarfile
+import threading
 
 import pytest
 from tests.envs.synthesis.small import write_repository
@@ -9,6 +12,13 @@ from tests.envs.synthesis.small import write_repository
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def settings_are_read_anew():
+    sources._index.cache_clear()
+    yield
+    sources._index.cache_clear()
 
 
 @pytest.fixture
@@ -56,8 +66,35 @@ def test_no_network(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value) and "no network or no package index" in str(caught.value)
 
 
+def test_downloads_come_from_the_index_without_running_the_distribution(archive, tmp_path, monkeypatch):
+    class Index(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            files = [{"filename": "numbers_pkg-1.0-py3-none-any.whl", "url": "x.whl"},
+                     {"filename": "numbers_pkg-1.0.tar.gz", "url": "../../files/numbers_pkg-1.0.tar.gz"}]
+            known = {"/simple/numbers-pkg/": json.dumps({"files": files}).encode(),
+                     "/files/numbers_pkg-1.0.tar.gz": archive.read_bytes()}
+            self.send_response(200 if self.path in known else 404)
+            self.end_headers()
+            self.wfile.write(known.get(self.path, b""))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        monkeypatch.setattr(sources, "_pip_download", lambda *_: pytest.fail("pip was asked"))
+        found = sources.download("Numbers.pkg==1.0", sources.sha256(archive), tmp_path / "cache")
+        assert found.read_bytes() == archive.read_bytes()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_wrong_hash(archive, tmp_path, monkeypatch):
     """pip's stand-in delivers a file of another hash than the one pinned."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(sources, "_pip_download", lambda requirement, folder: _copy(archive, folder))
     with pytest.raises(UserError, match="has SHA-256 .* expected 00"):
         sources.download("numbers_pkg==1.0", "00", tmp_path / "cache")
