@@ -54,7 +54,7 @@ def get_config():
         rl=RLConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
                     optimizer=steady, rollout=rollout),
-        distill=DistillConfig(updates=6, prompts=12, rows=4, sequence_length=LENGTH, optimizer=gentle,
+        distill=DistillConfig(updates=4, prompts=12, rows=4, sequence_length=LENGTH, optimizer=gentle,
                               rollout=rollout),
         evaluate=EvaluateConfig(tasks=100, pass_k_tasks=8, temperature=1.0, rollout=rollout),
     ))

@@ -20,7 +20,7 @@ from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline import evaluate_metrics
 from qcn_jax.pipeline.data.chat import ChatEncoder
-from qcn_jax.pipeline.domains import Prompt, Services, TaskConversation, make_prompts
+from qcn_jax.pipeline.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts
 from qcn_jax.pipeline.online import make_engine
 from qcn_jax.pipeline.rollout import Outcome, RolloutRecord, rollout, sequence_seed
 
@@ -56,13 +56,14 @@ class Bench:
         Every model must have the same configuration: the compiled functions are shared.
         """
         engine = self._with_weights(model_config, params)
-        greedy, conversations = self._greedy(engine, "swe")
+        # All at once, the long episodes first: a decoding step costs the same however few of the slots are in use.
+        sampled = make_prompts("swe", self.tasks[: self.config.pass_k_tasks]) if self.config.samples else []
+        played = self._play(engine, [make_prompts(domain, self.tasks, self.templates) for domain in DOMAINS], sampled)
+        (greedy, conversations), (single, _), (form, _), (samples, _) = played
         result = evaluate_metrics.greedy(greedy)
-        single, _ = self._greedy(engine, "single_turn")
         result["single_turn"] = {key: value for key, value in evaluate_metrics.greedy(single).items()
                                  if key in ("resolved", "attempted", "rate", "ci95", "solved")}
-        form, _ = self._greedy(engine, "format")
-        result |= evaluate_metrics.format_validity(form) | evaluate_metrics.sampled(self._sampled(engine))
+        result |= evaluate_metrics.format_validity(form) | evaluate_metrics.sampled(samples)
         result["messages"] = {row["instance_id"]: plain_messages(conversation.episode.messages)
                               for row, conversation in zip(greedy, conversations, strict=True)}
         self.log(f"{name}: {result['resolved']}/{result['attempted']} resolved, single turn "
@@ -106,21 +107,28 @@ class Bench:
         return TaskConversation(prompt, self.encoder, self.services, max_turns=self.config.rollout.max_turns,
                                 unfinished_penalty=0.0)
 
-    def _greedy(self, engine: Engine, domain: str) -> tuple[list[dict[str, Any]], list[TaskConversation]]:
-        prompts = make_prompts(domain, self.tasks, self.templates)
-        conversations = [self._conversation(prompt) for prompt in prompts]
-        records = rollout(engine, [[one] for one in conversations], [[0] for _ in prompts], sampling=GREEDY)
-        return [_recorded(prompts[record.prompt], record) for record in records], conversations
-
-    def _sampled(self, engine: Engine) -> list[dict[str, Any]]:
-        prompts = make_prompts("swe", self.tasks[: self.config.pass_k_tasks])
-        samples = self.config.samples
-        groups = [[self._conversation(prompt) for _ in range(samples)] for prompt in prompts]
-        seeds = [[sequence_seed(self.seed, number, sample) for sample in range(samples)]
-                 for number in range(len(prompts))]
-        sampling = Sampling(self.config.temperature, self.config.rollout.top_p, self.config.rollout.top_k)
-        records = rollout(engine, groups, seeds, sampling=sampling) if samples and prompts else []
-        return [_recorded(prompts[record.prompt], record) for record in records]
+    def _play(
+        self, engine: Engine, greedy: Sequence[Sequence[Prompt]], sampled: Sequence[Prompt]
+    ) -> list[tuple[list[dict[str, Any]], list[TaskConversation]]]:  # fmt: skip
+        """Rows and conversations of one greedy episode for each prompt, list by list, and of those of `sampled`."""
+        samples, drawn = self.config.samples, self.config.rollout
+        sampling = Sampling(self.config.temperature, drawn.top_p, drawn.top_k)
+        parts = [greedy[0], sampled, *greedy[1:]]
+        groups, seeds, draws = [], [], []
+        for part in parts:
+            for number, prompt in enumerate(part):
+                count = samples if part is sampled else 1
+                groups.append([self._conversation(prompt) for _ in range(count)])
+                seeds.append([sequence_seed(self.seed, number, sample) for sample in range(count)])
+                draws.append(sampling if part is sampled else GREEDY)
+        records = rollout(engine, groups, seeds, sampling=draws)
+        results, first = [], 0
+        for part in parts:
+            held = range(first, first + len(part))
+            rows = [_recorded(part[record.prompt - first], record) for record in records if record.prompt in held]
+            results.append((rows, [conversation for index in held for conversation in groups[index]]))
+            first += len(part)
+        return [results[0], *results[2:], results[1]]
 
 
 def balanced(tasks: Iterable[Task], count: int, seed: int) -> list[Task]:

@@ -129,12 +129,18 @@ class _Open:
     """A conversation that holds a slot."""
 
     def __init__(
-        self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int], greedy: int
+        self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int],
+        sampling: Sampling, greedy: int,
     ) -> None:  # fmt: skip
         self.prompt, self.sample, self.conversation, self.seed = prompt, sample, conversation, seed
-        self.greedy = greedy  # turns
+        self._sampling, self.greedy = sampling, greedy  # turns
         self.tokens, self.logprobs, self.turns = list(opening), [0.0] * len(opening), []
         self.start, self.stopped = len(opening), False  # of the turn under way
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its turn under way is drawn."""
+        return GREEDY if len(self.turns) < self.greedy else self._sampling
 
     def generated(self, generation: Generation) -> None:
         self.tokens += generation.tokens
@@ -174,7 +180,7 @@ def rollout(
     groups: Sequence[Sequence[Conversation]],
     seeds: Sequence[Sequence[int]],
     *,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     greedy_turns: Sequence[int] = (),
     max_new_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -186,7 +192,7 @@ def rollout(
       engine: whose slots are free; they are free again afterwards.
       groups: conversations by prompt; those of one prompt have the same opening.
       seeds: one for each conversation, in the same nesting.
-      sampling: how to draw tokens.
+      sampling: how to draw tokens, for all or for each prompt.
       greedy_turns: how many turns at their start the samples of a prompt take greedily, in turn; none by default.
         Such samples begin where the greedy policy would be, its first mistakes made, and go on by `sampling`.
       max_new_tokens: of one turn (None: the engine's own limit).
@@ -199,7 +205,8 @@ def rollout(
     Raises:
       Stopped: `stop` said so; tests under way have ended.
     """
-    waiting = deque(_units(groups, seeds, engine.slots, greedy_turns or (0,)))
+    draws = [sampling] * len(groups) if isinstance(sampling, Sampling) else sampling
+    waiting = deque(_units(groups, seeds, draws, engine.slots, greedy_turns or (0,)))
     total = sum(len(group) for group in groups)
     free = list(range(engine.slots))
     active: dict[int, _Open] = {}
@@ -213,7 +220,7 @@ def rollout(
                 else:  # the opening alone fills the slot
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, True)))
                     free.append(slot)
-            ended = _generate(engine, active, sampling, max_new_tokens or engine.max_new_tokens)
+            ended = _generate(engine, active, max_new_tokens or engine.max_new_tokens)
             added = {}
             for slot, reply in zip(ended, threads.map(lambda slot: active[slot].reply(), ended), strict=True):
                 # A further turn needs its answer and at least one token of its own.
@@ -238,14 +245,14 @@ def rollout(
     return sorted(records, key=lambda record: (record.prompt, record.sample))
 
 
-def _generate(engine: Engine, active: dict[int, _Open], sampling: Sampling, limit: int) -> list[int]:
+def _generate(engine: Engine, active: dict[int, _Open], limit: int) -> list[int]:
     """Generates for all open conversations until most turns have ended; returns the slots of those."""
     slots = sorted(active)
     if not slots:
         return []
     generations = engine.generate(
         slots, seeds=[active[slot].seed for slot in slots],
-        sampling=[GREEDY if len(active[slot].turns) < active[slot].greedy else sampling for slot in slots],
+        sampling=[active[slot].sampling for slot in slots],
         max_new_tokens=[limit - (len(active[slot].tokens) - active[slot].start) for slot in slots],
         enough=int(STRAGGLERS * len(slots)),
     )  # fmt: skip
@@ -255,14 +262,15 @@ def _generate(engine: Engine, active: dict[int, _Open], sampling: Sampling, limi
 
 
 def _units(
-    groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], slots: int, greedy: Sequence[int]
+    groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], draws: Sequence[Sampling], slots: int,
+    greedy: Sequence[int],
 ) -> list[list[_Open]]:  # fmt: skip
     """Groups, cut where they are larger than the engine, that are admitted as one."""
     units = []
-    for prompt, (group, streams) in enumerate(zip(groups, seeds, strict=True)):
+    for prompt, (group, streams, sampling) in enumerate(zip(groups, seeds, draws, strict=True)):
         opening = list(group[0].opening()) if group else []
         members = [
-            _Open(prompt, sample, conversation, seed, opening, greedy[sample % len(greedy)])
+            _Open(prompt, sample, conversation, seed, opening, sampling, greedy[sample % len(greedy)])
             for sample, (conversation, seed) in enumerate(zip(group, streams, strict=True))
         ]
         units += [members[first : first + slots] for first in range(0, len(members), slots)]

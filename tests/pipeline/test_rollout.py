@@ -84,6 +84,16 @@ def test_first_turns_taken_greedily_are_those_of_the_greedy_policy(engine) -> No
     assert records[2].tokens.tolist() != greedy.tokens.tolist()
 
 
+def test_every_prompt_may_be_drawn_in_its_own_way(engine) -> None:
+    talk = lambda: [[Echo([3, 4], 2) for _ in range(2)], [Echo([5], 3)], [Echo([3, 4], 2) for _ in range(3)]]
+    seeds = [[1, 2], [3], [4, 5, 6]]
+    draws = [Sampling(2.0), GREEDY, Sampling(0.5)]
+    together = rollout(engine, talk(), seeds, sampling=draws)
+    apart = [record for group, streams, sampling in zip(talk(), seeds, draws, strict=True)
+             for record in rollout(engine, [group], [streams], sampling=sampling)]
+    assert [record.tokens.tolist() for record in together] == [record.tokens.tolist() for record in apart]
+
+
 def test_conversations_that_grow_too_long_are_unfinished(engine) -> None:
     endless = Echo([4] * 30, 1000)
     stuffed = Echo([4] * LENGTH, 1000)  # no room for a single token
