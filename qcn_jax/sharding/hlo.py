@@ -101,7 +101,7 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
             entry = header.group(2) if header.group(1) else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append(Instruction(*found.groups()))
-        elif line.startswith("}"):
+        elif line == "}":  # kernels' metadata spans lines, of which some begin with a brace
             current = None
     if not entry:
         raise ValueError("HLO text has no ENTRY computation")
@@ -133,8 +133,9 @@ def _calls(instruction: Instruction, computations: dict[str, list[Instruction]])
         return  # counted at the start
     trips = (_trip_count(instruction, computations) or 1) if instruction.opcode == "while" else 1
     for attribute, name in _CALLED.findall(instruction.rest):
-        if attribute == "to_apply" and instruction.opcode != "call":
-            continue  # the scalar reducer of a reduction
+        # tpu7x hands collectives to its sparse cores as `call-start`; elsewhere it is the scalar reducer of a reduction.
+        if attribute == "to_apply" and instruction.opcode not in ("call", "call-start"):
+            continue
         yield name, trips
     for names in _BRANCHES.findall(instruction.rest):
         for name in names.split(","):

@@ -13,7 +13,7 @@ from qcn_jax.sharding import aot
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "qwen3_coder_next.py"
 # One block of 80B's layers with fewer and narrower experts and a small vocabulary, on 8 devices.
 REDUCED = [
-    f"--config={CONFIG}:v5e-256,8k", "--topology=v5e:2x4", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
+    f"--config={CONFIG}:v5e-256,8k", "--topology=v5e:2x4", "--config.mesh.dispatch=ragged", "--config.mesh.fsdp=2", "--config.mesh.expert=4",
     "--config.model.num_hidden_layers=4", "--config.model.num_experts=32", "--config.model.vocab_size=4096",
     "--config.midtrain.train.rows=8", "--config.midtrain.train.sequence_length=1024",
 ]

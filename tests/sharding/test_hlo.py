@@ -51,7 +51,17 @@ ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
   %other = (s32[], s32[]) while(%pair), condition=%unknown, body=%body
   %scatter-start = ((bf16[64,32]), bf16[16,32]) async-start(%param), calls=%wrapped
   %scatter-done = bf16[16,32] async-done(%scatter-start), calls=%wrapped
+  %part = bf16[64,32]{1,0} get-tuple-element(%loop), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/splash"}
+  %offloaded-start = ((bf16[64,32]), bf16[128,32]) call-start(%param), async_execution_thread="sparsecore", to_apply=%sparse
+  %offloaded-done = bf16[128,32] call-done(%offloaded-start)
   ROOT %kernel = bf16[64,32]{1,0} custom-call(%param), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":5000,"transcendentals":0}}}
+}
+
+%sparse (p: bf16[64,32]) -> bf16[128,32] {
+  %p.5 = bf16[64,32]{1,0} parameter(0)
+  ROOT %ra = bf16[128,32]{1,0} ragged-all-to-all(%p.5), channel_id=4, replica_groups={{0,1}}
 }
 
 %wrapped (p: bf16[64,32]) -> bf16[16,32] {
@@ -65,10 +75,12 @@ def test_loops_collectives_flops_and_cycles():
     summary = hlo.summarize(TEXT)
     runs = 12 + 1  # the loop whose bound depends on data counts once, and is said to
     assert summary.unknown_loops == 1
-    assert dict(summary.collective_count) == {"all-gather": runs, "all-reduce": runs, "reduce-scatter": 1}
+    assert dict(summary.collective_count) == {"all-gather": runs, "all-reduce": runs, "reduce-scatter": 1,
+                                               "ragged-all-to-all": 1}
     assert summary.collective_bytes["all-gather"] == runs * 32 * 32 * 2
     assert summary.collective_bytes["all-reduce"] == runs * 64 * 32 * 2
     assert summary.collective_bytes["reduce-scatter"] == 64 * 32 * 2
+    assert summary.collective_bytes["ragged-all-to-all"] == 128 * 32 * 2
     assert summary.matmul_flops == runs * 2 * 64 * 32 * 32 and summary.kernel_flops == 5000
     assert summary.top_cycles(1) == [("fusion.1", 100 * runs)]
     assert hlo.cycles_by_part(summary, {"net": "linear_attn", "moe": "/mlp/"}) == {
