@@ -43,7 +43,9 @@ def test_a_reduced_step_compiles_for_a_topology(report, capsys):
     assert report["collective_count"]["all-gather"] >= 3  # three layers of a scanned block are counted three times
     assert len(report["top_cycles"]) == 20
     flops = report["matmul_flops"] + report["kernel_flops"]
-    assert 1.0 < flops / report["model_flops_per_device"] < 3.0
+    # Everything is computed again in the backward pass, kernels count what they declare, and both branches of a
+    # conditional are counted.
+    assert 1.0 < flops / report["model_flops_per_device"] < 4.0
     text = qcn_compile.render(report)
     assert "fits" in text and "Not measured on a chip" in text and "ms" not in text.split()
 
