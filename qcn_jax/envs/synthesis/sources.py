@@ -81,8 +81,8 @@ def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as temporary:
-            folders = pathlib.Path(temporary)
-            archive = _index_download(requirement, folders) or _pip_download(requirement, folders)
+            arriving = pathlib.Path(temporary)
+            archive = _index_download(requirement, arriving) or _pip_download(requirement, arriving)
             found = sha256(archive)
             if expected is not None and found != expected:
                 raise UserError(f"{requirement}: the downloaded {archive.name} has SHA-256 {found}, expected {expected}")
@@ -111,11 +111,12 @@ def _index() -> str:
 
 def _index_download(requirement: str, folder: pathlib.Path) -> pathlib.Path | None:
     """The sdist from the index's JSON interface (PEP 691); None where that does not give it, for whatever reason."""
-    name, version = requirement.split("==")
-    if not _index():
+    index = _index()
+    if not index:
         return None
+    name, version = requirement.split("==")
     project = _normalized(name)
-    address = f"{_index().rstrip('/')}/{project}/"
+    address = f"{index.rstrip('/')}/{project}/"
     request = urllib.request.Request(address, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
     try:
         with urllib.request.urlopen(request, timeout=_INDEX_SECONDS) as answer:
