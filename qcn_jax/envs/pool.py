@@ -35,8 +35,6 @@ class RemoteTraceback(Exception):
     """Cause of an exception that a job raised in a worker; its text is the traceback there."""
 
 
-
-
 def make_pool(kind: str, workers: int, provider_args: Mapping[str, Any], *arguments: Any, ray_address: str = "",
               **keywords: Any) -> "EnvPool":
     """A pool of `kind` process (this machine) or ray (a cluster); further arguments are EnvPool's.

@@ -5,9 +5,9 @@ pool's `workers`. A node that is lost takes its actors along: the pool tries the
 every node qcn_jax must be importable. Archives of repositories travel through Ray's object store, once for each node.
 """
 
+import collections
 import dataclasses
 import hashlib
-import itertools
 import os
 import pathlib
 import pickle
@@ -44,13 +44,28 @@ def connect(address: str = "") -> Callable[[Mapping[str, Any]], "RayWorker"]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             text = str(error).splitlines()[0]
             raise UserError(f"--config.ray_address={address}: no cluster answers: {text}") from error
-    archives, turns = _Archives(), itertools.count()
+    archives, places = _Archives(), _Places()
+    return lambda provider_args: RayWorker(provider_args, archives, places)
 
-    def start(provider_args: Mapping[str, Any]) -> RayWorker:
+
+class _Places:
+    """How many workers each node has, so that a new one goes where there are fewest; safe for threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._workers = threading.Lock(), collections.Counter()
+
+    def take(self) -> str:
+        """The node of a new worker."""
         nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-        return RayWorker(provider_args, archives, nodes[next(turns) % len(nodes)])
+        with self._lock:
+            node = min(nodes, key=lambda name: self._workers[name])
+            self._workers[node] += 1
+        return node
 
-    return start
+    def give(self, node: str) -> None:
+        """A worker of `node` is gone."""
+        with self._lock:
+            self._workers[node] -= 1
 
 
 class _Archives:
@@ -72,15 +87,15 @@ class _Archives:
 
 
 class RayWorker:
-    """A worker in an actor on `node`; methods as WorkerLine says."""
+    """A worker in an actor on the node that has fewest; methods as WorkerLine says."""
 
-    def __init__(self, provider_args: Mapping[str, Any], archives: _Archives, node: str):
-        self._archives = archives
+    def __init__(self, provider_args: Mapping[str, Any], archives: _Archives, places: _Places):
+        self._archives, self._places, self._node = archives, places, places.take()
         home = ray.get_runtime_context().get_node_id()
         # Ray's own SPREAD leaves actors that ask for no resources together.
         self._actor = ray.remote(_Actor).options(
             num_cpus=0, max_restarts=0, max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
             runtime_env={"env_vars": {"PYTHONPATH": module_path()}}).remote(dict(provider_args), home)
 
     def run(self, job: Job) -> tuple[str, Any]:
@@ -106,6 +121,7 @@ class RayWorker:
 
     def kill(self) -> None:
         """As WorkerLine says."""
+        self._places.give(self._node)
         ray.kill(self._actor)
 
     def stop(self) -> None:
@@ -114,7 +130,7 @@ class RayWorker:
             ray.get(self._actor.close.remote(), timeout=10.0)
         except ray.exceptions.RayError:
             pass  # it is gone already, or ends now
-        ray.kill(self._actor)
+        self.kill()
 
 
 class _Actor:

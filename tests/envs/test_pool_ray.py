@@ -77,6 +77,8 @@ def test_same_interface_and_a_killed_node(cluster, place, tmp_path):
             session.write(SOURCE, CALC)
             assert session.run_tests(PASSING[:1]).result().passed(PASSING[:1])
         assert pool.submit(pool_jobs.die_once, str(tmp_path / "flag")).result() == "alive"
+        nodes = {future.result() for future in [pool.submit(pool_jobs.node, 0.5) for _ in range(8)]}
+        assert len(nodes) == 2  # the new worker is where the lost one was, whichever that is
 
         # The second node goes down under load: every result arrives once, and none is made up.
         failures = pool.counts["infrastructure_failures"]
