@@ -29,6 +29,7 @@ _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _INTEGER = re.compile(r"^(\d+)\)")
+_NO_ESTIMATE = 2**63 - 1  # cycles of what a TPU's sparse cores do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Summary:
       kernel_flops: that custom kernels state of themselves.
       cycles: estimated, by instruction (trip counts applied), where the compiler gives an estimate.
       origin: where in the traced program an instruction of `cycles` or a collective comes from.
+      without_estimate: instructions run for which it says that it has none.
       unknown_loops: while loops whose trip count depends on data; they are counted once.
     """
 
@@ -71,6 +73,7 @@ class Summary:
     kernel_flops: float = 0.0
     cycles: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     origin: dict[str, str] = dataclasses.field(default_factory=dict)
+    without_estimate: int = 0
     unknown_loops: int = 0
 
     def top_cycles(self, count: int = 20) -> list[tuple[str, float]]:
@@ -195,8 +198,10 @@ def summarize(text: str) -> Summary:
                 summary.kernel_flops += count * float(flops.group(1))
             elif instruction.opcode == "while" and _trip_count(instruction, computations) is None:
                 summary.unknown_loops += 1
-            cycles = _CYCLES.search(instruction.rest)
-            if cycles:
+            if cycles := _CYCLES.search(instruction.rest):
+                if int(cycles.group(1)) == _NO_ESTIMATE:
+                    summary.without_estimate += count
+                    continue
                 summary.cycles[instruction.name] += count * float(cycles.group(1))
                 summary.origin[instruction.name] = _origin(instruction)
     summary.largest_collectives = sorted(summary.largest_collectives, reverse=True)[:20]
@@ -210,11 +215,16 @@ def _origin(instruction: Instruction) -> str:
 
 def _add_collective(summary: Summary, instruction: Instruction, kind: str, count: int, shapes: dict[str, str]) -> None:
     inline = shape_bytes(instruction.operands)
-    named = [shapes.get(name, "") for name in _OPERAND.findall(instruction.operands)]
-    operand = sum(inline) or sum(sum(shape_bytes(shape)) for shape in named)
-    # An asynchronous start's result tuple holds its operands too.
-    result = sum(shape_bytes(instruction.shape)) - (operand if instruction.opcode.endswith("-start") else 0)
-    moved = count * max(operand, result)
+    named = [sum(shape_bytes(shapes.get(name, ""))) for name in _OPERAND.findall(instruction.operands)]
+    operands = inline or named
+    if kind == "ragged-all-to-all":
+        # Rows to send and the buffer they are written to, which is the result; then offsets and sizes. How much of
+        # both is used depends on data.
+        moved = count * max(operands[:2])
+    else:
+        # An asynchronous start's result tuple holds its operands too.
+        started = sum(operands) if instruction.opcode.endswith("-start") else 0
+        moved = count * max(sum(operands), sum(shape_bytes(instruction.shape)) - started)
     summary.collective_bytes[kind] += moved
     summary.collective_count[kind] += count
     summary.largest_collectives.append((moved, kind, count, _origin(instruction)))
@@ -244,7 +254,7 @@ def to_json(summary: Summary) -> dict[str, object]:
             {"bytes": moved, "kind": kind, "count": count, "origin": origin}
             for moved, kind, count, origin in summary.largest_collectives],
         "matmul_flops": summary.matmul_flops, "kernel_flops": summary.kernel_flops,
-        "data_dependent_loops": summary.unknown_loops,
+        "data_dependent_loops": summary.unknown_loops, "without_cycle_estimate": summary.without_estimate,
         "top_cycles": [{"op": name, "cycles": cycles, "origin": summary.origin.get(name, "")}
                        for name, cycles in summary.top_cycles()],
     }))

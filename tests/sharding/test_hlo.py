@@ -61,7 +61,10 @@ ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
 
 %sparse (p: bf16[64,32]) -> bf16[128,32] {
   %p.5 = bf16[64,32]{1,0} parameter(0)
-  ROOT %ra = bf16[128,32]{1,0} ragged-all-to-all(%p.5), channel_id=4, replica_groups={{0,1}}
+  %room = bf16[128,32]{1,0} broadcast(%zero), dimensions={}
+  %sizes = s32[2]{0} constant({1, 2})
+  %offloaded = bf16[128,32]{1,0} fusion(%room), kind=kCustom, backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  ROOT %ra = bf16[128,32]{1,0} ragged-all-to-all(%p.5, %room, %sizes, %sizes, %sizes, %sizes), channel_id=4, replica_groups={{0,1}}
 }
 
 %wrapped (p: bf16[64,32]) -> bf16[16,32] {
@@ -82,6 +85,7 @@ def test_loops_collectives_flops_and_cycles():
     assert summary.collective_bytes["reduce-scatter"] == 64 * 32 * 2
     assert summary.collective_bytes["ragged-all-to-all"] == 128 * 32 * 2
     assert summary.matmul_flops == runs * 2 * 64 * 32 * 32 and summary.kernel_flops == 5000
+    assert summary.without_estimate == 1
     assert summary.top_cycles(1) == [("fusion.1", 100 * runs)]
     assert hlo.cycles_by_part(summary, {"net": "linear_attn", "moe": "/mlp/"}) == {
         "net": 0.0, "moe": 100.0 * runs, "other": 0.0}
