@@ -216,6 +216,7 @@ def _run_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, ...]) -
 _run_chunks.defvjp(_run_forward, _run_backward)
 
 
+@jax.custom_vjp
 def _decays(g: Array, masks: tuple[Array, ...] | None) -> tuple[Array, Array, Array, Array]:
     """Decay factors of log decays g [N, B, H, C, R], zero across documents.
 
@@ -223,7 +224,7 @@ def _decays(g: Array, masks: tuple[Array, ...] | None) -> tuple[Array, Array, Ar
       pair [N, B, H, R, C, C] from token j to token i >= j; from_state [N, B, H, C, R] from the incoming state to
       a token; to_state [N, B, H, C, R] from a token to the outgoing state; carry [N, B, H, R] of the state itself.
     """
-    coarse = jax.lax.stop_gradient(jnp.round(g * _GRID) / _GRID)
+    coarse = jnp.round(g * _GRID) / _GRID
     coarse, fine = jnp.cumsum(coarse, axis=3), jnp.cumsum(g - coarse, axis=3)
     from_state = jnp.exp(coarse + fine)
     to_state = jnp.exp((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
@@ -238,3 +239,27 @@ def _decays(g: Array, masks: tuple[Array, ...] | None) -> tuple[Array, Array, Ar
     # Masked before exp: above the diagonal the difference is positive and may overflow.
     pair_decay = jnp.exp(jnp.where(visible, difference(coarse) + difference(fine), -jnp.inf))
     return pair_decay, from_state, to_state, carry
+
+
+def _decays_forward(g: Array, masks: tuple[Array, ...] | None) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    factors = _decays(g, masks)
+    return factors, factors
+
+
+def _decays_backward(factors: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, None]:
+    """Every factor is the exponential of a sum of g over an interval; g_t's gradient sums those that contain t.
+
+    By way of the cumulative sums it would be a difference between all pairs' sums, in which those that do not
+    contain t cancel but for their rounding: with strong decays that was a thousandth of A_log's gradient.
+    """
+    pair, from_state, to_state, carry = (factor * cotangent for factor, cotangent in zip(factors, cotangents))
+    size = pair.shape[-1]
+    before = jnp.triu(jnp.ones((size, size), pair.dtype), 1)  # [j, t]: j < t
+    # To token i from all before t, of which t <= i are kept.
+    from_before = jnp.tril(jnp.matmul(pair, before, precision=jax.lax.Precision.HIGHEST))
+    sooner = jnp.cumsum(to_state, axis=3) - to_state
+    later = jnp.flip(jnp.cumsum(jnp.flip(from_state, 3), axis=3), 3)
+    return jnp.moveaxis(jnp.sum(from_before, axis=-2), 3, -1) + sooner + later + carry[..., None, :], None
+
+
+_decays.defvjp(_decays_forward, _decays_backward)
