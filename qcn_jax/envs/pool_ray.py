@@ -49,23 +49,33 @@ def connect(address: str = "") -> Callable[[Mapping[str, Any]], "RayWorker"]:
 
 
 class _Places:
-    """How many workers each node has, so that a new one goes where there are fewest; safe for threads."""
+    """How many workers each node has, so that a new one goes where there are fewest; safe for threads.
+
+    A cluster takes a while to see that a node is gone, and its workers are lost at once: each that was lost since the
+    node last answered counts as one that is there, so that only the first replacement is tried on the same node.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._workers = threading.Lock(), collections.Counter()
+        self._lock, self._workers, self._lost = threading.Lock(), collections.Counter(), collections.Counter()
 
     def take(self) -> str:
         """The node of a new worker."""
         nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
         with self._lock:
-            node = min(nodes, key=lambda name: self._workers[name])
+            node = min(nodes, key=lambda name: (self._workers[name] + self._lost[name], self._workers[name]))
             self._workers[node] += 1
         return node
 
-    def give(self, node: str) -> None:
-        """A worker of `node` is gone."""
+    def answered(self, node: str) -> None:
+        """A worker of `node` did a job."""
+        with self._lock:
+            self._lost[node] = 0
+
+    def give(self, node: str, lost: bool) -> None:
+        """A worker of `node` is gone; `lost`: not because it was to end."""
         with self._lock:
             self._workers[node] -= 1
+            self._lost[node] += lost
 
 
 class _Archives:
@@ -113,6 +123,7 @@ class RayWorker:
             return "dead", f"job {job.kind} did not end in {job.deadline:.0f} s"
         except ray.exceptions.RayError as error:
             return "dead", f"a pool worker died ({' '.join(str(error).split())[:300]})"
+        self._places.answered(self._node)
         return (state, value) if number == job.number else ("dead", "a pool worker answered another job")
 
     def abort(self) -> None:
@@ -121,7 +132,7 @@ class RayWorker:
 
     def kill(self) -> None:
         """As WorkerLine says."""
-        self._places.give(self._node)
+        self._places.give(self._node, lost=True)
         ray.kill(self._actor)
 
     def stop(self) -> None:
@@ -130,7 +141,8 @@ class RayWorker:
             ray.get(self._actor.close.remote(), timeout=10.0)
         except ray.exceptions.RayError:
             pass  # it is gone already, or ends now
-        self.kill()
+        self._places.give(self._node, lost=False)
+        ray.kill(self._actor)
 
 
 class _Actor:

@@ -258,7 +258,7 @@ def _decays_backward(factors: tuple[Array, ...], cotangents: tuple[Array, ...]) 
     # To token i from all before t, of which t <= i are kept.
     from_before = jnp.tril(jnp.matmul(pair, before, precision=jax.lax.Precision.HIGHEST))
     sooner = jnp.cumsum(to_state, axis=3) - to_state
-    later = jnp.flip(jnp.cumsum(jnp.flip(from_state, 3), axis=3), 3)
+    later = jax.lax.cumsum(from_state, axis=3, reverse=True)
     return jnp.moveaxis(jnp.sum(from_before, axis=-2), 3, -1) + sooner + later + carry[..., None, :], None
 
 

@@ -198,10 +198,10 @@ def summarize(text: str) -> Summary:
                 summary.kernel_flops += count * float(flops.group(1))
             elif instruction.opcode == "while" and _trip_count(instruction, computations) is None:
                 summary.unknown_loops += 1
-            if cycles := _CYCLES.search(instruction.rest):
-                if int(cycles.group(1)) == _NO_ESTIMATE:
-                    summary.without_estimate += count
-                    continue
+            cycles = _CYCLES.search(instruction.rest)
+            if cycles and int(cycles.group(1)) == _NO_ESTIMATE:
+                summary.without_estimate += count
+            elif cycles:
                 summary.cycles[instruction.name] += count * float(cycles.group(1))
                 summary.origin[instruction.name] = _origin(instruction)
     summary.largest_collectives = sorted(summary.largest_collectives, reverse=True)[:20]
