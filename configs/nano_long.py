@@ -18,7 +18,8 @@ def get_config():
     config.tasks.train, config.tasks.heldout = 900, 160
     config.sft.searches, config.sft.train.steps = 2, 520
     config.rl.updates, config.rl.prompts = 40, 16
-    config.rl.optimizer.b1, config.rl.optimizer.warmup_steps = 0.9, 2  # enough updates to average over
+    # Enough updates to average over.
+    config.rl.optimizer.learning_rate, config.rl.optimizer.b1, config.rl.optimizer.warmup_steps = 5e-4, 0.9, 2
     config.distill.updates = 24
     config.evaluate.tasks, config.evaluate.pass_k_tasks = 160, 60
     return config

@@ -150,9 +150,10 @@ def ours(config, params, tokens, options=()):
 
 
 def measured(model, tokens, folder):
-    """The same of a transformers model, whose weights are lost."""
+    """The same of a transformers model."""
     import torch
 
+    model = copy.deepcopy(model)
     ids = torch.from_numpy(tokens)
     out = model(input_ids=ids, labels=ids, output_router_logits=True)
     out.loss.backward()

@@ -46,7 +46,7 @@ def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
     """Plays `episode` (of the nano scaffold) to its end; tries the edits `first`, as far as they apply, before any."""
     _step(episode, [ToolCall("view")])
     lines = _shown(episode) if not episode.done else []
-    applicable = [edit for edit in first if _applies(lines, edit)]
+    applicable = [edit for edit in first if edit.old != edit.new and edit.applied(lines) is not None]
     edits = list(dict.fromkeys([*applicable, *suspicions(lines)]))
     tried: list[ToolCall] = []
     for edit in edits:
@@ -78,13 +78,6 @@ def search(task: Task, executor: ToolExecutor, guesses: Sequence[SpanEdit] = (),
     episode = Episode(task, NANO, executor, max_turns=max_turns)
     act(episode, guesses)
     return verified(episode, executor, search=True)
-
-
-def _applies(lines: Sequence[str], edit: SpanEdit) -> bool:
-    if not 0 < edit.line <= len(lines) or spans.occurrences(lines[edit.line - 1], edit.old) != 1 or edit.old == edit.new:
-        return False
-    changed = lines[edit.line - 1].replace(edit.old, edit.new)
-    return spans.parses([*lines[: edit.line - 1], changed, *lines[edit.line :]])
 
 
 def _step(episode: Episode, calls: Sequence[ToolCall]) -> None:

@@ -101,12 +101,16 @@ class RayWorker:
 
     def __init__(self, provider_args: Mapping[str, Any], archives: _Archives, places: _Places):
         self._archives, self._places, self._node = archives, places, places.take()
-        home = ray.get_runtime_context().get_node_id()
-        # Ray's own SPREAD leaves actors that ask for no resources together.
-        self._actor = ray.remote(_Actor).options(
-            num_cpus=0, max_restarts=0, max_task_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
-            runtime_env={"env_vars": {"PYTHONPATH": module_path()}}).remote(dict(provider_args), home)
+        try:
+            home = ray.get_runtime_context().get_node_id()
+            # Ray's own SPREAD leaves actors that ask for no resources together.
+            self._actor = ray.remote(_Actor).options(
+                num_cpus=0, max_restarts=0, max_task_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
+                runtime_env={"env_vars": {"PYTHONPATH": module_path()}}).remote(dict(provider_args), home)
+        except BaseException:
+            places.give(self._node, lost=False)
+            raise
 
     def run(self, job: Job) -> tuple[str, Any]:
         """As WorkerLine says."""

@@ -54,6 +54,13 @@ class SpanEdit:
         """The edit as a tool call."""
         return ToolCall("edit", {"line": spans.line_token(self.line), "old": self.old, "new": self.new})
 
+    def applied(self, lines: Sequence[str]) -> str | None:
+        """Its line of the function `lines` after the edit; None where the text is not there once or nothing parses."""
+        if not 0 < self.line <= len(lines) or spans.occurrences(lines[self.line - 1], self.old) != 1:
+            return None
+        after = lines[self.line - 1].replace(self.old, self.new)
+        return after if spans.parses([*lines[: self.line - 1], after, *lines[self.line :]]) else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
@@ -259,15 +266,13 @@ def wrong_edits(
     gold_lines = {edit.line for edit in gold}
     right = {(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in gold}
     loops = _loop_lines(lines)
-    made = [(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in guesses
-            if 0 < edit.line <= len(lines) and spans.occurrences(lines[edit.line - 1], edit.old) == 1]
+    made = [(edit.line, after) for edit in guesses if (after := edit.applied(lines)) is not None]
     pool = [item for item in sorted(set(_mutations(lines))) if item not in right and item not in made]
     rng.shuffle(pool)
     chosen: list[SpanEdit] = []
     for number, after in dict.fromkeys(made):
         span = minimal_edit(lines[number - 1], after)
-        if len(chosen) < count and span is not None and (number, after) not in right and number not in loops and \
-                spans.parses([*lines[: number - 1], after, *lines[number:]]):
+        if len(chosen) < count and span is not None and (number, after) not in right and number not in loops:
             chosen.append(SpanEdit(number, *span))
     while pool and len(chosen) < count:
         near = [item for item in pool if item[0] in gold_lines]
