@@ -46,7 +46,7 @@ CONFIG = ModelConfig(
     vocab_size=8192, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
     linear_num_key_heads=4, linear_key_head_dim=64, linear_num_value_heads=8, linear_value_head_dim=64, num_experts=32,
     num_experts_per_tok=4, moe_intermediate_size=128, shared_expert_intermediate_size=128, dtype="float32",
-    chunk_size=32, rope_theta=10_000.0, max_position_embeddings=4096)
+    chunk_size=32, scan_layers=False, rope_theta=10_000.0, max_position_embeddings=4096)
 
 
 def active_parameters(config: ModelConfig) -> tuple[int, int]:

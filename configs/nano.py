@@ -28,7 +28,7 @@ def get_config():
         head_dim=32, max_position_embeddings=LENGTH, rope_theta=10_000.0, linear_num_key_heads=4,
         linear_key_head_dim=32, linear_num_value_heads=4, linear_value_head_dim=32, num_experts=16,
         num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
-        router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16,
+        router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16, scan_layers=False,
     )
     # One shape for all rollouts of a run, so that decoding is compiled once; no turn of the solver has 80 tokens.
     rollout = RolloutConfig(max_turns=8, max_new_tokens=80, max_length=LENGTH, slots=96)

@@ -54,6 +54,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of activations; decay, router, softmax, norms' insides stay float32
     param_dtype: str = "float32"
     remat: str = "none"  # a policy name of layers.remat: none, full, ...
+    scan_layers: bool = True  # one compiled layer for all; False: each apart, which saves copies (few layers on a CPU)
     delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU kernel)
     chunk_size: int = 64  # pallas: best 128 on a TPU
     attention: str = "xla"  # xla or splash (TPU)

@@ -25,5 +25,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # One arena, grown by brk alone: an mmap'ed block is unmapped as soon as it is freed.
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _GROWTH))
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _GROWTH))
     return all([mallopt(name, value) == 1 for name, value in settings])

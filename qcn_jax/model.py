@@ -173,6 +173,14 @@ class Qwen3Next(nn.Module):
         return nn.unbox(super().init(rngs, *args, **kwargs))
 
     @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Linen's. Without `config.scan_layers` a pass that has no cache takes the stacked layers apart first."""
+        if self.unrolled or self.config.scan_layers or kwargs.get("cache") is not None or "method" in kwargs:
+            return super().apply(variables, *args, **kwargs)
+        variables = {**variables, "params": unroll(self.config, variables["params"])}
+        return self.clone(unrolled=True).apply(variables, *args, **kwargs)
+
+    @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of at most `max_length` tokens."""
         return init_cache(self.config, batch, max_length, self.unrolled)

@@ -249,6 +249,18 @@ def test_segments_and_cache_exclude_each_other():
         MODEL.apply(VARIABLES, tokens, segment_ids=tokens, cache=MODEL.init_cache(1, 8))
 
 
+def test_layers_apart_compute_what_a_scan_does():
+    """`scan_layers` changes the program, not the parameters, their gradients or the result."""
+    tokens = random_tokens(2, 21)
+
+    def loss(config):
+        apart = Qwen3Next(dataclasses.replace(SMALL, scan_layers=config))
+        return lambda params: jnp.sum(jnp.sin(apart.apply({"params": params}, tokens, mtp_tokens=tokens).logits))
+
+    scanned, apart = (jax.jit(jax.value_and_grad(loss(scan)))(VARIABLES["params"]) for scan in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), scanned, apart)
+
+
 def test_unrolled_parameters_are_those_of_the_unrolled_model():
     unrolled = Qwen3Next(SMALL, unrolled=True)
     shapes = jax.eval_shape(lambda: nn.unbox(nn.Module.init(unrolled, jax.random.key(0), random_tokens(1, 2))))["params"]

@@ -128,5 +128,7 @@ def _gathered(x: Array, weights: Array, experts: Array, kernels: ExpertWeights) 
 def _all_experts(x: Array, weights: Array, experts: Array, kernels: ExpertWeights) -> Array:
     chosen = jax.nn.one_hot(experts, kernels.gate.shape[0], dtype=x.dtype)
     scale = jnp.einsum("nk,nke->en", weights, chosen)
-    hidden = jax.nn.silu(jnp.einsum("nd,edf->enf", x, kernels.gate)) * jnp.einsum("nd,edf->enf", x, kernels.up)
-    return jnp.einsum("enf,efd->nd", hidden * scale[..., None], kernels.down)
+    # One product for each expert: as a single one, XLA on CPU would copy all weights into another order every time.
+    rows = jnp.broadcast_to(x, (kernels.gate.shape[0], *x.shape))
+    hidden = jax.nn.silu(rows @ kernels.gate) * (rows @ kernels.up)
+    return jnp.sum((hidden * scale[..., None]) @ kernels.down, axis=0)

@@ -1,0 +1,142 @@
+"""The 80B training step beside MaxText's own, both compiled for one TPU topology by one libtpu; no TPU is needed.
+
+    python benchmarks/maxtext_compile.py --python=VENV/bin/python --sources=MAXTEXT/src [--variants=REGEX]
+
+VENV holds MaxText's requirements (Python 3.12 or later) with the jax and libtpu of this environment, MAXTEXT is a
+checkout; nothing of it is changed but the last step of its train_compile, which keeps the compiled program. The work is
+the same: v5p:4x4x4, 8,192 tokens a chip in rows of 8,192, bfloat16 weights and Adam moments, full rematerialisation,
+experts over 16 chips. Both programs' texts are read by qcn_jax.sharding.hlo, so that one ruler measures both. Rows go to
+benchmarks/results/maxtext_compile.json, the table to maxtext_compile.md beside it. Counts and the compiler's estimates;
+nothing ran on a chip.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+from absl import app, flags
+
+from qcn_jax import files
+from qcn_jax.cli import compile as qcn_compile
+from qcn_jax.cli import parsing
+from qcn_jax.errors import UserError
+from qcn_jax.sharding import aot, hlo
+
+_PYTHON = flags.DEFINE_string("python", None, "Interpreter with MaxText's requirements.", required=True)
+_SOURCES = flags.DEFINE_string("sources", None, "The folder src of a checkout of MaxText.", required=True)
+_VARIANTS = flags.DEFINE_string("variants", ".", "regular expression of the variants to run")
+HERE = pathlib.Path(__file__).resolve().parent
+GIB = 2**30
+COMMON = (
+    "model_name=qwen3-next-80b-a3b", "compile_topology=v5p-128", "compile_topology_num_slices=1",
+    "per_device_batch_size=1", "max_target_length=8192", "weight_dtype=bfloat16", "mu_dtype=bfloat16",
+    "remat_policy=full", "megablox=true", "attention=flash", "dataset_type=synthetic", "enable_checkpointing=false",
+    "skip_jax_distributed_system=true", "run_name=compile",
+)
+EXPERTS = ("ici_expert_parallelism=16", "ici_fsdp_parallelism=4")
+# Its buffer of dispatched rows: a factor 1 holds balanced routing and drops what exceeds it.
+THEIRS = {
+    "MaxText, expert 16 x fsdp 4, drops when unbalanced": (*EXPERTS, "ragged_buffer_factor=1.0"),
+    "MaxText, the same, delta rule in chunks of 128": (*EXPERTS, "ragged_buffer_factor=1.0", "gdn_chunk_size=128"),
+    "MaxText, expert 16 x fsdp 4, dropless": EXPERTS,
+    "MaxText, fsdp 64": (),
+}
+_OPTIMIZER = "midtrain.train.optimizer"
+_LOW = (f"{_OPTIMIZER}.master_copy=false", f"{_OPTIMIZER}.mu_dtype=bfloat16", f"{_OPTIMIZER}.nu_dtype=bfloat16")
+OURS = {
+    "qcn_jax, XLA forms, dropless": _LOW,
+    "qcn_jax, kernels, dropless": (*_LOW, "model.delta_rule=pallas", "model.chunk_size=128", "model.attention=splash"),
+}
+# Where MaxText's instructions come from, by the names of its modules.
+PARTS = {
+    "delta rule": r"chunk_gated_delta_rule|gated_delta_rule|jax_chunk",
+    "delta net": r"GatedDelta|gated_delta|linear_attn|gdn",
+    "attention": r"[Aa]ttention",
+    "moe": r"[Mm]oe|MoE|RoutedMoE|sparse_matmul|gmm|mlp",
+    "head and loss": r"logits|cross_entropy|loss",
+}
+
+
+def theirs(settings: tuple[str, ...]) -> dict[str, Any]:
+    """MaxText's step: memory, collectives, FLOPs and cycles."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = pathlib.Path(scratch) / "step"
+        child = subprocess.run(
+            [_PYTHON.value, str(HERE / "_maxtext_side.py"), _SOURCES.value, str(out), *COMMON,
+             f"base_output_directory={scratch}", *settings],
+            env={**os.environ, **aot.ENVIRONMENT}, capture_output=True, text=True, check=False)
+        if child.returncode:
+            message = re.search(r"RESOURCE_EXHAUSTED[^\n]*|Used [\d.]+G of [^\n]*", child.stderr)
+            ending = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            return {"error": (message.group(0) if message else ending)[:300]}
+        found = files.read_json(f"{out}.json")
+        summary = hlo.summarize(pathlib.Path(f"{out}.hlo").read_text(encoding="utf-8"))
+    memory = found["memory"]
+    return {
+        "arguments": memory["argument"], "temporaries": memory["temp"], "mesh": found["mesh"],
+        "cycles_by_part": hlo.cycles_by_part(summary, PARTS), "seconds": found["seconds"],
+        "versions": found["versions"], **hlo.to_json(summary),
+    }
+
+
+def ours(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Our step, with the same fields."""
+    values = flags.FlagValues()
+    arguments = [f"--config={HERE.parent / 'configs' / 'qwen3_coder_next.py'}:v5p-128,8k",
+                 *(f"--config.{override}" for override in overrides)]
+    config = parsing.define_config(values, arguments)
+    parsing.parse(values, "compile", "", arguments)
+    try:
+        report = qcn_compile.compile_in_child(config(), "midtrain", config().topology)
+    except UserError as error:
+        return {"error": str(error)}
+    if "seconds" not in report:
+        return {"error": report["memory"]["compiler"]}
+    memory = report["memory"]
+    return {"arguments": memory["arguments"], "temporaries": memory["activations_and_temporaries"], **{
+        name: report[name] for name in (
+            "mesh", "cycles_by_part", "seconds", "versions", "collective_bytes", "collective_count",
+            "largest_collectives", "matmul_flops", "kernel_flops", "data_dependent_loops", "without_cycle_estimate",
+            "top_cycles", "model_flops_per_device")}}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown of all variants that are there."""
+    lines = [
+        "| step | arguments + temporaries, GiB | all-to-all | all-gather | reduce-scatter | all-reduce | permute, GB | "
+        "TF of products + kernels | estimated cycles, 1e9: all | delta net and rule | attention | experts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in (*OURS, *THEIRS):
+        row = rows.get(name)
+        if row is None or "error" in row:
+            lines.append(f"| {name} | {row['error'] if row else 'not compiled'} |" + " |" * 10)
+            continue
+        moved = lambda *kinds: f"{sum(row['collective_bytes'].get(kind, 0) for kind in kinds) / 1e9:.1f}"
+        part = lambda *names: f"{sum(row['cycles_by_part'].get(each, 0) for each in names) / 1e9:.2f}"
+        lines.append(
+            f"| {name} | {row['arguments'] / GIB:.1f} + {row['temporaries'] / GIB:.1f} | "
+            f"{moved('all-to-all', 'ragged-all-to-all')} | {moved('all-gather')} | {moved('reduce-scatter')} | "
+            f"{moved('all-reduce')} | {moved('collective-permute')} | "
+            f"{row['matmul_flops'] / 1e12:.0f} + {row['kernel_flops'] / 1e12:.0f} | {part(*row['cycles_by_part'])} | "
+            f"{part('delta rule', 'delta net')} | {part('attention')} | {part('moe')} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(_: list[str]) -> None:
+    path = HERE / "results" / "maxtext_compile.json"
+    rows = files.read_json(path) if path.exists() else {}
+    for name in (*OURS, *THEIRS):
+        if re.search(_VARIANTS.value, name):
+            print(f"{name} ...", flush=True)
+            rows[name] = ours(OURS[name]) if name in OURS else theirs(THEIRS[name])
+            files.write_json(path, rows)
+    files.write_text(path.with_suffix(".md"), table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)
