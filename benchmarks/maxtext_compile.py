@@ -47,8 +47,9 @@ THEIRS = {
 _OPTIMIZER = "midtrain.train.optimizer"
 _LOW = (f"{_OPTIMIZER}.master_copy=false", f"{_OPTIMIZER}.mu_dtype=bfloat16", f"{_OPTIMIZER}.nu_dtype=bfloat16")
 OURS = {
-    "qcn_jax, XLA forms, dropless": _LOW,
-    "qcn_jax, kernels, dropless": (*_LOW, "model.delta_rule=pallas", "model.chunk_size=128", "model.attention=splash"),
+    "qcn_jax (its kernels), dropless": _LOW,
+    "qcn_jax, kernels in chunks of 128": (*_LOW, "model.chunk_size=128"),
+    "qcn_jax, XLA form of the delta rule": (*_LOW, "model.delta_rule=chunked"),
 }
 # Where MaxText's instructions come from, by the names of its modules.
 PARTS = {

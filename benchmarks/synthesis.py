@@ -9,7 +9,6 @@ of this machine, busy or not.
 """
 
 import collections
-import json
 import pathlib
 import platform
 import resource
@@ -36,6 +35,18 @@ _SANDBOX = flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Wh
 _SAMPLE = flags.DEFINE_integer("sample", 0, "Verify so many tasks, evenly spread; 0: all.")
 _RERUNS = flags.DEFINE_integer("reruns", 3, "Runs of both states of each verified task, for the flaky rate.")
 _VERIFY = flags.DEFINE_bool("verify", True, "Run `qcn verify` at the end.")
+
+
+def table(summary: dict) -> str:
+    """Markdown: what became of the candidates, and yield and cost by kind."""
+    lines = [f"{summary['tasks']} tasks from {len(summary['repositories'])} repositories, {summary['candidates']} "
+             f"candidates: {', '.join(f'{name} {count}' for name, count in summary['outcomes'].items())}", "",
+             "| kind | candidates | kept | yield | seconds each | processor seconds each |", "|---|---|---|---|---|---|"]
+    lines += [f"| {kind} | {row['candidates']} | {row['kept']} | {row['yield']:.0%} | {row['seconds']:.2f} | "
+              f"{row['cpu_seconds']:.2f} |" for kind, row in summary["kinds"].items()]
+    lines += ["", "| repository | tasks |", "|---|---|"]
+    lines += [f"| {name} | {count} |" for name, count in summary["repositories"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv):
@@ -68,11 +79,8 @@ def main(argv):
     print(f"\n{summary['machine']}\n{len(tasks)} tasks from {len(summary['repositories'])} repositories, "
           f"{len(result.verdicts)} candidates, {wall:.0f} s; {len(repeated)} near duplicates left out; "
           f"{summary['with_held_out_tests']} with held-out tests")
-    print(f"\n{'kind':<18}{'candidates':>11}{'kept':>7}{'yield':>8}{'s each':>8}{'cpu s':>8}")
-    for kind, row in summary["kinds"].items():
-        print(f"{kind:<18}{row['candidates']:>11}{row['kept']:>7}{row['yield']:>8.0%}{row['seconds']:>8.2f}"
-              f"{row['cpu_seconds']:>8.2f}")
-    print(f"\n{json.dumps(summary['outcomes'])}")
+    files.write_text(out / "table.md", table(summary))
+    print("\n" + table(summary))
     if not _VERIFY.value:
         return 0
     command = [sys.executable, "-m", "qcn_jax", "verify", f"--tasks={out / 'tasks.jsonl'}", f"--sample={_SAMPLE.value}",

@@ -51,7 +51,7 @@ def get_config():
         midtrain=MidtrainConfig(
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
-        sft=SftConfig(train=train(190, 1e-3), recovery=0.6, guesses=4),
+        sft=SftConfig(train=train(300, 1e-3), recovery=0.6, guesses=4),
         rl=RLConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
                     optimizer=steady(2e-4), rollout=rollout),
