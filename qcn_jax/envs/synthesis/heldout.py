@@ -85,28 +85,23 @@ def call_all(sandbox: Sandbox, wanted: Sequence[Mapping[str, Any]], timeout: flo
     return run.value if run.status == "ok" else []
 
 
-def add(task: Task, mended: Sequence[Any], defective: Sequence[Any]) -> Task:
-    """The task with the tests that follow from both states' outcomes; unchanged where no call tells them apart."""
-    differing: list[tuple[str, str]] = []
-    alike: list[tuple[str, str]] = []
-    for good, bad in zip(mended, defective):
-        if good is None or bad is None:
-            continue
-        group = alike if good[2:] == bad[2:] else differing
-        group.append((good[0], _body(*good[1:])))
+def add(
+    task: Task, good: Sequence[Any], bad: Sequence[Any], sandbox: Sandbox, mended: Mapping[str, str], timeout: float
+) -> Task:
+    """The task with tests of what calls gave in the mended (`good`) and in the defective state (`bad`).
+
+    Those are kept that the sandbox (in the defective state) and the files `mended` bear out; without one that tells
+    the states apart the task is returned unchanged.
+    """
+    pairs = [(a, b) for a, b in zip(good, bad) if a is not None and b is not None]
+    differing = [a for a, b in pairs if a[2:] != b[2:]]
     if not differing:
         return task
-    chosen = differing[:TESTS] + alike[:TESTS]
-    modules = sorted({module for module, _ in chosen})
-    lines = ["import pytest\n\n", *(f"import {module}\n" for module in modules)]
-    names = []
-    for number, (_, body) in enumerate(chosen):
-        names.append(f"{PATH}::test_{number}")
-        lines.append(f"\n\ndef test_{number}():\n{body}")
-    return dataclasses.replace(
-        task, held_out_patch=patches.make_diff({}, {PATH: "".join(lines)}),
-        HELD_OUT_FAIL_TO_PASS=tuple(names[: len(differing[:TESTS])]),
-        HELD_OUT_PASS_TO_PASS=tuple(names[len(differing[:TESTS]):]))
+    chosen = differing[:TESTS] + [a for a, b in pairs if a[2:] == b[2:]][:TESTS]
+    lines = ["import pytest\n\n", *(f"import {module}\n" for module in sorted({call[0] for call in chosen}))]
+    lines += [f"\n\ndef test_{number}():\n{_body(*call[1:])}" for number, call in enumerate(chosen)]
+    names = [f"{PATH}::test_{number}" for number in range(len(chosen))]
+    return _borne_out(task, PATH, "".join(lines), names, sandbox, mended, timeout)
 
 
 def _body(expression: str, outcome: str, text: str) -> str:
@@ -122,7 +117,14 @@ def mirrored(task: Task, sandbox: Sandbox, mended: Mapping[str, str], timeout: f
     text = sandbox.read(path)
     names = [copy + name.removeprefix(path) for group in (task.FAIL_TO_PASS, task.PASS_TO_PASS)
              for name in [name for name in group if name.startswith(f"{path}::")][:TESTS]]
-    sandbox.write(copy, text)
+    return _borne_out(task, copy, text, names, sandbox, mended, timeout)
+
+
+def _borne_out(
+    task: Task, path: str, text: str, names: Sequence[str], sandbox: Sandbox, mended: Mapping[str, str], timeout: float
+) -> Task:
+    """The task with the tests `names` of the file `path`, as far as they do what they should in both states."""
+    sandbox.write(path, text)
     before = sandbox.run_tests(names, timeout).outcomes
     for place, content in mended.items():
         sandbox.write(place, content)
@@ -132,7 +134,7 @@ def mirrored(task: Task, sandbox: Sandbox, mended: Mapping[str, str], timeout: f
     if not failing:
         return task
     return dataclasses.replace(
-        task, held_out_patch=patches.make_diff({}, {copy: text}), HELD_OUT_FAIL_TO_PASS=failing,
+        task, held_out_patch=patches.make_diff({}, {path: text}), HELD_OUT_FAIL_TO_PASS=failing,
         HELD_OUT_PASS_TO_PASS=tuple(name for name in passing if before.get(name) in PASSING))
 
 

@@ -295,7 +295,7 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     task = _task(candidate, gold, failing, passing, observations[0] if observations else None, text)
     if mended_calls:
         sandbox.reset()
-        task = heldout.add(task, mended_calls, heldout.call_all(sandbox, wanted, timeout))
+        task = heldout.add(task, mended_calls, heldout.call_all(sandbox, wanted, timeout), sandbox, mended, timeout)
     if options.held_out and not task.held_out_patch:
         sandbox.reset()
         task = heldout.mirrored(task, sandbox, mended, timeout)

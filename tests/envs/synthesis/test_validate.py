@@ -200,6 +200,16 @@ def test_held_out_tests(place):
     assert grader.grade(task, patch).resolved and not grader.grade(opinion, patch).resolved
 
 
+def test_held_out_results_that_cannot_be_written_down():
+    """They are left out, and not taken for an exception of the function."""
+    inside = {"ROOT": ""}
+    exec(heldout._SCRIPT, inside)
+    attempt = lambda function: inside["attempt"](function, [], {})
+    assert attempt(lambda: [1, "a"]) == ("returned", "[1, 'a']")
+    assert attempt(lambda: int("a")) == ("raised", "ValueError")
+    assert attempt(lambda: object()) is None and attempt(lambda: [attempt]) is None
+
+
 def test_held_out_copies(place):
     """Where no call can be made anew, copies of the tests under another name: hard-coding on names is noticed."""
     provider = place[0]

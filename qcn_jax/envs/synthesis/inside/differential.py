@@ -92,8 +92,6 @@ def attempt(function, positional, named):
             kind, result = "yielded", list(itertools.islice(result, ITEMS + 1))
             if len(result) > ITEMS:
                 return None
-        text = repr(result)
-        return (kind, text) if len(text) <= LONGEST and ast.literal_eval(text) == result else None
     except OutOfTime:
         return None
     except (RecursionError, MemoryError):  # what comes depends on how much is in use around the call
@@ -103,3 +101,8 @@ def attempt(function, positional, named):
         return ("raised", type(error).__name__) if known else None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+    try:
+        text = repr(result)
+        return (kind, text) if len(text) <= LONGEST and ast.literal_eval(text) == result else None
+    except Exception:  # no literal
+        return None
