@@ -61,6 +61,10 @@ class ModelConfig:
     moe: str = "auto"  # grouped-matmul back end: auto, blocked, ragged, dense, megablox (TPU)
 
 
+# Fields of ModelConfig that say how the function is computed, not which function it is.
+COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "scan_layers", "delta_rule", "chunk_size", "attention", "moe")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the named mesh axes, one of which may be -1 (whatever devices are left), and how work crosses them."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qcn_jax import files
-from qcn_jax.config import ModelConfig
+from qcn_jax.config import COMPUTE_FIELDS, ModelConfig
 from qcn_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -15,7 +15,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # What transformers assumes where the file says nothing, as far as it differs from ModelConfig's own defaults.
 _HF_DEFAULTS = {"max_position_embeddings": 32_768}
 # Fields of ModelConfig that are not config.json's: how to compute, or found from the weights.
-_OWN = {"dtype", "param_dtype", "remat", "delta_rule", "chunk_size", "attention", "moe", "num_nextn_predict_layers"}
+_OWN = {*COMPUTE_FIELDS, "num_nextn_predict_layers"}
 _SPECIAL = {"rope_theta", "partial_rotary_factor", "full_attention_interval"}
 # Options that would change the function computed: the one value of each that this model implements.
 _FIXED = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qcn_jax import hub
-from qcn_jax.config import MidtrainConfig, ModelConfig, RunConfig
+from qcn_jax.config import COMPUTE_FIELDS, MidtrainConfig, ModelConfig, RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
@@ -36,8 +36,6 @@ TOKENIZER_SAMPLE_BYTES = 4_000_000  # of source text; more changes little in a v
 
 Corpus = dict[str, list[corpus.Module]]
 
-# Fields of ModelConfig that say how the function is computed, not which function it is.
-COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "delta_rule", "chunk_size", "attention", "moe")
 # Fields that a checkpoint may have otherwise without being another architecture.
 _FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embeddings", "num_nextn_predict_layers",
                 "initializer_range")
