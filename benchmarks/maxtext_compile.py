@@ -19,10 +19,9 @@ from typing import Any
 
 from absl import app, flags
 
+from _pod_step import compile_step
+
 from qcn_jax import files
-from qcn_jax.cli import compile as qcn_compile
-from qcn_jax.cli import parsing
-from qcn_jax.errors import UserError
 from qcn_jax.sharding import aot, hlo
 
 _PYTHON = flags.DEFINE_string("python", None, "Interpreter with MaxText's requirements.", required=True)
@@ -85,15 +84,9 @@ def theirs(settings: tuple[str, ...]) -> dict[str, Any]:
 
 def ours(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Our step, with the same fields."""
-    values = flags.FlagValues()
-    arguments = [f"--config={HERE.parent / 'configs' / 'qwen3_coder_next.py'}:v5p-128,8k",
-                 *(f"--config.{override}" for override in overrides)]
-    config = parsing.define_config(values, arguments)
-    parsing.parse(values, "compile", "", arguments)
-    try:
-        report = qcn_compile.compile_in_child(config(), "midtrain", config().topology)
-    except UserError as error:
-        return {"error": str(error)}
+    report = compile_step("v5p-128,8k", "midtrain", overrides)
+    if "error" in report:
+        return report
     if "seconds" not in report:
         return {"error": report["memory"]["compiler"]}
     memory = report["memory"]

@@ -15,15 +15,13 @@ from typing import Any
 
 from absl import app, flags
 
+from _pod_step import compile_step
+
 from qcn_jax import files
-from qcn_jax.cli import compile as qcn_compile
-from qcn_jax.cli import parsing
-from qcn_jax.errors import UserError
 
 _CASES = flags.DEFINE_string("cases", ".", "regular expression of the cases to run")
 _LIST = flags.DEFINE_bool("list", False, "only list them")
 _AGAIN = flags.DEFINE_bool("again", False, "compile those anew whose result is there")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "pod_compile"
 STAGES = ("midtrain", "sft", "experts", "distill")
 GIB = 2**30
@@ -69,19 +67,6 @@ def _cases() -> list[Case]:
         for layers in (4, 12, 24, 36, 48)
     ]
     return cases
-
-
-def run(case: Case) -> dict[str, Any]:
-    """The report of `qcn compile` for one case, or {"error": the line it ends with}."""
-    values = flags.FlagValues()
-    arguments = [f"--config={ROOT / 'configs' / 'qwen3_coder_next.py'}:{case.argument}",
-                 *(f"--config.{override}" for override in case.overrides)]
-    config = parsing.define_config(values, arguments)
-    parsing.parse(values, "compile", "", arguments)
-    try:
-        return qcn_compile.compile_in_child(config(), case.stage, config().topology, case.slices)
-    except UserError as error:
-        return {"error": str(error)}
 
 
 def table(cases: list[Case]) -> str:
@@ -132,7 +117,7 @@ def main(_: list[str]) -> None:
             print(f"{case.name}: {'there' if path.exists() else 'to be compiled'}")
             continue
         print(f"[{number}/{len(chosen)}] {case.name} ...", flush=True)
-        report = run(case)
+        report = compile_step(case.argument, case.stage, case.overrides, case.slices)
         files.write_json(path, report)
         print(report.get("error") or _row(case, report), flush=True)
     if not _LIST.value:

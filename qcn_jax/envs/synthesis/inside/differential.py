@@ -92,6 +92,7 @@ def attempt(function, positional, named):
             kind, result = "yielded", list(itertools.islice(result, ITEMS + 1))
             if len(result) > ITEMS:
                 return None
+        return written(kind, result)
     except OutOfTime:
         return None
     except (RecursionError, MemoryError):  # what comes depends on how much is in use around the call
@@ -101,8 +102,12 @@ def attempt(function, positional, named):
         return ("raised", type(error).__name__) if known else None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def written(kind, result):
+    """(kind, the result as a literal), or None where it has none."""
     try:
         text = repr(result)
         return (kind, text) if len(text) <= LONGEST and ast.literal_eval(text) == result else None
-    except Exception:  # no literal
+    except Exception:  # of the attempt to write it, not of the function
         return None
