@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from qcn_jax import files, hub
-from qcn_jax.config import MidtrainConfig, OptimizerConfig, RunConfig, TasksConfig, TokenizerConfig, TrainConfig
+from qcn_jax.config import (
+    MidtrainConfig, OptimizerConfig, RunConfig, TasksConfig, TokenizerConfig, TrainConfig, from_config_dict,
+)
 from qcn_jax.envs.sandbox.base import RepositorySpec
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import fit, midtrain
@@ -131,6 +134,17 @@ def test_starting_from_a_folder_keeps_its_weights_and_adds_mtp(whole, tmp_path):
     _, before = hub.load(root / "midtrain" / "model")
     np.testing.assert_array_equal(params["embed_tokens"]["embedding"], before["embed_tokens"]["embedding"])
     assert "mtp" in params and model.num_nextn_predict_layers == 1
+
+
+@pytest.mark.parametrize("name", ["nano", "nano_long"])
+def test_the_packaged_base_fits_the_laptop_configurations(name, tmp_path):
+    path = pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"
+    config = from_config_dict(RunConfig, runpy.run_path(str(path))["get_config"]())
+    context = StageContext(config, tmp_path, "midtrain", Shared(config, tmp_path))
+    model, params = midtrain.prepare_base(context, midtrain.prepare_tokenizer(context, {}))
+    _, packaged = hub.load(midtrain.BASE_FOLDER)
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], packaged["lm_head"]["kernel"])
+    assert model == config.model and "mtp" in params
 
 
 @pytest.mark.parametrize(("change", "message"), [
