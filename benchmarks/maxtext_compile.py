@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
-from _pod_step import compile_step
+from _pod_step import COLLECTIVES, collectives, compile_step
 
 from qcn_jax import files
 from qcn_jax.sharding import aot, hlo
@@ -100,7 +100,7 @@ def ours(overrides: tuple[str, ...]) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown of all variants that are there."""
     lines = [
-        "| step | arguments + temporaries, GiB | all-to-all | all-gather | reduce-scatter | all-reduce | permute, GB | "
+        f"| step | arguments + temporaries, GiB | {COLLECTIVES} | "
         "TF of products + kernels | estimated cycles, 1e9: all | delta net and rule | attention | experts |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -109,12 +109,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if row is None or "error" in row:
             lines.append(f"| {name} | {row['error'] if row else 'not compiled'} |" + " |" * 10)
             continue
-        moved = lambda *kinds: f"{sum(row['collective_bytes'].get(kind, 0) for kind in kinds) / 1e9:.1f}"
         part = lambda *names: f"{sum(row['cycles_by_part'].get(each, 0) for each in names) / 1e9:.2f}"
         lines.append(
             f"| {name} | {row['arguments'] / GIB:.1f} + {row['temporaries'] / GIB:.1f} | "
-            f"{moved('all-to-all', 'ragged-all-to-all')} | {moved('all-gather')} | {moved('reduce-scatter')} | "
-            f"{moved('all-reduce')} | {moved('collective-permute')} | "
+            f"{collectives(row)} | "
             f"{row['matmul_flops'] / 1e12:.0f} + {row['kernel_flops'] / 1e12:.0f} | {part(*row['cycles_by_part'])} | "
             f"{part('delta rule', 'delta net')} | {part('attention')} | {part('moe')} |")
     return "\n".join(lines) + "\n"

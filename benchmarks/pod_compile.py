@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
-from _pod_step import compile_step
+from _pod_step import COLLECTIVES, collectives, compile_step
 
 from qcn_jax import files
 
@@ -72,8 +72,8 @@ def _cases() -> list[Case]:
 def table(cases: list[Case]) -> str:
     """Markdown of all results that are there."""
     lines = [
-        "| case | topology | mesh | tokens per device | arguments + temporaries, GiB of HBM | all-to-all | "
-        "all-gather | reduce-scatter | all-reduce | permute, GB | TF compiled / model | trace + compile, s |",
+        f"| case | topology | mesh | tokens per device | arguments + temporaries, GiB of HBM | {COLLECTIVES} | "
+        "TF compiled / model | trace + compile, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     missing = []
@@ -97,13 +97,11 @@ def _row(case: Case, report: dict[str, Any]) -> str:
     start = f"| {case.name} | {topology} | {mesh} | {report['tokens_per_device']:,.0f} |"
     if "seconds" not in report:
         return f"{start} does not fit: {memory['compiler'][:120]} |" + " |" * 7
-    moved = lambda *kinds: f"{sum(report['collective_bytes'].get(kind, 0) for kind in kinds) / 1e9:.1f}"
     flops = (report["matmul_flops"] + report["kernel_flops"]) / 1e12
     verdict = "" if memory["fits"] else ", does not fit"
     seconds = report["seconds"]
     return (f"{start} {memory['arguments'] / GIB:.1f} + {memory['activations_and_temporaries'] / GIB:.1f} of "
-            f"{memory['hbm'] / GIB:.0f}{verdict} | {moved('all-to-all', 'ragged-all-to-all')} | "
-            f"{moved('all-gather')} | {moved('reduce-scatter')} | {moved('all-reduce')} | {moved('collective-permute')} | "
+            f"{memory['hbm'] / GIB:.0f}{verdict} | {collectives(report)} | "
             f"{flops:.0f} / {report['model_flops_per_device'] / 1e12:.0f} | "
             f"{seconds['trace_and_lower']:.0f} + {seconds['compile']:.0f} |")
 

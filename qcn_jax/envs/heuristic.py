@@ -46,7 +46,7 @@ def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
     """Plays `episode` (of the nano scaffold) to its end; tries the edits `first`, as far as they apply, before any."""
     _step(episode, [ToolCall("view")])
     lines = _shown(episode) if not episode.done else []
-    applicable = [edit for edit in first if edit.old != edit.new and edit.applied(lines) is not None]
+    applicable = [edit for edit in first if edit.applied(lines) is not None]
     edits = list(dict.fromkeys([*applicable, *suspicions(lines)]))
     tried: list[ToolCall] = []
     for edit in edits:

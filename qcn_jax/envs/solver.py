@@ -55,8 +55,11 @@ class SpanEdit:
         return ToolCall("edit", {"line": spans.line_token(self.line), "old": self.old, "new": self.new})
 
     def applied(self, lines: Sequence[str]) -> str | None:
-        """Its line of the function `lines` after the edit; None where the text is not there once or nothing parses."""
-        if not 0 < self.line <= len(lines) or spans.occurrences(lines[self.line - 1], self.old) != 1:
+        """Its line of the function `lines` after the edit.
+
+        None where nothing changes, the text is not there exactly once, or what comes of it does not parse.
+        """
+        if self.old == self.new or not 0 < self.line <= len(lines) or spans.occurrences(lines[self.line - 1], self.old) != 1:
             return None
         after = lines[self.line - 1].replace(self.old, self.new)
         return after if spans.parses([*lines[: self.line - 1], after, *lines[self.line :]]) else None
