@@ -3,6 +3,7 @@
 Axes as in layers.flash.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -55,11 +56,12 @@ class GatedAttention(nn.Module):
         cfg = self.config
         heads, kv_heads, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         batch, length, _ = x.shape
+        project = functools.partial(dense, cfg, parallel=context.parallel if cache is None else None)
         # Per head [query | gate], as in the published checkpoints.
-        q = dense(cfg, heads * dim * 2, ("embed", "heads"), "q_proj")(x).reshape(batch, length, heads, 2 * dim)
+        q = project(heads * dim * 2, ("embed", "heads"), "q_proj")(x).reshape(batch, length, heads, 2 * dim)
         q, gate = jnp.split(q, 2, axis=-1)
-        k = dense(cfg, kv_heads * dim, ("embed", "kv_heads"), "k_proj")(x).reshape(batch, length, kv_heads, dim)
-        v = dense(cfg, kv_heads * dim, ("embed", "kv_heads"), "v_proj")(x).reshape(batch, length, kv_heads, dim)
+        k = project(kv_heads * dim, ("embed", "kv_heads"), "k_proj")(x).reshape(batch, length, kv_heads, dim)
+        v = project(kv_heads * dim, ("embed", "kv_heads"), "v_proj")(x).reshape(batch, length, kv_heads, dim)
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, "head_dim", jnp.dtype(cfg.param_dtype), name=name)
         q = apply_rotary(norm("q_norm")(q), context.cos, context.sin)
         k = apply_rotary(norm("k_norm")(k), context.cos, context.sin)
@@ -70,5 +72,5 @@ class GatedAttention(nn.Module):
             y, cache = cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context)
             y = jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim)
         y = y * jax.nn.sigmoid(gate)
-        out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "o_proj")
+        out = project(cfg.hidden_size, ("heads", "embed"), "o_proj")
         return out(y.reshape(batch, length, heads * dim)), cache

@@ -144,15 +144,16 @@ class GatedDeltaNet(nn.Module):
         repeats = cfg.linear_num_value_heads // heads
         batch, length, _ = x.shape
         values = repeats * value_dim
-        qkvz = dense(cfg, heads * (2 * key_dim + 2 * values), ("embed", "heads"), "in_proj_qkvz")(x)
-        ba = dense(cfg, heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
+        parallel = context.parallel if cache is None else None  # decoding is left to the compiler
+        project = functools.partial(dense, cfg, parallel=parallel)
+        qkvz = project(heads * (2 * key_dim + 2 * values), ("embed", "heads"), "in_proj_qkvz")(x)
+        ba = project(heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
         ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
         beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
 
         kernel = _ConvKernel(cfg, name="conv1d")()
         norm = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")
-        out = dense(cfg, cfg.hidden_size, ("heads", "embed"), "out_proj")
-        parallel = context.parallel if cache is None else None  # decoding is left to the compiler
+        out = project(cfg.hidden_size, ("heads", "embed"), "out_proj")
         split = parallel is not None and parallel.size("activation_length") > 1
         if cfg.delta_rule == "pallas" and cache is None and length > 1 and not split:
             return out(_by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None

@@ -1,5 +1,7 @@
 """The sparse block of every decoder layer: router, routed experts, gated shared expert."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -48,12 +50,13 @@ class SharedExpert(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, parallel: Parallel | None = None) -> Array:
         cfg = self.config
         width = cfg.shared_expert_intermediate_size
-        gate = dense(cfg, width, ("embed", "mlp"), "gate_proj")(x)
-        up = dense(cfg, width, ("embed", "mlp"), "up_proj")(x)
-        return dense(cfg, cfg.hidden_size, ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
+        project = functools.partial(dense, cfg, parallel=parallel)
+        gate = project(width, ("embed", "mlp"), "gate_proj")(x)
+        up = project(width, ("embed", "mlp"), "up_proj")(x)
+        return project(cfg.hidden_size, ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
 
 
 class SparseBlock(nn.Module):
@@ -77,6 +80,6 @@ class SparseBlock(nn.Module):
         routed, dropped = experts(tokens, weights, chosen, parallel)
         if dropped is not None:
             statistics = statistics.replace(dropped=dropped)
-        shared = SharedExpert(self.config, name="shared_expert")(tokens)
+        shared = SharedExpert(self.config, name="shared_expert")(tokens, parallel)
         share = jax.nn.sigmoid(dense(self.config, 1, ("embed", "shared_gate"), "shared_expert_gate")(tokens))
         return (routed + share * shared).reshape(x.shape), statistics

@@ -6,6 +6,7 @@ cannot see into run per device, under `Parallel.per_device`, with collectives wr
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,32 @@ class Parallel:
         """A [B, T, D] activation laid out as it is between layers."""
         return self.constrain(x, "activation_batch", "activation_length", "activation_embed")
 
+    def gathered(self, weight: Array, *names: str) -> Array:
+        """`weight` whole along the mesh axes that hold different tokens, put together one mesh axis at a time.
+
+        A TPU's compiler writes one gather over several mesh axes as a sum over devices of mostly zeros, which moves
+        twice the bytes. The gradient is left to the compiler: asked for in stages, it would be summed in each.
+        """
+        split = [list(self.axes(name)) for name in names]
+        tokens = self.axes("activation_batch", "activation_length")
+        stages = []
+        for axes in split:
+            while axes and axes[-1] in tokens:  # the last axis holds neighbouring parts
+                axes.pop()
+                stages.append(NamedSharding(self.mesh, PartitionSpec(*(tuple(left) or None for left in split))))
+        return _in_stages(weight, tuple(stages))
+
     def per_device(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` run on every device's own part of its arguments; collectives inside name mesh axes."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _in_stages(x: Array, stages: tuple[NamedSharding, ...]) -> Array:
+    """`x` laid out by one sharding after the other; its gradient is held to none of them."""
+    for sharding in stages:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    return x
+
+
+_in_stages.defvjp(lambda x, stages: (_in_stages(x, stages), None), lambda stages, _, gradient: (gradient,))
