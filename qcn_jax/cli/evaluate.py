@@ -18,21 +18,20 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tqdm
 from absl import flags
 
 from qcn_jax import files
-from qcn_jax.cli import parsing
+from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs import formats, swebench
 from qcn_jax.envs.grading import Verdict
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import Task
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline import repositories
 
 if TYPE_CHECKING:
     from qcn_jax.envs.pool import EnvPool
@@ -46,8 +45,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("checkpoint", None, "Folder with weights in Hugging Face form and tokenizer.json.",
                         flag_values=values)
     flags.DEFINE_string("predictions", None, "Predictions as JSONL.", flag_values=values)
-    flags.DEFINE_list("repo", [], "Archives or folders of the tasks' repositories; those not given are downloaded.",
-                      flag_values=values)
+    task_repositories.define(values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
                       "A fresh container for each grading, or warm ones with a fresh workspace.", flag_values=values)
@@ -95,7 +93,7 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
     out = pathlib.Path(values.out)
     if values.predictions:  # bad predictions are named before anything is downloaded
         predictions.read_predictions(values.predictions, tasks)
-    specs = find_repositories([task for task in tasks.values() if not task.eval_script], values.repo)
+    specs = task_repositories.find(values, [task for task in tasks.values() if not task.eval_script])
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}
     with make_pool(values.pool, values.workers, arguments, specs, ray_address=values.ray_address) as pool:
@@ -147,18 +145,6 @@ def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[
     summary = {"model": model, "sandbox": sandbox, **predictions.resolved_rate(tasks, verdicts)}
     files.write_json(pathlib.Path(values.out) / "summary.json", summary)
     return summary
-
-
-def find_repositories(tasks: Iterable[Task], given: Sequence[str]) -> list[RepositorySpec]:
-    """Specs of the tasks' repositories: those `given` as archive or folder, the others from the package index.
-
-    Raises:
-      UserError: a given one is no repository, or one cannot be downloaded.
-    """
-    found = {spec.name: spec for spec in (sources.locate(source, {}) for source in given)}
-    for name in sorted({task.repo for task in tasks} - found.keys()):
-        found[name] = sources.locate(name, repositories.SHA256)
-    return list(found.values())
 
 
 def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec], pool: EnvPool,

@@ -4,6 +4,8 @@
   qcn synthesize --repo=path/to/folder,downloads/boltons-26.2.0.tar.gz --count=500 --out=tasks.jsonl
   qcn synthesize --repo=path/to/clone --strategies=inject,combine,mine --issues=export.json --out=tasks.jsonl
   qcn synthesize --repo=toolz==1.2.0 --strategies=rewrite --endpoint=http://localhost:8000/v1 --model=NAME --out=t.jsonl
+  qcn synthesize --repo=path/to/clone --strategies=mine --setup='apt-get update && apt-get install -y python3-nose' \
+    --sandbox=docker --out=tasks.jsonl
 
 Strategies: inject (rules), rewrite (a model changes or rewrites functions), combine (several verified defects at once),
 mine (the history of a git clone), build (only the environment: Dockerfile, install steps, test command, log parser).
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from qcn_jax import files
-from qcn_jax.cli import parsing
+from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.sandbox import RepositorySpec, repository
 from qcn_jax.envs.synthesis import endpoint, inject, plan, quality, sources, statement
 from qcn_jax.envs.tasks import Task, write_tasks
@@ -74,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
                       flag_values=values)  # fmt: skip
     flags.DEFINE_integer("mined_per_repo", 0, "mine: try at most so many changes, newest first; 0: all.",
                          flag_values=values, lower_bound=0)  # fmt: skip
+    task_repositories.define_setup(values)
     flags.DEFINE_integer("seed", 0, "Seed of all choices.", flag_values=values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_integer("workers", 2, "Candidates side by side.", flag_values=values, lower_bound=1)
@@ -117,7 +120,7 @@ def _synthesize(values: flags.FlagValues) -> int:
     yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
     specs, foreign = [], []
     if settings.rules or settings.rewrites_per_repo or "build" in values.strategies:
-        for spec in [_locate(source, out) for source in values.repo]:
+        for spec in [_locate(source, out, values.setup) for source in values.repo]:
             python = "build" not in values.strategies and _language(spec) == "python"
             (specs if python else foreign).append(spec)
     with EnvPool(values.workers, arguments) as pool:
@@ -142,15 +145,17 @@ def _synthesize(values: flags.FlagValues) -> int:
     return 0
 
 
-def _locate(source: str, out: pathlib.Path) -> RepositorySpec:
-    """A repository by name, archive or folder; of a bare clone its newest state."""
+def _locate(source: str, out: pathlib.Path, setup: Sequence[str]) -> RepositorySpec:
+    """A repository by name, archive or folder; of a bare clone its newest state; with what installs its needs."""
     path = pathlib.Path(source)
     if (path / "HEAD").is_file() and (path / "objects").is_dir():
         from qcn_jax.envs.synthesis.mine.history import Clone
 
         clone = Clone(path)
-        return clone.archive(clone.head, f"{out}.work/archives")
-    return sources.locate(source, repositories.SHA256)
+        spec = clone.archive(clone.head, f"{out}.work/archives")
+    else:
+        spec = sources.locate(source, repositories.SHA256)
+    return dataclasses.replace(spec, setup=tuple(setup))
 
 
 def _language(spec: RepositorySpec) -> str:
@@ -197,7 +202,8 @@ def _mine(values: flags.FlagValues, pool: "EnvPool", yields: dict[str, Any]) -> 
     """Tasks from histories; adds to `yields` what became of the commits."""
     from qcn_jax.envs.synthesis.mine import Criteria, mine
 
-    criteria = Criteria(need_issue=values.need_issue, limit=values.mined_per_repo, timeout=values.timeout)
+    criteria = Criteria(need_issue=values.need_issue, limit=values.mined_per_repo, timeout=values.timeout,
+                        setup=tuple(values.setup))
     tasks: list[Task] = []
     for source in values.repo:
         mined = mine(pool, source, criteria, f"{values.out}.work", _log, values.issues)

@@ -13,7 +13,6 @@ Exit status 0 means that all tasks are sound.
 import concurrent.futures
 import contextlib
 import itertools
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 import tqdm
 from absl import flags
 
-from qcn_jax.cli import parsing
+from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import Task, read_tasks
 from qcn_jax.errors import UserError
@@ -34,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Parses flags and verifies; returns 0 when every task is sound."""
     values = flags.FlagValues()
     flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema.", flag_values=values, required=True)
-    flags.DEFINE_list("repo", [], "Archives or folders of the tasks' repositories; those not given are downloaded.",
-                      flag_values=values)  # fmt: skip
+    task_repositories.define(values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
                       "A fresh container for each run, or warm ones with a fresh workspace.", flag_values=values)  # fmt: skip
@@ -51,16 +49,12 @@ def main(argv: Sequence[str]) -> int:
     total = len(tasks)
     if 0 < values.sample < total:
         tasks = [tasks[number * total // values.sample] for number in range(values.sample)]
-    from qcn_jax.cli.evaluate import find_repositories
     from qcn_jax.envs.pool import EnvPool
     from qcn_jax.envs.synthesis import verify
 
-    # Starting states of mined tasks stand beside the file, where qcn synthesize left them.
-    beside = pathlib.Path(f"{values.tasks}.work", "archives")
-    mined = sorted({str(path) for task in tasks if (path := beside / f"{task.repo}.tar.gz").exists()})
     foreign = [task for task in tasks if task.eval_script]
     tasks = [task for task in tasks if not task.eval_script]
-    specs = find_repositories(tasks, [*values.repo, *mined])
+    specs = task_repositories.find(values, tasks)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
     unsound = wavering = 0

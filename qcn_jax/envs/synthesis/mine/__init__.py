@@ -36,7 +36,7 @@ class Criteria:
     """Which changes are tried; the defaults are SWE-bench's.
 
     `need_issue`: a linked issue; `max_lines` bounds the fix; `limit` newest changes are tried (0: all); `timeout` in
-    seconds for one run of the change's test files; `reruns` further runs of both states.
+    seconds for one run of the change's test files; `reruns` further runs of both states; `setup` as of RepositorySpec.
     """
 
     need_issue: bool = True
@@ -44,6 +44,7 @@ class Criteria:
     limit: int = 0
     timeout: float = 60.0
     reruns: int = 1
+    setup: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _execute(
     anchors: dict[str, tuple[RepositorySpec, dict[str, str]]] = {}
 
     def key(candidate: _Candidate) -> str:
-        facts = (candidate.change.commit, candidate.patch, candidate.test_patch, criteria.timeout, criteria.reruns)
+        facts = (candidate.change.commit, candidate.patch, candidate.test_patch, criteria.timeout, criteria.reruns,
+                 *criteria.setup)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
     def submit(pair: tuple[int, _Candidate]) -> Future:
@@ -172,7 +174,7 @@ def _execute(
         name = f"{first}/{place}"
         if name not in anchors:
             anchors.clear()
-            spec = clone.archive(candidate.change.base, archives)
+            spec = dataclasses.replace(clone.archive(candidate.change.base, archives), setup=criteria.setup)
             pool.register([spec])
             anchors[name] = spec, before
         spec, anchor = anchors[name]

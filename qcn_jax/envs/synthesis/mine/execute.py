@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
+from qcn_jax.envs.sandbox.base import PASSING, Provider, PythonResult, sandbox
 
 TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they took
 _SCRIPT = (importlib.resources.files("qcn_jax.envs.synthesis.inside") / "files.py").read_text()
@@ -57,26 +57,31 @@ def examine(provider: Provider, item: Item, timeout: float, reruns: int) -> Find
     test_files = [path for path, text in item.tests.items() if text is not None and path.endswith(".py")]
     spent: list[float] = []
 
-    def run(overlay: Mapping[str, str | None]) -> dict[str, Any] | str:
+    def run(overlay: Mapping[str, str | None]) -> PythonResult:
         with sandbox(provider, item.anchor, overlay) as place:
             result = place.run_python(_SCRIPT, {"files": test_files}, timeout)
         spent.append(result.seconds)
-        return result.value if result.status == "ok" else result.status
+        return result
+
+    def broken(result: PythonResult) -> Finding:
+        return end(result.status, next(reversed((result.error or result.output).strip().splitlines()), ""))
 
     def end(outcome: str, detail: str = "") -> Finding:
         return Finding(item.key, outcome, detail[:300], seconds=round(sum(spent), 3))
 
-    mended = run(after)
-    if isinstance(mended, str):
-        return end(mended)
+    first = run(after)
+    if first.status != "ok":
+        return broken(first)
+    mended = first.value
     passing = [name for name, outcome in mended["outcomes"].items() if outcome in PASSING]
     if not passing:
         words = next(iter(mended["messages"].values()), "no tests in its files")
         return end("tests_fail_after" if mended["outcomes"] else "no_tests_found", words)
-    runs = [run(before), *(run(state) for _ in range(reruns) for state in (before, after))]
-    broken = [result for result in runs if isinstance(result, str)]
-    if broken:
-        return end(broken[0])
+    results = [run(before), *(run(state) for _ in range(reruns) for state in (before, after))]
+    failed = next((result for result in results if result.status != "ok"), None)
+    if failed is not None:
+        return broken(failed)
+    runs = [result.value for result in results]
     buggy, again_buggy, again_mended = runs[0], runs[1::2], runs[2::2]
 
     def stable(name: str) -> bool:

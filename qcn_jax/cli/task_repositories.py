@@ -1,0 +1,42 @@
+"""Flags that say where the repositories of given tasks are, and what finds them; for verbs that execute tasks."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+
+from absl import flags
+
+from qcn_jax.envs.sandbox import RepositorySpec
+from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.tasks import Task
+from qcn_jax.pipeline import repositories
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines --repo and --setup."""
+    flags.DEFINE_list("repo", [], "Archives or folders of the tasks' repositories; those not given are downloaded.",
+                      flag_values=values)
+    define_setup(values)
+
+
+def define_setup(values: flags.FlagValues) -> None:
+    """Defines --setup."""
+    flags.DEFINE_multi_string(
+        "setup", [], "Shell command that installs what the repositories' tests need; run in their image as root with "
+        "network. May be given several times; needs Docker.", flag_values=values)
+
+
+def find(values: flags.FlagValues, tasks: Iterable[Task]) -> list[RepositorySpec]:
+    """Specs of the tasks' repositories: of --repo, of starting states that stand beside --tasks, or downloaded.
+
+    Raises:
+      UserError: a given one is no repository, or one cannot be downloaded.
+    """
+    names = sorted({task.repo for task in tasks})
+    beside = pathlib.Path(f"{values.tasks}.work", "archives")  # where qcn synthesize leaves those of mined tasks
+    mined = [str(path) for name in names if (path := beside / f"{name}.tar.gz").exists()]
+    found = {spec.name: spec for spec in (sources.locate(source, {}) for source in [*values.repo, *mined])}
+    for name in names:
+        if name not in found:
+            found[name] = sources.locate(name, repositories.SHA256)
+    return [dataclasses.replace(spec, setup=tuple(values.setup)) for spec in found.values()]
