@@ -54,8 +54,8 @@ def test_synthesize_killed_and_verified(tmp_path):
     assert rows[1]["instance_id"] in out and "2 of 3 tasks are sound" in out
 
 
-def test_all_strategies(tmp_path):
-    """Rules, a model behind an endpoint, combinations and history in one run, then verified with reruns."""
+def clone_with_a_change(tmp_path, imports=""):
+    """A clone whose last commit closes an issue with a new function and its test; `imports` heads the tests."""
     repo = write_repository(tmp_path, "numbers_pkg")
     core, test = repo / "numbers_pkg/core.py", repo / "tests/test_core.py"
 
@@ -64,10 +64,44 @@ def test_all_strategies(tmp_path):
             subprocess.run(["git", "-C", repo, *command], check=True, capture_output=True)
 
     subprocess.run(["git", "init", "-q", repo], check=True)
+    test.write_text(imports + test.read_text())
     commit("start")
     core.write_text(core.read_text() + "\n\ndef double(x):\n    return 2 * x\n")
     test.write_text(test.read_text() + "\n\ndef test_double():\n    from numbers_pkg.core import double\n    assert double(2) == 4\n")
     commit("Doubling, closes #4")
+    return repo
+
+
+@pytest.mark.docker
+def test_what_the_tests_need_is_set_up(tmp_path):
+    """Tests that import a package which only --setup installs: mined, verified and evaluated with it, not without."""
+    repo = clone_with_a_change(tmp_path, "import answer_package\n")
+    setup = ("--setup=d=$(python3 -c 'import site; print(site.getsitepackages()[0])'); mkdir -p $d && "
+             "echo x = 7 > $d/answer_package.py")
+
+    def run(*arguments):
+        process = qcn(tmp_path, *arguments, "--sandbox=docker", "--workers=1")
+        out, err = process.communicate(timeout=900)
+        return process.returncode, out + err
+
+    mine = ["synthesize", f"--repo={repo}", "--strategies=mine"]
+    status, text = run(*mine, "--out=without.jsonl")
+    assert status == 0 and "0 tasks of 1 changes (tests_fail_after 1)" in text
+    status, text = run(*mine, setup, "--out=with.jsonl")
+    assert status == 0 and "1 tasks of 1 changes (kept 1)" in text
+    (task,) = [json.loads(line) for line in (tmp_path / "with.jsonl").read_text().splitlines()]
+    prediction = {"instance_id": task["instance_id"], "model_name_or_path": "gold", "model_patch": task["patch"]}
+    (tmp_path / "gold.jsonl").write_text(json.dumps(prediction) + "\n")
+    for given, resolved in (([setup], 1), ([], 0)):
+        status, text = run("evaluate", "--tasks=with.jsonl", "--predictions=gold.jsonl", f"--out=out{resolved}", *given)
+        assert status == 0 and json.loads((tmp_path / f"out{resolved}/summary.json").read_text())["resolved"] == resolved
+    status, text = run("verify", "--tasks=with.jsonl", setup)
+    assert status == 0 and "1 of 1 tasks are sound" in text
+
+
+def test_all_strategies(tmp_path):
+    """Rules, a model behind an endpoint, combinations and history in one run, then verified with reruns."""
+    repo = clone_with_a_change(tmp_path)
 
     def model(messages):
         return "```python\n" + messages[-1]["content"].rsplit("```python\n", 1)[1].replace("total / len", "total * len")

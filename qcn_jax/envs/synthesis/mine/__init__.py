@@ -106,7 +106,7 @@ def mine(
             if task is not None:
                 tasks.append(task)
             else:
-                details[candidate.change.commit] = f"{outcome}: {finding.detail}"
+                details[candidate.change.commit] = f"{outcome}: {finding.detail}" if finding.detail else outcome
     return Mined(clone.name, tasks, dict(outcomes.most_common()), details, archives)
 
 
