@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 WIDTH, HEIGHT = 560, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40  # margins in user units: room for tick labels and axis titles
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 40  # margins in user units: room for tick labels and axis titles
 SMOOTH_FROM = 24  # curves with at least so many points get a running mean over a faint line of the raw ones
 
 
