@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import pytest
@@ -105,3 +106,29 @@ def test_refusals_name_the_field(run_with_devices):
         "form": "--config.mesh.dispatch: unknown form 'rugged'; allowed: ragged, capacity, gather"}
     for name, message in expected.items():
         assert message in messages[name], (name, messages[name])
+
+
+def gathered_on_devices():
+    """In a child: a kernel split over two axes of tokens and one of heads is put together axis by axis."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from qcn_jax.sharding.mesh import make_mesh
+
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    parallel = Parallel(mesh)
+    sharding = jax.sharding.NamedSharding(mesh, parallel.spec("embed", "heads"))
+    weight = jnp.arange(8.0 * 6).reshape(8, 6)
+    spread = jax.device_put(weight, sharding)
+    gather = jax.jit(lambda w: parallel.gathered(w, "embed", "heads"))
+    whole = gather(spread)
+    np.testing.assert_array_equal(whole, weight)
+    assert whole.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, PartitionSpec(None, "tensor")), 2)
+    text = gather.lower(spread).compile().as_text()
+    assert len(re.findall(r" all-gather\(", text)) == 2 and "all-reduce" not in text
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(parallel.gathered(w, "embed", "heads") ** 2)))(spread)
+    np.testing.assert_array_equal(gradient, 2 * weight)
+
+
+def test_weights_are_gathered_one_axis_at_a_time(run_with_devices):
+    run_with_devices(gathered_on_devices, 8)
