@@ -28,6 +28,8 @@ PACKAGES = ("python3",)
 # Documentation, package lists and caches: nothing in a sandbox needs them.
 TRIMMED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/cache/apt", "var/lib/apt/lists",
            "var/cache/debconf", "var/log")
+# What a trimmed or slim image lacks of the folders that apt writes to.
+APT_FOLDERS = "/var/log/apt /var/cache/apt/archives/partial /var/lib/apt/lists/partial"
 LABEL, PARENT = "qcn_jax.image", "qcn_jax.parent"
 
 

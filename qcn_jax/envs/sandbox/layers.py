@@ -62,6 +62,8 @@ def layer(client: docker.DockerClient, kind: str, parent: str, contents: Mapping
         lines.append(f"RUN {json.dumps(['rm', '-f', '--', *gone])}")
     if len(gone) < len(contents):
         lines.append("COPY files/ ./")
+    if network and steps:
+        lines.append(f"RUN mkdir -p {images.APT_FOLDERS}")
     lines += [f"RUN {json.dumps(['/bin/sh', '-ec', step])}" for step in steps]
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:

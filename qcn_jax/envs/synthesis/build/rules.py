@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qcn_jax.envs.sandbox.images import APT_FOLDERS
 from qcn_jax.errors import UserError
 
 PYTHON = "/opt/env/bin/python"
@@ -42,8 +43,7 @@ class Recipe:
         """The Dockerfile of what the language needs: the layer that repositories share."""
         lines = [f"FROM {base}", "USER root"]
         if self.packages:
-            # Slim images lack the folders that apt writes to.
-            lines.append("RUN mkdir -p /var/log/apt /var/cache/apt/archives/partial /var/lib/apt/lists/partial && "
+            lines.append(f"RUN mkdir -p {APT_FOLDERS} && "
                          "apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "
                          f"--no-install-recommends {' '.join(self.packages)} && apt-get clean && "
                          "rm -rf /var/lib/apt/lists/*")

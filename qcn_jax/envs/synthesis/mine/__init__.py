@@ -24,6 +24,7 @@ from qcn_jax.envs.synthesis.mine import execute, issues
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 from qcn_jax.envs.synthesis.mine.split import Split, size, split
 from qcn_jax.envs.tasks import Task
+from qcn_jax.errors import UserError
 
 ANCHOR_SPAN = 40  # changes that share one prepared state; the others' files are laid over it
 SHORTEST_TEXT = 40  # characters of an issue that can serve as a statement (SWE-bench: 40 words were asked of its users)
@@ -84,7 +85,7 @@ def mine(
       tracker: a JSON export of issues and pull requests, `github` for its API, or "" for neither.
 
     Raises:
-      UserError: no clone, a bad export, or no token.
+      UserError: no clone, a bad export, no token, or a setup that fails.
     """
     clone, workdir = Clone(source), pathlib.Path(workdir)
     archives = workdir / "archives"
@@ -97,6 +98,8 @@ def mine(
     details: dict[str, str] = {}
     chosen = _choose(clone, criteria, known, outcomes)
     log(f"{clone.name}: {len(chosen)} of {len(chosen) + outcomes.total()} changes are candidates")
+    if criteria.setup and chosen:
+        _set_up(pool, clone, criteria, archives)
     tasks = []
     with Rows(workdir / f"{clone.name}.mined.jsonl") as journal:
         for candidate, finding in _execute(pool, clone, chosen, criteria, archives, journal, log):
@@ -108,6 +111,14 @@ def mine(
             else:
                 details[candidate.change.commit] = f"{outcome}: {finding.detail}" if finding.detail else outcome
     return Mined(clone.name, tasks, dict(outcomes.most_common()), details, archives)
+
+
+def _set_up(pool: EnvPool, clone: Clone, criteria: Criteria, archives: pathlib.Path) -> None:
+    """Runs `criteria.setup` once, so that a command that fails ends the run and not every change."""
+    try:
+        pool.prepare(dataclasses.replace(clone.archive(clone.head, archives), setup=criteria.setup)).result()
+    except SandboxError as error:
+        raise UserError(f"--setup: {error}") from error
 
 
 def _choose(
@@ -190,13 +201,17 @@ def _execute(
         name = key(candidate)
         if name not in journal.known:
             found = next(futures)
-            if isinstance(found, SandboxError):
-                found = execute.Finding(name, "infrastructure", str(found))
-            journal.add(name, dataclasses.asdict(found))
+            if isinstance(found, SandboxError):  # says nothing about the change: tried again by the next run
+                finding = execute.Finding(name, "infrastructure", str(found))
+            else:
+                finding = found
+                journal.add(name, dataclasses.asdict(found))
+        else:
+            finding = execute.Finding.from_json(journal.known[name])
         done += 1
         if done % _LOG_EVERY == 0 or done == len(chosen):
             log(f"{clone.name}: {done} of {len(chosen)} candidates executed")
-        yield candidate, execute.Finding.from_json(journal.known[name])
+        yield candidate, finding
 
 
 def _settled(future: Future) -> Future:
