@@ -5,12 +5,16 @@ times it runs (entry 1, a while body its trip count), and per-instruction figure
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+Dimensions = Sequence[int]
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2,
     "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0,
@@ -170,12 +174,37 @@ def _matmul_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
         contracting = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)
         dims = [int(d) for d in contracting.group(1).split(",") if d] if contracting else []
         return 2.0 * math.prod(output[0]) * math.prod(sides[0][d] for d in dims)
-    labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.rest)
+    return _convolution_flops(instruction.rest, output[0], sides[0], sides[1])
+
+
+def _convolution_flops(attributes: str, output: Dimensions, left: Dimensions, kernel: Dimensions) -> float:
+    """FLOPs of a convolution, products with padding and holes left out.
+
+    A TPU's compiler writes batched products as convolutions over the batch whose windows meet one real element each.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
         return 0.0
-    kernel = labels.group(1)
-    work = math.prod(size for label, size in zip(kernel, sides[1], strict=True) if label != "o")
-    return 2.0 * math.prod(output[0]) * work
+    left, kernel, output = (dict(zip(names, sizes, strict=True)) for names, sizes in
+                            zip(labels.groups(), (left, kernel, output), strict=True))
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    settings = dict(item.split("=") for item in window.group(1).split()) if window else {}
+    spatial = [label for label in kernel if label.isdigit()]
+    setting = lambda name, i, default: settings[name].split("x")[i] if name in settings else default
+    pairs = [
+        _meetings(left[label], output[label], kernel[label], int(setting("stride", i, 1)),
+                  int(setting("pad", i, "0_0").split("_")[0]), int(setting("lhs_dilate", i, 1)),
+                  int(setting("rhs_dilate", i, 1)))
+        for i, label in enumerate(sorted(spatial))]
+    # Of grouped features the kernel has one group's.
+    return 2.0 * output["b"] * output["f"] * kernel["i"] * math.prod(pairs)
+
+
+@functools.lru_cache(maxsize=None)
+def _meetings(size: int, out: int, window: int, stride: int, pad: int, dilation: int, window_dilation: int) -> int:
+    """Pairs of an output position and a window position that read a real element, along one dimension."""
+    position = stride * np.arange(out)[:, None] + window_dilation * np.arange(window) - pad
+    return int(np.sum((position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)))
 
 
 def summarize(text: str) -> Summary:

@@ -108,3 +108,17 @@ def test_flops_of_a_program_that_xla_made():
     shapes = jax.ShapeDtypeStruct((7, 16, 16), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile().as_text()
     assert hlo.summarize(text).matmul_flops == 3 * 7 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize(("left", "right", "options"), [
+    ((2, 9, 6), (4, 6, 5), {"window_strides": (1,), "padding": [(3, 0)]}),
+    ((2, 9, 6), (4, 1, 6), {"window_strides": (2,), "padding": [(2, 1)], "feature_group_count": 6}),
+    ((2, 5, 6), (3, 6, 5), {"window_strides": (1,), "padding": [(2, 2)], "lhs_dilation": (3,), "rhs_dilation": (2,)}),
+    # A batch of five products, as a TPU's compiler writes it: each window of five meets one real element.
+    ((7, 5, 6), (5, 6, 3), {"window_strides": (4,), "padding": [(4, 4)], "lhs_dilation": (5,)}),
+])
+def test_flops_of_convolutions_are_those_that_xla_counts(left, right, options):
+    run = lambda x, w: jax.lax.conv_general_dilated(x, w, dimension_numbers=("NWC", "WIO", "NWC"), **options)
+    lowered = jax.jit(run).lower(jnp.ones(left), jnp.ones(right))
+    summary = hlo.summarize(lowered.compiler_ir("hlo").get_hlo_module().to_string())
+    assert summary.matmul_flops == lowered.cost_analysis()["flops"] > 0
