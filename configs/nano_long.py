@@ -2,9 +2,10 @@
 
     qcn run --config=configs/nano_long.py --workdir=runs/nano_long
 
-More than twice as many training tasks, of which each is met once or twice instead of being learned by heart; SFT sees
+Three times as many training tasks, of which each is met once or twice instead of being learned by heart; SFT sees
 the solver look for defects that nobody told it, so that there is a search for reinforcement learning to improve; the
-experts get seven times as many updates. What it reached beside `nano` is in README.
+software-engineering expert, the only one here, gets ten times as many updates. What it reached beside `nano` is in
+README.
 """
 
 import pathlib
@@ -12,14 +13,15 @@ import runpy
 
 
 def get_config():
-    """The configuration `nano` with more tasks, searching trajectories, and longer training of the experts."""
+    """The configuration `nano` with more tasks, searching trajectories, and longer training of one expert."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
     config.name = "nano_long"
     config.tasks.train, config.tasks.heldout = 900, 160
     config.sft.searches, config.sft.train.steps = 2, 520
+    config.rl.experts = ("swe",)
     config.rl.updates, config.rl.prompts = 40, 16
-    # Enough updates to average over.
-    config.rl.optimizer.learning_rate, config.rl.optimizer.b1, config.rl.optimizer.warmup_steps = 5e-4, 0.9, 2
+    for optimizer in (config.rl.optimizer, config.distill.optimizer):  # enough updates to average over
+        optimizer.learning_rate, optimizer.b1, optimizer.warmup_steps = 5e-4, 0.9, 2
     config.distill.updates = 24
     config.evaluate.tasks, config.evaluate.pass_k_tasks = 160, 60
     return config

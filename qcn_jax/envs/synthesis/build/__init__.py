@@ -86,11 +86,17 @@ def build(
         return attempt(client, base, recipe, files, name, test_seconds)
     except (BuildFailed, UserError) as error:
         reason = str(error)
-        log(f"{name}: rules: {reason.splitlines()[0]}")
+        log(f"{name}: rules: {_brief(reason)}")
     if model is None:
-        raise UserError(f"{name}: no environment by rules ({reason.splitlines()[0]}); --endpoint lets a model try")
+        raise UserError(f"{name}: no environment by rules ({_brief(reason)}); --endpoint lets a model try")
     return agent.build(client, base, files, name, reason, model, turns, log,
                        lambda recipe: attempt(client, base, recipe, files, name, test_seconds))
+
+
+def _brief(reason: str) -> str:
+    """What failed, and the longest of the last lines that it printed, where the cause mostly stands."""
+    what, *printed = [line.strip() for line in reason.splitlines() if line.strip()]
+    return f"{what} {max(printed[-5:], key=len)[:200]}" if printed else what
 
 
 def toolchain(client: docker.DockerClient, base: str, recipe: Recipe) -> str:

@@ -77,7 +77,8 @@ def _go(files: Mapping[str, str]) -> Recipe:
     return Recipe(
         "go", ("golang-go", "ca-certificates", "git"), ("go mod download", "go test -run '^$' ./..."),
         "go test -json ./...", "go_test",
-        (("GOCACHE", "/opt/go/cache"), ("GOMODCACHE", "/opt/go/mod"), ("GOFLAGS", "-mod=mod"),
+        # Go brings a compiler, C does not: cgo is what packages do without where there is none.
+        (("GOCACHE", "/opt/go/cache"), ("GOMODCACHE", "/opt/go/mod"), ("GOFLAGS", "-mod=mod"), ("CGO_ENABLED", "0"),
          ("GOTOOLCHAIN", "local")),
         ("go.mod",))
 
