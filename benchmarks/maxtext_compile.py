@@ -50,6 +50,8 @@ OURS = {
     "qcn_jax, kernels in chunks of 128": (*_LOW, "model.chunk_size=128"),
     "qcn_jax, XLA form of the delta rule": (*_LOW, "model.delta_rule=chunked"),
 }
+
+
 def theirs(settings: tuple[str, ...]) -> dict[str, Any]:
     """MaxText's step: memory, collectives, FLOPs and cycles."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -185,26 +185,26 @@ def _convolution_flops(attributes: str, output: Dimensions, left: Dimensions, ke
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
         return 0.0
-    left, kernel, output = (dict(zip(names, sizes, strict=True)) for names, sizes in
-                            zip(labels.groups(), (left, kernel, output), strict=True))
+    read, kept, made = (dict(zip(names, sizes, strict=True)) for names, sizes in
+                        zip(labels.groups(), (left, kernel, output), strict=True))
     window = re.search(r"window=\{([^}]*)\}", attributes)
     settings = dict(item.split("=") for item in window.group(1).split()) if window else {}
-    spatial = [label for label in kernel if label.isdigit()]
     setting = lambda name, i, default: settings[name].split("x")[i] if name in settings else default
     pairs = [
-        _meetings(left[label], output[label], kernel[label], int(setting("stride", i, 1)),
+        _meetings(read[label], made[label], kept[label], int(setting("stride", i, 1)),
                   int(setting("pad", i, "0_0").split("_")[0]), int(setting("lhs_dilate", i, 1)),
                   int(setting("rhs_dilate", i, 1)))
-        for i, label in enumerate(sorted(spatial))]
+        for i, label in enumerate(sorted(filter(str.isdigit, kept)))]
     # Of grouped features the kernel has one group's.
-    return 2.0 * output["b"] * output["f"] * kernel["i"] * math.prod(pairs)
+    return 2.0 * made["b"] * made["f"] * kept["i"] * math.prod(pairs)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _meetings(size: int, out: int, window: int, stride: int, pad: int, dilation: int, window_dilation: int) -> int:
     """Pairs of an output position and a window position that read a real element, along one dimension."""
-    position = stride * np.arange(out)[:, None] + window_dilation * np.arange(window) - pad
-    return int(np.sum((position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)))
+    starts, last = stride * np.arange(out) - pad, (size - 1) * dilation
+    places = (starts + window_dilation * i for i in range(window))  # a batch's windows are too many for one array
+    return sum(int(np.sum((place >= 0) & (place <= last) & (place % dilation == 0))) for place in places)
 
 
 def summarize(text: str) -> Summary:

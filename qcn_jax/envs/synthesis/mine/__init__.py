@@ -99,7 +99,7 @@ def mine(
     chosen = _choose(clone, criteria, known, outcomes)
     log(f"{clone.name}: {len(chosen)} of {len(chosen) + outcomes.total()} changes are candidates")
     if criteria.setup and chosen:
-        _set_up(pool, clone, criteria, archives)
+        _set_up(pool, clone.archive(chosen[0].change.base, archives), criteria.setup)
     tasks = []
     with Rows(workdir / f"{clone.name}.mined.jsonl") as journal:
         for candidate, finding in _execute(pool, clone, chosen, criteria, archives, journal, log):
@@ -113,10 +113,10 @@ def mine(
     return Mined(clone.name, tasks, dict(outcomes.most_common()), details, archives)
 
 
-def _set_up(pool: EnvPool, clone: Clone, criteria: Criteria, archives: pathlib.Path) -> None:
-    """Runs `criteria.setup` once, so that a command that fails ends the run and not every change."""
+def _set_up(pool: EnvPool, spec: RepositorySpec, setup: tuple[str, ...]) -> None:
+    """Prepares the first state with its `setup`, so that a command that fails ends the run and not every change."""
     try:
-        pool.prepare(dataclasses.replace(clone.archive(clone.head, archives), setup=criteria.setup)).result()
+        pool.prepare(dataclasses.replace(spec, setup=setup)).result()
     except SandboxError as error:
         raise UserError(f"--setup: {error}") from error
 
