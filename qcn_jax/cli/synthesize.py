@@ -123,6 +123,9 @@ def _synthesize(values: flags.FlagValues) -> int:
         for spec in [_locate(source, out, values.setup) for source in values.repo]:
             python = "build" not in values.strategies and _language(spec) == "python"
             (specs if python else foreign).append(spec)
+    if foreign and values.setup:
+        raise UserError(f"--setup: {foreign[0].name} gets its environment by rules or from --endpoint; only Python "
+                        "repositories take it, without strategy build")
     with EnvPool(values.workers, arguments) as pool:
         print(f"sandbox: {pool.describe()['description']}", file=sys.stderr)
         if specs:

@@ -132,6 +132,7 @@ def test_all_strategies(tmp_path):
     [
         (["synthesize", "--repo=.", "--strategies=rewrite", "--out=x.jsonl"], "--endpoint: needed for strategy rewrite"),
         (["synthesize", "--repo=.", "--strategies=combine", "--out=x.jsonl"], "--strategies: combine needs inject"),
+        (["synthesize", "--repo=.", "--strategies=build", "--setup=true", "--out=x.jsonl"], "gets its environment by rules"),
         (["synthesize", "--repo=nowhere", "--out=x.jsonl"], "--repo: 'nowhere' is neither"),
         (["synthesize", "--repo=.", "--strategies=magic", "--out=x.jsonl"], "--strategies: unknown 'magic'"),
         (["synthesize", "--repo=.", "--kinds=magic", "--out=x.jsonl"], "--kinds: unknown 'magic'"),
