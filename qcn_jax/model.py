@@ -61,7 +61,7 @@ class MultiTokenPredictor(nn.Module):
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name=name)
         pair = [norm("pre_fc_norm_embedding")(embedded), norm("pre_fc_norm_hidden")(hidden)]
-        fc = dense(cfg, cfg.hidden_size, ("mtp_in", "embed"), "fc", context.parallel if cache is None else None)
+        fc = dense(cfg, cfg.hidden_size, ("mtp_in", "embed"), "fc", context.whole_parallel)
         x = fc(jnp.concatenate(pair, axis=-1))
         x, rest = rematerialised(DecoderLayer, cfg.remat)(cfg, "full", name="layer")(x, context, cache)
         return norm("norm")(x), rest

@@ -56,7 +56,7 @@ class GatedAttention(nn.Module):
         cfg = self.config
         heads, kv_heads, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         batch, length, _ = x.shape
-        project = functools.partial(dense, cfg, parallel=context.parallel if cache is None else None)
+        project = functools.partial(dense, cfg, parallel=context.whole_parallel)
         # Per head [query | gate], as in the published checkpoints.
         q = project(heads * dim * 2, ("embed", "heads"), "q_proj")(x).reshape(batch, length, heads, 2 * dim)
         q, gate = jnp.split(q, 2, axis=-1)

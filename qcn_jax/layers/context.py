@@ -32,6 +32,11 @@ class TokenContext:
     key_limit: int | None = struct.field(pytree_node=False, default=None)
     parallel: Parallel | None = struct.field(pytree_node=False, default=None)
 
+    @property
+    def whole_parallel(self) -> Parallel | None:
+        """`parallel` of whole sequences; None with a cache, because decoding is left to the compiler."""
+        return self.parallel if self.start is None else None
+
 
 def segment_positions(segment_ids: Array) -> Array:
     """Position of each token within its document: [B, T] int32, 0 at every change of id."""

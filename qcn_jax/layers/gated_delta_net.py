@@ -144,7 +144,7 @@ class GatedDeltaNet(nn.Module):
         repeats = cfg.linear_num_value_heads // heads
         batch, length, _ = x.shape
         values = repeats * value_dim
-        parallel = context.parallel if cache is None else None  # decoding is left to the compiler
+        parallel = context.whole_parallel
         project = functools.partial(dense, cfg, parallel=parallel)
         qkvz = project(heads * (2 * key_dim + 2 * values), ("embed", "heads"), "in_proj_qkvz")(x)
         ba = project(heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
