@@ -94,11 +94,13 @@ def our_training(config: ModelConfig, params: Any, tokens: np.ndarray) -> Callab
     """A function that makes one training step."""
     model, optimizer = Qwen3Next(config), optax.adamw(1e-3)
     tokens = jnp.asarray(tokens)
+    labels, counted = jnp.roll(tokens, -1, axis=1), jnp.ones(tokens.shape, bool).at[:, -1].set(False)
 
     def loss(params: Any) -> jax.Array:
         out = model.apply({"params": params}, tokens)
-        picked = optax.softmax_cross_entropy_with_integer_labels(out.logits[:, :-1], tokens[:, 1:])
-        return jnp.mean(picked) + config.router_aux_loss_coef * balance_loss(out.aux)
+        # Labels are shifted and the last is left out, as transformers does: a slice of the logits would be a copy.
+        picked = optax.softmax_cross_entropy_with_integer_labels(out.logits, labels)
+        return jnp.mean(picked, where=counted) + config.router_aux_loss_coef * balance_loss(out.aux)
 
     def step(params: Any, state: Any) -> Any:
         value, gradient = jax.value_and_grad(loss)(params)

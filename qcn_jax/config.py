@@ -58,7 +58,7 @@ class ModelConfig:
     delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU kernel)
     chunk_size: int = 64  # pallas: best 128 on a TPU
     attention: str = "xla"  # xla or splash (TPU)
-    moe: str = "auto"  # grouped-matmul back end: auto, blocked, ragged, dense, megablox (TPU)
+    moe: str = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
 
 
 # Fields of ModelConfig that say how the function is computed, not which function it is.

@@ -17,7 +17,7 @@ from qcn_jax.layers.attention import init_attention_cache
 from qcn_jax.layers.cache import Cache, init_cache
 from qcn_jax.layers.context import TokenContext, segment_positions
 from qcn_jax.layers.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
-from qcn_jax.layers.dense import dense, normal_init
+from qcn_jax.layers.dense import Kernel, dense, normal_init
 from qcn_jax.layers.embedding import sharded_lookup
 from qcn_jax.layers.norm import RMSNorm
 from qcn_jax.layers.products import einsum_float32
@@ -67,18 +67,6 @@ class MultiTokenPredictor(nn.Module):
         return norm("norm")(x), rest
 
 
-class _Head(nn.Module):
-    """lm_head/kernel [D, V]."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Array:
-        cfg = self.config
-        init = nn.with_logical_partitioning(normal_init(cfg), ("embed", "vocab"))
-        return self.param("kernel", init, (cfg.hidden_size, cfg.vocab_size), jnp.dtype(cfg.param_dtype))
-
-
 class Qwen3Next(nn.Module):
     """The model of a ModelConfig.
 
@@ -109,7 +97,7 @@ class Qwen3Next(nn.Module):
             self.blocks = scanned(Block, blocks, "blocks")(cfg) if blocks else None
             self.tail = linear_layers(cfg, rest) if rest else None
         self.norm = RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype))
-        self.lm_head = None if cfg.tie_word_embeddings else _Head(cfg)
+        self.lm_head = None if cfg.tie_word_embeddings else Kernel(cfg, cfg.vocab_size, ("embed", "vocab"))
         self.mtp = MultiTokenPredictor(cfg) if cfg.num_nextn_predict_layers else None
 
     def __call__(
@@ -194,10 +182,17 @@ class Qwen3Next(nn.Module):
     @nn.nowrap
     def head(self, params: Any, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden [..., D]; params is the tree under "params"."""
-        return _project(hidden, head_kernel(self.config, params))
+        return self._project(hidden, head_kernel(self.config, params))
+
+    def _project(self, hidden: Array, kernel: Array) -> Array:
+        kernel = kernel.astype(hidden.dtype)
+        if self.parallel is not None:
+            return einsum_float32("...d,dv->...v", hidden, kernel)
+        rows = einsum_float32("nd,dv->nv", hidden.reshape(-1, hidden.shape[-1]), kernel)  # as layers.dense.product
+        return rows.reshape(*hidden.shape[:-1], kernel.shape[1])
 
     def _logits(self, hidden: Array) -> Array:
-        logits = _project(hidden, self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head())
+        logits = self._project(hidden, self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head(self.config.hidden_size))
         if self.parallel is None:
             return logits
         return self.parallel.constrain(logits, "activation_batch", "activation_length", "activation_vocab")
@@ -269,10 +264,6 @@ class Qwen3Next(nn.Module):
             outputs.append(hidden)
             statistics.append(add_layer_axis(part))
         return jnp.stack(outputs), join_layers(statistics)
-
-
-def _project(hidden: Array, kernel: Array) -> Array:
-    return einsum_float32("...d,dv->...v", hidden, kernel.astype(hidden.dtype))
 
 
 def head_kernel(config: ModelConfig, params: Any) -> Array:

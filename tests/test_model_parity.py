@@ -166,12 +166,12 @@ def measured(model, tokens, folder):
 
 
 # Models that are ill-conditioned: a relative change of 6e-8 of their weights moves float64 logits by up to 3e-4, and
-# transformers in float32 misses its own float64 result by up to 4e-4. Two float32 programs need not agree on them
+# transformers in float32 misses its own float64 result by up to 9e-4 (19, where ours misses it by 4e-5). Two float32 programs need not agree on them
 # within the tolerances, so they are held against float64 alone.
-ILL_CONDITIONED = (7, 13)
+ILL_CONDITIONED = (7, 13, 19)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 7, 12, 13))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 7, 12, 13, 19))])
 def test_float64(seed, tmp_path):
     """In float64 the functions are the same; in float32 ours is about as near to it as transformers'."""
     hf_config, shape, chunk_size = random_config(seed)

@@ -4,7 +4,8 @@ Per value head, with state S [dk, dv] and S = 0 at the start of every document:
     S <- exp(g_t) S;  S <- S + k_t (beta_t (v_t - k_t^T S))^T;  o_t = q_t^T S.
 
 The chunked form writes the C updates of a chunk as one unit lower triangular system. Groups of chunks are
-scanned, and a group's matrices are recomputed in the backward pass: what is kept is one state per group.
+scanned, and a group's matrices are recomputed in the backward pass: what is kept is one state per group. Only a
+sequence of few groups is unrolled and keeps all.
 
 Axes: B batch, T tokens, H key heads, R value heads per key head, dk/dv their widths, C chunk, N chunks of a group.
 Keys and queries are never repeated over R: products with them are shared by the R value heads.
@@ -23,6 +24,9 @@ Array = jax.Array
 _GRID = 64.0
 # Chunks of a group: their matrices are formed side by side; more is more parallel and takes more memory.
 _GROUP = 8
+# So many groups are unrolled: a scan copies all it reads and writes, a fifth of forward and backward on CPU, and
+# recomputation adds as much.
+_UNROLLED = 4
 
 
 def gated_delta_rule(
@@ -75,11 +79,14 @@ def _recurrent(
         decay = decay * same[..., None, None]
 
     def step(s: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        """Both products are taken with the old state, so that the large array is read twice and written once."""
         q, k, v, decay, beta = token
-        s = s * decay[..., None, None]
-        delta = beta[..., None] * (v - jnp.einsum("bhk,bhrkv->bhrv", k, s))
-        s = s + k[:, :, None, :, None] * delta[..., None, :]
-        return s, jnp.einsum("bhk,bhrkv->bhrv", q, s)
+        # A copy for each value head, or XLA would put the state into another order for one product over all.
+        rows = jnp.broadcast_to(jnp.stack([k, q], axis=2)[:, :, None], (*s.shape[:3], 2, s.shape[3]))
+        read = (rows @ s) * decay[..., None, None]  # [B, H, R, 2, dv]
+        delta = beta[..., None] * (v - read[..., 0, :])
+        o = read[..., 1, :] + jnp.sum(q * k, axis=-1)[..., None, None] * delta
+        return s * decay[..., None, None] + k[:, :, None, :, None] * delta[..., None, :], o
 
     tokens = (q, k, v, decay, beta)
     if q.shape[1] == 1:
@@ -97,23 +104,24 @@ def _chunked(
     groups = -(-chunks // _GROUP)
     group = -(-chunks // groups) * chunk  # tokens of a group
     padding = groups * group - length
-
-    def split(x: Array, mode: str = "constant") -> Array:
-        """[B, T, ...] -> [groups, B, group, ...]"""
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
-        return jnp.moveaxis(x.reshape(batch, groups, group, *x.shape[2:]), 1, 0)
-
-    segments = None
+    # Padding continues the last document, so that the final state is that document's.
+    pad = lambda x, mode: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    xs = [pad(x, "constant") for x in (q, k, v, g, beta)]
     if segment_ids is not None:
-        # Padding continues the last document, so that the final state is that document's.
-        ids = split(segment_ids, "edge")
-        segments = (ids, jnp.concatenate([ids[:1, :, 0], ids[:-1, :, -1]]))
-    step = jax.checkpoint(functools.partial(_group, chunk=chunk), prevent_cse=False)
-    xs = (*(split(x) for x in (q, k, v, g, beta)), segments)
-    if groups == 1:
-        state, o = step(state, jax.tree.map(lambda x: x[0], xs))
-        return o[:, :length], state
-    state, o = jax.lax.scan(step, state, xs)
+        ids = pad(segment_ids, "edge")
+        before = jnp.concatenate([ids[:, :1], ids[:, group - 1 : -1 : group]], axis=1)  # [B, groups]
+        xs += [ids, before]
+    step = functools.partial(_group, chunk=chunk)
+    if groups <= _UNROLLED:
+        # Its gradient is a concatenation; that of slices would be a sum of padded arrays.
+        parts, out = [jax.lax.split(x, [x.shape[1] // groups] * groups, axis=1) for x in xs], []
+        for part in zip(*parts):
+            state, o = step(state, part)
+            out.append(o)
+        return jnp.concatenate(out, axis=1)[:, :length], state
+    # [B, T, ...] -> [groups, B, group, ...]
+    split = lambda x: jnp.moveaxis(x.reshape(batch, groups, -1, *x.shape[2:]), 1, 0)
+    state, o = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), state, [split(x) for x in xs])
     o = jnp.moveaxis(o, 0, 1)
     return o.reshape(batch, groups * group, *o.shape[3:])[:, :length], state
 
@@ -123,7 +131,7 @@ def _segment_masks(ids: Array, incoming: Array, chunk: int) -> tuple[Array, Arra
 
     Args:
       ids: [B, N * C] segment ids of a group.
-      incoming: [B], the id of the token before them.
+      incoming: [B, 1], the id of the token before them.
       chunk: C.
 
     Returns:
@@ -132,7 +140,7 @@ def _segment_masks(ids: Array, incoming: Array, chunk: int) -> tuple[Array, Arra
     """
     ids = jnp.moveaxis(ids.reshape(ids.shape[0], -1, chunk), 1, 0)
     last = ids[..., -1]
-    before = jnp.concatenate([incoming[None], last[:-1]])
+    before = jnp.concatenate([incoming.T, last[:-1]])
     return (
         (ids[..., :, None] == ids[..., None, :])[:, :, None, None],
         (ids == before[..., None])[:, :, None, :, None],
@@ -141,13 +149,14 @@ def _segment_masks(ids: Array, incoming: Array, chunk: int) -> tuple[Array, Arra
     )
 
 
-def _group(state: Array, xs: tuple, chunk: int) -> tuple[Array, Array]:
-    """N chunks: (state, (q, k, v, g, beta [B, N * C, H, ...], segments)) -> (state, o [B, N * C, H, R, dv])."""
-    *tokens, segments = xs
+def _group(state: Array, xs: tuple[Array, ...], chunk: int) -> tuple[Array, Array]:
+    """N chunks: (state, (q, k, v, g, beta [B, N * C, H, ...] and perhaps ids [B, N * C], the id before them [B, 1]))
+    -> (state, o [B, N * C, H, R, dv])."""
+    tokens, segments = xs[:5], xs[5:]
     # [B, N * C, H, ...] -> [N, B, H, C, ...]
     split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), (1, 3), (0, 2))
     q, k, v, g, beta = map(split, tokens)
-    masks = None if segments is None else _segment_masks(*segments, chunk)
+    masks = _segment_masks(*segments, chunk) if segments else None
     pair_decay, from_state, to_state, carry_decay = _decays(g, masks)
 
     keys_t = jnp.swapaxes(k, -1, -2)
@@ -160,57 +169,68 @@ def _group(state: Array, xs: tuple, chunk: int) -> tuple[Array, Array]:
     wanted = scaled @ jnp.moveaxis(v, 4, 3)  # U [N, B, H, R, C, dv]
     known = scaled * from_state[..., None, :]
     known = (known.reshape(*k.shape[:3], -1, chunk) @ k).reshape(*known.shape[:-1], -1)  # W [N, B, H, R, C, dk]
+    asked = q[:, :, :, None] * from_state[..., None]
     write_keys = k[:, :, :, None] * to_state[..., None]
-    states, written, state = _run_chunks(wanted, known, write_keys, carry_decay, state)
-    o = (q[:, :, :, None] * from_state[..., None]) @ states + attention @ written  # [N, B, H, R, C, dv]
+    written, answered, state = _run_chunks(
+        wanted, jnp.concatenate([known, asked], axis=-2), write_keys, carry_decay, state)
+    o = answered + attention @ written  # [N, B, H, R, C, dv]
     o = jnp.transpose(o, (1, 0, 4, 2, 3, 5))
     return state, o.reshape(o.shape[0], -1, *o.shape[3:])
 
 
 @jax.custom_vjp
-def _run_chunks(wanted: Array, known: Array, write_keys: Array, carry: Array, state: Array) -> tuple[Array, ...]:
+def _run_chunks(
+    wanted: Array, known_asked: Array, write_keys: Array, carry: Array, state: Array
+) -> tuple[Array, Array, Array]:
     """The sequential part: S_n+1 = carry_n S_n + write_keys_n^T (wanted_n - known_n S_n).
 
     Args:
-      wanted: [N, B, H, R, C, dv]. known, write_keys: [N, B, H, R, C, dk]. carry: [N, B, H, R].
+      wanted: [N, B, H, R, C, dv].
+      known_asked: [N, B, H, R, 2 C, dk], known and the queries, whose products with the state are one.
+      write_keys: [N, B, H, R, C, dk].
+      carry: [N, B, H, R].
       state: [B, H, R, dk, dv], S_0.
 
     Returns:
-      S_0 .. S_N-1 [N, B, H, R, dk, dv], what each chunk writes [N, B, H, R, C, dv], and S_N.
+      what each chunk writes, wanted_n - known_n S_n, and asked_n S_n, both [N, B, H, R, C, dv], and S_N.
     """
-
-    def step(s: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        wanted, known, write_keys, carry = xs
-        written = wanted - known @ s
-        return carry[..., None, None] * s + jnp.swapaxes(write_keys, -1, -2) @ written, (s, written)
-
-    state, (states, written) = jax.lax.scan(step, state, (wanted, known, write_keys, carry))
-    return states, written, state
+    return _run_forward(wanted, known_asked, write_keys, carry, state)[0]
 
 
-def _run_forward(*inputs: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    states, written, state = _run_chunks(*inputs)
-    _, known, write_keys, carry, _ = inputs
-    return (states, written, state), (known, write_keys, carry, states, written)
+def _run_forward(
+    wanted: Array, known_asked: Array, write_keys: Array, carry: Array, state: Array
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    chunk = wanted.shape[-2]
+
+    def step(s: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        wanted, known_asked, write_keys, carry = xs
+        read = known_asked @ s
+        written = wanted - read[..., :chunk, :]
+        after = carry[..., None, None] * s + jnp.swapaxes(write_keys, -1, -2) @ written
+        return after, (written, read[..., chunk:, :], s)
+
+    state, (written, answered, states) = jax.lax.scan(step, state, (wanted, known_asked, write_keys, carry))
+    return (written, answered, state), (known_asked, write_keys, carry, states, written)
 
 
 def _run_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...]:
     """Only two products are sequential here too; the others take all chunks at once."""
-    known, write_keys, carry, states, written = residuals
-    d_states, d_written, d_final = cotangents
+    known_asked, write_keys, carry, states, written = residuals
+    d_written, d_answered, d_final = cotangents
 
     def step(d_next: Array, xs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        known, write_keys, carry, d_state, d_written = xs
+        known_asked, write_keys, carry, d_written, d_answered = xs
         d_written = d_written + write_keys @ d_next
-        d_state = d_state + carry[..., None, None] * d_next - jnp.swapaxes(known, -1, -2) @ d_written
-        return d_state, (d_next, d_written)
+        d_read = jnp.concatenate([-d_written, d_answered], axis=-2)
+        d_state = carry[..., None, None] * d_next + jnp.swapaxes(known_asked, -1, -2) @ d_read
+        return d_state, (d_next, d_read)
 
-    xs = (known, write_keys, carry, d_states, d_written)
-    d_state, (d_next, d_written) = jax.lax.scan(step, d_final, xs, reverse=True)
-    d_known = -d_written @ jnp.swapaxes(states, -1, -2)
+    xs = (known_asked, write_keys, carry, d_written, d_answered)
+    d_state, (d_next, d_read) = jax.lax.scan(step, d_final, xs, reverse=True)
+    d_known_asked = d_read @ jnp.swapaxes(states, -1, -2)
     d_keys = written @ jnp.swapaxes(d_next, -1, -2)
     d_carry = jnp.einsum("...kv,...kv->...", states, d_next)
-    return d_written, d_known, d_keys, d_carry, d_state
+    return -d_read[..., : written.shape[-2], :], d_known_asked, d_keys, d_carry, d_state
 
 
 _run_chunks.defvjp(_run_forward, _run_backward)

@@ -15,7 +15,7 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.delta_rule import gated_delta_rule
-from qcn_jax.layers.dense import dense, normal_init
+from qcn_jax.layers.dense import Kernel, dense, normal_init, product
 from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
 from qcn_jax.layers.sharded import sharded_delta_rule, with_halo
 from qcn_jax.sharding.parallel import Parallel
@@ -146,7 +146,8 @@ class GatedDeltaNet(nn.Module):
         values = repeats * value_dim
         parallel = context.whole_parallel
         project = functools.partial(dense, cfg, parallel=parallel)
-        qkvz = project(heads * (2 * key_dim + 2 * values), ("embed", "heads"), "in_proj_qkvz")(x)
+        axes = ("embed", "heads")
+        weight = Kernel(cfg, heads * (_conv_width(cfg) + values), axes, name="in_proj_qkvz")(x.shape[-1]).astype(x.dtype)
         ba = project(heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
         ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
         beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
@@ -156,18 +157,31 @@ class GatedDeltaNet(nn.Module):
         out = project(cfg.hidden_size, ("heads", "embed"), "out_proj")
         split = parallel is not None and parallel.size("activation_length") > 1
         if cfg.delta_rule == "pallas" and cache is None and length > 1 and not split:
+            qkvz = product(x, weight, axes, parallel)
             return out(_by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
 
         window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
-        qkvz = qkvz.reshape(batch, length, heads, -1)
-        qkv, z = qkvz[..., : _conv_width(cfg)], qkvz[..., _conv_width(cfg) :]
-        if split:
-            mixed = sharded_conv(qkv, kernel, context.segment_ids, parallel)
+        parts = functools.partial(jnp.split, indices_or_sections=[key_dim, 2 * key_dim, _conv_width(cfg)], axis=-1)
+        if cache is None and parallel is None:
+            # Parts of the weights are cheaper to take, and their gradients to join, than those of all tokens.
+            by_head = weight.reshape(-1, heads, weight.shape[1] // heads)
+            q, k, v, z = (
+                product(x, part.reshape(len(part), -1), axes, None).reshape(batch, length, heads, -1)
+                for part in parts(by_head)
+            )
+            q, k, v = (
+                jax.nn.silu(causal_conv(part, taps, None, context.segment_ids))
+                for part, taps in zip((q, k, v), parts(kernel))
+            )
         else:
-            mixed = causal_conv(qkv, kernel, window, context.segment_ids)
-        mixed = jax.nn.silu(mixed)
-        q, k = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
-        v = mixed[..., 2 * key_dim :].reshape(batch, length, heads, repeats, value_dim)
+            qkvz = product(x, weight, axes, parallel).reshape(batch, length, heads, -1)
+            qkv, z = qkvz[..., : _conv_width(cfg)], qkvz[..., _conv_width(cfg) :]
+            if split:
+                mixed = sharded_conv(qkv, kernel, context.segment_ids, parallel)
+            else:
+                mixed = causal_conv(qkv, kernel, window, context.segment_ids)
+            q, k, v, _ = parts(jax.nn.silu(mixed))
+        v = v.reshape(batch, length, heads, repeats, value_dim)
         q, k = l2_norm(q) * key_dim**-0.5, l2_norm(k)
         if parallel is None:
             o, state = gated_delta_rule(

@@ -81,5 +81,5 @@ class SparseBlock(nn.Module):
         if dropped is not None:
             statistics = statistics.replace(dropped=dropped)
         shared = SharedExpert(self.config, name="shared_expert")(tokens, parallel)
-        share = jax.nn.sigmoid(dense(self.config, 1, ("embed", "shared_gate"), "shared_expert_gate")(tokens))
-        return (routed + share * shared).reshape(x.shape), statistics
+        share = dense(self.config, 1, ("embed", "shared_gate"), "shared_expert_gate", parallel)(tokens)
+        return (routed + jax.nn.sigmoid(share) * shared).reshape(x.shape), statistics

@@ -20,11 +20,13 @@ class Layout:
       row: [N, k] int32, row of each slot.
       source: [P] int32, slot of each row, N * k for empty rows.
       block_expert: [P / block] int32, expert of each block.
+      used: [] int32, blocks that hold rows; they come first.
     """
 
     row: Array
     source: Array
     block_expert: Array
+    used: Array
 
 
 def sorted_layout(experts: Array, num_experts: int, block: int) -> Layout:
@@ -42,10 +44,11 @@ def sorted_layout(experts: Array, num_experts: int, block: int) -> Layout:
     source = jnp.full(count * block, slots, jnp.int32).at[row_of_rank].set(order.astype(jnp.int32), unique_indices=True)
     row = jnp.zeros(slots, jnp.int32).at[order].set(row_of_rank, unique_indices=True)
     block_expert = jnp.searchsorted(last_block, jnp.arange(count), side="right")
-    return Layout(row.reshape(experts.shape), source, jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32))
+    block_expert = jnp.minimum(block_expert, num_experts - 1).astype(jnp.int32)
+    return Layout(row.reshape(experts.shape), source, block_expert, last_block[-1].astype(jnp.int32))
 
 
-def _rows_or_zero(x: Array, index: Array) -> Array:
+def rows_or_zero(x: Array, index: Array) -> Array:
     """x[index] with zeros where index is out of bounds."""
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
@@ -53,7 +56,7 @@ def _rows_or_zero(x: Array, index: Array) -> Array:
 @jax.custom_vjp
 def scatter_tokens(x: Array, layout: Layout) -> Array:
     """x [N, D] -> [P, D] in sorted rows, empty rows zero."""
-    return _rows_or_zero(x, layout.source // layout.row.shape[1])
+    return rows_or_zero(x, layout.source // layout.row.shape[1])
 
 
 def _scatter_forward(x: Array, layout: Layout) -> tuple[Array, Layout]:
@@ -81,7 +84,7 @@ def _gather_backward(layout: Layout, cotangent: Array) -> tuple[Array, None]:
 @jax.custom_vjp
 def scatter_slots(w: Array, layout: Layout) -> Array:
     """w [N, k] -> [P], empty rows zero."""
-    return _rows_or_zero(w.reshape(-1), layout.source)
+    return rows_or_zero(w.reshape(-1), layout.source)
 
 
 def _slots_forward(w: Array, layout: Layout) -> tuple[Array, Layout]:

@@ -55,7 +55,7 @@ def test_gradients_of_backends_agree(kind):
         return jax.grad(loss, argnums=(0, 1, 2))(*differentiable)
 
     expected = gradient("dense", x, weights, kernels)  # plain autodiff of plain products
-    for backend in ("blocked", "ragged"):
+    for backend in ("blocked", "looped", "ragged"):
         for got, want in zip(jax.tree.leaves(gradient(backend, x, weights, kernels)), jax.tree.leaves(expected)):
             assert np.abs(got - want).max() < 1e-4 * np.abs(want).max() + 1e-6
 
