@@ -27,6 +27,12 @@ def place(tmp_path_factory):
         yield provider, spec, validate.survey(provider, spec)
 
 
+def write(root, files):
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+
+
 def candidate(place, old, new, kind="change_boundary"):
     """The candidate that replaces `old` by `new` in SOURCE."""
     _, spec, survey = place
@@ -122,6 +128,26 @@ def test_flaky_candidate(place):
     assert outcomes[-1] == "flaky" and set(outcomes) <= {"flaky", "survived"}
 
 
+def test_failing_test_that_leaves_something_behind(tmp_path):
+    """Graders name failing tests first, but files run in their own order: what came before the failure still passes."""
+    source = "left = []\n\n\ndef up(x):\n    return x + 1\n"
+    head = "import pytest\nfrom pkg import a\n\n\n"
+    write(tmp_path / "repo", {
+        "pkg/__init__.py": "", "pkg/a.py": source,
+        "tests/test_first.py": head + "def test_zero():\n    a.up(0)\n    assert not a.left\n",
+        "tests/test_second.py": head + "def test_up():\n    a.left.append(1)\n    assert a.up(1) == 2\n    a.left.clear()\n\n\n"
+                                "@pytest.mark.parametrize('n', range(4))\ndef test_nothing(n):\n    pass\n",
+    })  # fmt: skip
+    spec = sources.locate(str(tmp_path / "repo"), {})
+    with make_provider("local", str(tmp_path / "state")) as provider:
+        survey = validate.survey(provider, spec)
+        (injection,) = inject.candidates(source, "pkg/a.py", ["change_arithmetic"])
+        task = validate.check(provider, validate.make_candidate(injection, spec, survey, random.Random(0))).task
+        assert task.FAIL_TO_PASS == ("tests/test_second.py::test_up",)
+        assert task.PASS_TO_PASS == ("tests/test_first.py::test_zero",)
+        assert verify.verify_task(provider, task).problems == ()
+
+
 def test_verify_notices_wrong_tasks(place):
     """A gold patch that does not resolve, and a task that is resolved from the start."""
     provider = place[0]
@@ -162,13 +188,11 @@ def test_combined_defects(place):
 def test_combined_in_one_module(tmp_path):
     """Defects of two files of one folder: one patch, two files, and neither half of the fix is enough."""
     text = "def {0}(x):\n    return x + 1\n"
-    for path, content in {
+    write(tmp_path / "repo", {
         "pkg/__init__.py": "", "pkg/a.py": text.format("up"), "pkg/b.py": text.format("more"),
         "tests/test_pkg.py": "import pytest\nfrom pkg import a, b\n\n\ndef test_up():\n    assert a.up(1) == 2\n\n\ndef test_more():\n"
                              "    assert b.more(5) == 6\n\n\n@pytest.mark.parametrize('n', range(4))\ndef test_nothing(n):\n    pass\n",
-    }.items():  # fmt: skip
-        (tmp_path / "repo" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "repo" / path).write_text(content)
+    })  # fmt: skip
     spec = sources.locate(str(tmp_path / "repo"), {})
     with make_provider("local", str(tmp_path / "state")) as provider:
         survey = validate.survey(provider, spec)

@@ -207,8 +207,12 @@ def describe(kind, value, trace, root):
 
 
 def selected_files(root, node_ids):
-    """The files of a selection that exist, each once (pytest gives up on a missing one)."""
-    files = dict.fromkeys(name.split("::")[0] for name in node_ids)
+    """The files of a selection that exist, each once (pytest gives up on a missing one).
+
+    In the order in which pytest finds them in a whole run, whatever the selection's: a failing test that leaves
+    something behind would otherwise break tests that a whole run has before it.
+    """
+    files = sorted({name.split("::")[0] for name in node_ids}, key=lambda name: name.split("/"))
     return [name for name in files if os.path.exists(os.path.join(root, name))]
 
 
