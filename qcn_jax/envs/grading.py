@@ -252,40 +252,64 @@ def verdict_key(task: Task, patch: str, fail_fast: bool = False, strict: bool = 
 
 
 class VerdictCache:
-    """Verdicts by key, in memory and as JSONL on disk; safe for threads of one process.
+    """Verdicts by key: the last `limit` used in memory, all as JSONL on disk; safe for threads of one process.
 
     Infrastructure failures are never kept, and timeouts and kills only in memory, as they may be the machine's fault.
+    Of what is on disk alone, memory holds the key and where its line begins.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None):
-        self._path, self._lock, self._known = path and pathlib.Path(path), threading.Lock(), {}
+    def __init__(self, path: str | os.PathLike[str] | None = None, limit: int = 1024):
+        self._path, self._limit, self._lock = path and pathlib.Path(path), limit, threading.Lock()
+        self._recent: dict[str, Verdict] = {}
+        self._begin: dict[str, int] = {}
         if self._path and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                    self._known[row["key"]] = Verdict.from_json(row["verdict"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # the half line that a killed writer leaves is graded again
+            with open(self._path, "rb") as stream:
+                begin = 0
+                for line in stream:
+                    try:
+                        row = json.loads(line)
+                        Verdict.from_json(row["verdict"])
+                        self._begin[row["key"]] = begin
+                    except (ValueError, KeyError, TypeError):
+                        pass  # the half line that a killed writer leaves is graded again
+                    begin += len(line)
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._recent.keys() | self._begin.keys())
 
     def get(self, key: str) -> Verdict | None:
         """The known verdict, or None."""
         with self._lock:
-            return self._known.get(key)
+            verdict = self._recent.get(key)
+            if verdict is None and key in self._begin:
+                with open(self._path, "rb") as stream:
+                    stream.seek(self._begin[key])
+                    verdict = Verdict.from_json(json.loads(stream.readline())["verdict"])
+            if verdict is not None:
+                self._remember(key, verdict)
+            return verdict
 
     def put(self, key: str, verdict: Verdict) -> None:
         """Remembers a verdict."""
         if verdict.outcome == "infrastructure":
             return
         with self._lock:
-            self._known[key] = verdict
+            self._remember(key, verdict)
             if self._path and verdict.outcome not in ("timeout", "killed", "out_of_memory"):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 line = json.dumps({"key": key, "verdict": verdict.to_json()}) + "\n"
-                with open(self._path, "a", encoding="utf-8") as stream:
-                    stream.write(line)
+                with open(self._path, "a+b") as stream:
+                    end = stream.seek(0, os.SEEK_END)
+                    if end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":  # behind a killed writer's half line
+                        end += stream.write(b"\n")
+                    stream.write(line.encode())
+                self._begin[key] = end
+
+    def _remember(self, key: str, verdict: Verdict) -> None:
+        self._recent.pop(key, None)
+        self._recent[key] = verdict  # the latest used is last
+        if len(self._recent) > self._limit:
+            del self._recent[next(iter(self._recent))]
 
 
 def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, verdicts: Sequence[Verdict],

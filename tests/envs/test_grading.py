@@ -104,6 +104,20 @@ def test_cache_survives_a_half_written_line(tmp_path):
         stream.write('{"key": "half", "verd')
     again = VerdictCache(path)
     assert again.get("k") == verdict and len(again) == 1
+    again.put("next", verdict)  # stands on a line of its own
+    assert VerdictCache(path).get("next") == verdict
+
+
+def test_cache_holds_a_bounded_number_in_memory(tmp_path):
+    verdicts = {f"k{n}": Verdict("i", "unresolved", seconds=float(n), messages={"t": "\u00e4\n"}) for n in range(6)}
+    memory, disk = VerdictCache(limit=3), VerdictCache(tmp_path / "verdicts.jsonl", limit=3)
+    for key, verdict in verdicts.items():
+        memory.put(key, verdict)
+        disk.put(key, verdict)
+        assert memory.get("k0") == verdicts["k0"]  # used again each time, so never the oldest
+    assert [key for key in verdicts if memory.get(key)] == ["k0", "k4", "k5"]
+    for cache in (disk, VerdictCache(tmp_path / "verdicts.jsonl", limit=2)):
+        assert {key: cache.get(key) for key in verdicts} == verdicts and len(cache) == 6
 
 
 def test_key_depends_on_everything_that_decides():
