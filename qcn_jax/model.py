@@ -192,7 +192,8 @@ class Qwen3Next(nn.Module):
         return rows.reshape(*hidden.shape[:-1], kernel.shape[1])
 
     def _logits(self, hidden: Array) -> Array:
-        logits = self._project(hidden, self.embed_tokens.embedding.T if self.lm_head is None else self.lm_head(self.config.hidden_size))
+        tied = self.lm_head is None
+        logits = self._project(hidden, self.embed_tokens.embedding.T if tied else self.lm_head(hidden.shape[-1]))
         if self.parallel is None:
             return logits
         return self.parallel.constrain(logits, "activation_batch", "activation_length", "activation_vocab")

@@ -147,7 +147,8 @@ class GatedDeltaNet(nn.Module):
         parallel = context.whole_parallel
         project = functools.partial(dense, cfg, parallel=parallel)
         axes = ("embed", "heads")
-        weight = Kernel(cfg, heads * (_conv_width(cfg) + values), axes, name="in_proj_qkvz")(x.shape[-1]).astype(x.dtype)
+        weight = Kernel(cfg, heads * (_conv_width(cfg) + values), axes, name="in_proj_qkvz")(x.shape[-1])
+        weight = weight.astype(x.dtype)
         ba = project(heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
         ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
         beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
@@ -164,7 +165,7 @@ class GatedDeltaNet(nn.Module):
         parts = functools.partial(jnp.split, indices_or_sections=[key_dim, 2 * key_dim, _conv_width(cfg)], axis=-1)
         if cache is None and parallel is None:
             # Parts of the weights are cheaper to take, and their gradients to join, than those of all tokens.
-            by_head = weight.reshape(-1, heads, weight.shape[1] // heads)
+            by_head = weight.reshape(x.shape[-1], heads, -1)
             q, k, v, z = (
                 product(x, part.reshape(len(part), -1), axes, None).reshape(batch, length, heads, -1)
                 for part in parts(by_head)

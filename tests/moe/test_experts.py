@@ -58,6 +58,11 @@ def test_gradients_of_backends_agree(kind):
     for backend in ("blocked", "looped", "ragged"):
         for got, want in zip(jax.tree.leaves(gradient(backend, x, weights, kernels)), jax.tree.leaves(expected)):
             assert np.abs(got - want).max() < 1e-4 * np.abs(want).max() + 1e-6
+    if kind == "spread":
+        half = [jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), tree) for tree in (x, weights, kernels)]
+        for got, want in zip(jax.tree.leaves(gradient("looped", *half)), jax.tree.leaves(expected)):
+            assert got.dtype == jnp.bfloat16
+            assert np.linalg.norm(np.asarray(got, np.float32) - want) < 0.01 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("block", [1, 4, 16])
