@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qcn_jax.layers.products import einsum_float32
 from qcn_jax.moe.grouped import ExpertWeights
 from qcn_jax.moe.permute import Layout, rows_or_zero, scatter_slots
 
@@ -79,6 +78,8 @@ def _backward(residuals: Residuals, cotangent: Array) -> tuple[Array, Array, Non
     x, weights, layout, kernels, gates, ups = residuals
     tokens = _tokens(layout)
     scale = weights.reshape(tokens.shape)
+    exact = jnp.promote_types(x.dtype, jnp.float32)  # of sums over rows and blocks
+    outer = lambda a, b: a.astype(exact).T @ b.astype(exact)
 
     def block(i: Array, sums: tuple[Array, Array, ExpertWeights]) -> tuple[Array, Array, ExpertWeights]:
         d_rows, d_scale, d_kernels = sums
@@ -89,10 +90,9 @@ def _backward(residuals: Residuals, cotangent: Array) -> tuple[Array, Array, Non
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
         d_hidden = d_out @ weight.down.T
-        d_share = jnp.sum((d_hidden * silu * up).astype(jnp.float32), axis=-1)
+        d_share = jnp.sum((d_hidden * silu * up).astype(exact), axis=-1)
         d_hidden = d_hidden * share[:, None]
         d_gate, d_up = d_hidden * up * (sigmoid + silu * (1 - sigmoid)), d_hidden * silu
-        outer = lambda a, b: einsum_float32("rm,rn->mn", a, b)
         parts = ExpertWeights(outer(rows, d_gate), outer(rows, d_up), outer(silu * up * share[:, None], d_out))
         return (
             d_rows.at[i].set(d_gate @ weight.gate.T + d_up @ weight.up.T),
@@ -101,7 +101,7 @@ def _backward(residuals: Residuals, cotangent: Array) -> tuple[Array, Array, Non
         )
 
     zeros = (jnp.zeros((*tokens.shape, x.shape[-1]), x.dtype), jnp.zeros_like(scale),
-             jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, jnp.float32), kernels))
+             jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, exact), kernels))
     d_rows, d_scale, d_kernels = _over_blocks(block, layout.used, zeros)
     d_kernels = jax.tree.map(lambda total, kernel: total.astype(kernel.dtype), d_kernels, kernels)
     return _sum_of_rows(d_rows, layout), d_scale.reshape(weights.shape), None, d_kernels
