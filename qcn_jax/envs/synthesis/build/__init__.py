@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import docker
 import docker.errors
 
-from qcn_jax.envs.sandbox import images
+from qcn_jax.envs.sandbox import images, layers
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.synthesis import endpoint
 from qcn_jax.envs.synthesis.build import agent, rules, verifier
@@ -103,10 +103,8 @@ def toolchain(client: docker.DockerClient, base: str, recipe: Recipe) -> str:
     """The image with what the language needs, built once for each base and set of packages."""
     text = recipe.toolchain(base)
     name = f"qcn-toolchain:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    try:
-        return client.images.get(name).id
-    except docker.errors.ImageNotFound:
-        pass
+    if known := layers.use(client, name):
+        return known
     labelled = text + f"LABEL {images.LABEL}=toolchain\n"
     try:
         image, _ = client.images.build(fileobj=io.BytesIO(labelled.encode()), tag=name, rm=True, forcerm=True)
@@ -150,11 +148,8 @@ def _installed(
     """The tag of the image with everything installed; made once for the same recipe, base and files."""
     content = hashlib.sha256(repr((recipe.toolchain(base), recipe.install, sorted(files.items()))).encode()).hexdigest()
     tag = f"qcn-build:{_tag(name)}-{content[:12]}"
-    try:
-        client.images.get(tag)
+    if layers.use(client, tag):
         return tag
-    except docker.errors.ImageNotFound:
-        pass
     with Container(client, toolchain(client, base, recipe), network=True) as container:
         container.write(dict(files))
         for command in recipe.install:
