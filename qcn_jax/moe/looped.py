@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qcn_jax.moe.grouped import ExpertWeights
-from qcn_jax.moe.permute import Layout, rows_or_zero, scatter_slots
+from qcn_jax.moe.permute import Layout, gather_tokens, rows_or_zero, scatter_slots
 
 Array = jax.Array
 Residuals = tuple[Array, Array, Layout, ExpertWeights, Array, Array]
@@ -41,11 +41,6 @@ def _tokens(layout: Layout) -> Array:
     return (layout.source // layout.row.shape[1]).reshape(layout.block_expert.shape[0], -1)
 
 
-def _sum_of_rows(blocks: Array, layout: Layout) -> Array:
-    """[M, R, D] -> [N, D]."""
-    return jnp.sum(blocks.reshape(-1, blocks.shape[-1])[layout.row], axis=1)
-
-
 def _over_blocks(block: Callable[[Array, Any], Any], used: Array, arrays: Any) -> Any:
     """arrays <- block(i, arrays) for every block that holds rows, and at most one further."""
 
@@ -71,7 +66,7 @@ def _forward(x: Array, weights: Array, layout: Layout, kernels: ExpertWeights) -
     empty = lambda width: jnp.zeros((*tokens.shape, width), x.dtype)
     width = kernels.gate.shape[-1]
     out, gate, up = _over_blocks(block, layout.used, (empty(x.shape[-1]), empty(width), empty(width)))
-    return _sum_of_rows(out, layout), (x, weights, layout, kernels, gate, up)
+    return gather_tokens(out.reshape(-1, x.shape[-1]), layout), (x, weights, layout, kernels, gate, up)
 
 
 def _backward(residuals: Residuals, cotangent: Array) -> tuple[Array, Array, None, ExpertWeights]:
@@ -104,7 +99,7 @@ def _backward(residuals: Residuals, cotangent: Array) -> tuple[Array, Array, Non
              jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, exact), kernels))
     d_rows, d_scale, d_kernels = _over_blocks(block, layout.used, zeros)
     d_kernels = jax.tree.map(lambda total, kernel: total.astype(kernel.dtype), d_kernels, kernels)
-    return _sum_of_rows(d_rows, layout), d_scale.reshape(weights.shape), None, d_kernels
+    return gather_tokens(d_rows.reshape(-1, x.shape[-1]), layout), d_scale.reshape(weights.shape), None, d_kernels
 
 
 _run.defvjp(_forward, _backward)
