@@ -55,8 +55,8 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"  # a policy name of layers.remat: none, full, ...
     scan_layers: bool = True  # one compiled layer for all; False: each apart, which saves copies (few layers on a CPU)
-    delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU kernel)
-    chunk_size: int = 64  # pallas: best 128 on a TPU
+    delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU, NVIDIA GPU)
+    chunk_size: int = 64  # pallas: best 128 on a TPU, at most 64 on a GPU
     attention: str = "xla"  # xla or splash (TPU)
     moe: str = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
 

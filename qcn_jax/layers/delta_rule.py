@@ -51,7 +51,7 @@ def gated_delta_rule(
       segment_ids: [B, T] or None; the state is zeroed at every change of id. `state` belongs to the
         document of the first token.
       form: "chunked" (C tokens at a time), "recurrent" (one at a time: least work for single tokens) or "pallas"
-        (chunked, as TPU kernels whose products take operands of v's dtype).
+        (chunked, as TPU or NVIDIA GPU kernels whose products take operands of v's dtype).
       chunk_size: C.
 
     Returns:

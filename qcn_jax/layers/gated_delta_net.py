@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
@@ -21,6 +22,13 @@ from qcn_jax.layers.sharded import sharded_delta_rule, with_halo
 from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
+
+
+def _on_gpu(parallel: Parallel | None) -> bool:
+    """Whether the program is for GPUs, for which there are kernels of the delta rule but none of the whole mixer."""
+    if parallel is not None and isinstance(parallel.mesh, Mesh):
+        return parallel.mesh.devices.flat[0].platform == "gpu"
+    return jax.default_backend() == "gpu"
 
 
 def _conv_width(cfg: ModelConfig) -> int:
@@ -157,7 +165,7 @@ class GatedDeltaNet(nn.Module):
         norm = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")
         out = project(cfg.hidden_size, ("heads", "embed"), "out_proj")
         split = parallel is not None and parallel.size("activation_length") > 1
-        if cfg.delta_rule == "pallas" and cache is None and length > 1 and not split:
+        if cfg.delta_rule == "pallas" and cache is None and length > 1 and not split and not _on_gpu(parallel):
             qkvz = product(x, weight, axes, parallel)
             return out(_by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
 

@@ -4,7 +4,7 @@ The grid runs over sequences, groups of key heads and, in order, chunks; the sta
 gradient) stays in VMEM from chunk to chunk. Queries, keys and values are read as [T, heads * width] with heads side by
 side in the lanes, so that a block is a plain slice. For the backward pass the forward pass writes each chunk's
 incoming state and triangular inverse in the dtype of the operands: reading them back costs a fraction of computing
-them again. On anything but a TPU the kernels run in Pallas' interpreter: exact and slow.
+them again. NVIDIA GPUs run delta_rule_gpu.py instead; elsewhere the kernels run in Pallas' interpreter: exact and slow.
 
 Axes: B batch, T tokens, H key heads, R value heads per key head, N chunks, C chunk, dk/dv widths.
 """
@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qcn_jax.layers.kernels import chunk as chunk_math
+from qcn_jax.layers.kernels import delta_rule_gpu
 
 Array = jax.Array
 _GRID = 64.0  # see layers.delta_rule
@@ -31,7 +32,7 @@ def delta_rule(
     """The rule by kernels; arguments and results as of layers.delta_rule.gated_delta_rule.
 
     Products take bfloat16 operands where v is bfloat16, else float32 at full precision; o is rounded to v's dtype.
-    chunk_size must be a power of two, at least 16 (on a TPU best 128).
+    chunk_size must be a power of two, at least 16 (on a TPU best 128, on a GPU at most 64).
     """
     batch, length, heads, key_dim = q.shape
     repeats, value_dim = v.shape[3:]
@@ -91,27 +92,31 @@ def _positions(batch: int, length: int, segment_ids: Array | None, limit: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _rule(q: Array, k: Array, v: Array, rows: Array, state: Array, repeats: int) -> tuple[Array, Array]:
     """q, k [B, T, H * dk]; v [B, T, H * R * dv]; rows [B, H, N, *, C]; state [B, H, dk, R * dv] -> (o, final)."""
-    return on_platform(_forward_call, repeats, False)(q, k, v, rows, state)
+    return on_platform(_forward_call, repeats, False, cuda=delta_rule_gpu.forward)(q, k, v, rows, state)
 
 
 def _rule_forward(
     q: Array, k: Array, v: Array, rows: Array, state: Array, repeats: int
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    o, final, states, inverses = on_platform(_forward_call, repeats, True)(q, k, v, rows, state)
+    run = on_platform(_forward_call, repeats, True, cuda=delta_rule_gpu.forward)
+    o, final, states, inverses = run(q, k, v, rows, state)
     return (o, final), (q, k, v, rows, states, inverses)
 
 
 def _rule_backward(repeats: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
-    return tuple(on_platform(_backward_call, repeats)(*residuals, *cotangents))
+    return tuple(on_platform(_backward_call, repeats, cuda=delta_rule_gpu.backward)(*residuals, *cotangents))
 
 
 _rule.defvjp(_rule_forward, _rule_backward)
 
 
-def on_platform(call, *static):
-    """`call` compiled for a TPU, interpreted elsewhere."""
+def on_platform(call, *static, cuda=None):
+    """`call` compiled for a TPU, `cuda` of the same arguments for an NVIDIA GPU, `call` interpreted elsewhere."""
+    platforms = {"tpu": functools.partial(call, *static, False)}
+    if cuda is not None:
+        platforms["cuda"] = functools.partial(cuda, *static, False)
     return lambda *arrays: jax.lax.platform_dependent(
-        *arrays, tpu=functools.partial(call, *static, False), default=functools.partial(call, *static, True))
+        *arrays, **platforms, default=functools.partial(call, *static, True))
 
 
 def group_size(heads: int, limit: int) -> int:
