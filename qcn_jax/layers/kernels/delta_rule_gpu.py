@@ -26,7 +26,14 @@ from jax.experimental.pallas import triton as plgpu
 from qcn_jax.layers.kernels.chunk import BASE, NT, TN, Products
 
 Array = jax.Array
-_VALUES = 32  # values of a head that one program of a loop keeps: as many programs as an H100 has multiprocessors
+# Values of a head that one program of a loop keeps: at the 80B model's heads as many programs as an H100 has
+# multiprocessors.
+_VALUES = 32
+_PART = 64  # keys' widths that `finish` takes at a time: all of them would not fit the registers
+
+
+def _part(width: int, limit: int) -> int:
+    return limit if width % limit == 0 else width
 
 
 class _Call:
@@ -36,17 +43,18 @@ class _Call:
         self.batch, self.heads, self.chunks, self.gates, self.size = rows.shape
         self.repeats, self.interpret, self.length = repeats, interpret, q.shape[1]
         self.key_dim, self.value_dim = q.shape[2] // self.heads, v.shape[2] // self.heads // repeats
-        self.values = min(_VALUES, self.value_dim)
+        self.values = _part(self.value_dim, _VALUES)
         self.dtype = q.dtype
 
     def per_chunk(self, kernel, name: str, warps: int, ins: list, outs: list, arrays: list):
-        """One program per chunk and value head."""
+        """One program for each chunk and value head."""
         grid = (self.batch, self.chunks, self.heads * self.repeats)
         return self._call(kernel, name, grid, warps, 2, ins, outs, arrays)
 
-    def loop(self, kernel, name: str, ins: list, outs: list, arrays: list):
+    def loop(self, kernel, name: str, stages: int, ins: list, outs: list, arrays: list):
+        """One program for each value head and slice of its values; reads `stages` - 1 chunks ahead."""
         grid = (self.batch, self.heads * self.repeats, self.value_dim // self.values)
-        return self._call(kernel, name, grid, 4, 3, ins, outs, arrays)
+        return self._call(kernel, name, grid, 4, stages, ins, outs, arrays)
 
     def _call(self, kernel, name, grid, warps, stages, ins, outs, arrays):
         dot = Products(self.dtype, self.interpret)
@@ -152,7 +160,7 @@ def _precise(a: Array, b: Array, dot: Products) -> Array:
     return dot(a, b) + (dot(a, b - upper(b)) + dot(a - upper(a), b))
 
 
-def _unit_lower_inverse(a: Array, dot: Products) -> Array:
+def unit_lower_inverse(a: Array, dot: Products) -> Array:
     """(I + a)^-1 float32 of a strictly lower matrix a [C, C], as chunk.unit_lower_inverses computes it."""
     size = a.shape[0]
     row, column = _square_iota(size)
@@ -178,7 +186,10 @@ def forward(
     repeats: int, save: bool, interpret: bool, q: Array, k: Array, v: Array, rows: Array, state: Array
 ) -> tuple[Array, ...]:
     """As delta_rule._forward_call: q, k [B, T, H * dk], v [B, T, H * R * dv], rows [B, H, N, *, C], state
-    [B, H, dk, R * dv] -> o, final state and with `save` states [B, H, N, dk, R * dv] and inverses [B, H, N, R, C, C]."""
+    [B, H, dk, R * dv] -> o, final state and with `save` states [B, H, N, dk, R * dv], inverses [B, H, N, R, C, C].
+
+    C, dk and dv must be powers of two, at least 16; C at most 64, or a program would not find room.
+    """
     c = _Call(q, v, rows, repeats, interpret)
     keys, values = c.tokens(c.key_dim, repeats), c.tokens(c.value_dim)
     by_chunk = (c.batch, c.heads, c.chunks)
@@ -189,7 +200,8 @@ def forward(
         [(c.inverse(), inverse_shape), (values, c.shape_of_tokens(c.value_dim)),
          (c.tokens(c.key_dim), c.shape_of_tokens(c.key_dim))], [k, v, rows])
     states, written, final = c.loop(
-        _scan, "scan", [c.all_tokens(c.key_dim, repeats), c.all_tokens(c.key_dim), c.all_values(), c.all_gates(), c.state()],
+        _scan, "scan", 4,
+        [c.all_tokens(c.key_dim, repeats), c.all_tokens(c.key_dim), c.all_values(), c.all_gates(), c.state()],
         [(c.all_states(), states_shape), (c.all_values(), c.shape_of_tokens(c.value_dim)),
          (c.state(), jax.ShapeDtypeStruct(state.shape, jnp.float32))], [k, known, wanted, rows, state])
     [o] = c.per_chunk(
@@ -216,13 +228,13 @@ def backward(
         [q, k, v, rows, states, inverses, d_out])
     all_keys = c.all_tokens(c.key_dim, repeats)
     d_states, d_written, d_first = c.loop(
-        _rescan, "rescan",
+        _rescan, "rescan", 3,
         [all_keys, all_keys, c.all_tokens(c.key_dim), c.all_values(), c.all_values(), c.all_gates(), c.state()],
         [(c.all_states(), jax.ShapeDtypeStruct(states.shape, c.dtype)), (c.all_values(), of_values[1]),
          (c.state(), jax.ShapeDtypeStruct(d_final.shape, jnp.float32))],
         [q, k, known, d_out, d_written, rows, d_final])
     dk, dv, d_fine, d_beta = c.per_chunk(
-        _finish, "finish", 8,
+        _finish, "finish", 4,
         [keys, keys, values, c.gate(repeats), square, c.inverse(), values, c.inverse(), of_gates[0], values, square],
         [of_keys, of_values, of_gates, of_gates],
         [q, k, v, rows, states, inverses, written, d_pair, d_decay, d_written, d_states])
@@ -242,7 +254,7 @@ def _value_head(repeats: int) -> Array:
 def _prepare(k_ref, v_ref, rows_ref, inverse_ref, wanted_ref, known_ref, *, repeats: int, dot: Products):
     gates = _Gates(lambda i: rows_ref[i, :], repeats, _value_head(repeats))
     k = k_ref[...]
-    inverse = _unit_lower_inverse(_strictly_lower(gates.beta[:, None] * dot(k, k, NT) * gates.pair()), dot)
+    inverse = unit_lower_inverse(_strictly_lower(gates.beta[:, None] * dot(k, k, NT) * gates.pair()), dot)
     inverse_ref[...] = inverse.astype(inverse_ref.dtype)
     wanted_ref[...] = dot(inverse * gates.beta[None, :], v_ref[...]).astype(wanted_ref.dtype)
     known_ref[...] = dot(inverse * (gates.beta * gates.from_state)[None, :], k).astype(known_ref.dtype)
@@ -326,17 +338,27 @@ def _finish(
     dv_ref[...] = (beta[:, None] * d_wanted).astype(dv_ref.dtype)
     d_beta = _sums(d_wanted * v_ref[...])
     d_a = -_strictly_lower(dot(d_wanted, written, NT)) * gates.pair()
-    seen = dot(gates.from_state[:, None] * d_wanted, state_ref[...], NT)
-    k_seen = _sums(k * seen)
     pairs = d_a * dot(k, k, NT)
-    d_beta_ref[...] = d_beta + _sums(pairs) - k_seen
+    d_beta += _sums(pairs)
     pairs = beta[:, None] * pairs
-    decay = d_decay_ref[...] + _sums(pairs) - jnp.sum(pairs, axis=0) - beta * k_seen
+    decay = d_decay_ref[...] + _sums(pairs) - jnp.sum(pairs, axis=0)
     d_a = beta[:, None] * d_a
-    dk = dot(d_a, k) + dot(d_a, k, TN) + dot(d_pair_ref[...], q_ref[...], TN) - beta[:, None] * seen
 
-    stored = dot(gates.to_state[:, None] * written, d_state_ref[...], NT)
-    k_stored = _sums(k * stored)
-    d_carry = gates.carry * jnp.sum(state_ref[...].astype(jnp.float32) * d_state_ref[...]) + jnp.sum(k_stored)
-    d_fine_ref[...] = decay + jnp.where(gates.last, d_carry, 0.0) - k_stored
-    dk_ref[...] = (dk + stored).astype(dk_ref.dtype)
+    step = _part(k.shape[1], _PART)
+
+    def keys(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        k_seen, k_stored, d_carry = totals
+        part = pl.ds(i * step, step)
+        k, state, d_state = k_ref[:, part], state_ref[part, :], d_state_ref[part, :]
+        seen = dot(gates.from_state[:, None] * d_wanted, state, NT)
+        stored = dot(gates.to_state[:, None] * written, d_state, NT)
+        dk = stored - beta[:, None] * seen + dot(d_a, k) + dot(d_a, k, TN) + dot(d_pair_ref[...], q_ref[:, part], TN)
+        dk_ref[:, part] = dk.astype(dk_ref.dtype)
+        d_carry += jnp.sum(state.astype(jnp.float32) * d_state, axis=0)
+        return k_seen + _sums(k * seen), k_stored + _sums(k * stored), d_carry
+
+    totals = jnp.zeros_like(beta), jnp.zeros_like(beta), jnp.zeros(d_wanted.shape[1], jnp.float32)
+    k_seen, k_stored, d_carry = jax.lax.fori_loop(0, k.shape[1] // step, keys, totals)
+    d_beta_ref[...] = d_beta - k_seen
+    d_carry = gates.carry * jnp.sum(d_carry) + jnp.sum(k_stored)
+    d_fine_ref[...] = decay - beta * k_seen - k_stored + jnp.where(gates.last, d_carry, 0.0)

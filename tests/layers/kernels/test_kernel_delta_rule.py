@@ -1,5 +1,9 @@
-"""The gated delta rule's Pallas kernels, in Pallas' interpreter, against the float64 recurrence and the XLA form."""
+"""The gated delta rule's Pallas kernels, in Pallas' interpreter, against the float64 recurrence and the XLA form.
 
+Form "pallas" is what a TPU runs, "gpu" what an NVIDIA GPU runs: the interpreter is given the latter's kernels instead.
+"""
+
+import contextlib
 import functools
 import importlib.util
 import pathlib
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 
 from qcn_jax.layers.delta_rule import gated_delta_rule
+from qcn_jax.layers.kernels import delta_rule, delta_rule_gpu
 from qcn_jax.layers.kernels.chunk import Products, unit_lower_inverses
 
 _path = pathlib.Path(__file__).parent.parent / "test_delta_rule.py"
@@ -18,6 +23,7 @@ cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
 
 B, T, H, R, DK, DV = cases.B, cases.T, cases.H, cases.R, cases.DK, cases.DV
+FORMS = ("pallas", "gpu")
 CHUNK = 32  # T = 75: two whole chunks and a part; a chunk of two substituted blocks and a merge
 KINDS = ("random", "strong decay", "zero vectors", "repeated keys", "correlated keys")
 NAMES = ("q", "k", "v", "g", "beta", "state")
@@ -33,9 +39,28 @@ STATE = np.random.default_rng(1).standard_normal((B, H, R, DK, DV)).astype(np.fl
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+@contextlib.contextmanager
+def kernels_of(form):
+    """While a program of `form` is traced."""
+    if form != "gpu":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delta_rule, "_forward_call", delta_rule_gpu.forward)
+        patch.setattr(delta_rule, "_backward_call", delta_rule_gpu.backward)
+        yield
+
+
 @functools.cache
 def rule(form, chunk=CHUNK):
-    return jax.jit(functools.partial(gated_delta_rule, form=form, chunk_size=chunk), compiler_options=QUICK)
+    run = jax.jit(functools.partial(gated_delta_rule, form=form.replace("gpu", "pallas"), chunk_size=chunk),
+                  compiler_options=QUICK)
+
+    def call(*arrays):
+        with kernels_of(form):
+            return run(*arrays)
+
+    return call
 
 
 @functools.cache
@@ -44,13 +69,14 @@ def with_gradients(form, dtype=jnp.float32):
 
     def loss(q, k, v, g, beta, state, segments):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
-        out, final = gated_delta_rule(q, k, v, g, beta, state, segments, form, CHUNK)
+        out, final = gated_delta_rule(q, k, v, g, beta, state, segments, form.replace("gpu", "pallas"), CHUNK)
         return jnp.sum(out * WEIGHT) + jnp.sum(final**2), (out, final)
 
     run = jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True), compiler_options=QUICK)
 
     def call(*arrays):
-        (_, outputs), gradients = run(*arrays)
+        with kernels_of(form):
+            (_, outputs), gradients = run(*arrays)
         return outputs, gradients
 
     return call
@@ -63,9 +89,10 @@ def largest_error(got, expected):
 
 @pytest.mark.parametrize("documents", SEGMENTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_close_to_float64_as_the_xla_form(kind, documents):
+@pytest.mark.parametrize("form", FORMS)
+def test_as_close_to_float64_as_the_xla_form(form, kind, documents):
     data = (*cases.inputs(kind, 4), STATE, SEGMENTS[documents])
-    outputs, gradients = with_gradients("pallas")(*data)
+    outputs, gradients = with_gradients(form)(*data)
     others, expected_gradients = with_gradients("recurrent")(*data)
     assert [x.dtype for x in outputs] == [x.dtype for x in others]
     xla = rule("chunked")(*data)
@@ -79,15 +106,18 @@ def test_as_close_to_float64_as_the_xla_form(kind, documents):
 
 
 @pytest.mark.parametrize("kind", ["random", "correlated keys", "repeated keys"])
-def test_bfloat16_loses_what_rounding_the_operands_of_products_loses(kind):
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_loses_what_rounding_the_operands_of_products_loses(form, kind):
     q, k, v, g, beta = cases.inputs(kind, 7)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (q, k, v)]
     data = (*rounded, g, beta, STATE, SEGMENTS["packed"])
-    outputs, gradients = with_gradients("pallas", jnp.bfloat16)(*data)
+    outputs, gradients = with_gradients(form, jnp.bfloat16)(*data)
     _, expected_gradients = with_gradients("recurrent")(*data)
+    # A few roundings to 8 bits; the GPU's loop subtracts two products that are rounded already.
+    limit = {"pallas": 2**-6, "gpu": 2**-5.5}[form]
     for got, expected in zip(outputs, cases.reference(*data)):
         assert np.isfinite(got).all()
-        assert np.linalg.norm(got - expected) < 2**-6 * np.linalg.norm(expected)  # a few roundings to 8 bits
+        assert np.linalg.norm(got - expected) < limit * np.linalg.norm(expected)
     for name, a, b in zip(NAMES, gradients, expected_gradients):
         assert np.isfinite(a).all(), name
         if kind == "repeated keys" and name == "g":
@@ -96,10 +126,12 @@ def test_bfloat16_loses_what_rounding_the_operands_of_products_loses(kind):
 
 
 @pytest.mark.parametrize("dtype, limit", [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-5)])
-def test_triangular_inverse_of_whole_registers(dtype, limit):
-    """At the TPU's chunk of 128; for bfloat16 the error stays far below the 4e-3 of rounding the result."""
-    size = 128
-    inverse = functools.partial(unit_lower_inverses, dot=Products(jnp.dtype(dtype), True))
+@pytest.mark.parametrize("form, size", [("pallas", 128), ("gpu", 64)])
+def test_triangular_inverse_of_the_best_chunk(form, size, dtype, limit):
+    """For bfloat16 the error stays far below the 4e-3 of rounding the result."""
+    dot = Products(jnp.dtype(dtype), True)
+    inverse = {"pallas": lambda xs: unit_lower_inverses(xs, dot),
+               "gpu": lambda xs: [delta_rule_gpu.unit_lower_inverse(x, dot) for x in xs]}[form]
     inverse = jax.jit(inverse, compiler_options=QUICK)
     keys = np.random.default_rng(0).standard_normal((3, size, 64))
     keys[1] = keys[1, :1] + 0.1 * keys[1]  # correlated
@@ -111,22 +143,40 @@ def test_triangular_inverse_of_whole_registers(dtype, limit):
         assert largest_error(x, np.linalg.inv(np.eye(size) + a)) < limit
 
 
-def test_inert_padding_and_another_chunk():
+@pytest.mark.parametrize("form", FORMS)
+def test_inert_padding_and_another_chunk(form):
     data = cases.inputs("correlated keys", 8)
     real = np.arange(T)[None, :, None, None] < np.array([30, 61])[:, None, None, None]
-    out, final = rule("pallas", 16)(*data[:3], np.where(real, data[3], 0), np.where(real, data[4], 0), STATE)
+    out, final = rule(form, 16)(*data[:3], np.where(real, data[3], 0), np.where(real, data[4], 0), STATE)
     for row, length in enumerate((30, 61)):
         expected, last = cases.reference(*(x[row : row + 1, :length] for x in data), STATE[row : row + 1])
         assert largest_error(out[row, :length], expected[0]) < 3e-6
         assert largest_error(final[row], last[0]) < 1e-5
 
 
-def test_a_sequence_in_pieces_equals_one_pass():
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sequence_in_pieces_equals_one_pass(form):
     data = cases.inputs("random", 9)
     expected, expected_final = cases.reference(*data)
     state, outs = np.zeros_like(STATE), []
     for start, stop in ((0, 37), (37, 74), (74, T)):  # two of one compiled length; a single token
-        out, state = rule("pallas", 16)(*cases.cut(data, start, stop), state)
+        out, state = rule(form, 16)(*cases.cut(data, start, stop), state)
         outs.append(out)
     assert largest_error(np.concatenate(outs, axis=1), expected) < 3e-6
     assert largest_error(state, expected_final) < 1e-5
+
+
+def test_the_gpu_kernels_are_lowered_for_cuda():
+    """At the 80B model's head sizes, without a GPU: Pallas' Triton back end knows every operation in them."""
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    gates = array(1, 256, 2, 2, dtype=jnp.float32)
+    arrays = (*[array(1, 256, 2, 128)] * 2, array(1, 256, 2, 2, 128), gates, gates)
+    loss = lambda *arrays: jnp.sum(gated_delta_rule(*arrays, form="pallas", chunk_size=64)[0])
+    try:
+        lowered = jax.jit(jax.grad(loss, argnums=range(5))).trace(*arrays).lower(lowering_platforms=("cuda",))
+    except RuntimeError as error:
+        if "No supported GPU" not in str(error):
+            raise
+        pytest.skip("this JAX lowers Triton kernels only where it sees a GPU")
+    for name in ("prepare", "scan", "outputs", "revisit", "rescan", "finish"):
+        assert f"gated_delta_rule_{name}" in lowered.as_text()
