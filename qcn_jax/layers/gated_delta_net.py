@@ -153,11 +153,10 @@ class GatedDeltaNet(nn.Module):
         batch, length, _ = x.shape
         values = repeats * value_dim
         parallel = context.whole_parallel
-        project = functools.partial(dense, cfg, parallel=parallel)
-        axes = ("embed", "heads")
+        project, axes = functools.partial(dense, cfg, parallel=parallel), ("embed", "heads")
         weight = Kernel(cfg, heads * (_conv_width(cfg) + values), axes, name="in_proj_qkvz")(x.shape[-1])
         weight = weight.astype(x.dtype)
-        ba = project(heads * 2 * repeats, ("embed", "heads"), "in_proj_ba")(x)
+        ba = project(heads * 2 * repeats, axes, "in_proj_ba")(x)
         ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
         beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
 
@@ -170,26 +169,7 @@ class GatedDeltaNet(nn.Module):
             return out(_by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
 
         window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
-        parts = functools.partial(jnp.split, indices_or_sections=[key_dim, 2 * key_dim, _conv_width(cfg)], axis=-1)
-        if cache is None and parallel is None:
-            # Parts of the weights are cheaper to take, and their gradients to join, than those of all tokens.
-            by_head = weight.reshape(x.shape[-1], heads, -1)
-            q, k, v, z = (
-                product(x, part.reshape(len(part), -1), axes, None).reshape(batch, length, heads, -1)
-                for part in parts(by_head)
-            )
-            q, k, v = (
-                jax.nn.silu(causal_conv(part, taps, None, context.segment_ids))
-                for part, taps in zip((q, k, v), parts(kernel))
-            )
-        else:
-            qkvz = product(x, weight, axes, parallel).reshape(batch, length, heads, -1)
-            qkv, z = qkvz[..., : _conv_width(cfg)], qkvz[..., _conv_width(cfg) :]
-            if split:
-                mixed = sharded_conv(qkv, kernel, context.segment_ids, parallel)
-            else:
-                mixed = causal_conv(qkv, kernel, window, context.segment_ids)
-            q, k, v, _ = parts(jax.nn.silu(mixed))
+        qkv, q, k, v, z = self._mixed(x, weight, kernel, window, context)
         v = v.reshape(batch, length, heads, repeats, value_dim)
         q, k = l2_norm(q) * key_dim**-0.5, l2_norm(k)
         if parallel is None:
@@ -206,6 +186,31 @@ class GatedDeltaNet(nn.Module):
         z = z.reshape(batch, length, heads, repeats, value_dim)
         o = norm(o.astype(x.dtype), z)
         return out(o.reshape(batch, length, heads * values)), cache
+
+    def _mixed(
+        self, x: Array, weight: Array, taps: Array, window: Array | None, context: TokenContext
+    ) -> tuple[Array | None, Array, Array, Array, Array]:
+        """[B, T, H, *]: what enters the convolution (None where nobody needs it), q, k and v behind it, and z."""
+        cfg, parallel, axes = self.config, context.whole_parallel, ("embed", "heads")
+        heads, key_dim, width = cfg.linear_num_key_heads, cfg.linear_key_head_dim, _conv_width(cfg)
+        parts = functools.partial(jnp.split, indices_or_sections=[key_dim, 2 * key_dim, width], axis=-1)
+        by_head = lambda x: x.reshape(*x.shape[:-1], heads, -1)
+        if window is None and parallel is None:
+            # Parts of the weights are cheaper to take, and their gradients to join, than those of all tokens.
+            q, k, v, z = (
+                by_head(product(x, part.reshape(len(part), -1), axes, None)) for part in parts(by_head(weight)))
+            q, k, v = (
+                jax.nn.silu(causal_conv(part, tap, None, context.segment_ids))
+                for part, tap in zip((q, k, v), parts(taps)))
+            return None, q, k, v, z
+        qkvz = by_head(product(x, weight, axes, parallel))
+        qkv, z = qkvz[..., :width], qkvz[..., width:]
+        if parallel is not None and parallel.size("activation_length") > 1:
+            mixed = sharded_conv(qkv, taps, context.segment_ids, parallel)
+        else:
+            mixed = causal_conv(qkv, taps, window, context.segment_ids)
+        q, k, v, _ = parts(jax.nn.silu(mixed))
+        return qkv, q, k, v, z
 
     def _gates(self, b: Array, a: Array, valid: Array | None) -> tuple[Array, Array]:
         """beta and g [B, T, H, R] float32, both zero at padding, which makes it inert."""

@@ -38,7 +38,7 @@ def _run(x: Array, weights: Array, layout: Layout, kernels: ExpertWeights) -> Ar
 
 def _tokens(layout: Layout) -> Array:
     """[M, R] int32: the token of each row, N for empty rows."""
-    return (layout.source // layout.row.shape[1]).reshape(layout.block_expert.shape[0], -1)
+    return layout.token.reshape(layout.block_expert.shape[0], -1)
 
 
 def _over_blocks(block: Callable[[Array, Any], Any], used: Array, arrays: Any) -> Any:

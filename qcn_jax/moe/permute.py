@@ -28,6 +28,11 @@ class Layout:
     block_expert: Array
     used: Array
 
+    @property
+    def token(self) -> Array:
+        """[P] int32, token of each row, N for empty rows."""
+        return self.source // self.row.shape[1]
+
 
 def sorted_layout(experts: Array, num_experts: int, block: int) -> Layout:
     """Layout of `experts` [N, k] in blocks of `block` rows, as few as hold any routing."""
@@ -56,7 +61,7 @@ def rows_or_zero(x: Array, index: Array) -> Array:
 @jax.custom_vjp
 def scatter_tokens(x: Array, layout: Layout) -> Array:
     """x [N, D] -> [P, D] in sorted rows, empty rows zero."""
-    return rows_or_zero(x, layout.source // layout.row.shape[1])
+    return rows_or_zero(x, layout.token)
 
 
 def _scatter_forward(x: Array, layout: Layout) -> tuple[Array, Layout]:
