@@ -21,6 +21,8 @@ from maxtext.trainers.pre_train import train_compile
 
 def main() -> None:
     """Compiles through MaxText's own entry, with its last step replaced by one that keeps what it made."""
+    # Operations carry the functions that made them as far as the modules, by which their parts are told.
+    jax.config.update("jax_traceback_in_locations_limit", 60)
     found = {}
 
     def compile_and_keep(func, args, kwargs, mesh, in_shardings, out_shardings, static, donated, config, rules):

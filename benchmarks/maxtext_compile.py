@@ -43,6 +43,11 @@ THEIRS = {
     "MaxText, expert 16 x fsdp 4, dropless": EXPERTS,
     "MaxText, fsdp 64": (),
 }
+# Parts of its step by the functions that made an operation; the first that matches counts.
+PARTS = {
+    "delta rule": r"@.*gated_delta_rule", "delta net": r"@.*GatedDeltaNet", "moe": r"@.*(MoE|Moe|moe|megablox|ragged)",
+    "attention": r"@.*(Attention|attention)",
+}
 _OPTIMIZER = "midtrain.train.optimizer"
 _LOW = (f"{_OPTIMIZER}.master_copy=false", f"{_OPTIMIZER}.mu_dtype=bfloat16", f"{_OPTIMIZER}.nu_dtype=bfloat16")
 OURS = {
@@ -65,14 +70,32 @@ def theirs(settings: tuple[str, ...]) -> dict[str, Any]:
             ending = (child.stderr.strip().splitlines() or ["no message"])[-1]
             return {"error": (message.group(0) if message else ending)[:300]}
         found = files.read_json(f"{out}.json")
-        summary = hlo.summarize(pathlib.Path(f"{out}.hlo").read_text(encoding="utf-8"))
+        summary = hlo.summarize(_with_functions(pathlib.Path(f"{out}.hlo").read_text(encoding="utf-8")))
     memory = found["memory"]
     return {
         "arguments": memory["argument"], "temporaries": memory["temp"], "mesh": found["mesh"],
-        # Its operations carry no names of modules.
-        "cycles_by_part": {"unnamed": sum(summary.cycles.values())}, "seconds": found["seconds"],
+        "cycles_by_part": hlo.cycles_by_part(summary, PARTS), "seconds": found["seconds"],
         "versions": found["versions"], **hlo.to_json(summary),
     }
+
+
+def _with_functions(text: str) -> str:
+    """HLO text whose operations' names end in " @f/g/h", the Python functions that made them, outermost first.
+
+    MaxText's modules give their operations no names; the text's own tables know the stack of each.
+    """
+    table = lambda name: dict(re.findall(r"^(\d+) (.*)$", text.split(f"\n{name}\n")[1].split("\n\n")[0], re.MULTILINE))
+    functions, locations = table("FunctionNames"), table("FileLocations")
+    frames = {}
+    for number, frame in table("StackFrames").items():
+        location, parent = re.search(r"file_location_id=(\d+)", frame), re.search(r"parent_frame_id=(\d+)", frame)
+        function = re.search(r"function_name_id=(\d+)", locations[location.group(1)]).group(1)
+        # Parents are written one too high: a frame without one names itself.
+        above = frames.get(str(int(parent.group(1)) - 1), "") if parent else ""
+        frames[number] = f"{above}/{functions[function].strip(chr(34))}"
+    return re.sub(
+        r'op_name="([^"]*)"((?: [\w]+=\S+)*? stack_frame_id=(\d+))',
+        lambda found: f'op_name="{found.group(1)} @{frames[found.group(3)]}"{found.group(2)}', text)
 
 
 def ours(overrides: tuple[str, ...]) -> dict[str, Any]:
