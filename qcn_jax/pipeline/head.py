@@ -134,7 +134,9 @@ def _backward(
         zeros = tuple(jnp.zeros(kernel.shape, jnp.float32) for kernel in whole)
         sums, d_arrays = jax.lax.scan(body, zeros, parts)
         d_arrays = _unflatten([_flatten(leaf)[:total] for leaf in d_arrays], batch, length)
-        return tuple(layout.scattered(s.astype(k.dtype)) for s, k in zip(sums, kernels)), d_arrays
+        d_kernels = tuple(layout.scattered(s.astype(k.dtype)) for s, k in zip(sums, kernels))
+        # Nothing before the head goes backward until the whole gradients are gone: they are the largest arrays there are.
+        return jax.lax.optimization_barrier((d_kernels, d_arrays))
 
     specs = (layout.kernel, layout.tokens, layout.tokens)
     d_kernels, d_arrays = layout.run(local, specs, (layout.kernel, layout.tokens), kernels, arrays, cotangent)
@@ -179,16 +181,18 @@ class _Layout:
             return local(*arguments)
         return self._parallel.per_device(local, in_specs, out_specs)(*arguments)
 
+    # One mesh axis at a time, as `Parallel.gathered` and for its reason.
+
     def gathered(self, kernels: tuple[Array, ...]) -> tuple[Array, ...]:
         """Whole kernels from every device's part."""
         for dimension, axes in enumerate(self._dimensions):
-            if axes:
-                kernels = tuple(jax.lax.all_gather(k, axes, axis=dimension, tiled=True) for k in kernels)
+            for axis in reversed(axes):  # the last axis holds neighbouring parts
+                kernels = tuple(jax.lax.all_gather(k, axis, axis=dimension, tiled=True) for k in kernels)
         return kernels
 
     def scattered(self, gradient: Array) -> Array:
         """The device's part of the sum of whole gradients over all devices."""
         for dimension, axes in enumerate(self._dimensions):
-            if axes:
-                gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
+            for axis in axes:
+                gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True)
         return jax.lax.psum(gradient, self._others) if self._others else gradient
