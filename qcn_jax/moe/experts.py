@@ -3,6 +3,7 @@
 Axes: N tokens, k experts per token, E experts, D width, F expert width, P rows sorted by expert.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qcn_jax.errors import UserError
-from qcn_jax.moe.grouped import ExpertWeights, megablox_swiglu, ragged_swiglu
+from qcn_jax.moe.grouped import ExpertWeights, megablox_swiglu, of_real_rows, ragged_swiglu
 from qcn_jax.moe.looped import looped_swiglu
 from qcn_jax.moe.permute import gather_tokens, scatter_slots, scatter_tokens, sorted_layout
 
@@ -70,7 +71,7 @@ def sorted_experts(rows: Array, weights: Array, sizes: Array, kernels: ExpertWei
     """weights[r] * expert_of_row_r(rows[r]) for rows sorted by expert.
 
     Args:
-      rows: [R, D]; those beyond the sum of `sizes` must be zero and come out zero.
+      rows: [R, D]; those beyond the sum of `sizes` hold anything, and so do their results and gradients.
       weights: [R] routing weights.
       sizes: [E] int32, rows of each expert.
       kernels: expert weights in rows' dtype.
@@ -99,6 +100,10 @@ def _on_platform(backend: str, function: Callable, *args: Any) -> Any:
 
 
 def _blocked_rows(rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights) -> Array:
+    return of_real_rows(functools.partial(_blocked_sorted, sizes=sizes, kernels=kernels), rows, weights, sizes)
+
+
+def _blocked_sorted(rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights) -> Array:
     expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
     expert = jnp.minimum(expert, sizes.shape[0] - 1).astype(jnp.int32)  # empty rows are zero in any expert
     return _blocked(rows, weights.astype(rows.dtype)[:, None], expert[:, None], kernels)

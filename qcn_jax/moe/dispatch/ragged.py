@@ -12,6 +12,7 @@ from qcn_jax.moe.dispatch.slots import buffer_rows, exclusive_cumsum, sort_slots
 
 Array = jax.Array
 Axes = tuple[str, ...]
+_PIECE = 1024  # elements of a TPU register
 
 
 def exchange_slices(
@@ -76,22 +77,25 @@ class Ragged:
 
     def send(self, x: Array) -> Array:
         """x [N, ...] of tokens -> [S, ...] of slots sorted by expert."""
-        return self._pad(x[self._sorted.order // self._choices])
+        return self._pad(self._in_pieces(x)[self._sorted.order // self._choices])
 
     def send_slots(self, w: Array) -> Array:
         """w [N, k] -> [S]."""
         return self._pad(w.reshape(-1)[self._sorted.order])
 
     def fetch(self, sent: Array, step: int | Array) -> Array:
-        """The [R, ...] rows of this device's experts in one round, sorted by expert, empty ones zero."""
+        """The [R, ...] rows of this device's experts in one round, sorted by expert; empty ones hold anything."""
         if not self._axes:
             return sent
-        out = jnp.zeros((self._rows, *sent.shape[1:]), sent.dtype)
+        shape = (self._rows, *sent.shape[1:])
+        out = jax.lax.platform_dependent(  # filling it costs a TPU as much as everything else here but the products
+            tpu=lambda: jax.lax.empty(shape, sent.dtype), default=lambda: jnp.zeros(shape, sent.dtype))
         length, here, there = self._window(step)
         me = jax.lax.axis_index(self._axes)
         flat = lambda x: x.reshape(-1)
-        return exchange_slices(
+        rows = exchange_slices(
             sent, out, flat(here[me]), flat(length[me]), flat(there[me]), flat(length[:, me]), self._axes)
+        return rows if rows.ndim == 1 else rows.reshape(self._rows, -1)
 
     def sizes(self, step: int | Array) -> Array:
         """[E / devices] int32: rows of each expert in one round."""
@@ -106,7 +110,7 @@ class Ragged:
     def store(self, stored: Array, rows: Array, step: int | Array) -> Array:
         """Sends one round's results back to where their slots came from."""
         if not self._axes:
-            return rows
+            return self._real(rows)
         length, here, there = self._window(step)
         me = jax.lax.axis_index(self._axes)
         flat = lambda x: x.reshape(-1)
@@ -121,13 +125,25 @@ class Ragged:
         """[S] -> [N, k]."""
         return stored[self._sorted.row].reshape(-1, self._choices)
 
+    def _in_pieces(self, x: Array) -> Array:
+        """x [*, D] as [*, D / 1024, 1024] where rows are exchanged: a TPU then keeps a row in one stretch of memory.
+
+        It exchanges no other layout, and would copy all slots into this one rather than the tokens they come from.
+        """
+        if not self._axes or x.ndim == 1 or x.shape[-1] % _PIECE:
+            return x
+        return x.reshape(*x.shape[:-1], -1, _PIECE)
+
     def _pad(self, x: Array) -> Array:
         if self._axes:
             return x
         # Without an exchange, slots of no expert must not reach the grouped product as rows of one.
+        return self._real(take(x, jnp.arange(self._rows)))
+
+    def _real(self, rows: Array) -> Array:
+        """Rows of this device's experts, others zero (without an exchange)."""
         real = jnp.arange(self._rows) < jnp.sum(self._sizes)
-        x = take(x, jnp.arange(self._rows))
-        return jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+        return jnp.where(real.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
     def _window(self, step: int | Array) -> tuple[Array, Array, Array]:
         """Of every slice [source, target, expert]: rows sent in this round, their place at source and at target."""
