@@ -42,6 +42,9 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
                         f"{', '.join(LENGTHS)}")
     topology, devices = PODS[pod]
     tokens, context = LENGTHS[length]
+    share = 8192  # tokens of a device, where a row is not longer than that on each of its devices
+    if pod.startswith("v5e") and 1 < context < 16:  # half of them on chips of 16 GiB
+        context, share = 2 * context, share // 2
     expert = min(EXPERT, devices // context)
     # The compiler has no ragged all-to-all for v5e ("not supported in limited ICI routing settings").
     dispatch = "gather" if pod.startswith("v5e") else "ragged"
@@ -52,7 +55,7 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
     train = lambda steps, rows, length, optimizer: TrainConfig(
         steps=steps, rows=rows, sequence_length=length, mtp_coef=0.0, checkpoint_every=250, keep=3, optimizer=optimizer)
     # Stages behind mid-training take rows of as many tokens as a device holds of mid-training's, or a whole row.
-    short = max(8192, tokens // context) * context
+    short = max(share, tokens // context) * context
     return to_config_dict(RunConfig(
         name="qwen3_coder_next",
         topology=topology,
