@@ -10,6 +10,7 @@ parameters take some 8 GB of memory and a few minutes. Nothing here is a time: w
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -117,12 +118,8 @@ def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     found: list[tuple[float, str]] = []
     if config.model.remat != "full":
         found.append((0.7 * temporaries, "--config.model.remat=full: most of the activations, at a forward pass more"))
-    if hasattr(settings, "accumulate") and settings.rows // settings.accumulate > 1:
-        found.append((temporaries / 2, f"--config.{group}.accumulate={2 * settings.accumulate}: about half of what is "
-                      "neither weights nor optimizer"))
-    elif settings.rows > 1:
-        found.append((temporaries / 2, f"--config.{group}.rows={settings.rows // 2}: about half of what is neither "
-                      "weights nor optimizer"))
+    if fewer := _fewer_tokens(group, settings, report["mesh"]):
+        found.append((temporaries / 2, f"{fewer}: about half of what is neither weights nor optimizer"))
     if not optimizer.offload:
         found.append((moments, f"--config.{group}.optimizer.offload=true: the optimizer's state moves to the host"))
     copies = 2 + optimizer.master_copy
@@ -134,6 +131,21 @@ def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     held = (weights + moments) / 2
     found.append((held, "twice the devices (--topology, --config.mesh.fsdp): half of weights and optimizer's state"))
     return [f"{text}, about {saved / _GIB:.1f} GiB less" for saved, text in sorted(found, reverse=True) if saved > 0]
+
+
+def _fewer_tokens(group: str, settings: Any, mesh: dict[str, int]) -> str | None:
+    """Flags that halve the tokens that pass through a device at a time; None where rows cannot be divided further."""
+    groups = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))  # of devices, which share out rows
+    slices = getattr(settings, "accumulate", 0)
+    if slices and settings.rows % (2 * slices * groups) == 0:
+        return f"--config.{group}.accumulate={2 * slices}"
+    if settings.rows % (2 * groups) == 0:
+        return f"--config.{group}.rows={settings.rows // 2}"
+    fsdp, context = mesh.get("fsdp", 1), mesh.get("context", 1)
+    if fsdp % 2 or settings.rows % 2:
+        return None
+    return (f"--config.mesh.context={2 * context} --config.mesh.fsdp={fsdp // 2} "
+            f"--config.{group}.rows={settings.rows // 2}")
 
 
 def render(report: dict[str, Any]) -> str:
