@@ -65,10 +65,13 @@ def child() -> None:
     import jax.numpy as jnp
 
     from qcn_jax.config import MeshConfig
-    from qcn_jax.moe.dispatch import dispatch_experts
+    from qcn_jax.moe.dispatch import dispatch_experts, ragged
     from qcn_jax.moe.grouped import ExpertWeights
     from qcn_jax.sharding.mesh import make_parallel
 
+    # As on a TPU, where buffers hold anything and rows are exchanged in pieces.
+    ragged.unfilled = lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
+    ragged.PIECE = WIDTH // 2
     x, weights, experts, kernels = inputs()
     cotangent = np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
     errors = lambda got, want: [

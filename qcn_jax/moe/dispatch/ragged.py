@@ -12,7 +12,16 @@ from qcn_jax.moe.dispatch.slots import buffer_rows, exclusive_cumsum, sort_slots
 
 Array = jax.Array
 Axes = tuple[str, ...]
-_PIECE = 1024  # elements of a TPU register
+PIECE = 1024  # elements of a TPU register
+
+
+def unfilled(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """A buffer to receive rows: on a TPU whatever lies in memory.
+
+    By the compiler's estimates, filling buffers took as long as all else between the products.
+    """
+    return jax.lax.platform_dependent(
+        tpu=lambda: jax.lax.empty(shape, dtype), default=lambda: jnp.zeros(shape, dtype))
 
 
 def exchange_slices(
@@ -87,9 +96,7 @@ class Ragged:
         """The [R, ...] rows of this device's experts in one round, sorted by expert; empty ones hold anything."""
         if not self._axes:
             return sent
-        shape = (self._rows, *sent.shape[1:])
-        out = jax.lax.platform_dependent(  # filling it costs a TPU as much as everything else here but the products
-            tpu=lambda: jax.lax.empty(shape, sent.dtype), default=lambda: jnp.zeros(shape, sent.dtype))
+        out = unfilled((self._rows, *sent.shape[1:]), sent.dtype)
         length, here, there = self._window(step)
         me = jax.lax.axis_index(self._axes)
         flat = lambda x: x.reshape(-1)
@@ -130,9 +137,9 @@ class Ragged:
 
         It exchanges no other layout, and would copy all slots into this one rather than the tokens they come from.
         """
-        if not self._axes or x.ndim == 1 or x.shape[-1] % _PIECE:
+        if not self._axes or x.ndim == 1 or x.shape[-1] % PIECE:
             return x
-        return x.reshape(*x.shape[:-1], -1, _PIECE)
+        return x.reshape(*x.shape[:-1], -1, PIECE)
 
     def _pad(self, x: Array) -> Array:
         if self._axes:
