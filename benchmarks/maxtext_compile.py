@@ -52,8 +52,8 @@ _OPTIMIZER = "midtrain.train.optimizer"
 _LOW = (f"{_OPTIMIZER}.master_copy=false", f"{_OPTIMIZER}.mu_dtype=bfloat16", f"{_OPTIMIZER}.nu_dtype=bfloat16")
 OURS = {
     "qcn_jax (its kernels), dropless": _LOW,
-    "qcn_jax, kernels in chunks of 128": (*_LOW, "model.chunk_size=128"),
-    "qcn_jax, XLA form of the delta rule": (*_LOW, "model.delta_rule=chunked"),
+    "qcn_jax, kernels in chunks of 64": (*_LOW, "model.chunk_size=64"),
+    "qcn_jax, XLA form of the delta rule": (*_LOW, "model.delta_rule=chunked", "model.chunk_size=64"),
 }
 
 

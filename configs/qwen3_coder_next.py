@@ -59,10 +59,8 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
     return to_config_dict(RunConfig(
         name="qwen3_coder_next",
         topology=topology,
-        # Rows that are split over devices take the compiler's delta rule, which carries the state between them.
         model=ModelConfig(
-            param_dtype="bfloat16", remat="full", attention="splash",
-            delta_rule="pallas" if context == 1 else "chunked"),
+            param_dtype="bfloat16", remat="full", attention="splash", delta_rule="pallas", chunk_size=128),
         mesh=mesh,
         midtrain=MidtrainConfig(train=train(10_000, rows, tokens, optimizer)),
         sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),
