@@ -126,7 +126,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {name} | {row['error'] if row else 'not compiled'} |" + " |" * 10)
             continue
         cycles = row["cycles_by_part"]
-        part = lambda *names: "unnamed" if "unnamed" in cycles else f"{sum(map(cycles.get, names)) / 1e9:.2f}"
+        part = lambda *names: f"{sum(map(cycles.get, names)) / 1e9:.2f}"
         lines.append(
             f"| {name} | {row['arguments'] / GIB:.1f} + {row['temporaries'] / GIB:.1f} | "
             f"{collectives(row)} | "

@@ -135,7 +135,7 @@ def _backward(
         sums, d_arrays = jax.lax.scan(body, zeros, parts)
         d_arrays = _unflatten([_flatten(leaf)[:total] for leaf in d_arrays], batch, length)
         d_kernels = tuple(layout.scattered(s.astype(k.dtype)) for s, k in zip(sums, kernels))
-        # Nothing before the head goes backward until the whole gradients are gone: they are the largest arrays there are.
+        # Nothing before the head goes backward until the whole gradients, the largest arrays there are, are gone.
         return jax.lax.optimization_barrier((d_kernels, d_arrays))
 
     specs = (layout.kernel, layout.tokens, layout.tokens)

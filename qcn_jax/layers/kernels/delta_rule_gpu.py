@@ -69,14 +69,15 @@ class _Call:
         """A chunk's [C, width] of [B, T, heads * width]; `per` value heads share one (R for keys and queries)."""
         return pl.BlockSpec((None, self.size, width), lambda b, n, h: (b, n, h // per))
 
-    def gate(self, per: int = 1):
+    def gate(self):
         """A chunk's [rows, C] of [B, H, N, rows, C]."""
-        return pl.BlockSpec((None, None, None, self.gates, self.size), lambda b, n, h: (b, h // per, n, 0, 0))
+        index = lambda b, n, h: (b, h // self.repeats, n, 0, 0)
+        return pl.BlockSpec((None, None, None, self.gates, self.size), index)
 
-    def square(self, rows: int, columns: int):
-        """A chunk's [rows, columns] of [B, H, N, rows, R * columns] (states)."""
+    def chunk_state(self):
+        """A chunk's [dk, dv] of [B, H, N, dk, R * dv]."""
         index = lambda b, n, h: (b, h // self.repeats, n, 0, h % self.repeats)
-        return pl.BlockSpec((None, None, None, rows, columns), index)
+        return pl.BlockSpec((None, None, None, self.key_dim, self.value_dim), index)
 
     def inverse(self):
         """A chunk's [C, C] of [B, H, N, R, C, C]."""
@@ -110,10 +111,10 @@ class _Call:
     def _slice(self, head, j):
         return (head % self.repeats) * (self.value_dim // self.values) + j
 
-    def shape_of_tokens(self, width: int, dtype=None):
+    def shape_of_tokens(self, width: int):
         """[B, T, Hv * width]."""
         shape = (self.batch, self.length, self.heads * self.repeats * width)
-        return jax.ShapeDtypeStruct(shape, dtype or self.dtype)
+        return jax.ShapeDtypeStruct(shape, self.dtype)
 
 
 def _square_iota(size: int) -> tuple[Array, Array]:
@@ -196,7 +197,7 @@ def forward(
     inverse_shape = jax.ShapeDtypeStruct((*by_chunk, repeats, c.size, c.size), c.dtype)
     states_shape = jax.ShapeDtypeStruct((*by_chunk, c.key_dim, repeats * c.value_dim), c.dtype)
     inverses, wanted, known = c.per_chunk(
-        _prepare, "prepare", 2, [keys, values, c.gate(repeats)],
+        _prepare, "prepare", 2, [keys, values, c.gate()],
         [(c.inverse(), inverse_shape), (values, c.shape_of_tokens(c.value_dim)),
          (c.tokens(c.key_dim), c.shape_of_tokens(c.key_dim))], [k, v, rows])
     states, written, final = c.loop(
@@ -205,7 +206,7 @@ def forward(
         [(c.all_states(), states_shape), (c.all_values(), c.shape_of_tokens(c.value_dim)),
          (c.state(), jax.ShapeDtypeStruct(state.shape, jnp.float32))], [k, known, wanted, rows, state])
     [o] = c.per_chunk(
-        _outputs, "outputs", 4, [keys, keys, values, c.gate(repeats), c.square(c.key_dim, c.value_dim)],
+        _outputs, "outputs", 4, [keys, keys, values, c.gate(), c.chunk_state()],
         [(values, c.shape_of_tokens(c.value_dim))], [q, k, written, rows, states])
     return (o, final, states, inverses) if save else (o, final)
 
@@ -217,13 +218,13 @@ def backward(
     """As delta_rule._backward_call: gradients of q, k, v, rows and state."""
     c = _Call(q, v, rows, repeats, interpret)
     d_out = d_out.astype(v.dtype)
-    keys, values, square = c.tokens(c.key_dim, repeats), c.tokens(c.value_dim), c.square(c.key_dim, c.value_dim)
+    keys, values, state = c.tokens(c.key_dim, repeats), c.tokens(c.value_dim), c.chunk_state()
     of_values, of_keys = (values, c.shape_of_tokens(c.value_dim)), (c.tokens(c.key_dim), c.shape_of_tokens(c.key_dim))
     of_gates = (
         pl.BlockSpec((None, None, None, None, c.size), lambda b, n, h: (b, h // repeats, n, h % repeats, 0)),
         jax.ShapeDtypeStruct((*rows.shape[:3], repeats, c.size), jnp.float32))
     written, known, d_written, dq, d_pair, d_decay = c.per_chunk(
-        _revisit, "revisit", 4, [keys, keys, values, c.gate(repeats), square, c.inverse(), values],
+        _revisit, "revisit", 4, [keys, keys, values, c.gate(), state, c.inverse(), values],
         [of_values, of_keys, of_values, of_keys, (c.inverse(), inverses), of_gates],
         [q, k, v, rows, states, inverses, d_out])
     all_keys = c.all_tokens(c.key_dim, repeats)
@@ -235,7 +236,7 @@ def backward(
         [q, k, known, d_out, d_written, rows, d_final])
     dk, dv, d_fine, d_beta = c.per_chunk(
         _finish, "finish", 4,
-        [keys, keys, values, c.gate(repeats), square, c.inverse(), values, c.inverse(), of_gates[0], values, square],
+        [keys, keys, values, c.gate(), state, c.inverse(), values, c.inverse(), of_gates[0], values, state],
         [of_keys, of_values, of_gates, of_gates],
         [q, k, v, rows, states, inverses, written, d_pair, d_decay, d_written, d_states])
     # A key head's gradient is the sum over its value heads.

@@ -144,8 +144,7 @@ class Ragged:
     def _pad(self, x: Array) -> Array:
         if self._axes:
             return x
-        # Without an exchange, slots of no expert must not reach the grouped product as rows of one.
-        return self._real(take(x, jnp.arange(self._rows)))
+        return take(x, jnp.arange(self._rows))
 
     def _real(self, rows: Array) -> Array:
         """Rows of this device's experts, others zero (without an exchange)."""
