@@ -39,7 +39,8 @@ EXPERTS = ("ici_expert_parallelism=16", "ici_fsdp_parallelism=4")
 # Its buffer of dispatched rows: a factor 1 holds balanced routing and drops what exceeds it.
 THEIRS = {
     "MaxText, expert 16 x fsdp 4, drops when unbalanced": (*EXPERTS, "ragged_buffer_factor=1.0"),
-    "MaxText, the same, delta rule in chunks of 128": (*EXPERTS, "ragged_buffer_factor=1.0", "gdn_chunk_size=128"),
+    "MaxText, the same, delta rule in chunks of 128": (
+        *EXPERTS, "ragged_buffer_factor=1.0", "gdn_chunk_size=128", "override_model_config=true"),
     "MaxText, expert 16 x fsdp 4, dropless": EXPERTS,
     "MaxText, fsdp 64": (),
 }

@@ -5,6 +5,8 @@ that is sent more rows than its buffer holds takes them in several rounds: unbal
 token. All devices agree on the number of rounds, because each knows all counts.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -112,7 +114,10 @@ class Ragged:
 
     def empty(self, trailing: tuple[int, ...], dtype: jnp.dtype) -> Array:
         """Where `store` puts results."""
-        return jnp.zeros((self._sorted.order.size if self._axes else self._rows, *trailing), dtype)
+        if not self._axes:
+            return jnp.zeros((self._rows, *trailing), dtype)
+        slots = jax.ShapeDtypeStruct((self._sorted.order.size, *trailing), dtype)
+        return unfilled(jax.eval_shape(self._in_pieces, slots).shape, dtype)
 
     def store(self, stored: Array, rows: Array, step: int | Array) -> Array:
         """Sends one round's results back to where their slots came from."""
@@ -122,15 +127,24 @@ class Ragged:
         me = jax.lax.axis_index(self._axes)
         flat = lambda x: x.reshape(-1)
         return exchange_slices(
-            rows, stored, flat(there[:, me]), flat(length[:, me]), flat(here[:, me]), flat(length[me]), self._axes)
+            self._in_pieces(rows), stored, flat(there[:, me]), flat(length[:, me]), flat(here[:, me]), flat(length[me]), self._axes)
 
     def collect(self, stored: Array) -> Array:
         """[S, D] -> [N, D]: the sum of each token's slots."""
-        return jnp.sum(stored[self._sorted.row].reshape(-1, self._choices, stored.shape[-1]), axis=1)
+        return jnp.sum(self._by_choice(stored), axis=0)
 
     def collect_slots(self, stored: Array) -> Array:
         """[S] -> [N, k]."""
-        return stored[self._sorted.row].reshape(-1, self._choices)
+        return self._by_choice(stored).T
+
+    def _by_choice(self, stored: Array) -> Array:
+        """[S, ...] -> [k, N, ...], zero for choices of no expert. (Tokens first, a TPU would pad k to its tiles.)"""
+        row = self._sorted.row.reshape(-1, self._choices).T
+        real = row < jnp.sum(self._sorted.counts)
+        rows = stored[row]
+        if rows.ndim > row.ndim:
+            rows = jax.lax.optimization_barrier(rows.reshape(*row.shape, -1))
+        return jnp.where(real.reshape(*row.shape, *[1] * (rows.ndim - 2)), rows, 0)
 
     def _in_pieces(self, x: Array) -> Array:
         """x [*, D] as [*, D / 1024, 1024] where rows are exchanged: a TPU then keeps a row in one stretch of memory.
