@@ -45,30 +45,26 @@ class Capacity:
         """w [N, k] -> [E / devices, devices * C]."""
         return self._to_experts(take(w.reshape(-1), self._source))
 
-    def fetch(self, sent: Array, step: int) -> Array:
+    def fetch(self, places: Array, step: int) -> Array:
         """The rows of the only round."""
-        return sent
+        return places
 
     def sizes(self, step: int) -> None:
         """Every expert has the same number of rows."""
         return None
 
-    def empty(self, trailing: tuple[int, ...], dtype: jnp.dtype) -> None:
-        """Nothing is added up over rounds."""
-        return None
-
-    def store(self, stored: None, rows: Array, step: int) -> Array:
+    def store(self, places: Array, rows: Array, step: int) -> Array:
         """The results of the only round."""
         return rows
 
-    def collect(self, stored: Array) -> Array:
+    def collect(self, places: Array) -> Array:
         """[E / devices, devices * C, D] -> [N, D]: the sum of each token's slots."""
-        rows = take(self._to_tokens(stored), self._row)
+        rows = take(self._to_tokens(places), self._row)
         return jnp.sum(rows.reshape(-1, self._choices, rows.shape[-1]), axis=1)
 
-    def collect_slots(self, stored: Array) -> Array:
+    def collect_slots(self, places: Array) -> Array:
         """[E / devices, devices * C] -> [N, k]."""
-        return take(self._to_tokens(stored), self._row).reshape(-1, self._choices)
+        return take(self._to_tokens(places), self._row).reshape(-1, self._choices)
 
     def _to_experts(self, x: Array) -> Array:
         x = x.reshape(self._experts, self._room, *x.shape[1:])

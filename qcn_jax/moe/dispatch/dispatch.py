@@ -28,6 +28,9 @@ FORMS = {"ragged": Ragged, "capacity": Capacity, "gather": Gather}
 class Form(Protocol):
     """How tokens of one device reach experts of others, planned from `experts` [N, k] (E: no expert).
 
+    A buffer, made by `send` and `send_slots`, goes through all rounds: each fetches rows from it and may store their
+    results in it, which `collect` and `collect_slots` bring back.
+
     Attributes:
       rounds: how often this device works through a buffer of rows.
       dropped: float32, slots of this device's tokens that found no room; None where there always is.
@@ -39,7 +42,6 @@ class Form(Protocol):
     send_slots: Callable[[Array], Any]
     fetch: Callable[[Any, int | Array], Array]
     sizes: Callable[[int | Array], Array | None]
-    empty: Callable[[tuple[int, ...], Any], Any]
     store: Callable[[Any, Array, int | Array], Any]
     collect: Callable[[Any], Array]
     collect_slots: Callable[[Any], Array]
@@ -123,40 +125,36 @@ _apply.defvjp(_apply_forward, _apply_backward)
 
 
 def _run(form: Form, x: Array, weights: Array, kernels: ExpertWeights, backend: str) -> Array:
-    sent, scale = form.send(x), form.send_slots(weights)
+    scale = form.send_slots(weights)
 
-    def one_round(step: int | Array, stored: Any) -> Any:
-        rows, scales, sizes = form.fetch(sent, step), form.fetch(scale, step), form.sizes(step)
+    def one_round(step: int | Array, buffer: Any) -> Any:
+        rows, scales, sizes = form.fetch(buffer, step), form.fetch(scale, step), form.sizes(step)
         compute = _equal_groups if sizes is None else functools.partial(_groups, sizes=sizes, backend=backend)
-        return form.store(stored, compute(rows, scales, kernels), step)
+        return form.store(buffer, compute(rows, scales, kernels), step)
 
-    return form.collect(_rounds(form, one_round, form.empty(x.shape[1:], x.dtype)))
+    return form.collect(_rounds(form, one_round, form.send(x)))
 
 
 def _run_backward(
     form: Form, x: Array, weights: Array, kernels: ExpertWeights, grad: Array, backend: str
 ) -> tuple[Array, Array, ExpertWeights]:
-    sent, scale, sent_grad = form.send(x), form.send_slots(weights), form.send(grad)
+    sent_grad = form.send(grad)
 
-    def one_round(step: int | Array, totals: tuple) -> tuple:
-        stored, stored_scale, dkernels = totals
-        rows, scales, grads = form.fetch(sent, step), form.fetch(scale, step), form.fetch(sent_grad, step)
+    def one_round(step: int | Array, carry: tuple) -> tuple:
+        buffer, scale, dkernels = carry
+        rows, scales, grads = form.fetch(buffer, step), form.fetch(scale, step), form.fetch(sent_grad, step)
         sizes = form.sizes(step)
         if sizes is None:
             drows, dscales, more = jax.vjp(_equal_groups, rows, scales, kernels)[1](grads)
         else:
             drows, dscales, more = sorted_experts_vjp(rows, scales, sizes, kernels, grads, backend)
-        stored = form.store(stored, drows, step)
-        stored_scale = form.store(stored_scale, dscales, step)
-        return stored, stored_scale, more if dkernels is None else jax.tree.map(jnp.add, dkernels, more)
+        buffer, scale = form.store(buffer, drows, step), form.store(scale, dscales, step)
+        return buffer, scale, more if dkernels is None else jax.tree.map(jnp.add, dkernels, more)
 
     single = isinstance(form.rounds, int)
-    begin = (
-        form.empty(x.shape[1:], x.dtype), form.empty((), weights.dtype),
-        None if single else jax.tree.map(jnp.zeros_like, kernels),
-    )
-    stored, stored_scale, dkernels = _rounds(form, one_round, begin)
-    return form.collect(stored), form.collect_slots(stored_scale), dkernels
+    begin = form.send(x), form.send_slots(weights), None if single else jax.tree.map(jnp.zeros_like, kernels)
+    buffer, scale, dkernels = _rounds(form, one_round, begin)
+    return form.collect(buffer), form.collect_slots(scale), dkernels
 
 
 def _rounds(form: Form, one_round: Callable[[Any, Any], Any], carry: Any) -> Any:

@@ -29,25 +29,23 @@ class Gather:
         order, _, self._counts = sort_slots(mine, local)
         worst = everyone.shape[0] * min(self._choices, local)
         self._rows = buffer_rows(experts.size, buffer, worst)
-        self._slots, self._tokens = everyone.size, everyone.shape[0]
         self._total = jnp.sum(self._counts)
         self.rounds = 1 if worst <= self._rows else -(-self._total // self._rows)
         # Whole rounds of slots; those beyond the total point out of bounds.
-        padded = jnp.pad(order, (0, self._rows + -order.size % self._rows), constant_values=self._slots)
-        self._order = jnp.where(jnp.arange(padded.size) < self._total, padded, self._slots)
+        padded = jnp.pad(order, (0, self._rows + -order.size % self._rows), constant_values=everyone.size)
+        self._order = jnp.where(jnp.arange(padded.size) < self._total, padded, everyone.size)
 
-    def send(self, x: Array) -> Array:
-        """x [N, ...] of tokens -> [M, ...] of all devices' tokens."""
-        return jax.lax.all_gather(x, self._axes, tiled=True)
+    def send(self, x: Array) -> tuple[Array, Array]:
+        """x [N, ...] of tokens -> [M, ...] of all devices' tokens, and zeros for their results."""
+        return self._with_results(jax.lax.all_gather(x, self._axes, tiled=True))
 
-    def send_slots(self, w: Array) -> Array:
-        """w [N, k] -> [M * k]."""
-        return jax.lax.all_gather(w, self._axes, tiled=True).reshape(-1)
+    def send_slots(self, w: Array) -> tuple[Array, Array]:
+        """w [N, k] -> [M * k], and zeros for results."""
+        return self._with_results(jax.lax.all_gather(w, self._axes, tiled=True).reshape(-1))
 
-    def fetch(self, sent: Array, step: int | Array) -> Array:
+    def fetch(self, buffer: tuple[Array, Array], step: int | Array) -> Array:
         """The [R, ...] rows of this device's experts in one round, sorted by expert, empty ones zero."""
-        slot = self._slot(step)
-        return take(sent, slot if sent.ndim == 1 else slot // self._choices)
+        return take(buffer[0], self._source(buffer[0], step))
 
     def sizes(self, step: int | Array) -> Array:
         """[E / devices] int32: rows of each expert in one round."""
@@ -55,22 +53,23 @@ class Gather:
         within = lambda x: jnp.clip(x - first, 0, self._rows)
         return within(begin + self._counts) - within(begin)
 
-    def empty(self, trailing: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        """Where `store` puts results."""
-        return jnp.zeros((self._tokens, *trailing) if trailing else (self._slots,), dtype)
+    def store(self, buffer: tuple[Array, Array], rows: Array, step: int | Array) -> tuple[Array, Array]:
+        """Adds one round's results to those of their tokens or slots."""
+        sent, results = buffer
+        return sent, results.at[self._source(sent, step)].add(rows, mode="drop")
 
-    def store(self, stored: Array, rows: Array, step: int | Array) -> Array:
-        """Adds one round's results to their tokens, or sets those of slots."""
-        slot = self._slot(step)
-        return stored.at[slot if stored.ndim == 1 else slot // self._choices].add(rows, mode="drop")
-
-    def collect(self, stored: Array) -> Array:
+    def collect(self, buffer: tuple[Array, Array]) -> Array:
         """[M, D] -> [N, D]: the sum over devices."""
-        return jax.lax.psum_scatter(stored, self._axes, tiled=True)
+        return jax.lax.psum_scatter(buffer[1], self._axes, tiled=True)
 
-    def collect_slots(self, stored: Array) -> Array:
+    def collect_slots(self, buffer: tuple[Array, Array]) -> Array:
         """[M * k] -> [N, k]."""
-        return jax.lax.psum_scatter(stored.reshape(-1, self._choices), self._axes, tiled=True)
+        return jax.lax.psum_scatter(buffer[1].reshape(-1, self._choices), self._axes, tiled=True)
 
-    def _slot(self, step: int | Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(self._order, step * self._rows, self._rows)
+    def _with_results(self, sent: Array) -> tuple[Array, Array]:
+        return sent, jnp.zeros_like(sent)
+
+    def _source(self, sent: Array, step: int | Array) -> Array:
+        """[R] index of this round's rows among slots or tokens; out of bounds for empty ones."""
+        slot = jax.lax.dynamic_slice_in_dim(self._order, step * self._rows, self._rows)
+        return slot if sent.ndim == 1 else slot // self._choices

@@ -94,16 +94,16 @@ class Ragged:
         """w [N, k] -> [S]."""
         return self._pad(w.reshape(-1)[self._sorted.order])
 
-    def fetch(self, sent: Array, step: int | Array) -> Array:
+    def fetch(self, slots: Array, step: int | Array) -> Array:
         """The [R, ...] rows of this device's experts in one round, sorted by expert; empty ones hold anything."""
         if not self._axes:
-            return sent
-        out = unfilled((self._rows, *sent.shape[1:]), sent.dtype)
+            return slots
+        out = unfilled((self._rows, *slots.shape[1:]), slots.dtype)
         length, here, there = self._window(step)
         me = jax.lax.axis_index(self._axes)
         flat = lambda x: x.reshape(-1)
         rows = exchange_slices(
-            sent, out, flat(here[me]), flat(length[me]), flat(there[me]), flat(length[:, me]), self._axes)
+            slots, out, flat(here[me]), flat(length[me]), flat(there[me]), flat(length[:, me]), self._axes)
         return rows if rows.ndim == 1 else rows.reshape(self._rows, -1)
 
     def sizes(self, step: int | Array) -> Array:
@@ -112,39 +112,34 @@ class Ragged:
             return self._sizes
         return jnp.sum(self._window(step)[0][:, jax.lax.axis_index(self._axes)], axis=0)
 
-    def empty(self, trailing: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        """Where `store` puts results."""
+    def store(self, slots: Array, rows: Array, step: int | Array) -> Array:
+        """Sends one round's results back into the slots that its rows came from, whose tokens are needed no more."""
         if not self._axes:
-            return jnp.zeros((self._rows, *trailing), dtype)
-        slots = jax.ShapeDtypeStruct((self._sorted.order.size, *trailing), dtype)
-        return unfilled(jax.eval_shape(self._in_pieces, slots).shape, dtype)
-
-    def store(self, stored: Array, rows: Array, step: int | Array) -> Array:
-        """Sends one round's results back to where their slots came from."""
-        if not self._axes:
-            return self._real(rows)
+            return rows
         length, here, there = self._window(step)
         me = jax.lax.axis_index(self._axes)
         flat = lambda x: x.reshape(-1)
         return exchange_slices(
-            self._in_pieces(rows), stored, flat(there[:, me]), flat(length[:, me]), flat(here[:, me]), flat(length[me]), self._axes)
+            self._in_pieces(rows), slots, flat(there[:, me]), flat(length[:, me]), flat(here[:, me]), flat(length[me]),
+            self._axes)
 
-    def collect(self, stored: Array) -> Array:
+    def collect(self, slots: Array) -> Array:
         """[S, D] -> [N, D]: the sum of each token's slots."""
-        return jnp.sum(self._by_choice(stored), axis=0)
+        return jnp.sum(self._by_choice(slots), axis=0)
 
-    def collect_slots(self, stored: Array) -> Array:
+    def collect_slots(self, slots: Array) -> Array:
         """[S] -> [N, k]."""
-        return self._by_choice(stored).T
+        return self._by_choice(slots).T
 
-    def _by_choice(self, stored: Array) -> Array:
-        """[S, ...] -> [k, N, ...], zero for choices of no expert. (Tokens first, a TPU would pad k to its tiles.)"""
+    def _by_choice(self, slots: Array) -> Array:
+        """[S, ...] -> [k, N, ...], zero where a choice is of no expert. (Tokens first, a TPU would pad k to a tile.)"""
         row = self._sorted.row.reshape(-1, self._choices).T
-        real = row < jnp.sum(self._sorted.counts)
-        rows = stored[row]
-        if rows.ndim > row.ndim:
-            rows = jax.lax.optimization_barrier(rows.reshape(*row.shape, -1))
-        return jnp.where(real.reshape(*row.shape, *[1] * (rows.ndim - 2)), rows, 0)
+        rows, real = slots[row], row < jnp.sum(self._sorted.counts)
+        if rows.ndim == row.ndim:
+            return jnp.where(real, rows, 0)
+        # The barrier keeps a TPU from adding in the layout of the exchange, which uses an eighth of a register.
+        rows = jax.lax.optimization_barrier(rows.reshape(*row.shape, -1))
+        return jnp.where(real[..., None], rows, 0)
 
     def _in_pieces(self, x: Array) -> Array:
         """x [*, D] as [*, D / 1024, 1024] where rows are exchanged: a TPU then keeps a row in one stretch of memory.
@@ -159,11 +154,6 @@ class Ragged:
         if self._axes:
             return x
         return take(x, jnp.arange(self._rows))
-
-    def _real(self, rows: Array) -> Array:
-        """Rows of this device's experts, others zero (without an exchange)."""
-        real = jnp.arange(self._rows) < jnp.sum(self._sizes)
-        return jnp.where(real.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
     def _window(self, step: int | Array) -> tuple[Array, Array, Array]:
         """Of every slice [source, target, expert]: rows sent in this round, their place at source and at target."""
