@@ -92,8 +92,8 @@ def measure(case: str, length: int) -> dict[str, float]:
     name, generation = case.split(",")
     what, form, chunk = name.split()
     function, arguments = program(what, form, int(chunk), length, aot.topology_devices(TOPOLOGIES[generation])[0])
-    compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-    summary = hlo.summarize(compiled.as_text())
+    compiled, text = aot.compile_with_text(function.trace(*arguments).lower(lowering_platforms=("tpu",)))
+    summary = hlo.summarize(text)
     result = {"xla": sum(summary.cycles.values()), "GiB": compiled.memory_analysis().temp_size_in_bytes / 2**30}
     if form == "pallas":
         from qcn_jax.layers.kernels import delta_rule, mixer as mixer_kernel

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding
 from qcn_jax.config import MeshConfig, ModelConfig
 from qcn_jax.moe.dispatch import dispatch_experts
 from qcn_jax.moe.grouped import ExpertWeights
+from qcn_jax.sharding.aot import compile_with_text
 from qcn_jax.sharding.hlo import summarize
 from qcn_jax.sharding.mesh import make_parallel
 
@@ -73,9 +74,9 @@ def measure(topology: str, mesh: dict, backend: str) -> dict:
     args = (tokens(wide, jnp.bfloat16), tokens(choices, jnp.float32), tokens(choices, jnp.int32),
             ExpertWeights(up, up, down), tokens(wide, jnp.bfloat16))
     began = time.time()
-    compiled = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    compiled, text = compile_with_text(jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)))
     seconds = time.time() - began
-    summary, memory = summarize(compiled.as_text()), compiled.memory_analysis()
+    summary, memory = summarize(text), compiled.memory_analysis()
     return {
         "collectives": dict(summary.collective_bytes), "counts": dict(summary.collective_count),
         "sent": sent_bytes(config, mesh), "matmul_flops": summary.matmul_flops, "seconds": seconds,

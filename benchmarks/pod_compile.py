@@ -3,9 +3,9 @@
     python benchmarks/pod_compile.py [--cases=REGEX] [--list] [--again]
 
 Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory, and some minutes of two cores a case; no TPU. Each case
-is one file in benchmarks/results/pod_compile/; a case whose file is there is not compiled again, so that an interrupted
-run goes on where it stopped. At the end the table of all cases is written beside them and printed. Everything is the
-compiler's account (memory_analysis and the compiled text, loop trip counts applied); nothing is measured on a chip.
+is one file in benchmarks/results/pod_compile/VERSION of the installed libtpu; a case whose file is there is not
+compiled again, so that an interrupted run goes on where it stopped. At the end the tables of all versions are written to results/pod_compile.md and printed. Everything is the compiler's account (memory_analysis and
+the compiled text, loop trip counts applied); nothing is measured on a chip.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from absl import app, flags
 from _pod_step import COLLECTIVES, collectives, compile_step
 
 from qcn_jax import files
+from qcn_jax.sharding import aot
 
 _CASES = flags.DEFINE_string("cases", ".", "regular expression of the cases to run")
 _LIST = flags.DEFINE_bool("list", False, "only list them")
@@ -69,20 +70,17 @@ def _cases() -> list[Case]:
     return cases
 
 
-def table(cases: list[Case]) -> str:
-    """Markdown of all results that are there."""
+def table(cases: list[Case], results: pathlib.Path) -> str:
+    """Markdown of all results in a version's folder."""
     lines = [
+        f"libtpu {results.name}", "",
         f"| case | topology | mesh | tokens per device | arguments + temporaries, GiB of HBM | {COLLECTIVES} | "
-        "TF compiled / model | trace + compile, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "TF compiled / model | estimated cycles, 1e9 | trace + compile, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    missing = []
-    for case in cases:
-        path = RESULTS / f"{case.name}.json"
-        if not path.exists():
-            missing.append(case.name)
-            continue
-        lines.append(_row(case, files.read_json(path)))
+    path = lambda case: results / f"{case.name}.json"
+    lines += [_row(case, files.read_json(path(case))) for case in cases if path(case).exists()]
+    missing = [case.name for case in cases if not path(case).exists()]
     if missing:
         lines += ["", f"Not compiled: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -90,27 +88,29 @@ def table(cases: list[Case]) -> str:
 
 def _row(case: Case, report: dict[str, Any]) -> str:
     if "error" in report:
-        return f"| {case.name} | | | | {report['error'][:160]} |" + " |" * 7
+        return f"| {case.name} | | | | {report['error'][:160]} |" + " |" * 8
     memory = report["memory"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     topology = f"{report['slices']} x {report['topology']}" if report["slices"] > 1 else report["topology"]
     start = f"| {case.name} | {topology} | {mesh} | {report['tokens_per_device']:,.0f} |"
     if "seconds" not in report:
-        return f"{start} does not fit: {memory['compiler'][:120]} |" + " |" * 7
+        return f"{start} does not fit: {memory['compiler'][:120]} |" + " |" * 8
     flops = (report["matmul_flops"] + report["kernel_flops"]) / 1e12
     verdict = "" if memory["fits"] else ", does not fit"
     seconds = report["seconds"]
     return (f"{start} {memory['arguments'] / GIB:.1f} + {memory['activations_and_temporaries'] / GIB:.1f} of "
             f"{memory['hbm'] / GIB:.0f}{verdict} | {collectives(report)} | "
             f"{flops:.0f} / {report['model_flops_per_device'] / 1e12:.0f} | "
+            f"{sum(report['cycles_by_part'].values()) / 1e9:.2f} | "
             f"{seconds['trace_and_lower']:.0f} + {seconds['compile']:.0f} |")
 
 
 def main(_: list[str]) -> None:
     cases = _cases()
     chosen = [case for case in cases if re.search(_CASES.value, case.name)]
+    results = RESULTS / (aot.libtpu_version() or "none")
     for number, case in enumerate(chosen, 1):
-        path = RESULTS / f"{case.name}.json"
+        path = results / f"{case.name}.json"
         if _LIST.value or (path.exists() and not _AGAIN.value):
             print(f"{case.name}: {'there' if path.exists() else 'to be compiled'}")
             continue
@@ -119,8 +119,9 @@ def main(_: list[str]) -> None:
         files.write_json(path, report)
         print(report.get("error") or _row(case, report), flush=True)
     if not _LIST.value:
-        files.write_text(RESULTS.parent / "pod_compile.md", table(cases))
-        print(table(cases))
+        tables = "\n".join(table(cases, folder) for folder in sorted(RESULTS.iterdir()))
+        files.write_text(RESULTS.parent / "pod_compile.md", tables)
+        print(tables)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,10 @@ def over_vocabulary(
         parts = math.ceil(tokens * kernels[0].shape[1] / CHUNK_ELEMENTS)
         chunk = math.ceil(tokens / parts)
         chunk = chunk if chunk < _TILE else -(-chunk // _TILE) * _TILE
-    if parallel is None and chunk >= tokens:  # nothing to save: logits are kept for the backward pass
-        return _unflatten(function(tuple(kernels), *(_flatten(array) for array in arrays)), batch, length)
-    return _chunked(function, chunk, parallel, tuple(kernels), arrays)
+    with jax.named_scope("over_vocabulary"):
+        if parallel is None and chunk >= tokens:  # nothing to save: logits are kept for the backward pass
+            return _unflatten(function(tuple(kernels), *(_flatten(array) for array in arrays)), batch, length)
+        return _chunked(function, chunk, parallel, tuple(kernels), arrays)
 
 
 def _flatten(array: Array) -> Array:

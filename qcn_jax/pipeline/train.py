@@ -107,13 +107,14 @@ def updated(state: TrainState, grads: Params, finite: jax.Array, optimizer: opta
     opt_state = state.opt_state
     if shardings is not None:
         opt_state = jax.tree.map(_on_device, opt_state, shardings.opt_state)
-    updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jnp.where(finite, new, old)
-    new_opt_state = jax.tree.map(keep, new_opt_state, opt_state)
+    with jax.named_scope("optimizer"):
+        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        params, new_opt_state = jax.tree.map(keep, (params, new_opt_state), (state.params, opt_state))
     if shardings is not None:
         new_opt_state = jax.tree.map(_stored, new_opt_state, shardings.opt_state)
-    return TrainState(state.step + 1, jax.tree.map(keep, params, state.params), new_opt_state)
+    return TrainState(state.step + 1, params, new_opt_state)
 
 
 def _in_host_memory(sharding: jax.sharding.Sharding) -> bool:
