@@ -4,8 +4,9 @@
 
 Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory, and some minutes of two cores a case; no TPU. Each case
 is one file in benchmarks/results/pod_compile/VERSION of the installed libtpu; a case whose file is there is not
-compiled again, so that an interrupted run goes on where it stopped. At the end the tables of all versions are written to results/pod_compile.md and printed. Everything is the compiler's account (memory_analysis and
-the compiled text, loop trip counts applied); nothing is measured on a chip.
+compiled again, so that an interrupted run goes on where it stopped. At the end the tables of all versions are written
+to results/pod_compile.md and printed, and growth of this version's drawn in pod_growth.svg. Everything is the compiler's
+account (memory_analysis and the compiled text, loop trip counts applied); nothing is measured on a chip.
 """
 
 import dataclasses
@@ -105,6 +106,32 @@ def _row(case: Case, report: dict[str, Any]) -> str:
             f"{seconds['trace_and_lower']:.0f} + {seconds['compile']:.0f} |")
 
 
+def plot_growth(results: pathlib.Path, path: pathlib.Path) -> None:
+    """Memory and compile time of the cases length-* and layers-* of a version's folder, as one SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col")
+    for column, (kind, label) in enumerate((("length", "tokens in a row, one row a chip"), ("layers", "layers"))):
+        found = {int(file.stem.split("-")[1]): files.read_json(file) for file in results.glob(f"{kind}-*.json")}
+        reports = {point: report for point, report in found.items() if "seconds" in report}
+        points = sorted(reports)
+        memory = lambda name: [reports[point]["memory"][name] / GIB for point in points]
+        top, bottom = panels[:, column]
+        top.plot(points, memory("arguments"), "o-", label="arguments")
+        top.plot(points, memory("activations_and_temporaries"), "s-", label="temporaries")
+        bottom.plot(points, [reports[point]["seconds"]["compile"] for point in points], "o-", label="compile")
+        top.set_ylabel("GiB a chip")
+        bottom.set(ylabel="seconds", xlabel=label, xticks=points)
+        bottom.tick_params(axis="x", labelrotation=45)
+        for panel in (top, bottom):
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            panel.legend()
+    figure.suptitle(f"80B step on v5p:4x4x4, compiled by libtpu {results.name}")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main(_: list[str]) -> None:
     cases = _cases()
     chosen = [case for case in cases if re.search(_CASES.value, case.name)]
@@ -121,6 +148,7 @@ def main(_: list[str]) -> None:
     if not _LIST.value:
         tables = "\n".join(table(cases, folder) for folder in sorted(RESULTS.iterdir()))
         files.write_text(RESULTS.parent / "pod_compile.md", tables)
+        plot_growth(results, RESULTS.parent / "pod_growth.svg")
         print(tables)
 
 

@@ -118,7 +118,7 @@ def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     found: list[tuple[float, str]] = []
     if config.model.remat != "full":
         found.append((0.7 * temporaries, "--config.model.remat=full: most of the activations, at a forward pass more"))
-    if fewer := _fewer_tokens(group, settings, report["mesh"]):
+    if fewer := _fewer_tokens(group, settings, report["mesh"], config.model.num_attention_heads):
         found.append((temporaries / 2, f"{fewer}: about half of what is neither weights nor optimizer"))
     if not optimizer.offload:
         found.append((moments, f"--config.{group}.optimizer.offload=true: the optimizer's state moves to the host"))
@@ -133,7 +133,7 @@ def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     return [f"{text}, about {saved / _GIB:.1f} GiB less" for saved, text in sorted(found, reverse=True) if saved > 0]
 
 
-def _fewer_tokens(group: str, settings: Any, mesh: dict[str, int]) -> str | None:
+def _fewer_tokens(group: str, settings: Any, mesh: dict[str, int], heads: int) -> str | None:
     """Flags that halve the tokens that pass through a device at a time; None where rows cannot be divided further."""
     groups = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))  # of devices, which share out rows
     slices = getattr(settings, "accumulate", 0)
@@ -142,7 +142,7 @@ def _fewer_tokens(group: str, settings: Any, mesh: dict[str, int]) -> str | None
     if settings.rows % (2 * groups) == 0:
         return f"--config.{group}.rows={settings.rows // 2}"
     fsdp, context = mesh.get("fsdp", 1), mesh.get("context", 1)
-    if fsdp % 2 or settings.rows % 2:
+    if fsdp % 2 or settings.rows % 2 or heads % (2 * context * mesh.get("tensor", 1)):
         return None
     return (f"--config.mesh.context={2 * context} --config.mesh.fsdp={fsdp // 2} "
             f"--config.{group}.rows={settings.rows // 2}")

@@ -103,6 +103,9 @@ def test_what_does_not_fit_says_what_to_change():
     # A row for each group of devices is not to be had with half the rows: it is split over twice the devices.
     assert "--config.mesh.context=2 --config.mesh.fsdp=8 --config.midtrain.train.rows=4" in joined
     assert "remat" not in joined and "mu_dtype" not in joined and "offload" not in joined
+    # No more parts than attention heads.
+    crowded = report | {"mesh": {"fsdp": 8, "context": smaller.model.num_attention_heads}}
+    assert "mesh.context" not in "\n".join(qcn_compile.advice(smaller, "midtrain", crowded))
 
 
 def test_the_compilers_message_is_understood():
