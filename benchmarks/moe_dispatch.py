@@ -9,8 +9,8 @@ kernels, arguments and temporaries. Nothing here is a time on hardware.
 """
 
 import argparse
-import json
 import os
+import pathlib
 import time
 
 os.environ |= {
@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from qcn_jax import files
 from qcn_jax.config import MeshConfig, ModelConfig
 from qcn_jax.moe.dispatch import dispatch_experts
 from qcn_jax.moe.grouped import ExpertWeights
-from qcn_jax.sharding.aot import compile_with_text
+from qcn_jax.sharding.aot import compile_with_text, libtpu_version
 from qcn_jax.sharding.hlo import summarize
 from qcn_jax.sharding.mesh import make_parallel
 
@@ -85,27 +86,37 @@ def measure(topology: str, mesh: dict, backend: str) -> dict:
     }
 
 
+def row(name: str, found: dict) -> str:
+    """One form as a row of the table."""
+    moved = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in found["collectives"].items() if size >= 5e6)
+    return (f"| {name} | {found['temporaries'] / 2**30:.2f} | {moved} | {found['sent'] / 1e9:.2f} | "
+            f"{found['matmul_flops'] / 1e12:.2f} | {found['cycles'] / 1e6:.1f} |")
+
+
 def main() -> None:
-    """Prints one row per form, and everything as JSON where --json says so."""
+    """Writes one row per form to results/moe_dispatch.md, and everything as JSON where --json says so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5p:4x4x4")
     parser.add_argument("--backend", default="auto", help="grouped product: auto, megablox, ragged")
     parser.add_argument("--cases", default=",".join(CASES).replace(", ", "/"), help="names with / for ', '")
     parser.add_argument("--json", help="file for all figures")
     args = parser.parse_args()
-    print(f"{args.topology}, {TOKENS} tokens per chip, one layer forward + backward, libtpu of this environment")
-    print(f"{'form':22} {'collectives GB':>15} {'tokens sent GB':>15} {'HLO TFLOP':>10} {'temp GiB':>9} "
-          f"{'cycles':>9} {'s':>5}")
+    lines = [
+        f"{args.topology}, {TOKENS} tokens per chip, one layer forward + backward, libtpu {libtpu_version()}", "",
+        "| form | temporaries, GiB | collectives, GB | rows sent to others when balanced, GB | "
+        "products outside kernels, TFLOP | estimated cycles, 1e6 |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
     results = {}
     for name in (case.replace("/", ", ") for case in args.cases.split(",")):
-        found = results[name] = measure(args.topology, CASES[name], args.backend)
-        print(f"{name:22} {sum(found['collectives'].values()) / 1e9:15.2f} {found['sent'] / 1e9:15.2f} "
-              f"{found['matmul_flops'] / 1e12:10.2f} {found['temporaries'] / 2**30:9.2f} {found['cycles']:9.2e} "
-              f"{found['seconds']:5.0f}", flush=True)
-        print("   " + ", ".join(f"{kind} {count / 1e9:.2f}" for kind, count in found["collectives"].items()))
+        results[name] = measure(args.topology, CASES[name], args.backend)
+        lines.append(row(name, results[name]))
+        print(lines[-1], flush=True)
+    if list(results) == list(CASES):
+        files.write_text(pathlib.Path(__file__).resolve().parent / "results" / "moe_dispatch.md", "\n".join(lines) + "\n")
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+        files.write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ COLLECTIVES = (
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9](?:fn)?)?)\[([0-9,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(calls|to_apply|body|condition|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -218,8 +219,7 @@ def summarize(text: str) -> Summary:
             continue
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind := _collective_kind(instruction, name):
                 _add_collective(summary, instruction, kind, count, shapes)
             elif instruction.opcode in ("dot", "convolution"):
                 summary.matmul_flops += count * _matmul_flops(instruction, shapes)
@@ -235,6 +235,18 @@ def summarize(text: str) -> Summary:
                 summary.origin[instruction.name] = _origin(instruction)
     summary.largest_collectives = sorted(summary.largest_collectives, reverse=True)[:20]
     return summary
+
+
+def _collective_kind(instruction: Instruction, computation: str) -> str | None:
+    """The kind of an instruction that begins a collective."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    if "chain_id=" in instruction.rest and '"flag_start":"-1"' not in instruction.rest:
+        return None  # fused with products, it goes in steps, each written as the whole; the first has no flags
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        return "reduce-scatter"  # and its slice, in one fusion
+    return kind
 
 
 def _origin(instruction: Instruction) -> str:

@@ -94,6 +94,53 @@ def test_loops_collectives_flops_and_cycles():
         "bytes": runs * 64 * 32 * 2, "kind": "all-reduce", "count": runs, "origin": ""}
 
 
+# A gather that goes in steps beside products, a reduction with its slice in one fusion, a gather by a sparse core.
+FUSED = """HloModule step, is_scheduled=true
+
+%begin (w: bf16[16,32]) -> bf16[32,32] {
+  %w = bf16[16,32]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,32]{1,0} all-gather(%w), channel_id=3, frontend_attributes={chain_id="2"}, backend_config={"async_collective_fusion_config":{"flag_end":"-1","flag_start":"-1"}}
+}
+
+%async_collective_fusion.1 (w: bf16[16,32]) -> bf16[32,32] {
+  %w.1 = bf16[16,32]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[32,32]{1,0} all-gather(%w.1), channel_id=3, frontend_attributes={chain_id="2"}, backend_config={"async_collective_fusion_config":{"flag_end":"8","flag_start":"2"}}
+}
+
+%all-reduce-scatter.1 (x: bf16[64,32]) -> bf16[16,32] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %all-reduce.1 = bf16[64,32]{1,0} all-reduce(%x), channel_id=4, to_apply=%add
+  ROOT %slice = bf16[16,32]{1,0} dynamic-slice(%all-reduce.1, %i, %j), dynamic_slice_sizes={16,32}
+}
+
+%called_computation.1 (w: bf16[16,32]) -> bf16[128,32] {
+  %w.2 = bf16[16,32]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[128,32]{1,0} all-gather(%w.2), channel_id=5, dimensions={0}
+}, execution_thread="sparsecore"
+
+%async_computation.1 (w: bf16[16,32]) -> bf16[128,32] {
+  %w.3 = bf16[16,32]{1,0} parameter(0)
+  ROOT %custom-call.1 = bf16[128,32]{1,0} custom-call(%w.3), custom_call_target="sparse", called_computations={%called_computation.1}, frontend_attributes={a="1"}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[16,32], x: bf16[64,32]) -> bf16[16,32] {
+  %w.4 = bf16[16,32]{1,0} parameter(0)
+  %x.1 = bf16[64,32]{1,0} parameter(1)
+  %start = bf16[32,32]{1,0} fusion(%w.4), kind=kCustom, calls=%begin
+  %fusion.1 = bf16[32,32]{1,0} fusion(%w.4), kind=kCustom, calls=%async_collective_fusion.1
+  %sparse-start = ((bf16[16,32]), bf16[128,32]) async-start(%w.4), async_execution_thread="sparsecore", calls=%async_computation.1
+  %sparse-done = bf16[128,32] async-done(%sparse-start)
+  ROOT %scattered = bf16[16,32]{1,0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_collectives_that_the_compiler_fused_count_once_and_as_what_they_are():
+    summary = hlo.summarize(FUSED)
+    assert summary.collective_count == {"all-gather": 2, "reduce-scatter": 1}
+    assert summary.collective_bytes == {"all-gather": (32 + 128) * 32 * 2, "reduce-scatter": 64 * 32 * 2}
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.summarize("HloModule nothing\n")
