@@ -116,30 +116,54 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     return entry, computations
 
 
-def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a while loop runs; None where it depends on data.
+def _trip_count(
+    loop: Instruction, beside: Sequence[Instruction], computations: dict[str, list[Instruction]]
+) -> int | None:
+    """How often a while loop among the instructions `beside` runs; None where it depends on data.
 
     Back ends that keep no known trip count (TPU) still have the bound in the condition, as an integer constant
-    that the counter, which begins at 0 and goes up by 1 in what JAX makes, is compared with.
+    that the counter, which goes up by 1 in what JAX makes, is compared with.
     """
     known = _TRIPS.search(loop.rest)
     if known:
         return int(known.group(1))
-    condition = dict(_CALLED.findall(loop.rest)).get("condition", "")
-    inside = list(computations.get(condition, ()))
+    condition = computations.get(dict(_CALLED.findall(loop.rest)).get("condition", ""), [])
+    inside = list(condition)
     for name in [called for i in inside for _, called in _CALLED.findall(i.rest)]:
         inside += computations.get(name, ())
     compares = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.rest]
     bounds = [int(found.group(1)) for i in inside if i.opcode == "constant" and i.shape.startswith(("s32[]", "u32[]"))
               and (found := _INTEGER.match(i.rest))]
-    return max(bounds) if len(compares) == 1 and bounds and max(bounds) > 0 else None
+    if len(compares) != 1 or not bounds or max(bounds) <= 0:
+        return None
+    return max(bounds) - _first_count(loop, compares[0], condition, beside)
 
 
-def _calls(instruction: Instruction, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
+def _first_count(
+    loop: Instruction, compare: Instruction, condition: Sequence[Instruction], beside: Sequence[Instruction]
+) -> int:
+    """Where a loop's counter begins: 0 unless the compiler has run the first iterations outside of it."""
+    find = lambda instructions, name: next((i for i in instructions if i.name == name), None)
+    operand = lambda instruction, i: (_OPERAND.findall(instruction.operands) + [""] * (i + 1))[i]
+    counter = find(condition, operand(compare, 0))
+    index = re.search(r"index=(\d+)", counter.rest) if counter else None
+    carried = find(beside, operand(loop, 0))
+    if index is None or carried is None or carried.opcode != "tuple":
+        return 0
+    first = find(beside, operand(carried, int(index.group(1))))
+    while first is not None and first.opcode in ("copy", "bitcast"):
+        first = find(beside, operand(first, 0))
+    found = _INTEGER.match(first.rest) if first is not None and first.opcode == "constant" else None
+    return int(found.group(1)) if found else 0
+
+
+def _calls(
+    instruction: Instruction, beside: Sequence[Instruction], computations: dict[str, list[Instruction]]
+) -> Iterator[tuple[str, int]]:
     """Computations that an instruction runs, with how often per execution."""
     if instruction.opcode in ("async-update", "async-done"):
         return  # counted at the start
-    trips = (_trip_count(instruction, computations) or 1) if instruction.opcode == "while" else 1
+    trips = (_trip_count(instruction, beside, computations) or 1) if instruction.opcode == "while" else 1
     for attribute, name in _CALLED.findall(instruction.rest):
         # tpu7x hands collectives to its sparse cores as `call-start`; elsewhere it is the scalar reducer of a reduction.
         if attribute == "to_apply" and instruction.opcode not in ("call", "call-start"):
@@ -153,7 +177,8 @@ def _calls(instruction: Instruction, computations: dict[str, list[Instruction]])
 def multiplicities(entry: str, computations: dict[str, list[Instruction]]) -> dict[str, int]:
     """How many times each computation runs in one execution of the entry."""
     result: dict[str, int] = defaultdict(int)
-    calls = {name: [call for i in body for call in _calls(i, computations)] for name, body in computations.items()}
+    calls = {name: [call for i in body for call in _calls(i, body, computations)]
+             for name, body in computations.items()}
 
     def visit(name: str, times: int) -> None:
         result[name] += times
@@ -225,7 +250,7 @@ def summarize(text: str) -> Summary:
                 summary.matmul_flops += count * _matmul_flops(instruction, shapes)
             elif instruction.opcode == "custom-call" and (flops := _KERNEL_FLOPS.search(instruction.rest)):
                 summary.kernel_flops += count * float(flops.group(1))
-            elif instruction.opcode == "while" and _trip_count(instruction, computations) is None:
+            elif instruction.opcode == "while" and _trip_count(instruction, instructions, computations) is None:
                 summary.unknown_loops += 1
             cycles = _CYCLES.search(instruction.rest)
             if cycles and int(cycles.group(1)) == _NO_ESTIMATE:

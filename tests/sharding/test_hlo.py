@@ -141,6 +141,15 @@ def test_collectives_that_the_compiler_fused_count_once_and_as_what_they_are():
     assert summary.collective_bytes == {"all-gather": (32 + 128) * 32 * 2, "reduce-scatter": 64 * 32 * 2}
 
 
+def test_a_loop_whose_first_iterations_run_outside_counts_the_others():
+    begun = TEXT.replace("while(%start)", "while(%begun)").replace("  %other =", """  %two = s32[] constant(2)
+  %copied = s32[] copy(%two)
+  %begun = (s32[], bf16[64,32]) tuple(%copied, %param)
+  %other =""")
+    gathers = lambda text: hlo.summarize(text).collective_count["all-gather"]
+    assert gathers(TEXT) - gathers(begun) == 2
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.summarize("HloModule nothing\n")
