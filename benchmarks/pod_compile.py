@@ -10,6 +10,7 @@ account (memory_analysis and the compiled text, loop trip counts applied); nothi
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 from typing import Any
@@ -114,13 +115,14 @@ def plot_growth(results: pathlib.Path, path: pathlib.Path) -> None:
     panels = figure.subplots(2, 2, sharex="col")
     for column, (kind, label) in enumerate((("length", "tokens in a row, one row a chip"), ("layers", "layers"))):
         found = {int(file.stem.split("-")[1]): files.read_json(file) for file in results.glob(f"{kind}-*.json")}
-        reports = {point: report for point, report in found.items() if "compile_cpu" in report.get("seconds", {})}
+        reports = {point: report for point, report in found.items() if "seconds" in report}
         points = sorted(reports)
         memory = lambda name: [reports[point]["memory"][name] / GIB for point in points]
         top, bottom = panels[:, column]
         top.plot(points, memory("arguments"), "o-", label="arguments")
         top.plot(points, memory("activations_and_temporaries"), "s-", label="temporaries")
-        seconds = [reports[point]["seconds"]["compile_cpu"] for point in points]
+        # NaN, which draws nothing, for results from before processor time was kept.
+        seconds = [reports[point]["seconds"].get("compile_cpu", math.nan) for point in points]
         bottom.plot(points, seconds, "o-", label="compilation, processor time")
         top.set_ylabel("GiB a chip")
         bottom.set(ylabel="seconds", xlabel=label, xticks=points)
