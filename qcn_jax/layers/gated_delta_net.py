@@ -96,10 +96,20 @@ def next_window(x: Array, window: Array, lengths: Array | None) -> Array:
     return jnp.take_along_axis(padded, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def _by_kernel(
+def by_kernel(
     cfg: ModelConfig, qkvz: Array, kernel: Array, g: Array, beta: Array, weight: Array, context: TokenContext
 ) -> Array:
-    """All between the projections of whole sequences by one kernel per device: [B, T, H * R * dv]."""
+    """All between the projections by kernels on every device.
+
+    Args:
+      qkvz: [B, T, H * width]. kernel: [taps, H, width]. g, beta: [B, T, H, R] float32. weight: [dv].
+
+    Returns:
+      [B, T, H * R * dv].
+
+    Raises:
+      UserError: key heads that do not divide by the devices, or too few tokens per device for the convolution.
+    """
     from qcn_jax.layers.kernels.mixer import delta_net  # Pallas takes a while to import
 
     mix = functools.partial(
@@ -115,6 +125,7 @@ def _by_kernel(
     flat, gates = parallel.spec(*tokens, "activation_heads"), parallel.spec(*tokens, "activation_heads", None)
     taps = parallel.spec(None, "activation_heads", None)
     specs = (flat, taps, gates, gates, parallel.spec(None), parallel.spec(*tokens))
+    mix = functools.partial(mix, context=parallel.axes("activation_length"))
     return parallel.per_device(mix, specs, flat)(*arrays)
 
 
@@ -163,10 +174,9 @@ class GatedDeltaNet(nn.Module):
         kernel = _ConvKernel(cfg, name="conv1d")()
         norm = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")
         out = project(cfg.hidden_size, ("heads", "embed"), "out_proj")
-        split = parallel is not None and parallel.size("activation_length") > 1
-        if cfg.delta_rule == "pallas" and cache is None and length > 1 and not split and not _on_gpu(parallel):
+        if cfg.delta_rule == "pallas" and cache is None and length > 1 and not _on_gpu(parallel):
             qkvz = product(x, weight, axes, parallel)
-            return out(_by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
+            return out(by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
 
         window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
         qkv, q, k, v, z = self._mixed(x, weight, kernel, window, context)

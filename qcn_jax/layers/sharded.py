@@ -146,37 +146,66 @@ def _local_delta_rule(
         q, k, jnp.concatenate([v, zeros], axis=-1), g, beta, state, segment_ids, form, chunk_size)
     o, reach = o[..., :value_dim], o[..., value_dim:]
     added, carried = state[..., :value_dim], state[..., value_dim:]
-    continues = jnp.ones((batch, 1, 1, 1, 1))
+    continues = jnp.ones((batch,))
     if segment_ids is not None:
-        continues = (_from_previous(segment_ids[:, -1], context) == segment_ids[:, 0]).astype(jnp.float32)
-        continues = continues.reshape(batch, 1, 1, 1, 1)
-    incoming = continues * _from_previous(_prefix(carried * continues, added, context), context)
+        continues = (from_neighbour(segment_ids[:, -1], context) == segment_ids[:, 0]).astype(jnp.float32)
+    incoming = received_states(carried, added, continues, context)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return o + product("bthrk,bhrkv->bthrv", reach, incoming)
 
 
-def _prefix(carried: Array, added: Array, axes: Axes) -> Array:
-    """State after every device's stretch, for the maps S -> carried S + added of each [..., dk, dk], [..., dk, dv]."""
+def received_states(carried: Array, added: Array, continues: Array, axes: Axes) -> Array:
+    """The state that every stretch receives.
+
+    Args:
+      carried: [B, H, R, dk, dk], and added: [B, H, R, dk, dv], what this device's stretch does to a state S:
+        S -> carried S + added.
+      continues: [B], 1 where its first document began before, 0 where the state is to be forgotten.
+      axes: mesh axes along which stretches lie.
+
+    Returns:
+      [B, H, R, dk, dv].
+    """
+    continues = continues[:, None, None, None, None]
+    return continues * from_neighbour(_composed(carried * continues, added, axes, 1), axes)
+
+
+def handed_gradients(carried: Array, d_received: Array, continues: Array, axes: Axes) -> Array:
+    """The gradient of the state that every stretch hands on; the transpose of `received_states`.
+
+    `d_received` [B, H, R, dk, dv] is the gradient of the state that the stretch receives, as its own outputs give it.
+    """
+    continues = continues[:, None, None, None, None]
+    carried = jnp.swapaxes(carried * continues, -1, -2)
+    return from_neighbour(_composed(carried, d_received * continues, axes, -1), axes, -1)
+
+
+def _composed(carried: Array, added: Array, axes: Axes, direction: int) -> Array:
+    """What becomes of zero along all stretches up to each device's own, by the maps S -> carried S + added of each.
+
+    `direction` is 1 from the first stretch on, -1 from the last.
+    """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     size, step = jax.lax.axis_size(axes), 1
     while step < size:
-        # The maps of devices up to this one's `step` predecessors; before the first there is only the zero state.
-        before = _from_previous(added, axes, step)
+        # The maps of devices up to this one's `step` predecessors; before the first there is only zero.
+        before = from_neighbour(added, axes, direction * step)
         added = product(carried, before) + added
         if 2 * step < size:
-            carried = product(carried, _from_previous(carried, axes, step))
+            carried = product(carried, from_neighbour(carried, axes, direction * step))
         step *= 2
     return added
 
 
-def _from_previous(x: Array, axes: Axes, step: int = 1) -> Array:
-    """x of the device `step` places before this one along `axes`; zeros where there is none."""
+def from_neighbour(x: Array, axes: Axes, step: int = 1) -> Array:
+    """x of the device `step` places before this one along `axes` (behind it if negative); zeros where there is none."""
     size = jax.lax.axis_size(axes)
-    return jax.lax.ppermute(x, axes, [(source, source + step) for source in range(size - step)])
+    return jax.lax.ppermute(
+        x, axes, [(source, source + step) for source in range(size) if 0 <= source + step < size])
 
 
-def with_halo(x: Array, size: int, axes: Axes) -> Array:
-    """x [B, T / c, ...] with the `size` tokens before it, zeros at the start of the sequence.
+def previous_tokens(x: Array, size: int, axes: Axes) -> Array:
+    """The `size` tokens before those of x [B, T / c, ...], zeros at the start of the sequence.
 
     Raises:
       UserError: a stretch is shorter than that.
@@ -184,4 +213,9 @@ def with_halo(x: Array, size: int, axes: Axes) -> Array:
     if x.shape[1] < size:
         raise UserError(f"--config.mesh.context: {x.shape[1]} tokens of a sequence per device; the convolution needs "
                         f"at least {size}")
-    return jnp.concatenate([_from_previous(x[:, -size:], axes), x], axis=1)
+    return from_neighbour(x[:, -size:], axes)
+
+
+def with_halo(x: Array, size: int, axes: Axes) -> Array:
+    """x with its `previous_tokens` before it."""
+    return jnp.concatenate([previous_tokens(x, size, axes), x], axis=1)

@@ -47,14 +47,15 @@ def delta_rule(
 
 
 def gate_rows(
-    g: Array, beta: Array, segment_ids: Array | None, chunk_size: int, position_limit: int | None = None
+    g: Array, beta: Array, segment_ids: Array | None, chunk_size: int, position_limit: int | None = None,
+    ids_before: Array | None = None,
 ) -> Array:
     """Gates with tokens in the lanes, [B, H, N, rows, C] float32; rows are [coarse G | fine G | beta] of R each.
 
     G, the cumulative log decay inside a chunk, comes as a part that is exact and a small rest, so that differences
     keep their digits however strong the decay before them was. Tokens that pad the last chunk are inert.
     With `position_limit` one more row follows: how many tokens of the same document come before the token, at most
-    that many.
+    that many. `ids_before` [B, position_limit] are the ids of tokens before the first.
     """
     batch, length, heads, repeats = g.shape
     coarse = jax.lax.stop_gradient(jnp.round(g * _GRID) / _GRID)
@@ -71,20 +72,24 @@ def gate_rows(
     summed = jnp.einsum("...c,cd->...d", rows[:, :, :, :2], before, precision=jax.lax.Precision.HIGHEST)
     rows = jnp.concatenate([summed, rows[:, :, :, 2:]], axis=3).reshape(batch, heads, -1, 3 * repeats, chunk_size)
     if position_limit is not None:
-        position = _positions(batch, length, segment_ids, position_limit)
+        position = _positions(batch, length, segment_ids, position_limit, ids_before)
         position = jnp.pad(position, ((0, 0), (0, padding))).reshape(batch, 1, -1, 1, chunk_size)
         position = jnp.broadcast_to(position, (*rows.shape[:3], 1, chunk_size))
         rows = jnp.concatenate([rows, position.astype(jnp.float32)], axis=3)
     return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, -rows.shape[3] % _SUBLANES), (0, 0)))
 
 
-def _positions(batch: int, length: int, segment_ids: Array | None, limit: int) -> Array:
-    """[B, T]: tokens of the same document before each token, at most `limit`."""
+def _positions(
+    batch: int, length: int, segment_ids: Array | None, limit: int, ids_before: Array | None
+) -> Array:
+    """[B, T]: tokens of the same document before each token, at most `limit`; see `gate_rows`."""
     count, same = jnp.zeros((batch, length), jnp.int32), True
     ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
-    for back in range(1, min(limit, length - 1) + 1):
+    if ids_before is not None:
+        ids = jnp.concatenate([ids_before, ids], axis=1)
+    for back in range(1, min(limit, ids.shape[1] - 1) + 1):
         # Of one document with the token `back` before, and with all tokens between.
-        same = same & jnp.pad(ids[:, back:] == ids[:, :-back], ((0, 0), (back, 0)))
+        same = same & jnp.pad(ids[:, back:] == ids[:, :-back], ((0, 0), (back, 0)))[:, -length:]
         count = count + same
     return count
 

@@ -9,8 +9,9 @@ import pytest
 from qcn_jax.sharding import aot
 
 
-def compile_layers(topology: str = "v5p:2x2x1") -> None:
-    """Compiles both mixers by kernels at the published head sizes; prints the kernels in the programs."""
+def compile_layers(context: int, topology: str = "v5p:2x2x1") -> None:
+    """Compiles both mixers by kernels at the published head sizes, rows split over `context` chips; prints the kernels
+    in the programs."""
     import dataclasses
     import re
 
@@ -29,14 +30,14 @@ def compile_layers(topology: str = "v5p:2x2x1") -> None:
     config = dataclasses.replace(
         ModelConfig(), num_attention_heads=4, linear_num_key_heads=2, linear_num_value_heads=4, hidden_size=256,
         param_dtype="bfloat16", delta_rule="pallas", chunk_size=128, attention="splash")
-    devices = np.asarray(aot.topology_devices(topology)).reshape(1, -1, 1, 1, 1)
+    devices = np.asarray(aot.topology_devices(topology)).reshape(1, -1, 1, 1, context)
     parallel = Parallel(Mesh(devices, AXES))
     array = lambda shape, dtype, *names: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(parallel.mesh, PartitionSpec(*names)))
-    batch, length = devices.size, 256
-    x = array((batch, length, config.hidden_size), jnp.bfloat16, "fsdp")
-    ids = array((batch, length), jnp.int32, "fsdp")
-    angles = array((batch, length, 32), jnp.float32, "fsdp")
+    batch, length, tokens = devices.shape[1], 256 * context, ("fsdp", "context")
+    x = array((batch, length, config.hidden_size), jnp.bfloat16, *tokens)
+    ids = array((batch, length), jnp.int32, *tokens)
+    angles = array((batch, length, 32), jnp.float32, *tokens)
     for layer in (GatedDeltaNet(config), GatedAttention(config)):
 
         def loss(params, x, ids, cos, sin, layer=layer):
@@ -53,14 +54,17 @@ def compile_layers(topology: str = "v5p:2x2x1") -> None:
 
 
 @pytest.mark.slow
-def test_compiler_accepts_the_kernels():
+@pytest.mark.parametrize("context", [1, 2])
+def test_compiler_accepts_the_kernels(context):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install 'qcn_jax[compile]')")
     code = (f"import importlib.util; spec = importlib.util.spec_from_file_location('child', {__file__!r}); "
-            "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); module.compile_layers()")
+            f"module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+            f"module.compile_layers({context})")
     done = subprocess.run(
         [sys.executable, "-c", code], env=aot.worker_environment(), capture_output=True, text=True, timeout=900,
         check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "delta_net_forward" in done.stdout and "delta_net_backward" in done.stdout, done.stdout
+    kernels = ["forward", "backward"] + (["transfer", "first_gradient"] if context > 1 else [])
+    assert all(f"delta_net_{kernel}" in done.stdout for kernel in kernels), done.stdout
     assert done.stdout.count("splash") >= 3, done.stdout  # forward, gradient of queries, gradient of keys and values
