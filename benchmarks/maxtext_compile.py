@@ -53,6 +53,8 @@ _OPTIMIZER = "midtrain.train.optimizer"
 _LOW = (f"{_OPTIMIZER}.master_copy=false", f"{_OPTIMIZER}.mu_dtype=bfloat16", f"{_OPTIMIZER}.nu_dtype=bfloat16")
 OURS = {
     "qcn_jax (its kernels), dropless": _LOW,
+    # Buffers as large as those of MaxText's first row; what exceeds them goes in another round.
+    "qcn_jax, dropless, buffers of a balanced load": (*_LOW, "mesh.dispatch_buffer=1.0"),
     "qcn_jax, kernels in chunks of 64": (*_LOW, "model.chunk_size=64"),
     "qcn_jax, XLA form of the delta rule": (*_LOW, "model.delta_rule=chunked", "model.chunk_size=64"),
 }

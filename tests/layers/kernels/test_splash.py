@@ -48,3 +48,11 @@ def test_bfloat16_keeps_its_dtype():
     for a, b in zip(got, expected):
         assert a.dtype == jnp.bfloat16
         assert np.linalg.norm(a.astype(jnp.float32) - b) < 0.02 * np.linalg.norm(b)
+
+
+def test_blocks_of_the_mask():
+    mask, whole = splash.CausalMask((60, 40)), np.tri(60, 40, dtype=bool)
+    assert mask == splash.CausalMask((60, 40)) and hash(mask) == hash(splash.CausalMask((60, 40)))
+    for rows in [slice(0, 60), slice(50, None), *(slice(i, i + 7) for i in range(0, 50, 7))]:
+        for columns in [slice(None), *(slice(i, i + 5) for i in range(36))]:
+            np.testing.assert_array_equal(mask[rows, columns], whole[rows, columns])
