@@ -112,8 +112,8 @@ def ours(overrides: tuple[str, ...]) -> dict[str, Any]:
     return {"arguments": memory["arguments"], "temporaries": memory["activations_and_temporaries"], **{
         name: report[name] for name in (
             "mesh", "cycles_by_part", "seconds", "versions", "collective_bytes", "collective_count",
-            "largest_collectives", "matmul_flops", "kernel_flops", "data_dependent_loops", "without_cycle_estimate",
-            "top_cycles", "model_flops_per_device")}}
+            "largest_collectives", "matmul_flops", "kernel_flops", "kernels_without_flops", "data_dependent_loops",
+            "without_cycle_estimate", "top_cycles", "model_flops_per_device")}}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

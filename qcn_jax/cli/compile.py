@@ -182,6 +182,11 @@ def _render_program(report: dict[str, Any]) -> list[str]:
     lines += [
         "", f"FLOPs per device and step: model {report['model_flops_per_device'] / 1e12:.1f} TF; compiled "
         f"{found / 1e12:.1f} TF ({report['kernel_flops'] / 1e12:.1f} of them stated by kernels), with recomputation",
+    ]
+    if silent := report["kernels_without_flops"]:
+        runs = ", ".join(f"{name} ({count:,} runs)" for name, count in sorted(silent.items()))
+        lines.append(f"  not counted, as these kernels state none: {runs}")
+    lines += [
         "", "Estimated cycles by part (compiler's estimates of single ops; no collectives, no kernels, no overlap)",
     ]
     lines += [f"  {part:<16}{cycles:14,.0f}" for part, cycles in report["cycles_by_part"].items() if cycles]

@@ -65,6 +65,7 @@ class Summary:
       collective_bytes, collective_count: by kind; bytes are of the collective's larger side.
       matmul_flops: of products that the compiler made.
       kernel_flops: that custom kernels state of themselves.
+      silent_kernels: runs of kernels that state nothing, by name.
       cycles: estimated, by instruction (trip counts applied), where the compiler gives an estimate.
       origin: where in the traced program an instruction of `cycles` or a collective comes from.
       without_estimate: instructions run for which it says that it has none.
@@ -76,6 +77,7 @@ class Summary:
     largest_collectives: list[tuple[float, str, int, str]] = dataclasses.field(default_factory=list)
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
+    silent_kernels: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))
     cycles: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     origin: dict[str, str] = dataclasses.field(default_factory=dict)
     without_estimate: int = 0
@@ -250,6 +252,8 @@ def summarize(text: str) -> Summary:
                 summary.matmul_flops += count * _matmul_flops(instruction, shapes)
             elif instruction.opcode == "custom-call" and (flops := _KERNEL_FLOPS.search(instruction.rest)):
                 summary.kernel_flops += count * float(flops.group(1))
+            elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
+                summary.silent_kernels[instruction.name.split(".")[0]] += count
             elif instruction.opcode == "while" and _trip_count(instruction, instructions, computations) is None:
                 summary.unknown_loops += 1
             cycles = _CYCLES.search(instruction.rest)
@@ -320,6 +324,7 @@ def to_json(summary: Summary) -> dict[str, object]:
             {"bytes": moved, "kind": kind, "count": count, "origin": origin}
             for moved, kind, count, origin in summary.largest_collectives],
         "matmul_flops": summary.matmul_flops, "kernel_flops": summary.kernel_flops,
+        "kernels_without_flops": dict(summary.silent_kernels),
         "data_dependent_loops": summary.unknown_loops, "without_cycle_estimate": summary.without_estimate,
         "top_cycles": [{"op": name, "cycles": cycles, "origin": summary.origin.get(name, "")}
                        for name, cycles in summary.top_cycles()],

@@ -56,6 +56,7 @@ ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
 }}, metadata={op_name="jit(step)/splash"}
   %offloaded-start = ((bf16[64,32]), bf16[128,32]) call-start(%param), async_execution_thread="sparsecore", to_apply=%sparse
   %offloaded-done = bf16[128,32] call-done(%offloaded-start)
+  %silent.3 = bf16[64,32]{1,0} custom-call(%param), custom_call_target="tpu_custom_call"
   ROOT %kernel = bf16[64,32]{1,0} custom-call(%param), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":5000,"transcendentals":0}}}
 }
 
@@ -85,6 +86,7 @@ def test_loops_collectives_flops_and_cycles():
     assert summary.collective_bytes["reduce-scatter"] == 64 * 32 * 2
     assert summary.collective_bytes["ragged-all-to-all"] == 128 * 32 * 2
     assert summary.matmul_flops == runs * 2 * 64 * 32 * 32 and summary.kernel_flops == 5000
+    assert summary.silent_kernels == {"silent": 1}
     assert summary.without_estimate == 1
     assert summary.top_cycles(1) == [("fusion.1", 100 * runs)]
     assert hlo.cycles_by_part(summary, {"net": "linear_attn", "moe": "/mlp/"}) == {
