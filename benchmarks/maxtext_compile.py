@@ -6,8 +6,8 @@ VENV holds MaxText's requirements (Python 3.12 or later) with the jax and libtpu
 checkout; nothing of it is changed but the last step of its train_compile, which keeps the compiled program. The work is
 the same: v5p:4x4x4, 8,192 tokens a chip in rows of 8,192, bfloat16 weights and Adam moments, full rematerialisation,
 experts over 16 chips. Both programs' texts are read by qcn_jax.sharding.hlo, so that one ruler measures both. Rows go to
-benchmarks/results/maxtext_compile.json, the table to maxtext_compile.md beside it. Counts and the compiler's estimates;
-nothing ran on a chip.
+benchmarks/results/maxtext_compile/VERSION.json of the libtpu, the tables of all versions to maxtext_compile.md beside
+it. Counts and the compiler's estimates; nothing ran on a chip.
 """
 
 import os
@@ -28,6 +28,7 @@ _PYTHON = flags.DEFINE_string("python", None, "Interpreter with MaxText's requir
 _SOURCES = flags.DEFINE_string("sources", None, "The folder src of a checkout of MaxText.", required=True)
 _VARIANTS = flags.DEFINE_string("variants", ".", "regular expression of the variants to run")
 HERE = pathlib.Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "maxtext_compile"
 GIB = 2**30
 COMMON = (
     "model_name=qwen3-next-80b-a3b", "compile_topology=v5p-128", "compile_topology_num_slices=1",
@@ -73,6 +74,8 @@ def theirs(settings: tuple[str, ...]) -> dict[str, Any]:
             ending = (child.stderr.strip().splitlines() or ["no message"])[-1]
             return {"error": (message.group(0) if message else ending)[:300]}
         found = files.read_json(f"{out}.json")
+        if found["versions"]["libtpu"] != aot.libtpu_version():
+            raise SystemExit(f"--python: its libtpu is {found['versions']['libtpu']}, here it is {aot.libtpu_version()}")
         summary = hlo.summarize(_with_functions(pathlib.Path(f"{out}.hlo").read_text(encoding="utf-8")))
     memory = found["memory"]
     return {
@@ -116,9 +119,10 @@ def ours(overrides: tuple[str, ...]) -> dict[str, Any]:
             "without_cycle_estimate", "top_cycles", "model_flops_per_device")}}
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(version: str, rows: dict[str, dict[str, Any]]) -> str:
     """Markdown of all variants that are there."""
     lines = [
+        f"libtpu {version}", "",
         f"| step | arguments + temporaries, GiB | {COLLECTIVES} | "
         "TF of products + kernels | estimated cycles, 1e9: all | delta net and rule | attention | experts |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -139,15 +143,16 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main(_: list[str]) -> None:
-    path = HERE / "results" / "maxtext_compile.json"
+    path = RESULTS / f"{aot.libtpu_version()}.json"
     rows = files.read_json(path) if path.exists() else {}
     for name in (*OURS, *THEIRS):
         if re.search(_VARIANTS.value, name):
             print(f"{name} ...", flush=True)
             rows[name] = ours(OURS[name]) if name in OURS else theirs(THEIRS[name])
             files.write_json(path, rows)
-    files.write_text(path.with_suffix(".md"), table(rows))
-    print(table(rows))
+    tables = [table(version.stem, files.read_json(version)) for version in sorted(RESULTS.glob("*.json"))]
+    files.write_text(RESULTS.with_suffix(".md"), "\n".join(tables))
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":
