@@ -146,12 +146,15 @@ def _local_delta_rule(
         q, k, jnp.concatenate([v, zeros], axis=-1), g, beta, state, segment_ids, form, chunk_size)
     o, reach = o[..., :value_dim], o[..., value_dim:]
     added, carried = state[..., :value_dim], state[..., value_dim:]
-    continues = jnp.ones((batch,))
-    if segment_ids is not None:
-        continues = (from_neighbour(segment_ids[:, -1], context) == segment_ids[:, 0]).astype(jnp.float32)
+    continues = jnp.ones((batch,)) if segment_ids is None else continuing(segment_ids, context)
     incoming = received_states(carried, added, continues, context)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return o + product("bthrk,bhrkv->bthrv", reach, incoming)
+
+
+def continuing(segment_ids: Array, axes: Axes) -> Array:
+    """[B] float32: 1 where a stretch's first document, by segment_ids [B, T / c], began in the stretch before."""
+    return (previous_tokens(segment_ids, 1, axes)[:, 0] == segment_ids[:, 0]).astype(jnp.float32)
 
 
 def received_states(carried: Array, added: Array, continues: Array, axes: Axes) -> Array:
@@ -213,7 +216,7 @@ def previous_tokens(x: Array, size: int, axes: Axes) -> Array:
     if x.shape[1] < size:
         raise UserError(f"--config.mesh.context: {x.shape[1]} tokens of a sequence per device; the convolution needs "
                         f"at least {size}")
-    return from_neighbour(x[:, -size:], axes)
+    return from_neighbour(x[:, x.shape[1] - size :], axes)
 
 
 def with_halo(x: Array, size: int, axes: Axes) -> Array:

@@ -12,7 +12,6 @@ MESHES = {
     "context, fsdp": {"context": 2, "fsdp": 4},
     "tensor": {"tensor": 2, "fsdp": 4},
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BATCH, LENGTH, CHUNK = 4, 40, 4
 EPS = 0.05  # of the mixer's norm, which without it magnifies rounding of outputs near zero
 
@@ -25,7 +24,6 @@ def segments() -> np.ndarray:
 
 def _cases(parallel):
     """name -> (function of (arrays), arrays); `parallel` None gives the single-device form."""
-    import jax
     import jax.numpy as jnp
 
     from qcn_jax.config import ModelConfig
@@ -33,8 +31,9 @@ def _cases(parallel):
     from qcn_jax.layers.delta_rule import gated_delta_rule
     from qcn_jax.layers.embedding import sharded_lookup
     from qcn_jax.layers.gated_delta_net import by_kernel, causal_conv, sharded_conv
-    from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
+    from qcn_jax.layers.norm import l2_norm
     from qcn_jax.layers.sharded import sharded_attention, sharded_delta_rule
+    from tests.layers.mixer_by_parts import by_parts
 
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -58,14 +57,6 @@ def _cases(parallel):
         if stretches == 8 or (parallel is not None and not plain and stretches != 2):
             return None  # interpreted kernels take long to compile
 
-        def by_parts(qkvz, kernel, g, beta, weight):
-            qkvz = qkvz.reshape(*shape, 2, -1)
-            qkv, z = qkvz[..., : 2 * 6 + 3 * 5], qkvz[..., 2 * 6 + 3 * 5 :].reshape(*shape, 2, 3, 5)
-            mixed = jax.nn.silu(causal_conv(qkv, kernel, None, ids))
-            q, k, v = l2_norm(mixed[..., :6]) * 6**-0.5, l2_norm(mixed[..., 6:12]), mixed[..., 12:]
-            o, _ = gated_delta_rule(q, k, v.reshape(*shape, 2, 3, 5), g, beta, None, ids, "recurrent")
-            return GatedRMSNorm(EPS).apply({"params": {"weight": weight}}, o, z).reshape(*shape, -1)
-
         def by_kernels(qkvz, kernel, *arrays):
             config = ModelConfig(
                 linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=6, linear_value_head_dim=5,
@@ -73,7 +64,7 @@ def _cases(parallel):
             nothing = jnp.zeros(0)
             context = TokenContext(nothing, nothing, ids, parallel=parallel)
             return by_kernel(config, qkvz.astype(dtype), kernel.astype(dtype), *arrays, context).astype(jnp.float32)
-        return by_parts if parallel is None else by_kernels
+        return by_kernels if parallel is not None else lambda *arrays: by_parts(EPS, *arrays, ids)
 
     def conv(ids):
         if parallel is None:
@@ -117,7 +108,7 @@ def child() -> None:
         def run(*arrays):
             out, pull = jax.vjp(function, *arrays)
             return out, pull(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
-        return jax.device_get(jax.jit(run, compiler_options=QUICK)(*arrays))
+        return jax.device_get(jax.jit(run)(*arrays))
 
     want = {name: evaluate(*case) for name, case in _cases(None).items()}
     results = {}

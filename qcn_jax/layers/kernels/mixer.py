@@ -17,7 +17,7 @@ from qcn_jax.layers.kernels import mixer_kernels
 from qcn_jax.layers.kernels.convolution import SUBLANES
 from qcn_jax.layers.kernels.delta_rule import gate_rows, on_platform
 from qcn_jax.layers.kernels.mixer_blocks import Arrays, Sizes
-from qcn_jax.layers.sharded import Axes, from_neighbour, handed_gradients, previous_tokens, received_states
+from qcn_jax.layers.sharded import Axes, continuing, from_neighbour, handed_gradients, previous_tokens, received_states
 
 Array = jax.Array
 
@@ -54,7 +54,7 @@ def delta_net(
     if context:
         ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
         ids_before = previous_tokens(ids, sizes.taps - 1, context)
-        continues = (previous_tokens(ids, 1, context)[:, 0] == ids[:, 0]).astype(jnp.float32)
+        continues = continuing(ids, context)
     rows = gate_rows(g, beta, segment_ids, chunk_size, position_limit=sizes.taps - 1, ids_before=ids_before)
     kernel = kernel.astype(jnp.float32).reshape(sizes.taps, heads * sizes.mixed)
     kernel = jnp.pad(kernel, ((0, SUBLANES - sizes.taps), (0, 0)))
@@ -72,11 +72,7 @@ def _mixer(
 
     `continues` [B]: 1 where the stretch's first document began in a stretch before.
     """
-    reads = {"qkvz": qkvz, "kernel": kernel, "rows": rows, "weight": weight}
-    if context:
-        received, _ = _received(reads, continues, sizes, context, length)
-        reads |= received
-    return on_platform(mixer_kernels.forward, sizes, False)(reads)["out"]
+    return _forward(qkvz, kernel, rows, weight, continues, sizes, context, length, save=False)[0]
 
 
 def _received(
@@ -103,20 +99,22 @@ def _joined(states: Array) -> Array:
     return jnp.swapaxes(states, 2, 3).reshape(batch, heads, key_dim, -1)
 
 
-def _mixer_forward(
-    qkvz: Array, kernel: Array, rows: Array, weight: Array, continues: Array, sizes: Sizes, context: Axes, length: int
+def _forward(
+    qkvz: Array, kernel: Array, rows: Array, weight: Array, continues: Array, sizes: Sizes, context: Axes, length: int,
+    save: bool = True,
 ) -> tuple[Array, tuple[Arrays, Array | None, Array]]:
+    """Output and residuals, which without `save` are not those of the backward pass."""
     reads, carried = {"qkvz": qkvz, "kernel": kernel, "rows": rows, "weight": weight}, None
     if context:
         received, carried = _received(reads, continues, sizes, context, length)
         reads |= received
-    written = on_platform(mixer_kernels.forward, sizes, True)(reads)
+    written = on_platform(mixer_kernels.forward, sizes, save)(reads)
     out = written.pop("out")
     reads.pop("state", None)  # the first of written["states"]
     return out, (reads | written, carried, continues)
 
 
-def _mixer_backward(
+def _backward(
     sizes: Sizes, context: Axes, length: int, residuals: tuple[Arrays, Array | None, Array], cotangent: Array
 ) -> tuple[Array, ...]:
     reads, carried, continues = residuals
@@ -138,4 +136,4 @@ def _mixer_backward(
     return d_qkvz, jnp.sum(d["d_kernel"], axis=0), d["d_rows"], d_weight, jnp.zeros_like(continues)
 
 
-_mixer.defvjp(_mixer_forward, _mixer_backward)
+_mixer.defvjp(_forward, _backward)

@@ -127,8 +127,8 @@ class Blocks:
         Scratch that lasts from chunk to chunk: for every key head of the group a float32 state of the shape of the
         array `state`, and 8 rows of convolved channels.
         """
-        shapes = {name: jax.ShapeDtypeStruct(self.array(name)[0], dtype) for name, dtype in writes.items()}
-        blocks = lambda names: {name: self.array(name)[1] for name in names}
+        shapes = {array: jax.ShapeDtypeStruct(self.array(array)[0], dtype) for array, dtype in writes.items()}
+        blocks = lambda arrays: {array: self.array(array)[1] for array in arrays}
         scratch = [(self.group, *self.array(state)[0][2:]), (SUBLANES, self.group * self.sizes.mixed)]
         return pl.pallas_call(
             functools.partial(kernel, sizes=self.sizes, interpret=interpret), grid=self.grid,

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qcn_jax.layers.delta_rule import gated_delta_rule
-from qcn_jax.layers.gated_delta_net import causal_conv
 from qcn_jax.layers.kernels.mixer import delta_net
-from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
+from tests.layers.mixer_by_parts import by_parts
 
 B, T, H, R, DK, DV, CHUNK, TAPS = 2, 75, 2, 2, 16, 24, 32, 4
 # A document's first outputs are nearly zero where q and k are nearly orthogonal, and the norm magnifies their rounding
@@ -30,16 +28,6 @@ def inputs(seed=0):
     g, beta = -np.log1p(np.exp(normal(B, T, H, R) - 1)), 1 / (1 + np.exp(-normal(B, T, H, R)))
     return (normal(B, T, H * (MIXED + R * DV)), normal(TAPS, H, MIXED), g, beta, 1 + 0.3 * normal(DV)), normal(
         B, T, H * R * DV)
-
-
-def by_parts(eps, qkvz, kernel, g, beta, weight, segment_ids):
-    """As in GatedDeltaNet, with the recurrent form of the rule."""
-    qkvz = qkvz.reshape(B, T, H, -1)
-    qkv, z = qkvz[..., :MIXED], qkvz[..., MIXED:].reshape(B, T, H, R, DV)
-    mixed = jax.nn.silu(causal_conv(qkv, kernel, None, segment_ids))
-    q, k, v = l2_norm(mixed[..., :DK]) * DK**-0.5, l2_norm(mixed[..., DK : 2 * DK]), mixed[..., 2 * DK :]
-    o, _ = gated_delta_rule(q, k, v.reshape(B, T, H, R, DV), g, beta, None, segment_ids, "recurrent")
-    return GatedRMSNorm(eps).apply({"params": {"weight": weight}}, o, z).reshape(B, T, -1)
 
 
 def as_kernel(eps, qkvz, kernel, g, beta, weight, segment_ids):
