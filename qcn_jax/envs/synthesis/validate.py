@@ -24,6 +24,9 @@ from qcn_jax.errors import UserError
 
 MAX_TESTS = 40  # run for one candidate
 MAX_TEST_SECONDS = 1.0  # slower tests are not used
+# Processes that list a repository's tests. A list made from a set of two types, ordered by their addresses, looks
+# the same in all of them once in 2 ** (LISTINGS - 1).
+LISTINGS = 4
 TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they need without the defect
 LEAST_SECONDS = 1.0  # of processor time that every run may use
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
@@ -45,7 +48,7 @@ class Survey:
     callers: dict[str, tuple[int, ...]]
     breadth: tuple[int, ...]  # number of repository functions that each test calls
     failing: int  # tests left out because they failed before any defect
-    unstable: int  # tests left out because two runs disagreed
+    unstable: int  # tests left out because runs disagreed or their ids do not last
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Survey":
@@ -110,7 +113,7 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     if run.status != "ok":
         raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
     value = run.value
-    wandering = _wandering(_collect(provider, spec, "0", 10 * seconds), _collect(provider, spec, "1", 10 * seconds))
+    wandering = _wandering(_listings(provider, spec, 10 * seconds))
     ids = list(value["calls"])
     passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
     stable = [name for name in passing
@@ -137,21 +140,27 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     )
 
 
-def _collect(provider: Provider, spec: RepositorySpec, hash_seed: str, timeout: float) -> dict[str, str]:
-    """Parameters by id of all tests, in a fresh interpreter whose sets have the order of `hash_seed`."""
+def _listings(provider: Provider, spec: RepositorySpec, timeout: float) -> list[dict[str, str | None]]:
+    """Parameters by id of all tests (None: see collect.py), from interpreters whose sets have different orders."""
     collected = "qcn_collected.json"  # in this sandbox alone
     command = f"python -c {shlex.quote(_COLLECT)} {collected} {shlex.join(spec.pytest_args)} > /dev/null 2>&1"
+    found = []
     with provider.create(spec.name) as sandbox:
-        sandbox.exec(command, timeout, env={"PYTHONHASHSEED": hash_seed})
-        try:
-            return json.loads(sandbox.read(collected))
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"{spec.name}: its tests cannot be collected") from error
+        for seed in range(LISTINGS):
+            sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
+            try:
+                found.append(json.loads(sandbox.read(collected)))
+            except (FileNotFoundError, ValueError) as error:
+                raise UserError(f"{spec.name}: its tests cannot be collected") from error
+    return found
 
 
-def _wandering(first: Mapping[str, str], second: Mapping[str, str]) -> set[str]:
-    """Test functions of which some id is missing or has other parameters in one of two processes."""
-    return {name.split("[")[0] for name in {*first, *second} if first.get(name) != second.get(name)}
+def _wandering(listings: Sequence[Mapping[str, str | None]]) -> set[str]:
+    """Test functions of which some id is missing, has other parameters in some process, or numbers members of a set."""
+    first = listings[0]
+    names = set().union(*listings)
+    return {name.split("[")[0] for name in names
+            if first.get(name) is None or any(found.get(name) != first[name] for found in listings)}
 
 
 def callers(known: Survey, path: str, qualname: str) -> tuple[int, ...]:

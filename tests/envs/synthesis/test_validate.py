@@ -158,6 +158,35 @@ def test_verify_notices_wrong_tasks(place):
     assert any("passes" in problem for problem in verify.verify_task(provider, solved).problems)
 
 
+def test_ids_that_do_not_last(place, tmp_path):
+    """Sets of what an id tells are no reason to leave a test out; sets of what it numbers are, listed or not."""
+    root = write_repository(tmp_path, "wandering-1.0")
+    pairs = "{" + ", ".join(f'("{letter}", {number})' for number, letter in enumerate("abcdef")) + "}"
+    (root / "tests/test_core.py").write_text(f"""import pytest
+from numbers_pkg.core import mean
+
+
+@pytest.mark.parametrize("word", {{"one", "two"}})
+@pytest.mark.parametrize("kind, number", {{(str, 1), (int, 2)}})
+def test_told(word, kind, number):
+    assert mean([number]) == number
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(argnames=["pair", "other"], argvalues={{(("a", str), 1), (("b", int), 2)}})
+def test_numbered(pair, other, number):
+    assert mean([number]) == number
+
+
+@pytest.mark.parametrize("pair", list({pairs}))
+def test_listed(pair):
+    assert mean([2]) == 2
+""")
+    survey = validate.survey(place[0], sources.locate(str(root), {}))
+    assert {name.split("::")[1].split("[")[0] for name in survey.tests} == {"test_told"}
+    assert (len(survey.tests), survey.failing, survey.unstable) == (4, 0, 10)
+
+
 def test_repository_without_passing_tests(place, tmp_path):
     root = write_repository(tmp_path, "failing-1.0")
     (root / "tests/test_core.py").write_text("def test_no():\n    assert False\n")

@@ -1,6 +1,7 @@
 """Runs inside a sandbox as a program of its own: writes every test's id and parameters to the JSON file argv[1].
 
-Further arguments go to pytest. Parameters matter because ids such as `case0` do not tell them.
+Further arguments go to pytest. Parameters matter because ids such as `case0` do not tell them. null stands for
+parameters whose place in an order that changes is all that the id tells.
 """
 
 import json
@@ -11,7 +12,7 @@ import pytest
 
 
 def cases(session):
-    """{id: representation of the parameters, without addresses}."""
+    """{id: representation of the parameters, without addresses; None where the id numbers members of a set}."""
     found = {}
     for item in session.items:
         parameters = getattr(item, "callspec", None)
@@ -19,8 +20,19 @@ def cases(session):
             text = ascii(sorted(parameters.params.items(), key=lambda pair: pair[0])) if parameters else ""
         except Exception as error:
             text = type(error).__name__
-        found[item.nodeid] = re.sub(r"0x[0-9a-fA-F]{4,}", "0x", text)[:500]
+        text = re.sub(r"0x[0-9a-fA-F]{4,}", "0x", text)[:500]
+        wanders = parameters and any(numbered(mark, parameters.id) for mark in item.iter_markers("parametrize"))
+        found[item.nodeid] = None if wanders else text
     return found
+
+
+def numbered(mark, parameters_id):
+    """Whether a parametrize mark takes several values from a set and the id tells only their place in it."""
+    names, values = (mark.kwargs.get(key, mark.args[place] if len(mark.args) > place else ())
+                     for place, key in enumerate(("argnames", "argvalues")))
+    names = re.split(r"[,\s]+", names.strip()) if isinstance(names, str) else names
+    return isinstance(values, (set, frozenset)) and len(values) > 1 and any(
+        re.search(rf"(?:^|-){re.escape(name)}\d+(?:-|$)", parameters_id) for name in names)
 
 
 class Collected:
