@@ -112,7 +112,7 @@ def plot_growth(results: pathlib.Path, path: pathlib.Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    if not any(results.glob("l*-*.json")):
+    if not any(results.glob("length-*.json")) and not any(results.glob("layers-*.json")):
         return  # another version's drawing stays
     matplotlib.rcParams["svg.hashsalt"] = "qcn_jax"  # the same results, the same file
     figure = Figure(figsize=(9, 5.5), layout="constrained")

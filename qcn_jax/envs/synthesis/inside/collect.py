@@ -28,11 +28,16 @@ def cases(session):
 
 def numbered(mark, parameters_id):
     """Whether a parametrize mark takes several values from a set and the id tells only their place in it."""
-    names, values = (mark.kwargs.get(key, mark.args[place] if len(mark.args) > place else ())
-                     for place, key in enumerate(("argnames", "argvalues")))
+    names, values = names_and_values(*mark.args, **mark.kwargs)
+    if not isinstance(values, (set, frozenset)) or len(values) < 2:
+        return False
     names = re.split(r"[,\s]+", names.strip()) if isinstance(names, str) else names
-    return isinstance(values, (set, frozenset)) and len(values) > 1 and any(
-        re.search(rf"(?:^|-){re.escape(name)}\d+(?:-|$)", parameters_id) for name in names)
+    return any(re.search(rf"(?:^|-){re.escape(name)}\d+(?:-|$)", parameters_id) for name in names)
+
+
+def names_and_values(argnames=(), argvalues=(), *_, **__):
+    """Of pytest.mark.parametrize's arguments the first two, however they were given."""
+    return argnames, argvalues
 
 
 class Collected:
