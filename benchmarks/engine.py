@@ -51,8 +51,9 @@ def main() -> None:
     flags.DEFINE_list("slots", ["32", "64"], "Numbers of slots.", flag_values=values)
     flags.DEFINE_integer("max_length", 768, "Cache size of a slot.", flag_values=values)
     flags.DEFINE_integer("repeats", 5, "Timed runs.", flag_values=values)
-    config = parsing.define_config(values, sys.argv[1:], default="configs/nano.py")
-    parsing.parse(values, "engine", __doc__, sys.argv[1:])
+    arguments = ["--config=configs/nano.py", *sys.argv[1:]]  # the last one counts
+    config = parsing.define_config(values, arguments)
+    parsing.parse(values, "engine", __doc__, arguments)
     model = config().model
     params = jax.jit(Qwen3Next(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     print(f"{parameter_count(model) / 1e6:.1f} M parameters, {jax.devices()[0].device_kind}, {len(jax.devices())} device(s)")

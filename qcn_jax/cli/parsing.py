@@ -14,11 +14,14 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
-from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.config import RunConfig, from_config_dict, to_config_dict
 from qcn_jax.errors import UserError
 
 
@@ -33,11 +36,11 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
       HelpShown: --help or -h was among the arguments; the help text is on stdout.
       UserError: an unknown flag, a bad value, a missing flag or a stray argument; the line names it.
     """
-    if any(argument in ("--help", "-help", "-h") for argument in argv):
+    if _asks_for_help(argv):
         print(_help(values, verb, explanation))
         raise HelpShown
     try:
-        rest = values([f"qcn {verb}", *argv])[1:]
+        rest = values([f"qcn {verb}", *_arranged(values, argv)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(values, verb, error.flagname)) from error
     except (flags.Error, ValueError, TypeError) as error:
@@ -48,18 +51,18 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
         raise UserError(f"unexpected argument {rest[0]!r}; every option is a flag, see qcn {verb} --help")
 
 
-def define_config(values: flags.FlagValues, argv: Sequence[str],
-                  default: str | None = None) -> Callable[[], RunConfig]:
+def define_config(values: flags.FlagValues, argv: Sequence[str]) -> Callable[[], RunConfig]:
     """Defines --config with `--config.key=value` overrides; call the result after `parse` for the RunConfig.
 
     The config file is read while flags are parsed, so its errors are raised by whichever comes first:
-    this function (the file is missing or broken) or `parse` (an override that does not fit).
+    this function (the file is missing or broken, an override names no key) or `parse` (a value that does not fit).
     """
-    _check_config_file(argv, default)
+    arguments = [] if _asks_for_help(argv) else _arranged(values, argv)
+    _check_overrides(arguments)
     config_flags.DEFINE_config_file(
-        "config", default, "Python config file with get_config(); override values with --config.key=value.",
-        flag_values=values, sys_argv=list(argv))
-    _check_overrides(argv, default)
+        "config", None, "Python config file with get_config(); override values with --config.key=value.",
+        flag_values=values, sys_argv=arguments)
+    values["config"].parser = _ConfigFile()
 
     def config() -> RunConfig:
         if values.config is None:
@@ -69,30 +72,70 @@ def define_config(values: flags.FlagValues, argv: Sequence[str],
     return config
 
 
+class _ConfigFile(flags.ArgumentParser):
+    """FILE or FILE:ARGUMENT as a ConfigDict in which every value has its field's declared type.
+
+    config_flags takes the type of an override from the value that it replaces: a rate that the file writes as 1 could
+    not be set to 0.2 otherwise.
+    """
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        """Raises UserError, which names the file or the key."""
+        return to_config_dict(_load(argument))
+
+
+class _List(tuple_parser.TupleParser):
+    """A Python tuple or list, or its items with commas between: swe,tool_format."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        """Raises ValueError where a bracket or quote is not closed."""
+        if not isinstance(argument, str) or argument.lstrip()[:1] in tuple("([{'\""):
+            return super().parse(argument)
+        pieces = (piece.strip() for piece in argument.split(","))
+        return tuple(item for piece in pieces if piece for item in super(_List, self).parse(piece))
+
+
+config_flags.register_flag_parser_for_type(tuple, _List())
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` on a single line."""
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
 
 
-def _config_argument(argv: Sequence[str], default: str | None) -> str | None:
-    """The value of --config in `argv` (the last one wins, as absl has it)."""
-    found = default
-    for index, argument in enumerate(argv):
-        if argument in ("--config", "-config") and index + 1 < len(argv):
-            found = argv[index + 1]
-        elif match := re.match(r"--?config=(.*)", argument, re.DOTALL):
-            found = match.group(1)
-    return found
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return any(argument in ("--help", "-help", "-h") for argument in argv)
 
 
-def _load(argument: str) -> object:
+def _arranged(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
+    """`argv` with what its --flagfile=FILE hold in their places, and the last --config, which counts, before the rest."""
+    try:
+        words = iter(values.read_flags_from_files(list(argv), force_gnu=False))
+    except flags.Error as error:
+        raise UserError(f"--flagfile: {one_line(error).removeprefix('ERROR:: ')}") from error
+    config, rest = [], []
+    for word in words:
+        if word in ("--config", "-config"):
+            config = [f"--config={next(words, '')}"]
+        elif re.match("--?config=", word):
+            config = [word]
+        else:
+            rest.append(word)
+    return [*config, *rest]
+
+
+def _load(argument: str) -> RunConfig:
     """What get_config() of the file named by --config returns; every failure names the file."""
     path = argument.split(":", 1)[0]
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config={argument}: there is no file {path}")
     sys.modules.pop("config_config", None)  # ml_collections loads into this module, on top of an earlier file's names
     try:
-        return config_flags.config_flags.ConfigFileFlagParser("config").parse(argument)
+        found = config_flags.config_flags.ConfigFileFlagParser("config").parse(argument)
+        if isinstance(found, RunConfig):
+            found = to_config_dict(found)  # whose types nobody has checked yet
+        if hasattr(found, "items"):
+            return from_config_dict(RunConfig, found)
     except UserError:
         raise
     except AttributeError as error:
@@ -100,24 +143,21 @@ def _load(argument: str) -> object:
     except Exception as error:  # the file is the user's own Python: whatever it raises is reported by name
         detail = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise UserError(f"--config={argument}: cannot be loaded: {detail[0]}") from error
+    raise UserError(f"--config={argument}: get_config() returned {found!r:.80}; it must return a RunConfig or "
+                    "to_config_dict(RunConfig(...))")
 
 
-def _check_config_file(argv: Sequence[str], default: str | None) -> None:
-    argument = _config_argument(argv, default)
-    if argument is not None and "--help" not in argv:
-        _load(argument)
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Refuses a config file that cannot be read, and overrides of keys that no configuration has.
 
-
-def _check_overrides(argv: Sequence[str], default: str | None) -> None:
-    """Refuses overrides of keys that the config does not have, naming the nearest group that it has."""
-    argument = _config_argument(argv, default)
-    overrides = [m.group(1) for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))]
-    if overrides and argument is None:
-        raise UserError(f"--config.{overrides[0]} was given without --config=FILE")
-    if not overrides:
-        return
-    config = _load(argument)
-    for override in overrides:
+    Args:
+      argv: from `_arranged`.
+    """
+    first = re.match("--?config=(.*)", argv[0], re.DOTALL) if argv else None
+    config = to_config_dict(_load(first.group(1))) if first else None
+    for override in (m.group(1) for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))):
+        if config is None:
+            raise UserError(f"--config.{override} was given without --config=FILE")
         group, prefix = config, "config"
         for key in override.split("."):
             allowed = list(group.keys()) if hasattr(group, "keys") else []
@@ -125,6 +165,9 @@ def _check_overrides(argv: Sequence[str], default: str | None) -> None:
                 choice = f"allowed: {', '.join(sorted(allowed))}" if allowed else f"{prefix} is a single value"
                 raise UserError(f"--config.{override}: unknown key {key!r} in {prefix}; {choice}")
             group, prefix = group[key], f"{prefix}.{key}"
+        if hasattr(group, "keys"):  # the keys that the value leaves out would silently get their defaults
+            raise UserError(f"--config.{override} is a group; give its keys: "
+                            f"{', '.join(f'--config.{override}.{key}' for key in sorted(group))}")
 
 
 def _unknown_flag(values: flags.FlagValues, verb: str, name: str) -> str:

@@ -4,6 +4,7 @@ import pytest
 from absl import flags
 
 from qcn_jax.cli import parsing
+from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
 
 CONFIG = """
@@ -42,7 +43,90 @@ def test_repeated_flags_make_a_tuple_and_config_argument_reaches_get_config(conf
     assert config.seed == 5 and config.rl.experts == ("swe", "single_turn")
 
 
+def test_values_take_the_declared_type_whatever_the_file_wrote(tmp_path):
+    """A rate that the file writes as an integer may become a fraction."""
+    path = tmp_path / "integers.py"
+    path.write_text(CONFIG.replace("return to_config_dict(RunConfig(seed=int(size)))", """
+    c = to_config_dict(RunConfig()).unlock()
+    c.sft.train.optimizer.learning_rate, c.tasks.kinds = 1, ['add_not']
+    return c"""))
+    config = _parse(f"--config={path}", "--config.sft.train.optimizer.learning_rate=0.2")
+    assert config.sft.train.optimizer.learning_rate == 0.2 and config.tasks.kinds == ("add_not",)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("swe,format", ("swe", "format")),
+    ("swe, format", ("swe", "format")),
+    ("swe", ("swe",)),
+    ("('swe',)", ("swe",)),
+    ('["swe", "format"]', ("swe", "format")),
+    ("/a/b-1.0,toolz==1.2.0", ("/a/b-1.0", "toolz==1.2.0")),
+    ("'a,b'", ("a,b",)),
+    ("", ()),
+    ("()", ()),
+])
+def test_lists_are_written_with_commas_or_as_in_python(config_file, text, value):
+    assert _parse(f"--config={config_file}", f"--config.rl.experts={text}").rl.experts == value
+
+
+def test_lists_of_numbers_hold_numbers(config_file):
+    config = _parse(f"--config={config_file}", "--config.rl.greedy_turns=0,0,2")
+    assert config.rl.greedy_turns == (0, 0, 2)
+
+
+@pytest.mark.parametrize("arguments, seed", [
+    (["--flagfile={flags}", "--config.seed=9"], 9),
+    (["--config.seed=9", "--flagfile={flags}"], 9),
+    (["--config.seed=9", "--config={config}:5"], 9),
+    (["--config={config}:4", "--config.init=random", "--config={config}:5"], 5),
+    (["--config", "{config}:4", "--config.seed", "6"], 6),
+    (["--flagfile={flags}"], 3),
+])
+def test_flag_files_and_any_order(config_file, tmp_path, arguments, seed):
+    flag_file = tmp_path / "flags.txt"
+    flag_file.write_text(f"# where it begins\n--config={config_file}:3\n")
+    assert _parse(*(argument.format(flags=flag_file, config=config_file) for argument in arguments)).seed == seed
+
+
+@pytest.mark.parametrize("text, words", [
+    ("--config=no_such.py\n", ["--config=no_such.py", "no file"]),
+    ("--config.seed=1\n", ["--config.seed", "without --config=FILE"]),
+    (None, ["--flagfile", "No such file"]),
+])
+def test_wrong_flag_files_are_named(tmp_path, text, words):
+    flag_file = tmp_path / "flags.txt"
+    if text is not None:
+        flag_file.write_text(text)
+    with pytest.raises(UserError) as error:
+        _parse(f"--flagfile={flag_file}")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_get_config_may_return_a_run_config_or_plain_dict(tmp_path):
+    path = tmp_path / "plain.py"
+    for text in ("RunConfig(seed=8)", "{'seed': 8}"):
+        path.write_text(f"from qcn_jax.config import RunConfig\ndef get_config():\n    return {text}\n")
+        assert _parse(f"--config={path}", "--config.workers=3") == RunConfig(seed=8, workers=3)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("3", ["get_config() returned 3", "RunConfig"]),
+    ("None", ["get_config() returned None"]),
+    ("RunConfig", ["get_config() returned <class"]),
+    ("RunConfig(seed='x')", ["--config.seed", "expected int, got 'x'"]),
+    ("open('/no/such/file')", ["cannot be loaded", "/no/such/file"]),
+])
+def test_get_config_that_returns_something_else(tmp_path, text, words):
+    path = tmp_path / "other.py"
+    path.write_text(f"from qcn_jax.config import RunConfig\ndef get_config():\n    return {text}\n")
+    with pytest.raises(UserError) as error:
+        _parse(f"--config={path}")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
 @pytest.mark.parametrize("argument, words", [
+    ("--config.sft={'recovery': 1.0}", ["--config.sft is a group", "--config.sft.recovery"]),
+    ("--config.rl.greedy_turns=a", ["--config.rl.greedy_turns", "expected int, got 'a'"]),
     ("--config.sft.stepz=1", ["--config.sft.stepz", "'stepz'", "trajectories_per_task"]),
     ("--config.sft.train.x.y=1", ["--config.sft.train.x.y", "'x'"]),
     ("--config.seed.x=1", ["config.seed is a single value"]),
