@@ -23,11 +23,12 @@ import threading
 
 from absl import app, flags
 
-from qcn_jax.envs import formats, patches
-from qcn_jax.envs.grading import Grader
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import formats
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.sandbox import Limits, RepositorySpec, images, layers
 from qcn_jax.envs.sandbox.docker import DockerProvider
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 _OUT = flags.DEFINE_string("out", "", "JSON file for the table")
 _ONLY = flags.DEFINE_list("only", [], "beginnings of the attacks' names; by default all")

@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.norm import l2_norm
-from qcn_jax.sharding import aot, hlo
+from qcn_jax.compile import aot, hlo
 from qcn_jax.sharding.mesh import AXES
 from qcn_jax.sharding.parallel import Parallel
 

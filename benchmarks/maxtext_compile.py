@@ -5,7 +5,7 @@
 VENV holds MaxText's requirements (Python 3.12 or later) with the jax and libtpu of this environment, MAXTEXT is a
 checkout; nothing of it is changed but the last step of its train_compile, which keeps the compiled program. The work is
 the same: v5p:4x4x4, 8,192 tokens a chip in rows of 8,192, bfloat16 weights and Adam moments, full rematerialisation,
-experts over 16 chips. Both programs' texts are read by qcn_jax.sharding.hlo, so that one ruler measures both. Rows go to
+experts over 16 chips. Both programs' texts are read by qcn_jax.compile.hlo, so that one ruler measures both. Rows go to
 benchmarks/results/maxtext_compile/VERSION.json of the libtpu, the tables of all versions to maxtext_compile.md beside
 it. Counts and the compiler's estimates; nothing ran on a chip.
 """
@@ -22,7 +22,7 @@ from absl import app, flags
 from _pod_step import COLLECTIVES, collectives, compile_step
 
 from qcn_jax import files
-from qcn_jax.sharding import aot, hlo
+from qcn_jax.compile import aot, hlo
 
 _PYTHON = flags.DEFINE_string("python", None, "Interpreter with MaxText's requirements.", required=True)
 _SOURCES = flags.DEFINE_string("sources", None, "The folder src of a checkout of MaxText.", required=True)

@@ -16,10 +16,10 @@ import time
 from absl import app, flags
 
 from qcn_jax import files
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.synthesis import sources, verify
 from qcn_jax.envs.synthesis.mine import Criteria, Mined, mine
-from qcn_jax.envs.tasks import write_tasks
+from qcn_jax.envs.tasks.schema import write_tasks
 
 _CLONES = flags.DEFINE_list("clones", None, "Git clones with their histories.", required=True)
 _OUT = flags.DEFINE_string("out", "bench/mining", "Folder of tasks, journals and table.")

@@ -21,7 +21,7 @@ from absl import app, flags
 from _pod_step import COLLECTIVES, collectives, compile_step
 
 from qcn_jax import files
-from qcn_jax.sharding import aot
+from qcn_jax.compile import aot
 
 _CASES = flags.DEFINE_string("cases", ".", "regular expression of the cases to run")
 _LIST = flags.DEFINE_bool("list", False, "only list them")

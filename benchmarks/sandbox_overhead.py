@@ -7,7 +7,7 @@ Each task is a fresh copy of a repository with one file replaced, in which all t
   docker-fresh    a container for each task (isolation "container")
   docker-spare    the same with containers started ahead of need
   docker-run      `docker run --rm` of an image with the repository, for comparison
-  images          `envs.swebench`: SWE-bench's instances in their images, by this package
+  images          `envs.tasks.swebench`: SWE-bench's instances in their images, by this package
   swebench        the `swebench` package's own harness on the same instances and image (its function `run_instances`,
                   timed in a process that has imported it)
 All Docker rows stand on one base image, made here from Debian's packages. "Own" is the sum of the tests' set-up, call and
@@ -26,10 +26,11 @@ import time
 
 from absl import app, flags
 
-from qcn_jax.envs import formats, patches, swebench
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import formats, swebench
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import RepositorySpec, images, layers, make_provider
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 KINDS = ["local", "docker", "docker-fresh", "docker-spare", "docker-run", "images", "swebench"]
 _KINDS = flags.DEFINE_list("kinds", KINDS, "rows to measure")

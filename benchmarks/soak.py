@@ -32,9 +32,9 @@ import tqdm
 from absl import app, flags
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import Limits, RepositorySpec, images
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 _EXECUTIONS = flags.DEFINE_integer("executions", 5000, "how many, those of earlier runs in the same folder included")
 _KIND = flags.DEFINE_enum("kind", "docker", ["docker", "local"], "back end")

@@ -19,10 +19,10 @@ import time
 from absl import app, flags
 
 from qcn_jax import files
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.synthesis import plan, quality, sources, statement, synthesize
-from qcn_jax.envs.tasks import write_tasks
-from qcn_jax.pipeline import repositories
+from qcn_jax.envs.tasks.schema import write_tasks
+from qcn_jax.recipes.nano import repositories
 
 MORE = {
     "funcy==2.1": "8979feb3de7120afd1d00e5a8eae810c1942e4bfbc91697151e9ee1e49f79284",

@@ -31,11 +31,11 @@ import docker
 from absl import app, flags
 
 from qcn_jax import files
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import docker as backend
 from qcn_jax.envs.sandbox import images, repository
 from qcn_jax.envs.synthesis import plan, sources, statement, synthesize
-from qcn_jax.pipeline import repositories
+from qcn_jax.recipes.nano import repositories
 
 # swesmith's thirteen kinds and ours that do the same.
 KINDS = {

@@ -9,7 +9,7 @@ from qcn_jax.config import (
     DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig,
     SftConfig, TasksConfig, TokenizerConfig, TrainConfig, to_config_dict,
 )
-from qcn_jax.pipeline import repositories
+from qcn_jax.recipes.nano import repositories
 
 # Kinds whose repair is one short span, which a model of this size can learn to find and to write.
 KINDS = (

@@ -13,7 +13,7 @@ run, time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
 import pathlib
 import runpy
 
-from qcn_jax.pipeline import repositories
+from qcn_jax.recipes.nano import repositories
 
 
 def get_config(phase: str = "code"):

@@ -245,7 +245,7 @@ class RunConfig:
     workers: int = 2  # environment workers
     pool: str = "process"  # where they run: process (this machine) or ray (a cluster)
     ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine
-    templates: tuple[str, ...] = ()  # tool-call templates of the format domain (hub.templates); all where empty
+    templates: tuple[str, ...] = ()  # tool-call templates of the format domain (chat.templates); all where empty
     topology: str = ""  # of `qcn compile` where no flag names one
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()

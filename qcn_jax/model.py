@@ -16,7 +16,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.layers.attention import init_attention_cache
 from qcn_jax.layers.cache import Cache, init_cache
 from qcn_jax.layers.context import TokenContext, segment_positions
-from qcn_jax.layers.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
+from qcn_jax.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
 from qcn_jax.layers.dense import Kernel, dense, normal_init
 from qcn_jax.layers.embedding import sharded_lookup
 from qcn_jax.layers.norm import RMSNorm

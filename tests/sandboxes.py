@@ -10,7 +10,7 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import Limits, Provider, RepositorySpec
 from qcn_jax.envs.sandbox.docker import DockerProvider
 from qcn_jax.envs.sandbox.local import LocalProvider
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 LIMITS = Limits(memory_mb=512, processes=48, disk_mb=96, file_mb=16)
 # Stands in the repaired function only: wherever an agent can find it, the fix is given away.

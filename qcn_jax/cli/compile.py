@@ -58,7 +58,7 @@ def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int =
     Raises:
       UserError: bad input, the compiler's refusal, or a process that ended without a report.
     """
-    from qcn_jax.sharding import aot
+    from qcn_jax.compile import aot
 
     aot.generation(topology)
     job = {"config": dataclasses.asdict(config), "stage": stage, "topology": topology, "slices": slices, "dump": dump}
@@ -77,8 +77,8 @@ def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int =
 def compile_here(job: dict[str, Any]) -> dict[str, Any]:
     """Compiles the step that `job` describes, in this process; the report is JSON-ready."""
     from qcn_jax.model import parameter_count
-    from qcn_jax.pipeline.steps import stage_step
-    from qcn_jax.sharding import aot
+    from qcn_jax.compile.stages import stage_step
+    from qcn_jax.compile import aot
     from qcn_jax.sharding.mesh import make_parallel
 
     config = from_config_dict(RunConfig, job["config"])

@@ -47,7 +47,7 @@ def convert(source: files.Path, target: files.Path, dtype: str | None = None) ->
 
     from qcn_jax.hub import orbax_folder, reading, writing
     from qcn_jax.hub.layout import leaf_shapes
-    from qcn_jax.hub.tokenizer import TOKENIZER_FILE, Tokenizer
+    from qcn_jax.chat.tokenizer import TOKENIZER_FILE, Tokenizer
 
     with_tokenizer = (pathlib.Path(source) / TOKENIZER_FILE).is_file()
     tokenizer = Tokenizer.from_folder(source) if with_tokenizer else None

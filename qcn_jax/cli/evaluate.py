@@ -26,15 +26,15 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing, task_repositories
-from qcn_jax.envs import formats, swebench
-from qcn_jax.envs.grading import Verdict
+from qcn_jax.envs.tasks import formats, swebench
+from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.pool.env_pool import EnvPool
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate_images(values: flags.FlagValues, tasks: Mapping[str, Task],
                      instances: Mapping[str, swebench.Instance]) -> dict[str, Any]:
     """SWE-bench's own instances: verdicts from logs of runs in their images."""
-    from qcn_jax.pipeline import predictions
+    from qcn_jax.pipeline.evaluate import predictions
 
     rows = predictions.read_predictions(values.predictions, tasks)
     pairs = [(row.instance_id, row.patch) for row in rows]
@@ -87,8 +87,8 @@ def _evaluate_images(values: flags.FlagValues, tasks: Mapping[str, Task],
 
 def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Patches, verdicts, reports; returns what is printed."""
-    from qcn_jax.envs.pool import make_pool
-    from qcn_jax.pipeline import predictions
+    from qcn_jax.envs.pool.env_pool import make_pool
+    from qcn_jax.pipeline.evaluate import predictions
 
     out = pathlib.Path(values.out)
     if values.predictions:  # bad predictions are named before anything is downloaded
@@ -110,7 +110,7 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
 def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, workers: int,
            update: Callable[[], Any]) -> list[Verdict]:
     """Verdicts in the order of `rows`: by the pool, or for tasks with a script and an image of their own in that."""
-    from qcn_jax.pipeline import predictions
+    from qcn_jax.pipeline.evaluate import predictions
 
     own = [row for row in rows if not tasks[row.instance_id].eval_script]
     found = {verdict.instance_id: verdict for verdict in predictions.grade(own, tasks, pool, lambda _: update())}
@@ -137,8 +137,8 @@ def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, worker
 def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[Any], verdicts: Sequence[Any],
             sandbox: str) -> dict[str, Any]:
     """Writes SWE-bench's reports and the summary; returns the latter."""
-    from qcn_jax.envs import grading
-    from qcn_jax.pipeline import predictions
+    from qcn_jax.envs.tasks import grading
+    from qcn_jax.pipeline.evaluate import predictions
 
     model = rows[0].model if rows else "none"
     grading.write_reports(values.out, "qcn", model, verdicts, [row.instance_id for row in rows], list(tasks))
@@ -152,10 +152,10 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
     """Lets the checkpoint work on the tasks; returns predictions."""
     from qcn_jax import hub
     from qcn_jax.config import EvaluateConfig, RolloutConfig
-    from qcn_jax.hub.tokenizer import Tokenizer
-    from qcn_jax.pipeline.bench import Bench
-    from qcn_jax.pipeline.data.chat import ChatEncoder
-    from qcn_jax.pipeline.domains import pool_services
+    from qcn_jax.chat.tokenizer import Tokenizer
+    from qcn_jax.pipeline.evaluate.bench import Bench
+    from qcn_jax.chat.encoder import ChatEncoder
+    from qcn_jax.pipeline.experts.domains import pool_services
 
     limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,
                            max_length=values.max_length, slots=values.slots)

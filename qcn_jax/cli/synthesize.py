@@ -25,13 +25,14 @@ from absl import flags
 from qcn_jax import files
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.sandbox import RepositorySpec, repository
-from qcn_jax.envs.synthesis import endpoint, inject, plan, quality, sources, statement
-from qcn_jax.envs.tasks import Task, write_tasks
+from qcn_jax.chat import endpoint
+from qcn_jax.envs.synthesis import inject, plan, quality, sources, statement
+from qcn_jax.envs.tasks.schema import Task, write_tasks
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline import repositories
+from qcn_jax.recipes.nano import repositories
 
 if TYPE_CHECKING:
-    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.pool.env_pool import EnvPool
 
 STRATEGIES = ("inject", "rewrite", "combine", "mine", "build")
 
@@ -110,7 +111,7 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
 
 
 def _synthesize(values: flags.FlagValues) -> int:
-    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.pool.env_pool import EnvPool
     from qcn_jax.envs.synthesis import synthesize
 
     settings = _settings(values)

@@ -8,8 +8,8 @@ from absl import flags
 
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.synthesis import sources
-from qcn_jax.envs.tasks import Task
-from qcn_jax.pipeline import repositories
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.recipes.nano import repositories
 
 
 def define(values: flags.FlagValues) -> None:

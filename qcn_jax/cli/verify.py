@@ -22,7 +22,7 @@ from absl import flags
 
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.synthesis import sources
-from qcn_jax.envs.tasks import Task, read_tasks
+from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     total = len(tasks)
     if 0 < values.sample < total:
         tasks = [tasks[number * total // values.sample] for number in range(values.sample)]
-    from qcn_jax.envs.pool import EnvPool
+    from qcn_jax.envs.pool.env_pool import EnvPool
     from qcn_jax.envs.synthesis import verify
 
     foreign = [task for task in tasks if task.eval_script]

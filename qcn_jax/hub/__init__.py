@@ -1,8 +1,4 @@
-"""Hugging Face interop: weights in and out, tokenizer, chat template and tool-call templates.
-
-`load` and `save` are bound on first use, so that `hub.chat`, `hub.templates` and `hub.tokenizer` can be
-imported where JAX is absent (environments run without it).
-"""
+"""Weights in and out: Hugging Face folders and Orbax folders. Names are bound on first use, which imports JAX."""
 
 import importlib
 from typing import Any
@@ -14,8 +10,7 @@ _LAZY = {
     "config_to_hf": "qcn_jax.hub.configuration",
     "save": "qcn_jax.hub.writing",
 }
-_MODULES = ("chat", "configuration", "layout", "orbax_folder", "reading", "stored", "templates",
-            "tokenizer", "tool_calls", "writing")
+_MODULES = ("configuration", "layout", "orbax_folder", "reading", "stored", "writing")
 __all__ = [*_LAZY, *_MODULES]
 
 

@@ -18,7 +18,7 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
 from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf, load_config
-from qcn_jax.hub.tokenizer import Tokenizer
+from qcn_jax.chat.tokenizer import Tokenizer
 
 PARAMS = "params"
 

@@ -21,11 +21,11 @@ from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
-from qcn_jax.hub.chat_jinja import CHAT_TEMPLATE_FILE, chat_template
+from qcn_jax.chat.jinja_template import CHAT_TEMPLATE_FILE, chat_template
 from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf
 from qcn_jax.hub.reading import PIECE_BYTES
 from qcn_jax.hub.stored import DTYPES, INDEX_FILE, SINGLE_FILE
-from qcn_jax.hub.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # as transformers writes by default
 _ALIGNMENT = 8  # of the first tensor's bytes, as the safetensors library writes

@@ -65,7 +65,7 @@ def read_options(body: Mapping[str, Any]) -> Options:
 
 
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Messages in the form that hub.chat renders; arguments of tool calls become mappings.
+    """Messages in the form that chat.rendering renders; arguments of tool calls become mappings.
 
     Raises:
       BadRequest: they are missing or malformed; names the message.
@@ -154,7 +154,7 @@ def error_body(message: str, kind: str, parameter: str | None = None, code: str 
 
 
 def tool_calls_body(calls: Sequence[Any], streamed: bool = False) -> list[dict[str, Any]]:
-    """hub.chat.ToolCalls as OpenAI writes them; streamed ones carry their index."""
+    """chat.rendering.ToolCalls as OpenAI writes them; streamed ones carry their index."""
     return [
         ({"index": index} if streamed else {}) | {
             "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from qcn_jax.errors import UserError
-from qcn_jax.hub.chat import parse_tool_calls
-from qcn_jax.hub.tokenizer import IncrementalDecoder, Tokenizer
+from qcn_jax.chat.rendering import parse_tool_calls
+from qcn_jax.chat.tokenizer import IncrementalDecoder, Tokenizer
 from qcn_jax.inference import protocol
 from qcn_jax.inference.protocol import BadRequest, Options
 from qcn_jax.inference.scheduler import Piece, Request, Scheduler
@@ -246,7 +246,7 @@ class _Answer:
         return parts
 
     def _message(self, choice: _Choice) -> tuple[dict[str, Any], str]:
-        """The assistant's message (calls as hub.chat.ToolCalls) and the finish reason."""
+        """The assistant's message (calls as chat.rendering.ToolCalls) and the finish reason."""
         parsed = parse_tool_calls(choice.text, self._tools) if self._tools else None
         if parsed is None or not parsed.calls:
             return {"role": "assistant", "content": choice.text}, choice.finish

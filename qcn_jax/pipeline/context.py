@@ -20,7 +20,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.config import RunConfig
-from qcn_jax.envs.tasks import Task, read_tasks
+from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
 
 MODEL_FOLDERS = {
@@ -120,8 +120,8 @@ class StageContext:
         return self.root / "midtrain" / "tokenizer" / "tokenizer.json"
 
     def tokenizer(self) -> Any:
-        """The run's tokenizer (hub.tokenizer.Tokenizer)."""
-        from qcn_jax.hub.tokenizer import Tokenizer
+        """The run's tokenizer (chat.tokenizer.Tokenizer)."""
+        from qcn_jax.chat.tokenizer import Tokenizer
 
         return self.shared.get("tokenizer", lambda: Tokenizer.from_file(self.tokenizer_path))
 
@@ -131,7 +131,7 @@ class StageContext:
         Raises:
           UserError: `config.templates` names one that does not exist.
         """
-        from qcn_jax.hub.templates import TEMPLATES
+        from qcn_jax.chat.templates import TEMPLATES
 
         for name in self.config.templates:
             if name not in TEMPLATES:
@@ -155,7 +155,7 @@ class StageContext:
 
         It knows the repositories of stage `tasks` once that has finished, and keeps verdicts between runs.
         """
-        from qcn_jax.envs.pool import make_pool
+        from qcn_jax.envs.pool.env_pool import make_pool
 
         def build() -> Any:
             arguments = {"kind": self.provider().kind, "state_dir": str(self.root / "sandbox")}

@@ -41,13 +41,13 @@ class Stage:
 
 
 STAGES = {
-    "tasks": Stage("qcn_jax.pipeline.tasks", ("seed", "tasks"), sandbox=True),
-    "midtrain": Stage("qcn_jax.pipeline.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False),
-    "sft": Stage("qcn_jax.pipeline.sft", ("templates", "sft"), sandbox=True),
-    "experts": Stage("qcn_jax.pipeline.rl", ("rl",), sandbox=True),
-    "distill": Stage("qcn_jax.pipeline.distill", ("distill",), sandbox=True),
-    "evaluate": Stage("qcn_jax.pipeline.evaluate", ("evaluate",), sandbox=True),
-    "report": Stage("qcn_jax.pipeline.report", (), sandbox=False),
+    "tasks": Stage("qcn_jax.pipeline.stages.tasks", ("seed", "tasks"), sandbox=True),
+    "midtrain": Stage("qcn_jax.pipeline.stages.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False),
+    "sft": Stage("qcn_jax.pipeline.stages.sft", ("templates", "sft"), sandbox=True),
+    "experts": Stage("qcn_jax.pipeline.rl.learner", ("rl",), sandbox=True),
+    "distill": Stage("qcn_jax.pipeline.stages.distill", ("distill",), sandbox=True),
+    "evaluate": Stage("qcn_jax.pipeline.stages.evaluate", ("evaluate",), sandbox=True),
+    "report": Stage("qcn_jax.pipeline.stages.report", (), sandbox=False),
 }
 
 

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.grading import Grader
+from qcn_jax.envs.tasks.grading import Grader
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, MARKER, PASSING, SOURCE, agent, world  # noqa: F401
 
 

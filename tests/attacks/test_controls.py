@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from qcn_jax.envs import grading, patches
-from qcn_jax.envs.grading import Grader
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.sandbox import RepositorySpec, local
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, LIMITS, SOURCE, TESTS, make_task, write_repository
 

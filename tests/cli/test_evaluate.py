@@ -7,7 +7,7 @@ import pytest
 
 from qcn_jax.cli import main as cli
 from qcn_jax.envs.patches import make_diff
-from qcn_jax.envs.tasks import Task, write_tasks
+from qcn_jax.envs.tasks.schema import Task, write_tasks
 from tests.pipeline import chain
 from tests.pipeline.micro import MODEL
 
@@ -108,9 +108,9 @@ def test_a_checkpoint_acts_and_its_patches_are_graded(setting, capsys, tmp_path)
     import jax.numpy as jnp
 
     from qcn_jax import hub
-    from qcn_jax.hub.tokenizer import Tokenizer
+    from qcn_jax.chat.tokenizer import Tokenizer
     from qcn_jax.model import Qwen3Next
-    from qcn_jax.pipeline.midtrain import ADDED_TOKENS
+    from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
 
     tokenizer = Tokenizer.train([GOOD] * 3, 400, ADDED_TOKENS)
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, max_position_embeddings=256)

@@ -13,7 +13,7 @@ from qcn_jax import files, hub
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout, reading, writing
-from qcn_jax.hub.tokenizer import Tokenizer
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import abstract_params
 from tests.hub.models import SMALL, TINY, equal, random_params
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from qcn_jax import hub
-from qcn_jax.hub import chat
-from qcn_jax.hub.tokenizer import Tokenizer
+from qcn_jax.chat import rendering
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.inference import protocol
 from qcn_jax.inference.checkpoint import load_engine
 from qcn_jax.inference.engine import Generation
@@ -73,7 +73,7 @@ def events(server: str, path: str, **body) -> list[dict]:
 
 def test_answers_are_the_engines_own(server, folder) -> None:
     loaded = load_engine(folder, slots=4, max_length=96, max_new_tokens=PIECE)  # the server's shapes, compiled already
-    tokens = loaded.tokenizer.encode(chat.render(HELLO, None, add_generation_prompt=True))
+    tokens = loaded.tokenizer.encode(rendering.render(HELLO, None, add_generation_prompt=True))
     loaded.engine.extend({0: tokens})
     want = Generation([], np.zeros(0), "length")
     while want.finish != "stop" and len(want.tokens) < 24:
@@ -194,9 +194,9 @@ def test_stop_texts_never_show_however_tokens_fall(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_calls_are_held_back_from_streamed_content(size: int) -> None:
     made = choice(hold_calls=True)
-    call = chat.render_tool_call(chat.ToolCall("view", {"path": "a.py"}))
+    call = rendering.render_tool_call(rendering.ToolCall("view", {"path": "a.py"}))
     assert "".join(feed(made, f"look: {call}", size)) == "look: "
-    assert chat.parse_tool_calls(made.text).calls == [chat.ToolCall("view", {"path": "a.py"})]
+    assert rendering.parse_tool_calls(made.text).calls == [rendering.ToolCall("view", {"path": "a.py"})]
 
 
 def test_tools_are_rendered_and_calls_come_back_as_openai_writes_them() -> None:
@@ -207,9 +207,9 @@ def test_tools_are_rendered_and_calls_come_back_as_openai_writes_them() -> None:
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
         {"role": "tool", "tool_call_id": "1", "content": "done"},
     ]})  # fmt: skip
-    text = chat.render(messages, None, True)
+    text = rendering.render(messages, None, True)
     assert "<function=f>\n<parameter=x>\n1\n</parameter>" in text and "<tool_response>\ndone\n" in text
-    body = protocol.tool_calls_body([chat.ToolCall("f", {"x": 1})], streamed=True)[0]
+    body = protocol.tool_calls_body([rendering.ToolCall("f", {"x": 1})], streamed=True)[0]
     assert body["function"] == {"name": "f", "arguments": '{"x": 1}'} and body["index"] == 0
     with pytest.raises(protocol.BadRequest, match="JSON object"):
         protocol.read_messages({"messages": [{"role": "assistant", "tool_calls": [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rollout import Outcome, Reply
+from qcn_jax.pipeline.rl.rollout import Outcome, Reply
 
 STOP = 1
 MODEL = ModelConfig(

@@ -36,8 +36,8 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
 
     from qcn_jax.config import MeshConfig, OptimizerConfig
     from qcn_jax.model import Qwen3Next
-    from qcn_jax.pipeline import layout, losses, optimizer
-    from qcn_jax.pipeline import train as training
+    from qcn_jax.pipeline.train import layout, losses, optimizer
+    from qcn_jax.pipeline.train import loop as training
     from qcn_jax.pipeline.data import loader
     from qcn_jax.sharding.mesh import make_parallel
     from tests.pipeline.micro import MODEL
@@ -192,7 +192,7 @@ def test_flags_of_several_hosts_go_together():
 def test_rows_of_a_mesh():
     from qcn_jax.config import MeshConfig
     from qcn_jax.errors import UserError
-    from qcn_jax.pipeline.layout import Rows
+    from qcn_jax.pipeline.train.layout import Rows
     from qcn_jax.sharding.mesh import make_parallel
 
     parallel = make_parallel(MeshConfig())

@@ -66,7 +66,7 @@ def child() -> None:
 
     from qcn_jax.config import MeshConfig
     from qcn_jax.model import Qwen3Next, logical_axes
-    from qcn_jax.pipeline.losses import language_model_loss
+    from qcn_jax.pipeline.train.losses import language_model_loss
     from qcn_jax.sharding.mesh import make_parallel
 
     config, batch = small_config(), packed_batch()

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from qcn_jax.envs.synthesis import validate
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 FILE, MODULE = "combine_file", "combine_module"
 LARGEST = 3  # parts of one combination

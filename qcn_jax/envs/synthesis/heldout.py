@@ -18,7 +18,7 @@ from typing import Any
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Sandbox
 from qcn_jax.envs.synthesis import statement
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 PATH = "test_held_out.py"
 FUNCTIONS = 4  # called for one task

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qcn_jax import files
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import combine, plan, validate
 from qcn_jax.envs.synthesis.journal import Rows
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
 SURVEY_SECONDS = 60.0

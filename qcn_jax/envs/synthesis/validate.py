@@ -15,11 +15,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcn_jax.envs import grading, patches
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import endpoint, heldout, inject, quality, statement
-from qcn_jax.envs.tasks import Task
+from qcn_jax.chat import endpoint
+from qcn_jax.envs.synthesis import heldout, inject, quality, statement
+from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
 MAX_TESTS = 40  # run for one candidate

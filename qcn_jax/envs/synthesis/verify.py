@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from qcn_jax.envs import grading
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
 from qcn_jax.envs.synthesis import heldout, quality
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 
 @dataclasses.dataclass(frozen=True)

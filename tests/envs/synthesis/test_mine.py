@@ -9,8 +9,8 @@ import threading
 import pytest
 from tests.envs.synthesis.small import SOURCE, TESTS, write_repository
 
-from qcn_jax.envs import grading
-from qcn_jax.envs.pool import EnvPool
+from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.synthesis import sources, verify
 from qcn_jax.envs.synthesis.mine import Criteria, issues, mine

@@ -4,7 +4,8 @@ import pytest
 from tests.envs.synthesis.answering import serve
 from tests.envs.synthesis.small import SOURCE
 
-from qcn_jax.envs.synthesis import endpoint, statement
+from qcn_jax.chat import endpoint
+from qcn_jax.envs.synthesis import statement
 from qcn_jax.envs.synthesis.inject import rewrite
 from qcn_jax.errors import UserError
 

@@ -8,7 +8,8 @@ import random
 import pytest
 from tests.envs.synthesis.small import SOURCE, write_repository
 
-from qcn_jax.envs import grading, patches
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.synthesis import (
     combine, heldout, inject, quality, sources, statement, validate, verify,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qcn_jax.sharding import aot
+from qcn_jax.compile import aot
 
 
 def compile_layers(context: int, topology: str = "v5p:2x2x1") -> None:

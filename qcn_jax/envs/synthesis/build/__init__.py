@@ -15,7 +15,7 @@ import docker.errors
 
 from qcn_jax.envs.sandbox import images, layers
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.synthesis import endpoint
+from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis.build import agent, rules, verifier
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.build.rules import Recipe

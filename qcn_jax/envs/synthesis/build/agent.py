@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 import docker
 
-from qcn_jax.envs.synthesis import endpoint, parsers
+from qcn_jax.chat import endpoint
+from qcn_jax.envs.synthesis import parsers
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.build.rules import Recipe
 from qcn_jax.envs.synthesis.languages import LANGUAGES

@@ -9,7 +9,7 @@ import random
 import textwrap
 from collections.abc import Collection, Sequence
 
-from qcn_jax.envs.synthesis import endpoint
+from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis.inject import Function, Injection, functions, is_test_path
 
 MODIFY, REWRITE = "model_modify", "model_rewrite"

@@ -26,7 +26,7 @@ from qcn_jax.envs.synthesis.build import Environment, verifier
 from qcn_jax.envs.synthesis.build.container import ROOT, Container
 from qcn_jax.envs.synthesis.journal import Rows
 from qcn_jax.envs.synthesis.languages import LANGUAGES
-from qcn_jax.envs.tasks import Task
+from qcn_jax.envs.tasks.schema import Task
 
 LEAST_SECONDS = 10.0  # for one run of a candidate's tests; otherwise five times what the pristine state needs
 LISTED = 8  # failing tests that a statement names

@@ -1,0 +1,216 @@
+"""The agent loop: one episode of one task, driven from outside, one assistant turn at a time.
+
+    episode = Episode(task, NANO, ToolExecutor(task, NANO.tools, workspace))
+    while not episode.done:
+        observation = episode.step(model(episode.messages))
+    result = episode.result()
+
+The episode holds text and verdicts only; everything that touches files or runs code is `executor.execute(calls)`,
+which may live elsewhere.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from qcn_jax.agents.guard import Guard
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.agents.scaffolds import Message, Scaffold
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.agents.tools import RunSummary, ToolResult, skipped
+from qcn_jax.chat.rendering import ToolCall
+
+MAX_UNREADABLE = 3  # turns in a row without a readable call that end an episode
+
+
+class EndReason(enum.StrEnum):
+    """Why an episode ended."""
+
+    SUBMITTED = "submitted"
+    TURN_LIMIT = "turn_limit"
+    LENGTH_LIMIT = "length_limit"
+    UNREADABLE = "unreadable"  # MAX_UNREADABLE turns in a row held no call that could be read
+    INFRASTRUCTURE = "infrastructure"  # the sandbox failed; the episode must not count
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a turn brought.
+
+    Attributes:
+      messages: for the agent, to be put before its next turn; empty when done.
+      done: the episode is over.
+      malformed: the turn was not canonical, or held a call to no tool or with arguments that do not fit; RL
+        penalises the tokens of such a turn.
+    """
+
+    messages: tuple[Message, ...]
+    done: bool
+    malformed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One assistant turn and what came of it."""
+
+    text: str
+    calls: tuple[ToolCall, ...]
+    results: tuple[ToolResult, ...]
+    malformed: bool
+
+    @property
+    def tests(self) -> RunSummary | None:
+        """The last test run of the turn."""
+        return next((result.tests for result in reversed(self.results) if result.tests is not None), None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether that passed."""
+        return self.tests is not None and self.tests.passed
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeResult:
+    """An episode that is over.
+
+    Attributes:
+      patch: unified diff from the task's starting state; grading decides which paths of it count.
+      runs: outcomes of all test runs in order; `attempts` is their number.
+      tests_passed: the last test run passed and nothing was changed after it.
+      malformed: per turn, see `Observation.malformed`.
+      blocked: calls that the guard refused.
+    """
+
+    task_id: str
+    scaffold: str
+    patch: str
+    reason: EndReason
+    turns: int
+    runs: tuple[RunSummary, ...]
+    tests_passed: bool
+    malformed: tuple[bool, ...]
+    blocked: int
+
+    @property
+    def attempts(self) -> int:
+        """How often tests were run."""
+        return len(self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self) | {"reason": self.reason.value}
+
+
+class Executor(Protocol):
+    """Runs the calls of a turn somewhere; `ToolExecutor` does it here."""
+
+    def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Runs calls in order; raises SandboxError where the sandbox failed."""
+
+    def diff(self) -> str:
+        """Unified diff of everything changed so far."""
+
+
+class Episode:
+    """State of one episode.
+
+    Args:
+      task: what is to be mended.
+      scaffold: how the task is presented.
+      executor: runs tool calls on the task's starting state.
+      max_turns: assistant turns after which the episode ends; the last one's calls still count.
+      guard: refuses calls before they are made; scaffolds with a shell want one.
+    """
+
+    def __init__(
+        self, task: Task, scaffold: Scaffold, executor: Executor, *, max_turns: int = 8,
+        guard: Guard | None = None,
+    ) -> None:
+        self.task, self.scaffold, self.messages = task, scaffold, scaffold.first_messages(task, executor)
+        self.turns: list[Turn] = []
+        self.reason: EndReason | None = None
+        self.executor, self._max_turns, self._guard = executor, max_turns, guard
+        self._unreadable = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode is over."""
+        return self.reason is not None
+
+    def step(self, text: str, complete: bool = True) -> Observation:
+        """Takes one assistant turn.
+
+        Args:
+          text: what the agent wrote, without the turn's closing token.
+          complete: the agent closed its turn itself; a turn that was cut off is not executed.
+        """
+        if self.done:
+            raise ValueError(f"the episode is over: {self.reason}")
+        parsed = self.scaffold.parse(text)
+        calls = tuple(parsed.calls) if complete else ()
+        self.messages.append({"role": "assistant", "content": text})
+        try:
+            results = self._execute(calls)
+        except SandboxError:
+            self.turns.append(Turn(text, calls, (), bool(parsed.problems)))
+            return self._end(EndReason.INFRASTRUCTURE)
+        malformed = not calls or bool(parsed.problems) or any(result.malformed for result in results)
+        self.turns.append(Turn(text, calls, results, malformed))
+        self._unreadable = 0 if calls else self._unreadable + 1
+        if any(result.submitted for result in results) or (
+            self.scaffold.single_turn and results and all(result.ok for result in results)
+        ):
+            return self._end(EndReason.SUBMITTED)
+        if len(self.turns) >= self._max_turns:
+            return self._end(EndReason.TURN_LIMIT)
+        if self._unreadable >= MAX_UNREADABLE:
+            return self._end(EndReason.UNREADABLE)
+        if calls:
+            messages = self.scaffold.observe(results)
+        else:
+            problem = "cut off" if not complete else "; ".join(parsed.problems[:2]) or "no tool call"
+            messages = self.scaffold.observe_problem(problem)
+        self.messages.extend(messages)
+        return Observation(tuple(messages), False, malformed)
+
+    def _execute(self, calls: Sequence[ToolCall]) -> tuple[ToolResult, ...]:
+        """Results of `calls`; of those before the first that the guard refuses, its refusal, and skipped ones."""
+        refusals = (self._guard.check(call.name, call.arguments) if self._guard else None for call in calls)
+        refused, message = next(((i, text) for i, text in enumerate(refusals) if text is not None), (len(calls), ""))
+        results = self.executor.execute(calls[:refused]) if refused else []
+        if refused < len(calls) and all(result.ok and not result.submitted for result in results):
+            results.append(ToolResult(calls[refused].name, message or "", ok=False, blocked=True))
+            results += [skipped(call) for call in calls[refused + 1 :]]
+        return tuple(results)
+
+    def end(self, reason: EndReason) -> None:
+        """Ends the episode from outside: no room for another turn, or the run is being stopped."""
+        if not self.done:
+            self._end(reason)
+
+    def _end(self, reason: EndReason) -> Observation:
+        self.reason = reason
+        return Observation((), True, bool(self.turns) and self.turns[-1].malformed)
+
+    def result(self) -> EpisodeResult:
+        """The outcome; raises ValueError while the episode goes on."""
+        if self.reason is None:
+            raise ValueError("the episode is not over")
+        results = [result for turn in self.turns for result in turn.results]
+        passed = False
+        for result in results:
+            if result.tests is not None:
+                passed = result.tests.passed
+            elif result.changed:
+                passed = False
+        try:
+            patch = "" if self.reason is EndReason.INFRASTRUCTURE else self.executor.diff()
+        except SandboxError:
+            self.reason, patch = EndReason.INFRASTRUCTURE, ""
+        return EpisodeResult(
+            task_id=self.task.instance_id, scaffold=self.scaffold.name,
+            patch=patch, reason=self.reason, turns=len(self.turns),
+            runs=tuple(result.tests for result in results if result.tests is not None), tests_passed=passed,
+            malformed=tuple(turn.malformed for turn in self.turns), blocked=sum(result.blocked for result in results),
+        )

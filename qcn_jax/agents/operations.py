@@ -1,0 +1,193 @@
+"""The operations behind tools: module-level functions `(executor, **arguments) -> text or ToolResult`.
+
+Scaffolds pick some, name them and describe them (`agents.scaffolds`). An operation raises ToolError or WorkspaceError
+where it cannot do its work, which the agent is told.
+"""
+
+from collections.abc import Callable, Sequence
+
+from qcn_jax.recipes.nano import spans
+from qcn_jax.agents.tools import RunSummary, ToolError, ToolExecutor, ToolResult
+from qcn_jax.agents.workspace import WorkspaceError, relative_path
+
+MAX_MATCHES, MAX_MATCH = 50, 200  # lines that `search` shows, and characters of one
+BASH_TIMEOUT = 60.0  # seconds, as in mini-swe-agent's SWE-bench configuration
+SUBMIT_COMMAND = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"  # mini-swe-agent: first line of output that submits
+
+
+
+def view_function(executor: ToolExecutor, path: str | None = None, symbol: str | None = None) -> ToolResult:
+    """The path, then each line of the function behind its line token; at most MAX_LINE_TOKENS lines."""
+    view = executor.show(path, symbol)
+    lines = executor.workspace.read(view.path).split("\n")[view.start - 1 : view.end]
+    return ToolResult("view", numbered_text(view.path, lines), numbered=True)
+
+
+def numbered_text(path: str, lines: Sequence[str]) -> str:
+    """A function as the nano scaffold shows it: its path, then its dedented lines with their line tokens."""
+    shown = spans.dedent(lines)[: spans.MAX_LINE_TOKENS]
+    numbered = "\n".join(spans.line_token(number) + line for number, line in enumerate(shown, 1))
+    return f"{path}\n{numbered}"
+
+
+def edit_span(executor: ToolExecutor, line: str, old: str, new: str) -> str:
+    """Replaces `old`, which must occur exactly once on its line, by `new` in the function on view.
+
+    Where line `line` does not hold `old` at all, the nearest line on which it occurs exactly once is meant (of two
+    equally near ones the earlier), and the answer names it: a line number is what small models get wrong first.
+    """
+    view = executor.view()
+    digits = line.strip().removeprefix("<|").removesuffix("|>")
+    if not (digits.isascii() and digits.isdigit()):
+        raise ToolError(f"edit: line {line[:20]!r} is not a number")
+    number = int(digits[:9])
+    source = executor.workspace.read(view.path).split("\n")
+    function = source[view.start - 1 : view.end]
+    if not 1 <= number <= len(function):
+        raise ToolError(f"edit: line {number} is not one of 1 to {len(function)}")
+    lines = spans.dedent(function)
+    count = spans.occurrences(lines[number - 1], old)
+    once = [n for n, text in enumerate(lines, 1) if spans.occurrences(text, old) == 1]
+    if count > 1 or not once:
+        raise ToolError(f"edit: old occurs {count} times on line {number}")
+    if old == new:
+        raise ToolError("edit: old and new are the same")
+    asked, number = number, min(once, key=lambda n: (abs(n - number), n))
+    shown = lines[number - 1]
+    index = view.start - 1 + number - 1
+    indentation = source[index][: len(source[index]) - len(shown)]
+    source[index] = indentation + shown.replace(old, new)
+    executor.change(view.path, "\n".join(source))
+    executor.view().end += new.count("\n")
+    return "" if number == asked else f"edited line {number}"
+
+
+def view_file(
+    executor: ToolExecutor, path: str, start: int = 1, end: int = -1, symbol: str | None = None
+) -> str:
+    """A file with line numbers as `cat -n` prints them, a range or a function of it; or a folder's files."""
+    clean = relative_path(path)
+    inside = [p for p in executor.workspace.paths() if clean == "." or p.startswith(clean + "/")]
+    if inside:
+        return "\n".join(inside)
+    text = executor.workspace.read(clean)
+    if symbol is not None:
+        view = executor.show(path, symbol)
+        start, end = view.start, view.end
+    lines = text.removesuffix("\n").split("\n")
+    last = len(lines) if end == -1 else end
+    if not 1 <= start <= max(last, 1) or start > len(lines):
+        raise ToolError(f"view: lines {start} to {end} are not in 1 to {len(lines)}")
+    return "\n".join(f"{n:6}\t{line}" for n, line in enumerate(lines[start - 1 : last], start))
+
+
+def search(executor: ToolExecutor, pattern: str, path: str = ".", matches: int = MAX_MATCHES) -> str:
+    """Lines that hold `pattern` literally (a regular expression from an agent could run forever)."""
+    clean = relative_path(path)
+    if not pattern:
+        raise ToolError("search: pattern is empty")
+    found = []
+    for name in executor.workspace.paths():
+        if clean not in (".", name) and not name.startswith(clean + "/"):
+            continue
+        try:
+            text = executor.workspace.read(name)
+        except WorkspaceError:  # it went away, or may not be read
+            continue
+        if pattern in text:
+            found += [f"{name}:{n}:{line}"[:MAX_MATCH] for n, line in enumerate(text.split("\n"), 1) if pattern in line]
+    more = f"\n... {len(found) - matches} more" if len(found) > matches else ""
+    return "\n".join(found[:matches]) + more or "no match"
+
+
+def replace(executor: ToolExecutor, path: str, old: str, new: str = "", every: bool = False) -> str:
+    """Replaces `old`, which must occur exactly once in the file (or anywhere, with `every`), by `new`."""
+    clean = relative_path(path)
+    text = executor.workspace.read(clean)
+    count = spans.occurrences(text, old)
+    if count == 0 or (count > 1 and not every):
+        raise ToolError(f"{clean}: old text occurs {count} times, it must occur exactly once")
+    if old == new:
+        raise ToolError("old and new text are the same")
+    executor.change(clean, text.replace(old, new))
+    executor.forget(clean)
+    return f"edited {clean}"
+
+
+def create(executor: ToolExecutor, path: str, text: str, overwrite: bool = False) -> str:
+    """Writes a new file; one that exists is refused unless `overwrite`."""
+    clean = relative_path(path)
+    if not overwrite and clean in executor.workspace.paths():
+        raise ToolError(f"{clean}: exists already")
+    executor.change(clean, text)
+    executor.forget(clean)
+    return f"wrote {clean}"
+
+
+def insert(executor: ToolExecutor, path: str, line: int, text: str) -> str:
+    """Puts `text` after line `line` (0: at the beginning)."""
+    clean = relative_path(path)
+    lines = executor.workspace.read(clean).split("\n")
+    if not 0 <= line <= len(lines):
+        raise ToolError(f"{clean}: line {line} is not one of 0 to {len(lines)}")
+    lines[line:line] = text.removesuffix("\n").split("\n")
+    executor.change(clean, "\n".join(lines))
+    executor.forget(clean)
+    return f"edited {clean}"
+
+
+def undo(executor: ToolExecutor, path: str | None = None) -> str:
+    """Takes the latest change back; with `path` only if it was made there."""
+    if path is not None and (not executor._undo or executor._undo[-1][0] != relative_path(path)):
+        raise ToolError(f"{path[:100]}: the latest edit was not made there")
+    return f"undone: {executor.undo()}"
+
+
+def undo_quietly(executor: ToolExecutor) -> str:
+    """As `undo` without a word (the nano scaffold counts tokens), and content where there is nothing to undo.
+
+    A small model takes an edit back that was refused; the calls behind its `undo` are still meant.
+    """
+    if not executor.has_changes:
+        return "nothing to undo"
+    executor.undo()
+    return ""
+
+
+def run_tests(
+    executor: ToolExecutor, tests: list[str] | None = None, describe: Callable[[RunSummary], str] | None = None
+) -> ToolResult:
+    """Runs the task's tests, or those named; `describe` words the outcome."""
+    summary = executor.test(tests)
+    return ToolResult("run_tests", (describe or describe_tests)(summary), tests=summary)
+
+
+def bash(executor: ToolExecutor, command: str, timeout: float = BASH_TIMEOUT) -> ToolResult:
+    """Runs a shell command; its output, then the exit status where it is not zero."""
+    ran = executor.bash(command, min(max(timeout, 1.0), 10 * BASH_TIMEOUT))
+    if ran.timed_out:
+        return ToolResult("bash", f"{ran.output}\n(timed out)".lstrip("\n"))
+    status = f"\n(exit status {ran.exit_code})" if ran.exit_code else ""
+    return ToolResult("bash", (ran.output.rstrip("\n") + status).lstrip("\n") or "(no output)")
+
+
+def bash_or_submit(executor: ToolExecutor, command: str) -> ToolResult:
+    """mini-swe-agent's only tool: a command whose output begins with SUBMIT_COMMAND on a line of its own submits."""
+    ran = executor.bash(command, BASH_TIMEOUT)
+    first = ran.output.lstrip().split("\n", 1)[0].strip()
+    submitted = first == SUBMIT_COMMAND and ran.exit_code == 0 and not ran.timed_out
+    code = -1 if ran.timed_out else ran.exit_code
+    return ToolResult("bash", f"<returncode>{code}</returncode>\n<output>\n{ran.output}</output>", submitted=submitted)
+
+
+def submit(executor: ToolExecutor) -> ToolResult:
+    """Ends the episode; what has been edited so far is the answer."""
+    return ToolResult("submit", submitted=True)
+
+
+def describe_tests(summary: RunSummary) -> str:
+    """An outcome for a reader with room: counts, names of failed tests, the first failure's message."""
+    if summary.passed:
+        return f"all {summary.total} tests passed" if summary.total else "all tests passed"
+    head = f"{summary.failed} of {summary.total} tests failed" if summary.status == "ok" else f"tests: {summary.status}"
+    return "\n".join([head, *summary.names, summary.message]).rstrip()

@@ -1,0 +1,381 @@
+r"""The three families of tool-call syntax that `templates` is made of: JSON arguments, tagged parameters, Python calls.
+
+Each form writes canonical text and reads it back exactly; where a piece of free text (the assistant's words, a raw
+parameter value) holds the very marker that a reader looks for, a backslash is written after the marker's first
+character and taken away again on reading. Reading never raises: what is wrong is named in `problems`.
+"""
+
+import ast
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from qcn_jax.errors import UserError
+from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, coerce, format_value, parameter_schemas
+
+IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_.\-]*"
+Schemas = Mapping[str, Mapping[str, Any]]
+_JSON = json.JSONDecoder()
+
+
+class Form(Protocol):
+    """How calls are written and read."""
+
+    start: re.Pattern[str]  # what begins the first call
+
+    def render(self, calls: Sequence[ToolCall]) -> str:
+        """The text of one or more calls."""
+
+    def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
+        """Appends the calls that begin at `position` to `message`; returns where they end."""
+
+
+class Escape:
+    """Marks occurrences of `pattern` (its first character literal, plain) in free text, reversibly."""
+
+    def __init__(self, first: str, rest: str):
+        self._plain = re.compile(f"{re.escape(first)}(?=\\\\*(?:{rest}))")
+        self._marked = re.compile(f"{re.escape(first)}\\\\(?=\\\\*(?:{rest}))")
+        self._first = first
+
+    def mark(self, text: str) -> str:
+        """`text` without a plain occurrence."""
+        return self._plain.sub(lambda _: self._first + "\\", text)
+
+    def unmark(self, text: str) -> str:
+        """The inverse of `mark`."""
+        return self._marked.sub(lambda _: self._first, text)
+
+
+def render(form: Form, content: str, calls: Sequence[ToolCall]) -> str:
+    """Words, then calls; words are trimmed where calls follow."""
+    escape = _content_escape(form.start.pattern)
+    if not calls:
+        return escape.mark(content)
+    for call in calls:
+        _check_names(call)
+    lead = escape.mark(content.strip())
+    return (lead + "\n\n" if lead else "") + form.render(calls)
+
+
+def parse(form: Form, text: str, tools: Sequence[Mapping[str, Any]] | None) -> ParsedMessage:
+    """The inverse of `render`, for any text."""
+    escape, message, schemas = _content_escape(form.start.pattern), ParsedMessage(), parameter_schemas(tools)
+    # Where a tag that opens a call is the tool's name, only names of known tools open one.
+    known = (match for match in form.start.finditer(text) if match.groupdict().get("name") in (None, *schemas))
+    start = next(known, None) if schemas else form.start.search(text)
+    if start is None:
+        message.content = escape.unmark(text)
+        return message
+    message.content = escape.unmark(text[:start.start()].strip())
+    position = form.read(text, start.start(), schemas, message)
+    if text[position:].strip():
+        message.problems.append("text after the calls")
+    return message
+
+
+@functools.cache
+def _content_escape(pattern: str) -> Escape:
+    first, rest = re.fullmatch(r"(\\?.)(.*)", pattern, re.DOTALL).groups()
+    return Escape(first[-1], rest)
+
+
+def _check_names(call: ToolCall) -> None:
+    if not isinstance(call.arguments, Mapping):
+        raise UserError(f"tool call {call.name!r}: arguments must be a mapping, got {type(call.arguments).__name__}")
+    for name in (call.name, *call.arguments):
+        if not isinstance(name, str) or not re.fullmatch(IDENTIFIER, name):
+            raise UserError(f"tool call: {name!r} cannot name a function or parameter")
+
+
+def _loose(literal: str) -> str:
+    """A pattern for `literal` that takes any white space where it has a line end."""
+    return r"\s*".join(re.escape(part) for part in literal.split("\n"))
+
+
+def _skip(pattern: str, text: str, position: int) -> int | None:
+    """Position behind `pattern` (leading blanks allowed) at `position`, or None."""
+    match = re.compile(r"\s*" + pattern).match(text, position)
+    return match.end() if match else None
+
+
+def _dumps(value: Any, call: ToolCall) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"tool call {call.name!r}: arguments are not JSON: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonForm:
+    """Calls whose arguments are one JSON object.
+
+    Attributes:
+      prefix, suffix: around each call.
+      separator: between the name and the JSON of the arguments, `{i}` is the call's number; None where the JSON
+        holds both, as {"name": ..., "arguments": ...}.
+      begin, between, end: around and between all calls.
+      marker: what begins the first call; by default `begin` and `prefix`.
+    """
+
+    prefix: str = ""
+    suffix: str = ""
+    separator: str | None = None
+    begin: str = ""
+    between: str = "\n"
+    end: str = ""
+    marker: str = ""
+
+    @functools.cached_property
+    def start(self) -> re.Pattern[str]:
+        """What begins the first call."""
+        return re.compile(re.escape(self.marker or (self.begin + self.prefix).strip()))
+
+    def render(self, calls: Sequence[ToolCall]) -> str:
+        """See `Form`."""
+        return self.begin + self.between.join(self._call(call, i) for i, call in enumerate(calls)) + self.end
+
+    def _call(self, call: ToolCall, number: int) -> str:
+        if self.separator is None:
+            body = _dumps({"name": call.name, "arguments": dict(call.arguments)}, call)
+        else:
+            body = call.name + self.separator.replace("{i}", str(number)) + _dumps(dict(call.arguments), call)
+        return self.prefix + body + self.suffix
+
+    def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
+        """See `Form`."""
+        after = _skip(_loose(self.begin), text, position)
+        if after is None:
+            message.problems.append(f"missing {self.begin.strip()}")
+        position = position if after is None else after
+        head = _loose(self.prefix)
+        if self.separator is not None:
+            separator = _loose(self.separator).replace(re.escape("{i}"), r"\d+")
+            head += f"(?P<name>{IDENTIFIER}?)" + separator
+        head_pattern = re.compile(rf"\s*{head}(?=\s*\{{)" if self.separator is None else r"\s*" + head)
+        while match := head_pattern.match(text, position):
+            try:
+                value, end = _JSON.raw_decode(text, re.compile(r"\s*").match(text, match.end()).end())
+                call = self._to_call(match, value)
+            except (ValueError, RecursionError):
+                call = None
+            if call is None:
+                message.problems.append("arguments are no JSON object")
+                later = head_pattern.search(text, match.end()) if self.prefix else None
+                position = later.start() if later else len(text)
+                continue
+            message.calls.append(call)
+            position, missing = self._behind(text, end)
+            message.problems += [f"missing {missing}"] if missing else []
+            behind = _skip(_loose(self.between), text, position)
+            if not self.between.strip():
+                behind = position
+            if behind is None:
+                break
+            position = behind
+        if not message.calls:
+            message.problems.append("a call that cannot be read")
+            return len(text)
+        after = _skip(_loose(self.end), text, position)
+        if after is None:
+            message.problems.append(f"missing {self.end.strip()}")
+        return position if after is None else after
+
+    def _behind(self, text: str, end: int) -> tuple[int, str]:
+        after = _skip(_loose(self.suffix), text, end)
+        return (end, self.suffix.strip()) if after is None else (after, "")
+
+    def _to_call(self, match: re.Match[str], value: Any) -> ToolCall | None:
+        if not isinstance(value, dict):
+            return None
+        if self.separator is not None:
+            return ToolCall(match["name"], value)
+        name, arguments = value.get("name"), value.get("arguments")
+        return ToolCall(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaggedForm:
+    """Calls with one pair of tags for each parameter; values are raw text.
+
+    Attributes:
+      call: what opens a call, with `{name}`; call_end closes it and may hold `{name}`.
+      parameter: what opens a value, with `{key}`; parameter_end closes it and may hold `{key}`.
+      json_parameter: opens a value that is JSON and no string; empty where all values are text.
+      begin, end: around all calls.
+    """
+
+    call: str
+    call_end: str
+    parameter: str
+    parameter_end: str
+    json_parameter: str = ""
+    begin: str = ""
+    end: str = ""
+
+    @functools.cached_property
+    def start(self) -> re.Pattern[str]:
+        """What begins the first call."""
+        literal = (self.begin + self.call).strip()
+        if literal.startswith("<{name}>"):  # the tag is the tool's name: only a tag that ends its line
+            return re.compile(rf"<(?P<name>{IDENTIFIER})>[ \t]*(?:\n|\Z)")
+        return re.compile(re.escape(literal.split("{name}")[0].rstrip()))
+
+    def render(self, calls: Sequence[ToolCall]) -> str:
+        """See `Form`."""
+        return self.begin + "\n".join(map(self._call, calls)) + self.end
+
+    def _call(self, call: ToolCall) -> str:
+        parts = [self.call.replace("{name}", call.name)]
+        for key, value in call.arguments.items():
+            opening, text = self.parameter, format_value(value)
+            if self.json_parameter and not isinstance(value, str):
+                opening, text = self.json_parameter, _dumps(value, call)
+            text = _value_escape(self._value_end(key)).mark(text)
+            parts.append(opening.replace("{key}", key) + text + self.parameter_end.replace("{key}", key))
+        return "".join([*parts, self.call_end.replace("{name}", call.name)])
+
+    def _value_end(self, key: str) -> str:
+        return self.parameter_end.replace("{key}", key).strip()
+
+    def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
+        """See `Form`."""
+        after = _skip(_loose(self.begin), text, position)
+        position = position if after is None else after
+        opening = re.compile(r"\s*" + _loose(self.call).replace(re.escape("{name}"), f"(?P<name>{IDENTIFIER})"))
+        while match := opening.match(text, position):
+            position = self._read_call(text, match, schemas.get(match["name"]) or {}, message)
+        if not message.calls:
+            message.problems.append("a call that cannot be read")
+            return len(text)
+        after = _skip(_loose(self.end), text, position)
+        if after is None:
+            message.problems.append(f"missing {self.end.strip()}")
+        return position if after is None else after
+
+    def _read_call(self, text: str, start: re.Match[str], schema: Mapping[str, Any], message: ParsedMessage) -> int:
+        arguments: dict[str, Any] = {}
+        message.calls.append(ToolCall(start["name"], arguments))
+        position, call_end = start.end(), _loose(self.call_end.replace("{name}", start["name"]))
+        while match := self._parameter.match(text, position):
+            key = match["key"] or match["json_key"]
+            stop = self._value_end(key)
+            end = text.find(stop, match.end())
+            position = end + len(stop)
+            if end < 0:
+                message.problems.append(f"missing {stop}")
+                closing = re.compile(call_end).search(text, match.end())
+                end = position = closing.start() if closing else len(text)
+            value = _value_escape(stop).unmark(text[match.end():end])
+            if match["json_key"]:
+                arguments[key] = self._json(value, message)
+            else:
+                arguments[key] = coerce(value, schema.get(key))
+        after = _skip(call_end, text, position)
+        if after is None:
+            message.problems.append(f"missing {self.call_end.replace('{name}', start['name']).strip()}")
+        return position if after is None else after
+
+    @functools.cached_property
+    def _parameter(self) -> re.Pattern[str]:
+        """What opens a value: group key, or json_key where the value is JSON."""
+        plain = _loose(self.parameter).replace(re.escape("{key}"), f"(?P<key>{IDENTIFIER})")
+        typed = _loose(self.json_parameter).replace(re.escape("{key}"), f"(?P<json_key>{IDENTIFIER})")
+        return re.compile(rf"\s*(?:{plain}|{typed or '(?P<json_key>(?!))'})")
+
+    @staticmethod
+    def _json(value: str, message: ParsedMessage) -> Any:
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            message.problems.append("a value is no JSON")
+            return value
+
+
+@functools.cache
+def _value_escape(end: str) -> Escape:
+    return Escape(end[0], re.escape(end[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class PythonForm:
+    """A list of Python calls with literal keyword arguments: `[f(a='x', b=1), g()]`."""
+
+    begin: str = ""
+    end: str = ""
+
+    @functools.cached_property
+    def start(self) -> re.Pattern[str]:
+        """What begins the list."""
+        return re.compile(re.escape(self.begin) if self.begin else rf"\[{IDENTIFIER}\(")
+
+    def render(self, calls: Sequence[ToolCall]) -> str:
+        """See `Form`."""
+        return self.begin + "[" + ", ".join(map(self._call, calls)) + "]" + self.end
+
+    @staticmethod
+    def _call(call: ToolCall) -> str:
+        return f"{call.name}({', '.join(f'{key}={_literal(value, call)}' for key, value in call.arguments.items())})"
+
+    def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
+        """See `Form`."""
+        position = _skip(re.escape(self.begin) + r"\s*\[", text, position)
+        while position is not None and (match := _PYTHON_CALL.match(text, position)):
+            position = _read_arguments(text, match, message)
+            if position is None or (comma := _skip(",", text, position)) is None:
+                break
+            position = comma
+        if position is None or not message.calls:
+            message.problems.append("a call that cannot be read")
+            return len(text)
+        for closing in ("]", self.end):
+            after = _skip(re.escape(closing), text, position)
+            if after is None:
+                message.problems.append(f"missing {closing}")
+            position = position if after is None else after
+        return position
+
+
+_PYTHON_CALL = re.compile(rf"\s*(?P<name>{IDENTIFIER})\(")
+_PYTHON_KEY = re.compile(rf"\s*(?P<key>{IDENTIFIER})\s*=\s*")
+_PYTHON_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+
+
+def _literal(value: Any, call: ToolCall) -> str:
+    _dumps(value, call)  # the same values as the other forms: those of JSON
+    return repr(value)
+
+
+def _read_arguments(text: str, start: re.Match[str], message: ParsedMessage) -> int | None:
+    """Reads `key=literal, ...)`; None (and no call) where that cannot be done."""
+    arguments, position = {}, start.end()
+    while match := _PYTHON_KEY.match(text, position):
+        end = _literal_end(text, match.end())
+        try:
+            arguments[match["key"]] = ast.literal_eval(text[match.end():end].strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None
+        position = _skip(",", text, end) or end
+    closed = _skip(r"\)", text, position)
+    if closed is None:
+        return None
+    message.calls.append(ToolCall(start["name"], arguments))
+    return closed
+
+
+def _literal_end(text: str, position: int) -> int:
+    """Where a Python literal ends: at a comma or closing bracket outside its own brackets and strings."""
+    depth = 0
+    while position < len(text):
+        if string := _PYTHON_STRING.match(text, position):
+            position = string.end()
+            continue
+        char = text[position]
+        if depth == 0 and char in ",)]}":
+            break
+        depth += (char in "([{") - (char in ")]}")
+        position += 1
+    return position

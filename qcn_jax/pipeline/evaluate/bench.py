@@ -1,0 +1,170 @@
+"""The bench that models are measured on: held-out tasks, one engine whose weights are exchanged, sandboxes.
+
+Used by the stage `evaluate` for every model of a run and by `qcn evaluate` for one checkpoint. Episodes are those of
+training (pipeline.experts.domains), so nothing is measured that the model was not meant to do.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qcn_jax.config import EvaluateConfig, ModelConfig
+from qcn_jax.recipes.nano import heuristic
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.sampling import GREEDY, Sampling
+from qcn_jax.pipeline.evaluate import scores
+from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.pipeline.experts.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts
+from qcn_jax.pipeline.rl.online import make_engine
+from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, rollout, sequence_seed
+
+HEURISTIC_THREADS = 8  # each waits for a sandbox; the pool decides how many really run
+
+
+@dataclasses.dataclass
+class Bench:
+    """What it takes to measure models on `tasks`.
+
+    Attributes:
+      tasks: held-out tasks in a fixed order.
+      templates: tool-call templates of the format domain.
+      config: sampling and limits.
+      encoder: text to tokens and back.
+      services: sandboxes.
+      seed: of the sampled episodes.
+      log: takes progress lines.
+    """
+
+    tasks: Sequence[Task]
+    templates: Sequence[str]
+    config: EvaluateConfig
+    encoder: ChatEncoder
+    services: Services
+    seed: int
+    log: Callable[[str], None]
+    _engine: Engine | None = None
+
+    def model(self, name: str, model_config: ModelConfig, params: Any) -> dict[str, Any]:
+        """All numbers of one model, and its greedy conversations under `messages`.
+
+        Every model must have the same configuration: the compiled functions are shared.
+        """
+        engine = self._with_weights(model_config, params)
+        # All at once, the long episodes first: a decoding step costs the same however few of the slots are in use.
+        sampled = make_prompts("swe", self.tasks[: self.config.pass_k_tasks]) if self.config.samples else []
+        played = self._play(engine, [make_prompts(domain, self.tasks, self.templates) for domain in DOMAINS], sampled)
+        (greedy, conversations), (single, _), (form, _), (samples, _) = played
+        result = scores.greedy(greedy)
+        result["single_turn"] = {key: value for key, value in scores.greedy(single).items()
+                                 if key in ("resolved", "attempted", "rate", "ci95", "solved")}
+        result |= scores.format_validity(form) | scores.sampled(samples)
+        result["messages"] = {row["instance_id"]: plain_messages(conversation.episode.messages)
+                              for row, conversation in zip(greedy, conversations, strict=True)}
+        self.log(f"{name}: {result['resolved']}/{result['attempted']} resolved, single turn "
+                 f"{result['single_turn']['rate']:.1%}, format {result['format_valid']:.1%}")
+        return result
+
+    def patches(self, model_config: ModelConfig, params: Any) -> list[tuple[Task, str]]:
+        """The patch of one greedy episode for each task."""
+        prompts = make_prompts("swe", self.tasks)
+        groups = [[self._conversation(prompt)] for prompt in prompts]
+        records = rollout(self._with_weights(model_config, params), groups, [[0] for _ in prompts], sampling=GREEDY)
+        return [(prompts[record.prompt].task, record.outcome.detail["patch"]) for record in records]
+
+    def heuristic(self) -> dict[str, Any]:
+        """The same numbers for the baseline without a model; what it cannot do (sample, other formats) is absent."""
+        conversations = [self._conversation(prompt) for prompt in make_prompts("swe", self.tasks)]
+
+        def play(conversation: TaskConversation) -> Outcome:
+            heuristic.act(conversation.episode)
+            return conversation.outcome(False)
+
+        with concurrent.futures.ThreadPoolExecutor(HEURISTIC_THREADS, "heuristic") as threads:
+            outcomes = list(threads.map(play, conversations))
+        rows = [_row(task, outcome, len(conversation.episode.turns), 0, task.kind)
+                for task, conversation, outcome in zip(self.tasks, conversations, outcomes, strict=True)]
+        result = scores.greedy(rows) | {"pass_at_8": None, "format_valid": None}
+        result["messages"] = {task.instance_id: plain_messages(conversation.episode.messages)
+                              for task, conversation in zip(self.tasks, conversations, strict=True)}
+        self.log(f"heuristic: {result['resolved']}/{result['attempted']} resolved")
+        return result
+
+    def _with_weights(self, model_config: ModelConfig, params: Any) -> Engine:
+        params = jax.device_put(params)
+        if self._engine is None:
+            self._engine = make_engine(model_config, params, self.encoder.tokenizer, self.config.rollout)
+        self._engine.params = params
+        return self._engine
+
+    def _conversation(self, prompt: Prompt) -> TaskConversation:
+        # Rewards are not looked at here, only verdicts, hence no penalty.
+        return TaskConversation(prompt, self.encoder, self.services, max_turns=self.config.rollout.max_turns,
+                                unfinished_penalty=0.0)
+
+    def _play(
+        self, engine: Engine, greedy: Sequence[Sequence[Prompt]], sampled: Sequence[Prompt]
+    ) -> list[tuple[list[dict[str, Any]], list[TaskConversation]]]:  # fmt: skip
+        """Rows and conversations of one greedy episode for each prompt, list by list, and of those of `sampled`."""
+        samples, drawn = self.config.samples, self.config.rollout
+        sampling = Sampling(self.config.temperature, drawn.top_p, drawn.top_k)
+        parts = [greedy[0], sampled, *greedy[1:]]
+        groups, seeds, draws = [], [], []
+        for part in parts:
+            for number, prompt in enumerate(part):
+                count = samples if part is sampled else 1
+                groups.append([self._conversation(prompt) for _ in range(count)])
+                seeds.append([sequence_seed(self.seed, number, sample) for sample in range(count)])
+                draws.append(sampling if part is sampled else GREEDY)
+        records = rollout(engine, groups, seeds, sampling=draws)
+        results, first = [], 0
+        for part in parts:
+            held = range(first, first + len(part))
+            rows = [_recorded(part[record.prompt - first], record) for record in records if record.prompt in held]
+            results.append((rows, [conversation for index in held for conversation in groups[index]]))
+            first += len(part)
+        return [results[0], *results[2:], results[1]]
+
+
+def balanced(tasks: Iterable[Task], count: int, seed: int) -> list[Task]:
+    """At most `count` tasks, in turn from every kind of bug, so that no kind crowds out the others."""
+    by_kind: dict[str, list[Task]] = collections.defaultdict(list)
+    for task in sorted(tasks, key=lambda task: task.instance_id):
+        by_kind[task.kind].append(task)
+    rng = random.Random(seed)
+    for group in by_kind.values():
+        rng.shuffle(group)
+    chosen: list[Task] = []
+    queues = [by_kind[kind] for kind in sorted(by_kind)]
+    while queues and len(chosen) < count:
+        queues = [queue for queue in queues if queue]
+        chosen += [queue.pop() for queue in queues][: count - len(chosen)]
+    return chosen
+
+
+def plain_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Messages as role and text: contents made of parts are joined."""
+    plain = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        plain.append({"role": message["role"], "content": content})
+    return plain
+
+
+def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
+    broken = sum(turn.malformed for turn in record.turns)
+    return _row(prompt.task, record.outcome, len(record.turns), broken, prompt.template or prompt.task.kind)
+
+
+def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) -> dict[str, Any]:
+    """An episode as pipeline.evaluate.scores reads it."""
+    return {"instance_id": task.instance_id, "kind": kind, "solved": outcome.solved,
+            "infrastructure": outcome.infrastructure, "turns": turns, "malformed": malformed,
+            "attempts": outcome.detail["attempts"], "reason": outcome.detail["reason"]}

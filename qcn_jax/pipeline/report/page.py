@@ -1,0 +1,273 @@
+"""The report's page: sections of HTML from the data that pipeline.stages.report collects. Everything is escaped here."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from qcn_jax.pipeline.report import charts
+from qcn_jax.pipeline.report.style import CSS
+from qcn_jax.pipeline.report.conversations import trajectories_section
+
+TITLES = {
+    "heuristic_once": "heuristic, one guess", "heuristic": "heuristic, guessing on",
+    "base": "base", "midtrain": "mid-trained", "sft": "SFT",
+    "sft_control": "SFT control, equal time", "expert_swe": "SWE expert (RL)",
+    "expert_single_turn": "single-turn expert", "expert_format": "format expert", "unified": "unified (distilled)",
+}
+_COLOURS = {"heuristic_once": 7, "heuristic": 7, "base": 7, "midtrain": 7, "sft": 0, "sft_control": 4, "expert_swe": 2,
+            "expert_single_turn": 6, "expert_format": 3, "unified": 1}
+_ATTEMPT_MODELS = ("heuristic", "sft", "sft_control", "expert_swe", "unified")
+SIGNIFICANT = 0.05
+KEPT = 0.9  # of the best expert in each domain, what the unified model is meant to keep
+
+
+def render(data: dict[str, Any]) -> str:
+    """The whole page. `data` is what `report.collect` returns."""
+    evaluation = data["results"].get("evaluate", {})
+    body = [
+        _header(data), _cards(data), _rates(evaluation),
+        _pair(_attempts(evaluation), _rewards(data)),
+        _pair(_losses(data), _distillation(data)),
+        _tests(evaluation), _kinds(evaluation),
+        _pair(_yields(data), _times(data)),
+        trajectories_section(data["trajectories"], TITLES), _footer(data),
+    ]
+    return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+            "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
+            f"<title>qcn_jax: {_text(data['name'])}</title><style>{CSS}</style></head>\n"
+            f"<body><main>{''.join(body)}</main></body></html>\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: Sequence[int] = ()) -> str:
+    """An HTML table; cells are HTML already; `strong` are indices of emphasised rows."""
+    lines = ["<div class=\"scroll\"><table><thead><tr>", *(f"<th>{cell}</th>" for cell in head), "</tr></thead><tbody>"]
+    for index, row in enumerate(rows):
+        cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
+        lines.append(f"<tr{' class=strong' if index in strong else ''}>{cells}</tr>")
+    return "".join([*lines, "</tbody></table></div>"])
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, explanation: str, content: str) -> str:
+    """A titled box; "" where there is no content."""
+    if not content:
+        return ""
+    return f"<section><h2>{_text(title)}</h2><p class=\"sub\">{explanation}</p>{content}</section>"
+
+
+def _pair(left: str, right: str) -> str:
+    return f"<div class=\"two\">{left}{right}</div>" if left or right else ""
+
+
+def _header(data: dict[str, Any]) -> str:
+    missing = data["missing"]
+    note = f"<p class=\"bad\">Not finished: {_text(', '.join(missing))}.</p>" if missing else ""
+    return (f"<header><h1>qcn_jax · {_text(data['name'])}</h1><p>Repositories become verifiable tasks, an agent acts in "
+            "them, what the tests say becomes reward, and reward becomes better weights. Every rate on this page comes "
+            f"from executing tests in a sandbox.</p>{note}</header>")
+
+
+def _cards(data: dict[str, Any]) -> str:
+    tasks, evaluation = data["results"].get("tasks", {}), data["results"].get("evaluate", {})
+    models = evaluation.get("models", {})
+    cards = []
+    if "expert_swe" in models:
+        swe = models["expert_swe"]
+        cards.append((f"{swe['rate']:.1%}", f"resolved by the SWE expert, greedy, {swe['attempted']} held-out tasks"))
+    if "sft" in models:
+        cards.append((f"{models['sft']['rate']:.1%}", "resolved by SFT, where reinforcement learning starts"))
+    if "unified" in models:
+        cards.append((f"{models['unified']['rate']:.1%}", "resolved by the unified model"))
+    if tasks:
+        cards.append((f"{tasks['train']:,} + {tasks['heldout']:,}",
+                      f"tasks for training + held out, from {len(tasks['repos_train'])} + "
+                      f"{len(tasks['repos_heldout'])} repositories"))
+    seconds = sum(data["seconds"].values())
+    cards.append((f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s", "wall time of all stages"))
+    kind = evaluation.get("sandbox", tasks.get("sandbox"))
+    if kind:
+        cards.append((_text(kind), "sandbox in which all code ran"))
+    items = "".join(f"<div class=\"card\"><b>{value}</b><span>{_text(label)}</span></div>" for value, label in cards)
+    return f"<div class=\"cards\">{items}</div>"
+
+
+def _rates(evaluation: dict[str, Any]) -> str:
+    models = evaluation.get("models", {})
+    order = [name for name in TITLES if name in models]
+    bars = [charts.Bar(TITLES[name], models[name]["rate"], *models[name]["ci95"],
+                       note=f"{models[name]['resolved']}/{models[name]['attempted']}", colour=_COLOURS[name],
+                       strong=name in ("expert_swe", "unified")) for name in order]
+    rows = []
+    for name in order:
+        model = models[name]
+        low, high = model["ci95"]
+        single, outcomes = model.get("single_turn"), model.get("outcomes", {})
+        rows.append([
+            TITLES[name], f"{model['resolved']}/{model['attempted']}", f"{model['rate']:.1%}",
+            f"{low:.1%} – {high:.1%}", _rate_or_dash(model.get("pass_at_1")), _rate_or_dash(model.get("pass_at_8")),
+            _rate_or_dash(single and single["rate"]), _rate_or_dash(model.get("format_valid")),
+            _number_or_dash(model.get("mean_turns")), str(outcomes.get("infrastructure", 0)),
+        ])
+    head = ["model", "resolved", "greedy", "95 % interval", "sampled pass@1", "pass@8", "single-turn", "format valid",
+            "turns", "infra"]
+    return _section(
+        "Resolved rate on repositories never seen in training",
+        "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no passing "
+        "test breaks. Whiskers are 95 % Wilson intervals. The heuristic has no model: it mends the most "
+        "suspicious token, once or, with the same tools and turns, until the tests pass. The SFT control had the same "
+        "minutes of more imitation that the SWE expert had of reinforcement learning. Format valid: share of turns whose "
+        "tool calls parse, over the templates. Infra: episodes without a verdict, left out of rates.",
+        charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == "expert_swe"])
+                                      if rows else ""))
+
+
+def _attempts(evaluation: dict[str, Any]) -> str:
+    models = evaluation.get("models", {})
+    series = []
+    for name in _ATTEMPT_MODELS:
+        rows = models.get(name, {}).get("attempts", [])
+        if rows:
+            series.append(charts.Series(TITLES[name], [row["attempts"] for row in rows], [row["rate"] for row in rows],
+                                        _COLOURS[name]))
+    return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one the "
+                    "agent sees what the tests say.",
+                    charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True))
+
+
+def _rewards(data: dict[str, Any]) -> str:
+    titles = (("swe", "SWE expert", 2), ("single_turn", "single-turn expert", 6), ("format", "format expert", 3))
+    series = [_series(data["curves"].get(f"experts/{name}", []), title, colour, ("reward", "solved", "pass_rate"))
+              for name, title, colour in titles]
+    return _section("Reward during reinforcement learning", "Mean reward of the episodes sampled in each update, on "
+                    "training tasks; it comes from executing tests.",
+                    charts.line_chart([s for s in series if s], "update", "reward"))
+
+
+def _losses(data: dict[str, Any]) -> str:
+    charted = []
+    for stage, title, colour in (("midtrain", "mid-training", 0), ("sft", "SFT", 1)):
+        one = _series(data["curves"].get(stage, []), title, colour, ("ce", "loss"))
+        if one:
+            charted.append(f"<h3>{title}</h3>" + charts.line_chart(
+                [one], "step", "next-token loss, nats", log=all(y and y > 0 for y in one.y)))
+    return _section("Training loss", "Cross-entropy of the next token; in SFT only of what the assistant says.",
+                    "".join(charted))
+
+
+def _distillation(data: dict[str, Any]) -> str:
+    rows = data["curves"].get("distill", [])
+
+    def curves(prefix: str) -> list[charts.Series]:
+        names = [name for name in (rows[-1] if rows else {}) if name.startswith(f"{prefix}/")] or [prefix]
+        found = [_series(rows, name.partition("/")[2].replace("_", " ") or name, index, (name,))
+                 for index, name in enumerate(names)]
+        return [series for series in found if series]
+
+    content = charts.line_chart(curves("loss"), "update", "divergence, nats a token", zero=True)
+    agreement = charts.line_chart(curves("agreement"), "update", "same first choice", percent=True)
+    if agreement:
+        content += f"<h3>Tokens on which both would choose the same</h3>{agreement}"
+    return _section("Distillation into one model", "The student acts, and the expert of that domain says how likely each "
+                    "token was.", content)
+
+
+def _series(rows: Sequence[dict[str, Any]], title: str, colour: int, names: Sequence[str]) -> charts.Series | None:
+    """The first of `names` that the rows have, over their steps."""
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        if points:
+            return charts.Series(title, [x for x, _ in points], [y for _, y in points], colour)
+    return None
+
+
+def _tests(evaluation: dict[str, Any]) -> str:
+    rows = []
+    for test in evaluation.get("tests", {}).values():
+        verdict = "good" if test["p_value"] < SIGNIFICANT and test["difference"] > 0 else "quiet"
+        rows.append([f"{TITLES.get(test['first'], test['first'])} against {TITLES.get(test['second'], test['second'])}",
+                     _text(test["domain"]), str(test["tasks"]), str(test["only_first"]), str(test["only_second"]),
+                     f"{test['difference'] * 100:+.1f} points",
+                     f"<span class={verdict}>{_p_value(test['p_value'])}</span>"])
+    content = table(["comparison", "domain", "tasks", "only the first", "only the second", "difference",
+                     "p, two-sided"], rows) if rows else ""
+    retention = [[_text(domain), f"{row['unified']:.1%}", f"{row['expert']:.1%}",
+                  f"{_kept(row['kept'])}"]
+                 for domain, row in evaluation.get("retention", {}).items()]
+    if retention:
+        content += "<h3>What the unified model keeps of each expert</h3>" + table(
+            ["domain", "unified", "best expert", "kept"], retention)
+    control = evaluation.get("control")
+    note = (f" The control: {control['steps']} further SFT steps from the SFT checkpoint, as long as the SWE expert's "
+            f"{control['target_seconds']:.0f} s of reinforcement learning (it took {control['seconds']:.0f} s)."
+            if control else "")
+    return _section("Paired comparisons", "The same tasks, the exact McNemar test on those that only one of the two "
+                    f"resolves.{_text(note)}", content)
+
+
+def _kinds(evaluation: dict[str, Any]) -> str:
+    models = evaluation.get("models", {})
+    order = [name for name in TITLES if models.get(name, {}).get("kinds")]
+    kinds = sorted({kind for name in order for kind in models[name]["kinds"]})
+    rows = []
+    for kind in kinds:
+        cells = [models[name]["kinds"].get(kind) for name in order]
+        attempted = max(cell["attempted"] for cell in cells if cell)
+        rows.append([_text(kind), str(attempted), *(_shaded(cell) for cell in cells)])
+    return _section("Per kind of bug", "Greedy resolved rate by the transformation that made the bug; held-out tasks are "
+                    "balanced over kinds as far as they go.",
+                    table(["kind", "tasks", *(TITLES[name] for name in order)], rows) if rows else "")
+
+
+def _shaded(cell: dict[str, Any] | None) -> str:
+    if not cell or not cell["attempted"]:
+        return "<td class=quiet>–</td>"
+    share = cell["resolved"] / cell["attempted"]
+    counts = f"{cell['resolved']}/{cell['attempted']}"
+    return f"<td class=shade style=\"--share:{share:.3f}\" title=\"{counts}\">{share:.0%}</td>"
+
+
+def _yields(data: dict[str, Any]) -> str:
+    yields = data["results"].get("tasks", {}).get("yields", {})
+    rows = [(kind, value["candidates"], value["kept"]) for kind, value in yields.items()]
+    rows.sort(key=lambda row: (-row[2], row[0]))
+    return _section("Task yield per transformation", "A candidate bug is kept when tests that passed now fail and the "
+                    "reverse patch makes them pass again; both are executed.", charts.yield_bars(rows))
+
+
+def _times(data: dict[str, Any]) -> str:
+    evaluation, tasks = data["results"].get("evaluate", {}), data["results"].get("tasks", {})
+    content = charts.time_strip(list(data["seconds"].items()))
+    isolation = evaluation.get("isolation") or tasks.get("isolation")
+    if isolation:
+        content += f"<h3>Sandbox</h3><p class=\"sub\">{_text(isolation)}</p>"
+    if tasks:
+        content += ("<h3>Repositories</h3><p class=\"sub\">Training: "
+                    + " ".join(f"<code>{_text(name)}</code>" for name in tasks["repos_train"])
+                    + "<br>Held out: " + " ".join(f"<code>{_text(name)}</code>" for name in tasks["repos_heldout"])
+                    + "</p>")
+    return _section("Time and place", f"On {_text(data['machine'])}.", content)
+
+
+def _footer(data: dict[str, Any]) -> str:
+    return "<footer>Made by qcn_jax; the numbers are in summary.json beside this page.</footer>"
+
+
+def _rate_or_dash(value: float | None) -> str:
+    return "<span class=quiet>–</span>" if value is None else f"{value:.1%}"
+
+
+def _number_or_dash(value: float | None) -> str:
+    return "<span class=quiet>–</span>" if value is None else f"{value:.1f}"
+
+
+def _p_value(value: float) -> str:
+    return "&lt; 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _kept(share: float | None) -> str:
+    if share is None:
+        return "<span class=quiet>–</span>"
+    return f"<span class={'good' if share >= KEPT else 'bad'}>{share:.0%}</span>"

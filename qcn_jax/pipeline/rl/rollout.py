@@ -1,0 +1,299 @@
+"""Rollouts: a policy acts in many conversations at once, and everything that training needs is written down.
+
+All conversations that are open take a turn together: the engine generates until most of them have ended theirs
+(the others go on next time), then the environments answer, tool calls running side by side in worker processes,
+then the answers go into the caches.
+The samples of one prompt share the prefill of their opening. Conversations beyond the engine's slots wait for
+free ones. What a conversation samples depends on its own seed and tokens, so results do not depend on the
+schedule.
+
+Nothing here knows tasks or text: a conversation is anything that gives tokens and takes tokens
+(pipeline.experts.domains has those that are trained on).
+"""
+
+import concurrent.futures
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from qcn_jax.inference.engine import Engine, Generation
+from qcn_jax.inference.sampling import GREEDY, Sampling
+
+STRAGGLERS = 0.25  # share of turns under way that the rest does not wait for
+THREADS = 128  # each only waits for a worker process; how many tools really run at once is the pool's choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What an environment answers to a turn.
+
+    tokens: what comes before the policy's next turn; of no meaning when `done`.
+    malformed: whether the turn broke the format of tool calls.
+    refuted: whether the turn ended in failing tests.
+    repeated: whether those tests had failed on the very same files before, in this conversation.
+    """
+
+    tokens: Sequence[int] = ()
+    done: bool = False
+    malformed: bool = False
+    refuted: bool = False
+    repeated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What execution said about a finished conversation.
+
+    solved: the tests pass (or whatever the domain executes succeeds); the pass rate counts these.
+    finished: the policy ended the episode itself, before any limit of turns or tokens.
+    infrastructure: the verdict is missing for a reason that is not the policy's; such an episode teaches nothing.
+    detail: JSON-ready particulars for reports.
+    """
+
+    reward: float
+    solved: bool
+    finished: bool
+    infrastructure: bool = False
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Conversation(Protocol):
+    """One episode as the rollout sees it. `reply` and `outcome` may block; they run in threads."""
+
+    def opening(self) -> list[int]:
+        """Tokens before the policy's first turn; the same for all samples of a prompt."""
+
+    def reply(self, tokens: list[int], stopped: bool) -> Reply:
+        """Takes a turn; `stopped` tells whether it ended with a stop token or was cut off by a limit."""
+
+    def outcome(self, truncated: bool) -> Outcome:
+        """The verdict; `truncated` when the conversation grew too long for the engine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Tokens [start, stop) of a record were sampled in one turn."""
+
+    start: int
+    stop: int
+    malformed: bool
+    stopped: bool
+    refuted: bool = False
+    repeated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRecord:
+    """A finished episode.
+
+    Attributes:
+      prompt: index of its prompt among those given.
+      sample: index among the samples of that prompt.
+      tokens: [n] int32, opening, turns and answers.
+      sampled: [n] bool, which of them the policy drew; not those of its first turns that it was made to take greedily.
+      logprobs: [n] float32, theirs under the untempered policy when they were chosen; 0 for the rest.
+      turns: the policy's turns in order.
+      outcome: what execution said.
+    """
+
+    prompt: int
+    sample: int
+    tokens: np.ndarray
+    sampled: np.ndarray
+    logprobs: np.ndarray
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+
+    @property
+    def malformed(self) -> float:
+        """Share of turns that broke the format."""
+        return float(np.mean([turn.malformed for turn in self.turns])) if self.turns else 0.0
+
+
+Stop = Callable[[], bool]
+
+
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
+class Stopped(Exception):
+    """A rollout was given up because it was asked to."""
+
+
+class _Open:
+    """A conversation that holds a slot."""
+
+    def __init__(
+        self, prompt: int, sample: int, conversation: Conversation, seed: int, opening: list[int],
+        sampling: Sampling, greedy: int,
+    ) -> None:  # fmt: skip
+        self.prompt, self.sample, self.conversation, self.seed = prompt, sample, conversation, seed
+        self._sampling, self.greedy = sampling, greedy  # turns
+        self.tokens, self.logprobs, self.turns = list(opening), [0.0] * len(opening), []
+        self.start, self.stopped = len(opening), False  # of the turn under way
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its turn under way is drawn."""
+        return GREEDY if len(self.turns) < self.greedy else self._sampling
+
+    def generated(self, generation: Generation) -> None:
+        self.tokens += generation.tokens
+        self.logprobs += generation.logprobs.tolist()
+        self.stopped = generation.finish == "stop"
+
+    def reply(self) -> Reply:
+        """Hands the turn to the environment."""
+        return self.conversation.reply(self.tokens[self.start :], self.stopped)
+
+    def take(self, reply: Reply) -> None:
+        self.turns.append(
+            Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted, reply.repeated)
+        )
+        if not reply.done:
+            self.tokens += reply.tokens
+            self.logprobs += [0.0] * len(reply.tokens)
+        self.start = len(self.tokens)
+
+    def record(self, outcome: Outcome) -> RolloutRecord:
+        sampled = np.zeros(len(self.tokens), bool)
+        for turn in self.turns[self.greedy :]:
+            sampled[turn.start : turn.stop] = True
+        return RolloutRecord(
+            self.prompt, self.sample, np.asarray(self.tokens, np.int32), sampled,
+            np.asarray(self.logprobs, np.float32), tuple(self.turns), outcome,
+        )  # fmt: skip
+
+
+def sequence_seed(*parts: int) -> int:
+    """A 32-bit seed from integers (run seed, update, prompt, sample); different parts give unrelated streams."""
+    return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1)[0])
+
+
+def rollout(
+    engine: Engine,
+    groups: Sequence[Sequence[Conversation]],
+    seeds: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling | Sequence[Sampling],
+    greedy_turns: Sequence[int] = (),
+    max_new_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Stop = never,
+) -> list[RolloutRecord]:
+    """Runs every conversation to its end.
+
+    Args:
+      engine: whose slots are free; they are free again afterwards.
+      groups: conversations by prompt; those of one prompt have the same opening.
+      seeds: one for each conversation, in the same nesting.
+      sampling: how to draw tokens, for all or for each prompt.
+      greedy_turns: how many turns at their start the samples of a prompt take greedily, in turn; none by default.
+        Such samples begin where the greedy policy would be, its first mistakes made, and go on by `sampling`.
+      max_new_tokens: of one turn (None: the engine's own limit).
+      progress: called with (finished, all) conversations after every turn.
+      stop: asked after every turn whether to give up.
+
+    Returns:
+      Records in the order of `groups`, samples in order within.
+
+    Raises:
+      Stopped: `stop` said so; tests under way have ended.
+    """
+    draws = [sampling] * len(groups) if isinstance(sampling, Sampling) else sampling
+    waiting = deque(_units(groups, seeds, draws, engine.slots, greedy_turns or (0,)))
+    total = sum(len(group) for group in groups)
+    free = list(range(engine.slots))
+    active: dict[int, _Open] = {}
+    verdicts: list[tuple[_Open, concurrent.futures.Future[Outcome]]] = []
+    threads = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="rollout")
+    try:
+        while waiting or active:
+            for slot, opened in _admit(engine, waiting, free).items():
+                if engine.length(slot) < engine.max_length:
+                    active[slot] = opened
+                else:  # the opening alone fills the slot
+                    verdicts.append((opened, threads.submit(opened.conversation.outcome, True)))
+                    free.append(slot)
+            ended = _generate(engine, active, max_new_tokens or engine.max_new_tokens)
+            added = {}
+            for slot, reply in zip(ended, threads.map(lambda slot: active[slot].reply(), ended), strict=True):
+                # A further turn needs its answer and at least one token of its own.
+                truncated = not reply.done and engine.length(slot) + len(reply.tokens) >= engine.max_length
+                active[slot].take(dataclasses.replace(reply, tokens=(), done=True) if truncated else reply)
+                if reply.done or truncated:
+                    opened = active.pop(slot)
+                    verdicts.append((opened, threads.submit(opened.conversation.outcome, truncated)))
+                    free.append(slot)
+                else:
+                    added[slot] = reply.tokens
+            engine.extend(added)
+            if stop():
+                raise Stopped
+            if progress is not None:
+                progress(sum(verdict.done() for _, verdict in verdicts), total)
+        records = [opened.record(verdict.result()) for opened, verdict in verdicts]
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+    if progress is not None:
+        progress(total, total)
+    return sorted(records, key=lambda record: (record.prompt, record.sample))
+
+
+def _generate(engine: Engine, active: dict[int, _Open], limit: int) -> list[int]:
+    """Generates for all open conversations until most turns have ended; returns the slots of those."""
+    slots = sorted(active)
+    if not slots:
+        return []
+    generations = engine.generate(
+        slots, seeds=[active[slot].seed for slot in slots],
+        sampling=[active[slot].sampling for slot in slots],
+        max_new_tokens=[limit - (len(active[slot].tokens) - active[slot].start) for slot in slots],
+        enough=int(STRAGGLERS * len(slots)),
+    )  # fmt: skip
+    for slot, generation in zip(slots, generations, strict=True):
+        active[slot].generated(generation)
+    return [slot for slot, generation in zip(slots, generations, strict=True) if generation.finish != "paused"]
+
+
+def _units(
+    groups: Sequence[Sequence[Conversation]], seeds: Sequence[Sequence[int]], draws: Sequence[Sampling], slots: int,
+    greedy: Sequence[int],
+) -> list[list[_Open]]:  # fmt: skip
+    """Groups, cut where they are larger than the engine, that are admitted as one."""
+    units = []
+    for prompt, (group, streams, sampling) in enumerate(zip(groups, seeds, draws, strict=True)):
+        opening = list(group[0].opening()) if group else []
+        members = [
+            _Open(prompt, sample, conversation, seed, opening, sampling, greedy[sample % len(greedy)])
+            for sample, (conversation, seed) in enumerate(zip(group, streams, strict=True))
+        ]
+        units += [members[first : first + slots] for first in range(0, len(members), slots)]
+    return units
+
+
+def _admit(engine: Engine, waiting: deque[list[_Open]], free: list[int]) -> dict[int, _Open]:
+    """Gives free slots to the units that wait, in order; one prefill a unit, copied to its other slots."""
+    admitted: dict[int, _Open] = {}
+    prefill, copies = {}, {}
+    free.sort()
+    while waiting and len(waiting[0]) <= len(free):
+        unit = waiting.popleft()
+        slots = [free.pop(0) for _ in unit]
+        engine.reset(slots)
+        opening = unit[0].tokens
+        if len(opening) > engine.max_length:  # keeps its head; such a conversation is truncated at once
+            opening = opening[: engine.max_length]
+        prefill[slots[0]] = opening
+        copies[slots[0]] = slots[1:]
+        admitted |= dict(zip(slots, unit, strict=True))
+    if prefill:
+        engine.extend(prefill)
+        if any(copies.values()):
+            engine.fork(copies)
+    return admitted

@@ -1,0 +1,115 @@
+"""Stage `tasks`: source distributions in, verified tasks out, training and held-out repositories apart.
+
+Resumable: downloads, surveys and verdicts are kept as they come, and a rerun continues with the same result.
+"""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from qcn_jax import files
+from qcn_jax.config import TasksConfig
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.synthesis import inject, plan, sources, synthesize
+from qcn_jax.envs.tasks.schema import write_tasks
+from qcn_jax.errors import UserError
+from qcn_jax.recipes.nano import repositories
+from qcn_jax.pipeline.context import StageContext
+
+_DOWNLOADS = 4  # at a time
+
+
+def run_stage(context: StageContext) -> dict[str, Any]:
+    """Makes `train.jsonl`, `heldout.jsonl` and `repositories.json` in the stage's folder.
+
+    Raises:
+      UserError: no network, a wrong hash, a repository in both splits, or none that can be used.
+    """
+    config = context.config.tasks
+    _check(config)
+    specs = _locate(context, [*config.repos_train, *config.repos_heldout])
+    # Again by name: archives and folders only have one now.
+    _check_disjoint(*([specs[name].name for name in names] for names in (config.repos_train, config.repos_heldout)))
+    results: dict[str, Any] = {"candidates": 0, "yields": {}, "repository_yields": {}, "outcomes": {}, "left_out": {}}
+    usable: list[RepositorySpec] = []
+    for split, names, target in (
+        ("train", config.repos_train, config.train), ("heldout", config.repos_heldout, config.heldout),
+    ):  # fmt: skip
+        chosen = [specs[name] for name in names]
+        if target == 0:
+            found = synthesize.Result([], [], chosen, {})
+        else:
+            found = synthesize.synthesize(context.pool(), chosen, _settings(context, target), context.workdir,
+                                          context.log, split)  # fmt: skip
+        if len(found.tasks) < target:
+            context.log(f"{split}: only {len(found.tasks)} of {target} tasks could be made; more repositories, kinds "
+                        "or candidates_per_repo would help")
+        write_tasks(context.workdir / f"{split}.jsonl", found.tasks)
+        usable += found.repositories
+        _add(results, split, found)
+    files.write_json(context.workdir / "repositories.json", [dataclasses.asdict(spec) for spec in usable])
+    results["line"] = (f"{results['train']} training and {results['heldout']} held-out tasks from "
+                       f"{results['candidates']} candidates")
+    return results
+
+
+def _check(config: TasksConfig) -> None:
+    _check_disjoint(config.repos_train, config.repos_heldout)
+    for kind in config.kinds:
+        if kind not in inject.KINDS:
+            raise UserError(f"--config.tasks.kinds: unknown {kind!r}; allowed: {', '.join(inject.KINDS)}")
+    for name, wanted, repos in (("train", config.train, config.repos_train),
+                                ("heldout", config.heldout, config.repos_heldout)):  # fmt: skip
+        if wanted < 0 or (wanted and not repos):
+            raise UserError(f"--config.tasks.{name}: {wanted} tasks wanted, but repos_{name} is "
+                            f"{'empty' if not repos else 'fine: give a number of 0 or more'}")
+
+
+def _check_disjoint(train: Sequence[str], heldout: Sequence[str]) -> None:
+    both = sorted({name.split("==")[0] for name in train} & {name.split("==")[0] for name in heldout})
+    if both:
+        raise UserError(f"--config.tasks.repos_heldout: {both[0]} is in repos_train too; the splits must be disjoint")
+
+
+def _locate(context: StageContext, names: Sequence[str]) -> dict[str, RepositorySpec]:
+    """Finds or downloads the repositories, several at a time."""
+    cache = sources.default_cache()
+    with concurrent.futures.ThreadPoolExecutor(_DOWNLOADS) as executor:
+        found = list(executor.map(lambda name: sources.locate(name, repositories.SHA256, cache), names))
+    context.log(f"{len(found)} source distributions, hashes checked, in {cache}")
+    return dict(zip(names, found))
+
+
+def _settings(context: StageContext, target: int) -> plan.Settings:
+    config = context.config.tasks
+    return plan.Settings(
+        target=target,
+        kinds=config.kinds,
+        single_line=config.single_line,
+        max_function_lines=config.max_function_lines,
+        candidates_per_repo=config.candidates_per_repo,
+        timeout=config.test_timeout,
+        reruns=config.reruns,
+        statement_characters=config.statement_characters,
+        at_fault=config.at_fault,
+        seed=context.config.seed,
+    )
+
+
+def _add(results: dict[str, Any], split: str, found: synthesize.Result) -> None:
+    """Adds one split's numbers to the stage's results."""
+    results[split] = len(found.tasks)
+    results[f"repos_{split}"] = [spec.name for spec in found.repositories]
+    results["candidates"] += len(found.verdicts)
+    results["repository_yields"].update(found.repository_yields())
+    results["left_out"].update(found.skipped)
+    for name, count in found.outcomes().items():
+        results["outcomes"][name] = results["outcomes"].get(name, 0) + count
+    for kind, row in found.yields().items():
+        known = results["yields"].setdefault(kind, dict.fromkeys(row, 0))
+        total = known["candidates"] + row["candidates"]
+        for name in ("seconds", "cpu_seconds"):
+            known[name] = round((known[name] * known["candidates"] + row[name] * row["candidates"]) / total, 4)
+        known["candidates"], known["kept"] = total, known["kept"] + row["kept"]
+        known["yield"] = round(known["kept"] / total, 4)

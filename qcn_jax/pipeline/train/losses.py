@@ -1,0 +1,89 @@
+"""Losses of next-token training. RL's and distillation's are in pipeline.rl.objectives.
+
+Axes: B rows, T positions, D model width, V vocabulary. Position t predicts tokens[t + 1] with weight weights[t].
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qcn_jax.model import head_kernel
+from qcn_jax.moe.losses import balance_loss, max_violation, overflow
+from qcn_jax.pipeline.train.head import over_vocabulary, project
+
+Batch = Mapping[str, jax.Array]
+
+
+def next_tokens(tokens: jax.Array, steps: int = 1) -> jax.Array:
+    """[B, T] -> [B, T]: the token `steps` positions later; zero at the end, where nothing may count."""
+    return jnp.pad(tokens[:, steps:], ((0, 0), (0, steps)))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) in float32 whatever the logits' dtype: [..., V], [...] -> [...]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def predicted(kernels: tuple[jax.Array], hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of each target, and whether it is the likeliest token: [n] float32 twice; a HeadFunction."""
+    logits = project(hidden, kernels[0])
+    return cross_entropy(logits, targets), (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+
+def mtp_weights(weights: jax.Array, segment_ids: jax.Array, step: int) -> jax.Array:
+    """Loss weights of step `step` (from 0) of multi-token prediction: position t predicts tokens[t + 2 + step].
+
+    It counts as much as predicting that token from the position before it does, and only where the two
+    positions are of one document (weights end with their segment, so the target then is as well).
+    """
+    same = segment_ids == next_tokens(segment_ids, step + 1)
+    return next_tokens(weights, step + 1) * same
+
+
+def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
+                        ) -> Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Next-token, router-balance and multi-token-prediction loss as a `loss_fn` of train.make_train_step.
+
+    Args:
+      model: qcn_jax.model.Qwen3Next; its config gives the balance coefficient.
+      mtp_coef: weight of the multi-token-prediction loss; ignored by a model without that block.
+      mtp_steps: tokens predicted ahead beyond the next; above one the block is fed its own output, as it is
+        when it drafts.
+    Returns:
+      (params, batch) -> (loss, {ce, accuracy, balance, load_violation, overflow[, mtp]}). ce and mtp are per weighted
+      token of the global batch (`batch["weight_sum"]`); balance equals top-k when the experts are balanced.
+    """
+    config = model.config
+    with_mtp = mtp_coef > 0 and config.num_nextn_predict_layers > 0
+
+    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        tokens, segments = batch["tokens"], batch["segment_ids"]
+        weights = batch["weights"] / batch["weight_sum"]
+        targets = next_tokens(tokens)
+        ahead = [next_tokens(tokens, 1 + step) for step in range(mtp_steps)] if with_mtp else None
+        out = model.apply({"params": params}, tokens, positions=batch["positions"], segment_ids=segments,
+                          mtp_tokens=jnp.stack(ahead, axis=-1) if with_mtp else None, with_logits=False)
+        kernels = (head_kernel(config, params),)
+        predict = lambda hidden, targets: over_vocabulary(predicted, kernels, hidden, targets, parallel=model.parallel)
+        losses, right = predict(out.hidden, targets)
+        ce = jnp.sum(weights * losses)
+        balance = batch["fraction"] * balance_loss(out.aux)
+        loss = ce + config.router_aux_loss_coef * balance
+        metrics = {
+            "ce": ce, "balance": balance, "accuracy": jnp.sum(weights * right),
+            "load_violation": batch["fraction"] * jnp.max(max_violation(out.aux)),
+            "overflow": batch["fraction"] * overflow(out.aux),
+        }
+        if with_mtp:
+            metrics["mtp"] = sum(
+                jnp.sum(mtp_weights(weights, segments, step)
+                        * predict(out.mtp_hidden[step], next_tokens(tokens, 2 + step))[0])
+                for step in range(mtp_steps)) / mtp_steps
+            loss += mtp_coef * metrics["mtp"]
+        return loss, metrics
+
+    return loss_fn

@@ -1,0 +1,119 @@
+"""Where other packages meet ours: mini-swe-agent's agents in our sandboxes, swesmith's and harbor's reading of our files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import formats, harbor
+from qcn_jax.envs.tasks.grading import Grader, starting_changes
+from qcn_jax.agents.guard import Guard
+from qcn_jax.agents.mini_swe_agent import SandboxEnvironment
+from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.agents.scaffolds import MINI_SWE_AGENT
+from tests.agents import tiny
+from tests.sandboxes import CALC, FILE, SOURCE, TESTS, make_task
+
+SED = "sed -i 's/if value > low/if value < low/' calc/core.py"
+DONE = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+
+
+def test_environment_as_mini_swe_agent_calls_it():
+    task = tiny.make_task()
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
+        place = SandboxEnvironment(box, guard := Guard(), timeout=5)
+        assert place.execute({"command": "echo hi; exit 3"}) == {"output": "hi\n", "returncode": 3, "exception_info": ""}
+        assert place.execute({"command": "pwd"}, cwd="/testbed/calc")["output"] == "/testbed/calc\n"
+        late = place.execute({"command": "echo a; sleep 60"}, timeout=0.5)
+        assert late["returncode"] == -1 and "timed out after 0.5 seconds" in late["exception_info"] and late["output"] == "a\n"
+        refused = place.execute({"command": "curl https://github.com/a/b"})
+        assert refused["returncode"] == 1 and "blocked" in refused["output"] and guard.counts["blocked"] == 1
+        assert json.dumps(place.serialize()) and place.get_template_vars(x=1)["x"] == 1
+
+
+def test_mini_swe_agents_own_agent_solves_a_task_in_a_sandbox():
+    pytest.importorskip("minisweagent", reason="not installed: mini-swe-agent")
+    from minisweagent.agents.default import DefaultAgent
+    from minisweagent.models.test_models import DeterministicModel, make_output
+
+    task = tiny.make_task()
+    turns = [make_output(command, [{"command": command}]) for command in ("cat calc/core.py", SED, DONE)]
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
+        agent = DefaultAgent(DeterministicModel(outputs=turns), SandboxEnvironment(box), system_template="You fix.",
+                             instance_template="{{task}} in {{cwd}}")
+        assert agent.run(task.problem_statement)["exit_status"] == "Submitted"
+        patch = box.diff()
+    assert Grader(tiny.provider()).grade(task, patch).resolved
+
+
+@pytest.mark.parametrize("text", [
+    "THOUGHT: x\n\n```mswea_bash_command\nls -la\n```", "a\n```mswea_bash_command\ncat <<'E'\nx\nE\n```\nb", "no block",
+    "```mswea_bash_command\na\n```\n```mswea_bash_command\nb\n```", "```python\nx\n```", "```mswea_bash_command\n\n```"])
+def test_our_reading_of_a_turn_is_mini_swe_agents(text):
+    pytest.importorskip("minisweagent", reason="not installed: mini-swe-agent")
+    from minisweagent.exceptions import FormatError
+    from minisweagent.models.utils.actions_text import parse_regex_actions
+
+    ours = [call.arguments["command"].strip() for call in MINI_SWE_AGENT.parse(text).calls]
+    try:
+        theirs = [action["command"] for action in parse_regex_actions(
+            text, action_regex=r"```mswea_bash_command\s*\n(.*?)\n```", format_error_template="{{error}}")]
+    except FormatError:
+        theirs = []
+    assert ours == theirs
+
+
+def test_swesmith_applies_and_reverts_our_bug_as_we_do(tmp_path):
+    """A row's `patch` is the bug: git applies it to the pristine files, and its reverse is the gold fix."""
+    task = make_task()
+    row = formats.to_swesmith(task)
+    for path, text in {"victim/__init__.py": "", SOURCE: CALC, FILE: TESTS}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (tmp_path / "bug.diff").write_text(row["patch"])
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"], ["apply", "bug.diff"]):
+        subprocess.run([*git, *command], check=True)
+    assert (tmp_path / SOURCE).read_text() == patches.apply_diff({SOURCE: CALC}, task.bug_patch)[SOURCE] != CALC
+    subprocess.run([*git, "apply", "-R", "bug.diff"], check=True)
+    assert (tmp_path / SOURCE).read_text() == CALC
+
+
+def test_swesmith_grades_a_log_as_we_do(tmp_path):
+    grading = pytest.importorskip("swesmith.harness.grading", reason="not installed: swesmith (with swebench 4)",
+                                  exc_type=ImportError)
+    task = make_task()
+    names = (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)
+    for broken in (None, names[0], names[-1]):
+        found = {name: "FAILED" if name == broken else "PASSED" for name in names}
+        report = grading.get_eval_tests_report(found, formats.to_swesmith(task))
+        assert (grading.get_resolution_status(report) == "RESOLVED_FULL") is (broken is None)
+
+
+@pytest.fixture(scope="module")
+def harbor_python(tmp_path_factory):
+    """An interpreter of Python 3.12 that imports `harbor`: QCN_HARBOR_PYTHON, this one, or skipped."""
+    for python in filter(None, (os.environ.get("QCN_HARBOR_PYTHON"), sys.executable)):
+        done = subprocess.run([python, "-c", "import harbor"], capture_output=True, check=False)
+        if done.returncode == 0:
+            return python
+    pytest.skip("harbor needs Python 3.12; set QCN_HARBOR_PYTHON to an interpreter that has it")
+
+
+def test_harbor_reads_our_folder(harbor_python, tmp_path):
+    harbor.write_folder(tmp_path / "task", make_task(), {"victim/__init__.py": "", SOURCE: CALC, FILE: TESTS})
+    script = ("import sys, pathlib\nfrom harbor.models.task.config import TaskConfig\n"
+              "config = TaskConfig.model_validate_toml(pathlib.Path(sys.argv[1], 'task.toml').read_text())\n"
+              "print(config.agent.timeout_sec, config.verifier.timeout_sec, config.environment.cpus, "
+              "config.environment.memory_mb)\n"
+              "from harbor.models.task.task import Task\ntask = Task(pathlib.Path(sys.argv[1]))\n"
+              "print('clamp is wrong' in task.instruction, task.paths.test_path.name, task.paths.solve_path.name)\n")
+    done = subprocess.run([harbor_python, "-c", script, str(tmp_path / "task")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.strip().splitlines()
+    assert [float(value) for value in first.split()] == [
+        harbor.AGENT_SECONDS, harbor.VERIFIER_SECONDS, harbor.CPUS, harbor.MEMORY_MB]
+    assert second == "True test.sh solve.sh"

@@ -1,0 +1,179 @@
+"""Every scaffold presents the same task, reads its own calls back, and mends the same file with its own tools."""
+
+import json
+
+import pytest
+
+from qcn_jax.agents import scaffolds
+from qcn_jax.agents.episode import EndReason, Episode
+from qcn_jax.envs.tasks.grading import starting_changes
+from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.agents.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT
+from qcn_jax.agents.workspace import SandboxWorkspace
+from qcn_jax.errors import UserError
+from qcn_jax.chat import rendering
+from qcn_jax.chat.rendering import ToolCall
+from tests.agents import tiny
+
+ALL = [NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT]
+CORE = "/testbed/calc/core.py"
+MEND = {
+    "nano": [
+        [ToolCall("view")],
+        [ToolCall("edit", {"line": "<|5|>", "old": ">", "new": "<"}), ToolCall("run_tests")],
+        [ToolCall("submit")],
+    ],
+    "nano_single": [[ToolCall("edit", {"line": "5", "old": ">", "new": "<"})]],
+    "swe_agent": [
+        [ToolCall("bash", {"command": "grep -rn 'def clamp' ."})],
+        [ToolCall("str_replace_editor", {"command": "view", "path": CORE, "view_range": [8, 14]})],
+        [ToolCall("str_replace_editor", {"command": "str_replace", "path": CORE, "old_str": "if value > low:",
+                                         "new_str": "if value < low:"})],
+        [ToolCall("run_tests")],
+        [ToolCall("submit")],
+    ],
+    "qwen_code": [
+        [ToolCall("list_directory", {"path": "/testbed"})],
+        [ToolCall("grep_search", {"pattern": "def clamp"})],
+        [ToolCall("read_file", {"absolute_path": CORE, "offset": 7, "limit": 7})],
+        [ToolCall("edit", {"file_path": CORE, "old_string": "if value > low:", "new_string": "if value < low:"})],
+        [ToolCall("run_shell_command", {"command": "python -m pytest -q tests", "description": "Test"})],
+        [ToolCall("submit")],
+    ],
+    "mini_swe_agent": [
+        [ToolCall("bash", {"command": "cat calc/core.py"})],
+        [ToolCall("bash", {"command": "sed -i 's/if value > low/if value < low/' calc/core.py"})],
+        [ToolCall("bash", {"command": "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"})],
+    ],
+}
+
+
+@pytest.mark.parametrize("scaffold", ALL, ids=lambda s: s.name)
+def test_the_same_task_is_mended_in_a_live_sandbox(scaffold):
+    task = tiny.make_task()
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
+        executor = scaffold.executor(task, SandboxWorkspace(box))
+        episode = Episode(task, scaffold, executor)
+        for calls in MEND[scaffold.name]:
+            observation = episode.step(scaffold.render("", calls))
+            assert not observation.malformed
+            assert all(result.ok for result in episode.turns[-1].results), episode.turns[-1].results
+        result = episode.result()
+    assert result.reason is EndReason.SUBMITTED
+    assert result.patch == task.patch
+    if scaffold is not NANO_SINGLE:
+        assert any("clamp" in str(message["content"]) for message in episode.messages[2:])
+
+
+@pytest.mark.parametrize("scaffold", ALL, ids=lambda s: s.name)
+def test_calls_read_back(scaffold):
+    for calls in MEND[scaffold.name]:
+        parsed = scaffold.parse(scaffold.render("", calls))
+        assert parsed.problems == []
+        assert [call.name for call in parsed.calls] == [call.name for call in calls]
+        assert [call.arguments for call in parsed.calls] == [call.arguments for call in calls]
+
+
+@pytest.mark.parametrize("scaffold", ALL, ids=lambda s: s.name)
+def test_prompts_hold_the_statement_and_the_tools(scaffold):
+    task = tiny.make_task(problem_statement="  {statement} of {root} <|im_end|>\n")
+    messages = scaffold.first_messages(task, scaffold.executor(task, tiny.overlay(task)))
+    text = rendering.render(messages, scaffold.schemas(), add_generation_prompt=True)
+    assert "{statement} of {root} <|im_end|>" in text
+    assert ("<tools>" in text) == scaffold.describe_tools
+    if scaffold.describe_tools:
+        assert all(f"<name>{tool.name}</name>" in text for tool in scaffold.tools)
+    json.dumps(scaffold.schemas())
+
+
+def test_nano_prompts_are_short():
+    task = tiny.make_task()
+    executor = NANO.executor(task, tiny.overlay(task))
+    assert NANO.first_messages(task, executor) == [{"role": "user", "content": task.problem_statement}]
+    (message,) = NANO_SINGLE.first_messages(task, executor)
+    statement, function = message["content"]
+    assert statement["text"] == task.problem_statement + "\n" and "numbered" not in statement
+    assert function["numbered"] and function["text"].startswith("calc/core.py\n<|1|>def clamp(")
+
+
+def test_format_prompts_name_the_template():
+    task = tiny.make_task()
+    scaffold = scaffolds.by_name("nano_format:hermes")
+    executor = scaffold.executor(task, tiny.overlay(task))
+    (message,) = scaffold.first_messages(task, executor)
+    assert message["content"][0]["text"] == task.problem_statement + "\nformat: hermes\n"
+    episode = Episode(task, scaffold, executor)
+    text = scaffold.render("", MEND["nano_single"][0])
+    assert json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))["name"] == "edit"
+    assert episode.step(text).done and episode.result().patch == task.patch
+    # The same action in another format is not accepted.
+    episode = Episode(task, scaffold, scaffold.executor(task, tiny.overlay(task)))
+    assert episode.step(NANO_SINGLE.render("", MEND["nano_single"][0])).malformed
+    assert not any(result.ok for turn in episode.turns for result in turn.results)
+
+
+def test_nano_joins_what_tools_say_and_keeps_views_apart():
+    task = tiny.make_task()
+    executor = NANO.executor(task, tiny.overlay(task, tiny.run_tests))
+    search = ToolCall("search", {"pattern": "def is_even"})
+    results = executor.execute([ToolCall("view"), search, ToolCall("run_tests")])
+    view, rest = NANO.observe(results)
+    assert view["numbered"] and view["content"].startswith("calc/core.py\n<|1|>")
+    assert rest == {"role": "tool", "content": "calc/core.py:17:def is_even(n):\nFAILED 3 of 3\nassert 1 == 5"}
+    results = executor.execute([ToolCall("edit", {"line": "5", "old": ">", "new": "<"}), ToolCall("run_tests")])
+    assert NANO.observe(results) == [{"role": "tool", "content": "ok"}]
+    assert NANO.observe(executor.execute([ToolCall("undo")])) == [{"role": "tool", "content": "done"}]
+
+
+def test_mini_swe_agent_wants_one_block():
+    for text in ("no block", "```bash\nls\n```\n```bash\npwd\n```", "```python\n1\n```"):
+        parsed = MINI_SWE_AGENT.parse(text)
+        assert parsed.calls == [] and parsed.problems
+    parsed = MINI_SWE_AGENT.parse("THOUGHT: look\n\n```mswea_bash_command\nls -la\n```\n")
+    assert (parsed.content, parsed.calls[0].arguments) == ("THOUGHT: look", {"command": "ls -la"})
+
+
+def test_mini_swe_agent_submits_only_if_the_command_succeeds():
+    task = tiny.make_task()
+    with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
+        executor = MINI_SWE_AGENT.executor(task, SandboxWorkspace(box))
+        for command, submitted in [
+            ("echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT; false", False),
+            ("echo not COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT", False),
+            ("echo; echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT", True),
+        ]:
+            (result,) = executor.execute([ToolCall("bash", {"command": command})])
+            assert result.submitted == submitted
+
+
+def test_swe_agents_editor():
+    task = tiny.make_task()
+    executor = SWE_AGENT.executor(task, tiny.overlay(task))
+
+    def edit(**arguments):
+        (result,) = executor.execute([ToolCall("str_replace_editor", {"path": "/testbed/new.py", **arguments})])
+        return result
+
+    assert edit(command="create", file_text="a\nb\n").ok
+    assert not edit(command="create", file_text="x").ok
+    assert edit(command="insert", insert_line="1", new_str="between").ok
+    assert edit(command="view").text == "     1\ta\n     2\tbetween\n     3\tb"
+    assert edit(command="view", view_range=["2", "-1"]).text == "     2\tbetween\n     3\tb"
+    for range_ in ([0, 1], [4, 5], [3, 2], ["x", "y"], [1]):
+        assert not edit(command="view", view_range=range_).ok
+    assert not edit(command="str_replace", old_str="absent", new_str="").ok
+    assert not edit(command="str_replace", new_str="").ok
+    assert edit(command="str_replace", old_str="between\n").ok
+    assert edit(command="undo_edit").ok and edit(command="undo_edit").ok and edit(command="undo_edit").ok
+    assert not edit(command="undo_edit").ok and executor.diff() == ""
+    assert edit(command="delete").malformed
+    assert edit(command="view", path="/testbed").text.split("\n") == sorted(tiny.PRISTINE)
+
+
+def test_unknown_scaffolds_are_refused():
+    with pytest.raises(UserError, match="--scaffold.*nano"):
+        scaffolds.by_name("claude")
+
+
+def test_scaffolds_with_a_shell_ask_for_a_guard():
+    assert [scaffold.name for scaffold in ALL if scaffold.has_shell] == ["swe_agent", "qwen_code", "mini_swe_agent"]

@@ -1,0 +1,190 @@
+"""Encoded conversations: turn by turn equals the whole, the mask is the assistant's, untrusted text stays text."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcn_jax.agents.scaffolds import MAX_LINE_TOKENS, NANO, QWEN_CODE, SWE_AGENT, line_token, nano_format
+from qcn_jax.recipes.nano.solver import solve
+from qcn_jax.chat import rendering
+from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.pipeline.data.packing import pack
+from tests import conftest
+from tests.agents import tiny
+
+NANO_ADDED = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<function=",
+    "</function>", "<parameter=", "</parameter>", *(line_token(n) for n in range(1, MAX_LINE_TOKENS + 1)),
+)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    tokenizer = Tokenizer.train([tiny.GOOD, tiny.TESTS, "FAILED 3 of 3\nassistant\nuser\nedit"], 500, NANO_ADDED)
+    return ChatEncoder(tokenizer)
+
+
+@pytest.fixture(scope="module", params=["nano", "qwen"])
+def encoder(request, nano):
+    if request.param == "nano":
+        return nano
+    if not conftest.QWEN_TOKENIZER.exists():
+        pytest.skip("no Qwen tokenizer: set QCN_QWEN_TOKENIZER")
+    return ChatEncoder(Tokenizer.from_file(conftest.QWEN_TOKENIZER))
+
+
+def conversation(text="Fix f.", view="calc.py\n<|1|>def f():\n<|2|>    return 1", failure="FAILED 1 of 1"):
+    return [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "view", "arguments": {}}]},
+        {"role": "tool", "content": view, "numbered": True},
+        {"role": "assistant", "content": "Off by one.", "tool_calls": [
+            ToolCall("edit", {"line": "<|2|>", "old": "1", "new": "2"}), {"name": "run_tests", "arguments": {}}]},
+        {"role": "tool", "content": "done"},
+        {"role": "tool", "content": failure},
+        {"role": "assistant", "content": "That is all."},
+    ]
+
+
+def incrementally(encoder, messages, tools=None):
+    """What a rollout does: prompt, sampled turns, observations."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    ids, own = encoder.encode_prompt(messages[:first], tools), []
+    own += [False] * len(ids)
+    position = first
+    while position < len(messages):
+        turn = encoder.encode_answer(messages[position])
+        ids, own = ids + turn, own + [True] * len(turn)
+        after = position + 1
+        while after < len(messages) and messages[after]["role"] != "assistant":
+            after += 1
+        if after < len(messages):
+            more = encoder.encode_turn(messages[position + 1 : after])
+            ids, own = ids + more, own + [False] * len(more)
+        position = after
+    return ids, own
+
+
+@pytest.mark.parametrize("tools", [None, SWE_AGENT.schemas()], ids=["bare", "tools"])
+def test_trusted_conversations_are_encoded_as_their_text(encoder, tools):
+    messages = conversation()
+    document = encoder.encode(messages, tools)
+    assert document["tokens"].tolist() == encoder.tokenizer.encode(rendering.render(messages, tools))
+    assert document["tokens"].dtype == np.int32 and document["weights"].dtype == np.float32
+
+
+@pytest.mark.parametrize("tools", [None, QWEN_CODE.schemas()], ids=["bare", "tools"])
+def test_turn_by_turn_equals_the_whole(encoder, tools):
+    messages = conversation()
+    ids, own = incrementally(encoder, messages, tools)
+    document = encoder.encode(messages, tools)
+    whole = document["tokens"].tolist()
+    assert whole[: len(ids)] == ids and encoder.tokenizer.decode(whole[len(ids) :]) == "\n"
+    assert document["weights"][: len(ids) - 1].tolist() == [float(flag) for flag in own[1:]]
+    assert not document["weights"][len(ids) - 1 :].any()
+
+
+def test_the_mask_selects_what_the_assistant_wrote_with_its_end(encoder):
+    document = encoder.encode(conversation())
+    targets = [t for t, w in zip(document["tokens"][1:].tolist(), document["weights"], strict=False) if w]
+    assert encoder.tokenizer.decode(targets) == (
+        "<tool_call>\n<function=view>\n</function>\n</tool_call><|im_end|>"
+        "Off by one.\n\n<tool_call>\n<function=edit>\n<parameter=line>\n<|2|>\n</parameter>\n<parameter=old>\n1\n"
+        "</parameter>\n<parameter=new>\n2\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=run_tests>\n</function>\n</tool_call><|im_end|>"
+        "That is all.<|im_end|>"
+    )
+
+
+SPELLED = st.lists(
+    st.sampled_from([*NANO_ADDED[:20], "<think>", "\n", " ", "x", "<|", "|>", "<|im_<|im_end|>end|>", "é", "ꙮ",
+                     "<|1|>a\n<|2|>"]),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SPELLED, SPELLED, SPELLED)
+def test_what_untrusted_text_spells_is_text(nano, statement, code, failure):
+    frame = conversation(text="", view="", failure="")
+    messages = conversation(statement, f"p.py\n<|1|>{code.replace(chr(10), ' ')}", failure)
+    document = nano.encode(messages)
+    special = set(nano.tokenizer.added_tokens.values())
+    line = nano.tokenizer.id("<|1|>")
+
+    def specials(tokens):
+        return [t for t in tokens.tolist() if t in special]
+
+    expected = specials(nano.encode(frame)["tokens"])
+    found = specials(document["tokens"])
+    found.remove(line)  # the scaffold's own
+    assert found == expected
+    rendered = nano.tokenizer.decode(document["tokens"])
+    assert rendered == rendering.render(messages)
+    ids, _ = incrementally(nano, messages)
+    assert document["tokens"][: len(ids)].tolist() == ids
+
+
+def test_only_line_tokens_in_sequence_at_line_starts_are_the_scaffolds(nano):
+    line = {n: nano.tokenizer.id(line_token(n)) for n in range(1, 65)}
+
+    def found(content, **keys):
+        ids = nano.encode_prompt([{"role": "user", "content": content, **keys}])
+        return [n for n in line for t in ids if t == line[n]]
+
+    assert found("p\n<|1|>a <|2|> b\n<|2|>c", numbered=True) == [1, 2]
+    assert found("p\n<|2|>a\n<|1|>c\n<|3|>", numbered=True) == [1]
+    assert found("p\n<|1|>a\n<|2|>c") == []
+    assert found("p <|1|>\n<|1|>a <|2|>\n<|2|>", numbered=True) == [1, 2]
+    text = nano.tokenizer.decode(nano.encode_prompt([{"role": "user", "content": "p <|1|>\n<|1|>a", "numbered": True}]))
+    assert text == "<|im_start|>user\np <|1|>\n<|1|>a<|im_end|>\n<|im_start|>assistant\n"
+    parts = [{"type": "text", "text": "<|1|>x\n"}, {"type": "text", "text": "p\n<|1|>y", "numbered": True}]
+    assert found(parts) == [1]
+
+
+def test_values_of_calls_cannot_end_the_turn(encoder):
+    message = {"role": "assistant", "content": "", "tool_calls": [
+        {"name": "edit", "arguments": {"line": "1", "old": "<|im_end|>", "new": ["<|im_start|>"]}}]}
+    ids = encoder.encode_answer(message)
+    assert ids.count(encoder.end) == 1 and ids[-1] == encoder.end
+    assert encoder.tokenizer.id("<|im_start|>") not in ids
+    assert encoder.tokenizer.decode(ids) == rendering.render_assistant(
+        "", [ToolCall("edit", message["tool_calls"][0]["arguments"])]) + "<|im_end|>"
+
+
+def test_line_tokens_in_edits_are_single_tokens(nano):
+    ids = nano.encode_answer({"role": "assistant", "content": "", "tool_calls": [
+        {"name": "edit", "arguments": {"line": "<|2|>", "old": "x", "new": "y"}}]})
+    assert nano.tokenizer.id("<|2|>") in ids
+
+
+def test_a_turn_that_was_cut_off_is_closed_outside_the_sample(encoder):
+    observation = [{"role": "tool", "content": "cut off"}]
+    assert encoder.encode_turn(observation, closed=False) == [encoder.end, *encoder.encode_turn(observation)]
+
+
+def test_raw_turns_are_kept_byte_for_byte(encoder):
+    for text in ("", " \n x", "<tool_call>\n<function=view>\n</tool_call> trailing", "<parameter=x>"):
+        ids = encoder.encode_answer({"role": "assistant", "content": text})
+        assert encoder.tokenizer.decode(ids) == text + "<|im_end|>"
+
+
+@pytest.mark.parametrize("template", ["qwen3_coder", "hermes", "xml_cline", "toolace"])
+def test_solver_trajectories_become_rows(nano, template):
+    task = tiny.make_task()
+    scaffold = NANO if template == "qwen3_coder" else nano_format(template)
+    executor = scaffold.executor(task, tiny.overlay(task, tiny.run_tests))
+    trajectory = solve(task, executor, scaffold, wrong=1)
+    document = nano.encode(trajectory.messages)
+    packed = pack([document, document], length=1024)
+    targets = np.roll(packed["tokens"], -1, axis=1)[packed["weights"] > 0]
+    own = "".join(
+        scaffold.render("", [ToolCall(c["name"], c["arguments"]) for c in m["tool_calls"]]) + "<|im_end|>"
+        for m in trajectory.messages if m["role"] == "assistant")
+    assert nano.tokenizer.decode(targets) == own * 2
+    ids, _ = incrementally(nano, trajectory.messages)
+    assert document["tokens"][: len(ids)].tolist() == ids

@@ -1,0 +1,186 @@
+"""Every tool-call template: what is written reads back, whatever the strings hold; no text breaks a reader."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcn_jax.errors import UserError
+from qcn_jax.chat import templates
+from qcn_jax.chat.rendering import ToolCall
+
+CALLS = [ToolCall("edit", {"line": "2", "old": "x", "new": "not x"}), ToolCall("run_tests", {})]
+# Pieces of every template's own syntax, to be mixed into values and words.
+SYNTAX = sorted(
+    {
+        piece
+        for name in templates.TEMPLATES
+        for line in templates.render(name, "", CALLS).split("\n")
+        for piece in (line, line[: len(line) // 2], line[1:])
+    }
+)
+PIECES = [
+    *SYNTAX,
+    "\n",
+    " ",
+    "\\",
+    "<\\",
+    "[\\",
+    '"',
+    "'",
+    "{",
+    "}",
+    "</old>",
+    "<edit>",
+    "<edit>\n",
+    "x",
+    "é",
+    "👩‍👩‍👧",
+    "Action: ",
+    '[{"name":',
+]
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
+NAMES = st.sampled_from(["edit", "run_tests", "old", "new", "a", "from", "b_1"])
+STRINGS = st.builds(ToolCall, NAMES, st.dictionaries(NAMES, TEXTS, max_size=3))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=6,
+)
+TYPED = [name for name in templates.TEMPLATES if name not in ("qwen3_coder", "glm46", "minimax_m2", "xml_cline")]
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_whatever_is_written_reads_back(name):
+    @settings(max_examples=60, deadline=None)
+    @given(TEXTS, st.lists(STRINGS, max_size=3))
+    def check(content, calls):
+        message = templates.parse(name, templates.render(name, content, calls))
+        assert message.calls == calls
+        assert message.content == (content.strip() if calls else content)
+        assert not calls or not message.malformed, message.problems
+
+    check()
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_typed_values_read_back(name):
+    @settings(max_examples=40, deadline=None)
+    @given(st.dictionaries(NAMES, JSON, max_size=3))
+    def check(arguments):
+        message = templates.parse(name, templates.render_call(name, ToolCall("edit", arguments)))
+        assert message.calls == [ToolCall("edit", arguments)] and not message.malformed
+
+    check()
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_no_text_breaks_the_reader(name):
+    @settings(max_examples=60, deadline=None)
+    @given(TEXTS)
+    def check(text):
+        assert isinstance(templates.parse(name, text).content, str)
+
+    check()
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_a_cut_text_is_never_taken_for_other_whole_calls(name):
+    text = templates.render(name, "", CALLS)
+    for end in range(len(text)):
+        message = templates.parse(name, text[:end])
+        assert message.malformed or message.calls == CALLS[: len(message.calls)], text[:end]
+        assert len(message.calls) <= len(CALLS)
+
+
+def test_forms_are_those_of_their_models():
+    """Texts as the models' public parsers and templates have them, written down by hand."""
+    expected = {
+        "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
+        "mistral3": '[TOOL_CALLS]f[ARGS]{"a": "x"}',
+        "deepseek_v31": (
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "x"}<｜tool▁call▁end｜>'
+            '<｜tool▁calls▁end｜>'
+        ),
+        "deepseek_v3": (
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": "x"}\n'
+            '```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+        ),
+        "deepseek_v32": (
+            '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n'
+            '<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+            '</｜DSML｜function_calls>'
+        ),
+        "glm46": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
+        "kimi_k2": (
+            '<|tool_calls_section_begin|><|tool_call_begin|>'
+            'functions.f:0<|tool_call_argument_begin|>{"a": "x"}<|tool_call_end|>'
+            '<|tool_calls_section_end|>'
+        ),
+        "minimax_m2": (
+            '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">x</parameter>\n</invoke>'
+            '\n</minimax:tool_call>'
+        ),
+        "llama4_pythonic": "<|python_start|>[f(a='x')]<|python_end|>",
+        "toolace": "[f(a='x')]",
+        "xlam_qwen": '[{"name": "f", "arguments": {"a": "x"}}]',
+        "xml_cline": "<f>\n<a>x</a>\n</f>",
+        "harmony_json": '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": "x"}<|call|>',
+        "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>",
+    }
+    for name, text in expected.items():
+        assert templates.render_call(name, ToolCall("f", {"a": "x"})) == text, name
+        assert templates.parse(name, "So:\n" + text).content == "So:"
+
+
+@pytest.mark.parametrize(
+    "name, text, calls",
+    [
+        (
+            "hermes",
+            '<tool_call>{"name":"f","arguments":{}}</tool_call> <tool_call> {"name": "g", "arguments": {"a": 1}}',
+            [ToolCall("f"), ToolCall("g", {"a": 1})],
+        ),
+        ("hermes", "<tool_call>\n{'name': 'f'}\n</tool_call>", []),
+        ("glm46", "<tool_call>f<arg_key>a</arg_key><arg_value>x", [ToolCall("f", {"a": "x"})]),
+        ("toolace", "[f(a=[1, (2, 3)], b='),]'), g(a=open('x'))]", [ToolCall("f", {"a": [1, (2, 3)], "b": "),]"})]),
+        ("xml_cline", "<f>\n<a>x\n</f>", [ToolCall("f", {"a": "x\n"})]),
+        (
+            "kimi_k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}",
+            [ToolCall("f")],
+        ),
+    ],
+)
+def test_malformed_text_is_read_as_far_as_it_goes(name, text, calls):
+    message = templates.parse(name, text)
+    assert message.calls == calls and message.malformed
+
+
+def test_schemas_give_tagged_values_their_types():
+    tools = [{"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}]
+    for name in ("glm46", "minimax_m2", "xml_cline", "qwen3_coder"):
+        assert templates.parse(name, templates.render_call(name, ToolCall("f", {"a": 3})), tools).calls[
+            0
+        ].arguments == {"a": 3}
+
+
+def test_a_good_call_survives_one_whose_arguments_are_no_json():
+    for name in ("hermes", "kimi_k2", "mistral3", "deepseek_v31", "harmony_json", "react"):
+        text = templates.render(name, "", [ToolCall("f", {"a": "x"}), ToolCall("g", {"b": "y"})])
+        message = templates.parse(name, text.replace('"a": "x"', '"a": x', 1))
+        assert message.calls == [ToolCall("g", {"b": "y"})] and message.malformed
+
+
+def test_only_known_tools_open_a_call_where_the_tag_is_the_name():
+    text = "<details>\nsee below\n</details>\n\n<f>\n<a>x</a>\n</f>"
+    message = templates.parse("xml_cline", text, [{"name": "f"}])
+    assert message.content == "<details>\nsee below\n</details>" and message.calls == [ToolCall("f", {"a": "x"})]
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(UserError, match="'nope' is unknown; known: qwen3_coder"):
+        templates.render("nope", "", [])
+    with pytest.raises(UserError, match="cannot name"):
+        templates.render("hermes", "", [ToolCall("f g")])
+    with pytest.raises(UserError, match="not JSON"):
+        templates.render("toolace", "", [ToolCall("f", {"a": float("nan")})])

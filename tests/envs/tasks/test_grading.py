@@ -1,0 +1,141 @@
+"""Grading: SWE-bench's semantics on synthetic runs, and verdicts of real runs (hostile patches: tests/attacks)."""
+
+import dataclasses
+import json
+
+import pytest
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.tasks.grading import Grader, Verdict, VerdictCache, allowed, judge, verdict_key, write_reports
+from qcn_jax.envs.sandbox import SandboxError
+from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.tasks.schema import Task
+from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, world  # noqa: F401
+
+TASK = Task("i", "r", "", "", "", "", ("t::f1", "t::f2"), ("t::p1", "t::p2"))
+GOOD = {"t::f1": "passed", "t::f2": "passed", "t::p1": "passed", "t::p2": "passed"}
+
+
+def run(outcomes, status="ok", exit_status=0, tampered=()):
+    return TestRun(status, outcomes, {}, 0.1, "", exit_status, 0.1, tampered)
+
+
+@pytest.mark.parametrize("change, resolved", [
+    ({}, True), ({"t::f1": "failed"}, False), ({"t::f1": "error"}, False), ({"t::f1": "skipped"}, False),
+    ({"t::f1": None}, False), ({"t::f1": "xfailed"}, True), ({"t::p1": "failed"}, False), ({"t::p1": None}, False),
+    ({"t::p1": "skipped"}, True), ({"t::p1": "xfailed"}, True), ({"t::p1": "xpassed"}, False)])
+def test_swe_bench_semantics(change, resolved):
+    outcomes = {name: outcome for name, outcome in {**GOOD, **change}.items() if outcome is not None}
+    verdict = judge(TASK, run(outcomes))
+    assert verdict.resolved is resolved
+    listed = verdict.tests_status
+    assert sorted(listed["FAIL_TO_PASS"]["success"] + listed["FAIL_TO_PASS"]["failure"]) == ["t::f1", "t::f2"]
+    assert bool(listed["FAIL_TO_PASS"]["failure"] or listed["PASS_TO_PASS"]["failure"]) is not resolved
+
+
+def test_results_alone_or_exit_status_alone_are_not_enough():
+    assert judge(TASK, run(GOOD)).resolved
+    assert judge(TASK, run(GOOD, exit_status=1)).outcome == "unresolved"
+    assert judge(TASK, run({}, exit_status=0)).outcome == "unresolved"
+    assert judge(TASK, run(GOOD, tampered=("x",))).outcome == "unresolved"
+    assert judge(TASK, run(GOOD, status="killed")).outcome == "killed"
+    assert judge(TASK, run(GOOD, status="timeout")).outcome == "timeout"
+    assert not judge(dataclasses.replace(TASK, FAIL_TO_PASS=()), run(GOOD)).resolved
+
+
+@pytest.mark.parametrize("path, expected", [
+    ("pkg/core.py", True), ("pkg/new.py", True), ("pkg/sub/new.py", True), ("data.txt", True), ("setup.py", False),
+    ("pkg/tests/x.py", False), ("pkg/json.py", False), ("other/new.py", False), ("new.py", False), ("pkg/x.pth", False),
+    ("pkg/test_core.py", False), ("pkg/.hidden", False), ("docs/conf.py", False), ("pkg/doctested.py", False)])
+def test_allowed_paths(path, expected):
+    pristine = dict.fromkeys(["pkg/__init__.py", "pkg/core.py", "data.txt", "setup.py", "pkg/doctested.py"], "")
+    assert allowed(path, pristine, {"pkg/doctested.py"}) is expected
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_gold_empty_and_partial_patches(world, fail_fast):
+    grader = Grader(world.provider, fail_fast=fail_fast)
+    gold = grader.grade(world.task, world.task.patch)
+    assert gold.resolved and gold.patch_applied and gold.tests_status["PASS_TO_PASS"]["success"] == list(PASSING)
+    assert grader.grade(world.task, " \n").outcome == "empty_patch"
+    assert grader.grade(world.task, world.task.bug_patch).outcome == "patch_failed"
+    half = patches.make_diff({SOURCE: BROKEN}, {SOURCE: BROKEN.replace("min(low,", "max(low,")})
+    verdict = grader.grade(world.task, half)
+    assert verdict.outcome == "unresolved" and verdict.messages
+    if not fail_fast:
+        assert verdict.tests_status["FAIL_TO_PASS"] == {"success": list(FAILING[:2]), "failure": list(FAILING[2:])}
+
+
+def test_test_patch_brings_the_deciding_tests(world):
+    tests = world.provider.files(world.spec.name)[FILE]
+    added = tests + "\n\ndef test_mean_of_one():\n    assert mean([7]) == 7\n"
+    task = dataclasses.replace(world.task, test_patch=patches.make_diff({FILE: tests}, {FILE: added}),
+                               FAIL_TO_PASS=(*FAILING, f"{FILE}::test_mean_of_one"))
+    assert Grader(world.provider).grade(task, task.patch).resolved
+    assert not Grader(world.provider).grade(dataclasses.replace(task, test_patch=""), task.patch).resolved
+
+
+def test_infrastructure_failures_are_retried_and_no_verdict_on_the_patch(world, monkeypatch):
+    real, failures = world.provider.create, [SandboxError("a"), SandboxError("b")]
+
+    def create(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(world.provider, "create", create)
+    cache = VerdictCache()
+    assert Grader(world.provider, cache=cache).grade(world.task, world.task.patch).resolved
+    failures += [SandboxError("x")] * 3
+    other = patches.make_diff({SOURCE: BROKEN}, {SOURCE: CALC + "# other\n"})
+    verdict = Grader(world.provider, cache=cache).grade(world.task, other)
+    assert verdict.outcome == "infrastructure" and not verdict.resolved and len(cache) == 1
+
+
+def test_cache_survives_a_half_written_line(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    cache = VerdictCache(path)
+    verdict = Verdict("i", "resolved", {"FAIL_TO_PASS": {"success": ["a"], "failure": []}}, 1.5, {"a": "b"}, ("c",), ("d",))
+    cache.put("k", verdict)
+    cache.put("t", Verdict("i", "timeout"))
+    cache.put("n", Verdict("i", "infrastructure"))
+    assert cache.get("t") and cache.get("n") is None
+    with open(path, "a") as stream:
+        stream.write('{"key": "half", "verd')
+    again = VerdictCache(path)
+    assert again.get("k") == verdict and len(again) == 1
+    again.put("next", verdict)  # stands on a line of its own
+    assert VerdictCache(path).get("next") == verdict
+
+
+def test_cache_holds_a_bounded_number_in_memory(tmp_path):
+    verdicts = {f"k{n}": Verdict("i", "unresolved", seconds=float(n), messages={"t": "\u00e4\n"}) for n in range(6)}
+    memory, disk = VerdictCache(limit=3), VerdictCache(tmp_path / "verdicts.jsonl", limit=3)
+    for key, verdict in verdicts.items():
+        memory.put(key, verdict)
+        disk.put(key, verdict)
+        assert memory.get("k0") == verdicts["k0"]  # used again each time, so never the oldest
+    assert [key for key in verdicts if memory.get(key)] == ["k0", "k4", "k5"]
+    for cache in (disk, VerdictCache(tmp_path / "verdicts.jsonl", limit=2)):
+        assert {key: cache.get(key) for key in verdicts} == verdicts and len(cache) == 6
+
+
+def test_key_depends_on_everything_that_decides():
+    base = verdict_key(TASK, "p")
+    others = [verdict_key(TASK, "q"), verdict_key(TASK, "p", fail_fast=True), verdict_key(TASK, "p", strict=False),
+              verdict_key(dataclasses.replace(TASK, bug_patch="x"), "p"),
+              verdict_key(dataclasses.replace(TASK, PASS_TO_PASS=()), "p"),
+              verdict_key(dataclasses.replace(TASK, timeout=1.0), "p")]
+    assert len({base, *others}) == 7 and base == verdict_key(TASK, "p")
+
+
+def test_reports_have_swe_benchs_fields(tmp_path):
+    verdicts = [Verdict("a", "resolved", {"FAIL_TO_PASS": {}}), Verdict("b", "unresolved"), Verdict("c", "empty_patch"),
+                Verdict("d", "timeout"), Verdict("e", "infrastructure")]
+    report = write_reports(tmp_path, "run", "org/model", verdicts, ["a", "b", "c", "d", "e", "f"])
+    assert report["resolved_ids"] == ["a"] and report["unresolved_ids"] == ["b"] and report["empty_patch_ids"] == ["c"]
+    assert report["error_ids"] == ["d", "e"] and report["infra_failure_ids"] == ["e"] and report["incomplete_ids"] == ["f"]
+    assert report["completed_instances"] == 2 and report["submitted_instances"] == 6
+    assert json.loads((tmp_path / "org__model.run.json").read_text()) == report
+    single = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert single["a"]["resolved"] is True and set(single["a"]) >= {"patch_successfully_applied", "tests_status"}

@@ -1,0 +1,161 @@
+"""Stage midtrain on a micro model: killed and resumed it ends in the same bytes; every start is checked."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qcn_jax import files, hub
+from qcn_jax.config import (
+    MidtrainConfig, OptimizerConfig, RunConfig, TasksConfig, TokenizerConfig, TrainConfig, from_config_dict,
+)
+from qcn_jax.envs.sandbox.base import RepositorySpec
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.stages import midtrain
+from qcn_jax.pipeline.train import fit
+from qcn_jax.pipeline.context import Shared, StageContext
+from qcn_jax.pipeline.train.metrics import read_metrics
+from qcn_jax.pipeline.train.loop import make_train_step
+from tests.pipeline import chain
+from tests.pipeline.micro import MODEL
+
+pytestmark = pytest.mark.slow
+
+VOCABULARY, STEPS = 384, 6
+CONFIG = RunConfig(
+    init="random", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
+    tokenizer=TokenizerConfig(vocab_size=VOCABULARY), tasks=TasksConfig(),
+    midtrain=MidtrainConfig(
+        corpus_megabytes=0.03,
+        train=TrainConfig(steps=STEPS, rows=2, sequence_length=512, mtp_coef=0.0, checkpoint_every=2, log_every=1,
+                          optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2))))
+
+
+def _context(root, config=CONFIG, lines=None):
+    """A work directory whose stage tasks has finished with the two small repositories."""
+    folder = root / "repositories"
+    chain.write(folder)
+    specs = [RepositorySpec(name=f"{name}==1.0", archive=str(folder / f"{name}-1.0")) for name in ("shapes", "words")]
+    files.write_json(root / "tasks" / "repositories.json", [dataclasses.asdict(spec) for spec in specs])
+    files.write_json(root / "tasks" / "DONE.json", {"results": {"repos_train": ["shapes==1.0"],
+                                                                "repos_heldout": ["words==1.0"]}})
+    context = StageContext(config, root, "midtrain", Shared(config, root))
+    object.__setattr__(context, "log", (lines if lines is not None else []).append)
+    return context
+
+
+def run_and_die(root, calls):
+    """Called in a child process: a stage that is killed before its step number `calls`."""
+    def dying(*arguments):
+        step, seen = make_train_step(*arguments), []
+
+        def count(state, batch):
+            seen.append(1)
+            if len(seen) == calls:
+                import os
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(state, batch)
+
+        return count
+
+    fit.train.make_train_step = dying
+    midtrain.run_stage(_context(pathlib.Path(root)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    lines = []
+    return root, midtrain.run_stage(_context(root, lines=lines)), lines
+
+
+def test_results_curves_and_files(whole):
+    root, results, lines = whole
+    assert results["steps"] == STEPS and results["tokens"] == STEPS * 1024
+    assert results["shares"] == {"repository": 0.3, "fim": 0.2, "edits": 0.5}
+    assert results["packing"]["fragmentation"] == 0 and results["seconds_per_step"] > 0
+    assert json.loads(json.dumps(results)) == results
+    rows = read_metrics(root / "midtrain" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and rows[-1]["ce"] < rows[0]["ce"]
+    config, params = hub.load(root / "midtrain" / "model")
+    _, base = hub.load(root / "midtrain" / "base")
+    assert config.hidden_size == MODEL.hidden_size
+    assert np.abs(params["norm"]["weight"] - base["norm"]["weight"]).max() > 0
+    assert any("left out" in line for line in lines)
+
+
+def test_tokenizer_and_corpus_know_nothing_of_heldout_repositories(whole):
+    root, _, _ = whole
+    context = _context(root)
+    text = json.dumps(midtrain.read_corpus(context))
+    assert "first_missing" in text and "is_palindrome" not in text
+    assert "palindrome" not in (root / "midtrain" / "tokenizer" / "tokenizer.json").read_text()
+    assert [context.tokenizer().id(token) for token in midtrain.ADDED_TOKENS] == list(
+        range(VOCABULARY - len(midtrain.ADDED_TOKENS), VOCABULARY))
+
+
+def test_a_copy_of_heldout_code_in_a_training_repository_is_left_out(tmp_path):
+    context = _context(tmp_path)
+    copy = tmp_path / "repositories" / "shapes-1.0" / "shapes" / "borrowed.py"
+    copy.write_text("# renamed\n" + chain.HELDOUT_REPOSITORY["words/core.py"])
+    groups = midtrain.read_corpus(context)
+    assert "shapes/core.py" in dict(groups["shapes==1.0"]) and "shapes/borrowed.py" not in dict(groups["shapes==1.0"])
+
+
+def test_killed_and_resumed_gives_the_same_bytes(whole, tmp_path):
+    code = (f"import sys; sys.path[:0] = [{str(pathlib.Path(__file__).parents[3])!r}]\n"
+            f"from tests.pipeline.stages import test_midtrain as t; t.run_and_die({str(tmp_path)!r}, 6)")
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    assert not (tmp_path / "midtrain" / "model").exists()
+    lines = []
+    results = midtrain.run_stage(_context(tmp_path, lines=lines))
+    # The checkpoint of step 4 may still have been on its way to the disk.
+    assert any(line.startswith(("resumes at step 2", "resumes at step 4")) for line in lines)
+    weights = lambda root: (root / "midtrain" / "model" / "model.safetensors").read_bytes()
+    assert weights(tmp_path) == weights(whole[0])
+    same = lambda values: {k: v for k, v in values.items() if k != "seconds_per_step"}
+    assert same(results) == same(whole[1])
+
+
+def test_starting_from_a_folder_keeps_its_weights_and_adds_mtp(whole, tmp_path):
+    root, _, _ = whole
+    with_mtp = dataclasses.replace(CONFIG.model, num_nextn_predict_layers=1)
+    config = dataclasses.replace(CONFIG, init=str(root / "midtrain" / "model"), model=with_mtp)
+    context = _context(tmp_path, config)
+    tokenizer = midtrain.prepare_tokenizer(context, {})
+    assert tokenizer.vocab_size == VOCABULARY
+    model, params = midtrain.prepare_base(context, tokenizer)
+    _, before = hub.load(root / "midtrain" / "model")
+    np.testing.assert_array_equal(params["embed_tokens"]["embedding"], before["embed_tokens"]["embedding"])
+    assert "mtp" in params and model.num_nextn_predict_layers == 1
+
+
+@pytest.mark.parametrize("name", ["nano", "nano_long"])
+def test_the_packaged_base_fits_the_laptop_configurations(name, tmp_path):
+    path = pathlib.Path(__file__).parents[3] / "configs" / f"{name}.py"
+    config = from_config_dict(RunConfig, runpy.run_path(str(path))["get_config"]())
+    context = StageContext(config, tmp_path, "midtrain", Shared(config, tmp_path))
+    model, params = midtrain.prepare_base(context, midtrain.prepare_tokenizer(context, {}))
+    _, packaged = hub.load(midtrain.BASE_FOLDER)
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], packaged["lm_head"]["kernel"])
+    assert model == config.model and "mtp" in params
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"init": "/nowhere"}, "--config.init=/nowhere: .*holds no config.json"),
+    ({"hidden_size": 32}, "--config.model.hidden_size: 32, but the checkpoint in .* has 16"),
+    ({"vocab_size": 100}, "--config.model.vocab_size: 100 is less than the tokenizer's 384"),
+])
+def test_unfit_starts_are_one_line(whole, tmp_path, change, message):
+    init = change.pop("init", str(whole[0] / "midtrain" / "model"))
+    config = dataclasses.replace(CONFIG, init=init, model=dataclasses.replace(CONFIG.model, **change))
+    context = _context(tmp_path, config)
+    with pytest.raises(UserError, match=message):
+        midtrain.prepare_base(context, midtrain.prepare_tokenizer(context, {}))

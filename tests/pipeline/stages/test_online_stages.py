@@ -1,0 +1,116 @@
+"""Stages `experts` and `distill` from folder to folder, on a tiny repository with real sandboxes and workers."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qcn_jax import files, hub
+from qcn_jax.config import (
+    DistillConfig, ModelConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig,
+)  # fmt: skip
+from qcn_jax.errors import UserError
+from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.model import Qwen3Next
+from qcn_jax.pipeline.rl import learner
+from qcn_jax.pipeline.stages import distill
+from qcn_jax.pipeline.context import Shared, StageContext
+from qcn_jax.pipeline.train.metrics import read_metrics
+from qcn_jax.pipeline.data.splits import split_tasks
+from tests.agents import tiny
+from tests.pipeline.micro import MODEL
+from tests.pipeline.rl.test_rewards import ADDED
+
+ROLLOUT = RolloutConfig(slots=8, max_length=256, max_new_tokens=8, max_turns=2)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+
+
+def make_config(model: ModelConfig) -> RunConfig:
+    return RunConfig(
+        model=model, sandbox="local", workers=1,
+        rl=RLConfig(experts=("swe", "format"), updates=2, prompts=2, group_size=2, rows=1, sequence_length=256,
+                    checkpoint_every=1, optimizer=OPTIMIZER, rollout=ROLLOUT),
+        distill=DistillConfig(updates=2, prompts=2, group_size=2, rows=1, sequence_length=256, optimizer=OPTIMIZER,
+                              rollout=ROLLOUT),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A work directory in which the stages before `experts` are done, with an untrained model."""
+    import jax
+
+    root = tmp_path_factory.mktemp("run")
+    root.chmod(0o755)
+    archive = tiny.write_tree(root / "archive" / "tiny-1")
+    tasks = [dataclasses.replace(tiny.make_task(), instance_id=f"tiny.{n}", function="" if n else "Calculator.clamp")
+             for n in range(8)]  # fmt: skip
+    files.write_jsonl(root / "tasks" / "train.jsonl", [task.to_json() for task in tasks])
+    files.write_json(root / "tasks" / "repositories.json", [{"name": "tiny==1", "archive": str(archive)}])
+    for stage in ("tasks", "sft"):
+        files.write_json(root / stage / "DONE.json", {"seconds": 1.0, "results": {}})
+    tokenizer = Tokenizer.train([tiny.GOOD, tiny.TESTS], 256 + len(ADDED) + 60, ADDED)
+    (root / "midtrain" / "tokenizer").mkdir(parents=True)
+    tokenizer.save(root / "midtrain" / "tokenizer")
+    model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
+    params = jax.jit(Qwen3Next(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    hub.save(root / "sft" / "model", model, params)
+    return root, make_config(model)
+
+
+def context(root, config: RunConfig, stage: str, shared: Shared) -> StageContext:
+    (root / stage).mkdir(exist_ok=True)
+    return StageContext(config, root, stage, shared)
+
+
+@pytest.mark.slow
+def test_from_sft_to_one_model(root) -> None:
+    root, config = root
+    shared = Shared(config, root)
+    try:
+        results = learner.run_stage(context(root, config, "experts", shared))
+        assert list(results["experts"]) == ["swe", "format"]
+        for name, result in results["experts"].items():
+            rows = read_metrics(root / "experts" / name / "metrics.jsonl")
+            assert [row["step"] for row in rows] == [1, 2] and rows[0]["episodes"] == 4
+            assert rows[0]["infrastructure"] == 0 and -0.2 <= rows[0]["reward"] <= 1
+            assert result["prompts"] == len(split_tasks(tiny_tasks(root), 0)[1]) and result["seconds"] > 0
+        json.dumps(results, allow_nan=False)
+        again = learner.run_stage(context(root, config, "experts", shared))  # nothing is trained twice
+        assert again == results
+        files.write_json(root / "experts" / "DONE.json", {"seconds": 1.0, "results": results})
+        unified = distill.run_stage(context(root, config, "distill", shared))
+        assert unified["last"]["episodes"] == 4 and unified["first"]["loss"] >= 0
+    finally:
+        shared.close()
+    before, after = (hub.load(root / path)[1] for path in ("sft/model", "distill/model"))
+    import jax
+
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+def tiny_tasks(root):
+    from qcn_jax.envs.tasks.schema import read_tasks
+
+    return read_tasks(root / "tasks" / "train.jsonl")
+
+
+def test_bad_settings_are_named(root) -> None:
+    root, config = root
+    shared = Shared(config, root)
+    with pytest.raises(UserError, match="rl.experts.*'web'"):
+        bad = dataclasses.replace(config, rl=dataclasses.replace(config.rl, experts=("web",)))
+        learner.run_stage(context(root, bad, "experts", shared))
+    with pytest.raises(UserError, match="distill.loss.*'mse'"):
+        bad = dataclasses.replace(config, distill=dataclasses.replace(config.distill, loss="mse"))
+        distill.run_stage(context(root, bad, "distill", shared))
+    try:
+        with pytest.raises(UserError, match="max_length"):
+            long = dataclasses.replace(ROLLOUT, max_length=512)
+            bad = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=long))
+            learner.run_stage(context(root, bad, "experts", shared))
+    finally:
+        shared.close()

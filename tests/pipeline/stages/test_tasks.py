@@ -1,0 +1,82 @@
+"""Stage tasks, whole: folders in, verified tasks out; refusals; the same result after an interruption."""
+
+import dataclasses
+
+import pytest
+from tests.envs.synthesis.small import write_repository
+
+from qcn_jax import files
+from qcn_jax.config import RunConfig, TasksConfig
+from qcn_jax.envs.tasks.grading import Grader
+from qcn_jax.envs.sandbox import make_provider
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline import run
+from qcn_jax.pipeline.context import Shared, StageContext
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration over two copies of the small repository, under different names."""
+    train = write_repository(tmp_path, "numbers_pkg-1.0")
+    heldout = write_repository(tmp_path, "others_pkg-2.0")
+    tasks = TasksConfig(repos_train=(str(train),), repos_heldout=(str(heldout),), train=6, heldout=3, reruns=0, test_timeout=60.0,
+                        kinds=("change_boundary", "flip_comparison", "wrong_variable"))  # fmt: skip
+    return RunConfig(sandbox="local", workers=1, tasks=tasks)
+
+
+def test_stage(config, tmp_path, capsys):
+    """Tasks of both splits, as promised to the other stages; then a torn journal gives the same tasks again."""
+    results = run.run(config, tmp_path / "run", ("tasks",))["tasks"]
+    assert (results["train"], results["heldout"]) == (6, 3)
+    assert (results["repos_train"], results["repos_heldout"]) == (["numbers_pkg==1.0"], ["others_pkg==2.0"])
+    assert results["candidates"] == sum(row["candidates"] for row in results["yields"].values()) >= 9
+    assert set(results["yields"]) <= set(config.tasks.kinds)
+    assert "verified" in capsys.readouterr().out
+    context = StageContext(config, tmp_path / "run", "sft", Shared(config, tmp_path / "run"))
+    tasks = context.tasks("train")
+    assert {task.repo for task in tasks} == {"numbers_pkg==1.0"} and len({task.instance_id for task in tasks}) == 6
+    with make_provider("local", str(tmp_path / "state")) as provider:
+        provider.prepare(context.repositories()["numbers_pkg==1.0"])
+        assert all(Grader(provider).grade(task, task.patch).resolved for task in tasks[:2])
+        assert not Grader(provider).grade(tasks[0], tasks[1].patch).resolved
+
+    folder = tmp_path / "run" / "tasks"
+    before = {name: (folder / name).read_bytes() for name in ("train.jsonl", "heldout.jsonl", "train.journal.jsonl")}
+    journal = before["train.journal.jsonl"]
+    (folder / "train.journal.jsonl").write_bytes(journal[: len(journal) // 2])
+    for name in ("DONE.json", "train.jsonl", "heldout.jsonl"):
+        (folder / name).unlink()
+    run.run(config, tmp_path / "run", ("tasks",))
+    assert (folder / "train.jsonl").read_bytes() == before["train.jsonl"]
+    assert (folder / "heldout.jsonl").read_bytes() == before["heldout.jsonl"]
+
+
+def test_no_tasks_wanted(config, tmp_path):
+    """With counts of zero only the repositories are found (a base checkpoint needs no more)."""
+    config = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, train=0, heldout=0))
+    results = run.run(config, tmp_path / "run", ("tasks",))["tasks"]
+    assert (results["train"], results["candidates"]) == (0, 0)
+    assert [row["name"] for row in files.read_json(tmp_path / "run/tasks/repositories.json")] == [
+        "numbers_pkg==1.0", "others_pkg==2.0"]  # fmt: skip
+
+
+def test_refusals(config, tmp_path, monkeypatch):
+    """One line each: overlapping splits, unknown kind, nothing to make tasks of, failing repository, no network."""
+
+    def refused(**changes):
+        changed = dataclasses.replace(config, tasks=dataclasses.replace(config.tasks, **changes))
+        with pytest.raises(UserError) as caught:
+            run.run(changed, tmp_path / f"run{len(changes)}{sorted(changes)[0]}", ("tasks",))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "must be disjoint" in refused(repos_train=("a==1",), repos_heldout=("a==2",))
+    assert "--config.tasks.kinds: unknown 'nonsense'" in refused(kinds=("nonsense",))
+    assert "--config.tasks.heldout: 3 tasks wanted" in refused(repos_heldout=(), train=0, repos_train=())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert refused(repos_train=("toolz==1.2.0",)).startswith("toolz==1.2.0: cannot be downloaded")
+    broken = write_repository(tmp_path, "broken_pkg-1.0")
+    (broken / "tests/test_core.py").write_text("import numbers_pkg.nothing\n")
+    assert "none of its tests passes before any defect" in refused(repos_train=(str(broken),), train=1, heldout=0)
