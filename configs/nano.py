@@ -6,7 +6,7 @@ Starts from the packaged base checkpoint (configs/nano_base.py made it; `--confi
 """
 
 from qcn_jax.config import (
-    DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig,
+    DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RolloutConfig, RunConfig,
     SftConfig, TasksConfig, TokenizerConfig, TrainConfig, to_config_dict,
 )
 from qcn_jax.recipes.nano import repositories
@@ -52,7 +52,7 @@ def get_config():
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
         sft=SftConfig(train=train(300, 1e-3), recovery=0.6, guesses=4),
-        rl=RLConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
+        experts=ExpertsConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
                     optimizer=steady(2e-4), rollout=rollout),
         distill=DistillConfig(updates=4, prompts=12, rows=4, sequence_length=LENGTH, optimizer=steady(2e-4),

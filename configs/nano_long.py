@@ -18,9 +18,9 @@ def get_config():
     config.name = "nano_long"
     config.tasks.train, config.tasks.heldout = 900, 160
     config.sft.searches, config.sft.train.steps = 2, 520
-    config.rl.experts = ("swe",)
-    config.rl.updates, config.rl.prompts = 40, 16
-    for optimizer in (config.rl.optimizer, config.distill.optimizer):  # enough updates to average over
+    config.experts.names = ("swe",)
+    config.experts.updates, config.experts.prompts = 40, 16
+    for optimizer in (config.experts.optimizer, config.distill.optimizer):  # enough updates to average over
         optimizer.learning_rate, optimizer.b1, optimizer.warmup_steps = 5e-4, 0.9, 2
     config.distill.updates = 24
     config.evaluate.tasks, config.evaluate.pass_k_tasks = 160, 60

@@ -14,7 +14,7 @@ import dataclasses
 import ml_collections
 
 from qcn_jax.config import (
-    DistillConfig, MeshConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig, RunConfig, SftConfig,
+    DistillConfig, MeshConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RunConfig, SftConfig,
     TrainConfig, to_config_dict,
 )
 from qcn_jax.errors import UserError
@@ -64,6 +64,6 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
         mesh=mesh,
         midtrain=MidtrainConfig(train=train(10_000, rows, tokens, optimizer)),
         sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),
-        rl=RLConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle),
+        experts=ExpertsConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle),
         distill=DistillConfig(updates=300, rows=rows, sequence_length=short, optimizer=gentle),
     ))

@@ -175,10 +175,10 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RLConfig:
+class ExpertsConfig:
     """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `experts`."""
 
-    experts: tuple[str, ...] = ("swe", "single_turn", "format")
+    names: tuple[str, ...] = ("swe", "single_turn", "tool_format")
     updates: int = 30
     prompts: int = 16  # per update
     group_size: int = 8
@@ -253,7 +253,7 @@ class RunConfig:
     tasks: TasksConfig = TasksConfig()
     midtrain: MidtrainConfig = MidtrainConfig()
     sft: SftConfig = SftConfig()
-    rl: RLConfig = RLConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

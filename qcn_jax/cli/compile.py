@@ -110,8 +110,8 @@ def compile_here(job: dict[str, Any]) -> dict[str, Any]:
 def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     """What to change, with what each change saves per device (GiB), the largest first."""
     memory, kinds = report["memory"], report["memory"]["arguments_by_kind"]
-    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "rl", "distill": "distill"}[stage]
-    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.rl,
+    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
+    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.experts,
                 "distill": config.distill}[stage]
     optimizer, weights, moments = settings.optimizer, kinds["weights"], kinds["optimizer"]
     temporaries = (memory["total"] or 0) - sum(kinds.values())

@@ -55,7 +55,7 @@ def stage_step(config: RunConfig, stage: str, parallel: Parallel) -> StageStep:
     """
     if stage not in STAGES:
         raise UserError(f"--stage={stage}: allowed: {', '.join(STAGES)}")
-    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.rl,
+    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.experts,
                 "distill": config.distill}[stage]
     _check_rows(stage, settings, parallel)
     if stage in ("midtrain", "sft"):
@@ -64,7 +64,7 @@ def stage_step(config: RunConfig, stage: str, parallel: Parallel) -> StageStep:
 
 
 def _check_rows(stage: str, settings: Any, parallel: Parallel) -> None:
-    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "rl", "distill": "distill"}[stage]
+    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
     parts = parallel.size("activation_batch") * getattr(settings, "accumulate", 1)
     if settings.rows % parts:
         raise UserError(f"--config.{group}.rows: {settings.rows} rows do not divide by {parts}, the mesh's parts of a "

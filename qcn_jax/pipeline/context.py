@@ -29,7 +29,7 @@ MODEL_FOLDERS = {
     "sft": "sft/model",
     "expert_swe": "experts/swe/model",
     "expert_single_turn": "experts/single_turn/model",
-    "expert_format": "experts/format/model",
+    "expert_tool_format": "experts/tool_format/model",
     "unified": "distill/model",
     "sft_control": "evaluate/sft_control/model",
 }

@@ -31,16 +31,16 @@ def _parse(*argv):
 
 def test_overrides_of_every_type_arrive(config_file):
     config = _parse(f"--config={config_file}", "--config.seed=7", "--config.sft.train.optimizer.learning_rate=1",
-                    "--config.rl.experts=('swe', 'format')", "--noconfig.evaluate.sft_control", "--config.init=random")
+                    "--config.experts.names=('swe', 'tool_format')", "--noconfig.evaluate.sft_control", "--config.init=random")
     assert (config.seed, config.sft.train.optimizer.learning_rate) == (7, 1.0)
-    assert config.rl.experts == ("swe", "format")
+    assert config.experts.names == ("swe", "tool_format")
     assert config.evaluate.sft_control is False and config.init == "random"
     assert config.distill.optimizer.learning_rate == 3e-4  # untouched
 
 
 def test_repeated_flags_make_a_tuple_and_config_argument_reaches_get_config(config_file):
-    config = _parse(f"--config={config_file}:5", "--config.rl.experts=swe", "--config.rl.experts=single_turn")
-    assert config.seed == 5 and config.rl.experts == ("swe", "single_turn")
+    config = _parse(f"--config={config_file}:5", "--config.experts.names=swe", "--config.experts.names=single_turn")
+    assert config.seed == 5 and config.experts.names == ("swe", "single_turn")
 
 
 def test_values_take_the_declared_type_whatever_the_file_wrote(tmp_path):
@@ -55,23 +55,23 @@ def test_values_take_the_declared_type_whatever_the_file_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("text, value", [
-    ("swe,format", ("swe", "format")),
-    ("swe, format", ("swe", "format")),
+    ("swe,tool_format", ("swe", "tool_format")),
+    ("swe, tool_format", ("swe", "tool_format")),
     ("swe", ("swe",)),
     ("('swe',)", ("swe",)),
-    ('["swe", "format"]', ("swe", "format")),
+    ('["swe", "tool_format"]', ("swe", "tool_format")),
     ("/a/b-1.0,toolz==1.2.0", ("/a/b-1.0", "toolz==1.2.0")),
     ("'a,b'", ("a,b",)),
     ("", ()),
     ("()", ()),
 ])
 def test_lists_are_written_with_commas_or_as_in_python(config_file, text, value):
-    assert _parse(f"--config={config_file}", f"--config.rl.experts={text}").rl.experts == value
+    assert _parse(f"--config={config_file}", f"--config.experts.names={text}").experts.names == value
 
 
 def test_lists_of_numbers_hold_numbers(config_file):
-    config = _parse(f"--config={config_file}", "--config.rl.greedy_turns=0,0,2")
-    assert config.rl.greedy_turns == (0, 0, 2)
+    config = _parse(f"--config={config_file}", "--config.experts.greedy_turns=0,0,2")
+    assert config.experts.greedy_turns == (0, 0, 2)
 
 
 @pytest.mark.parametrize("arguments, seed", [
@@ -126,7 +126,7 @@ def test_get_config_that_returns_something_else(tmp_path, text, words):
 
 @pytest.mark.parametrize("argument, words", [
     ("--config.sft={'recovery': 1.0}", ["--config.sft is a group", "--config.sft.recovery"]),
-    ("--config.rl.greedy_turns=a", ["--config.rl.greedy_turns", "expected int, got 'a'"]),
+    ("--config.experts.greedy_turns=a", ["--config.experts.greedy_turns", "expected int, got 'a'"]),
     ("--config.sft.stepz=1", ["--config.sft.stepz", "'stepz'", "trajectories_per_task"]),
     ("--config.sft.train.x.y=1", ["--config.sft.train.x.y", "'x'"]),
     ("--config.seed.x=1", ["config.seed is a single value"]),

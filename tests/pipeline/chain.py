@@ -205,7 +205,7 @@ def test_no_digit():
 CONFIG = '''
 """A micro run for tests: repositories of this folder, a model of a few thousand parameters, a few steps a stage."""
 
-from qcn_jax.config import (DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, RLConfig,
+from qcn_jax.config import (DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig,
                             RolloutConfig, RunConfig, SftConfig, TasksConfig, TokenizerConfig, TrainConfig,
                             to_config_dict)
 
@@ -229,7 +229,7 @@ def get_config():
                           candidates_per_repo=40, test_timeout=10.0),
         midtrain=MidtrainConfig(train=train, corpus_megabytes=0.2),
         sft=SftConfig(train=train, trajectories_per_task=1),
-        rl=RLConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
+        experts=ExpertsConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                     rollout=rollout),
         distill=DistillConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                               rollout=rollout),

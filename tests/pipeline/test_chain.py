@@ -20,7 +20,7 @@ INTERRUPTIONS = (
     ("experts", 3, signal.SIGKILL), ("distill", 2, signal.SIGTERM), ("evaluate", 2, signal.SIGKILL),
 )
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MODELS = ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_format", "unified"]
+MODELS = ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format", "unified"]
 
 
 def _command(config, workdir, *more):

@@ -19,9 +19,9 @@ PASS_K = 8  # the k of summary.json's pass_at_8
 COMPARISONS = (
     ("sft", "midtrain", "swe"), ("expert_swe", "sft", "swe"), ("expert_swe", "sft_control", "swe"),
     ("expert_swe", "heuristic", "swe"), ("unified", "sft", "swe"), ("expert_single_turn", "sft", "single_turn"),
-    ("unified", "sft", "single_turn"), ("expert_format", "sft", "format"),
+    ("unified", "sft", "single_turn"), ("expert_tool_format", "sft", "tool_format"),
 )
-EXPERTS = ("expert_swe", "expert_single_turn", "expert_format")
+EXPERTS = ("expert_swe", "expert_single_turn", "expert_tool_format")
 
 
 def proportion(successes: int, attempts: int) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def format_validity(rows: Sequence[Row]) -> dict[str, Any]:
     counted = [row for row in rows if not row["infrastructure"]]
     return {
         "format_valid": round(1 - broken / turns, 6) if turns else 0.0,
-        "format": proportion(sum(bool(row["solved"]) for row in counted), len(counted)) | {
+        "tool_format": proportion(sum(bool(row["solved"]) for row in counted), len(counted)) | {
             "by_template": {name: proportion(sum(row["turns"] - row["malformed"] for row in group),
                                              sum(row["turns"] for row in group))
                             for name, group in sorted(templates.items())},
@@ -125,7 +125,7 @@ def _sampled_comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
 def retention(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the unified model keeps of the best expert in each domain; kept is None where no expert has anything."""
     kept = {}
-    for domain in ("swe", "single_turn", "format"):
+    for domain in ("swe", "single_turn", "tool_format"):
         experts = {name: _rate(models[name], domain) for name in EXPERTS if name in models}
         experts = {name: rate for name, rate in experts.items() if rate is not None}
         unified = _rate(models.get("unified", {}), domain)
@@ -148,7 +148,7 @@ def _solved(model: Mapping[str, Any], domain: str) -> Mapping[str, bool]:
 
 
 def _rate(model: Mapping[str, Any], domain: str) -> float | None:
-    if domain == "format":
+    if domain == "tool_format":
         return model.get("format_valid")
     part = model if domain == "swe" else model.get(domain) or {}
     return part.get("rate")

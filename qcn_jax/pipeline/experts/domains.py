@@ -2,7 +2,7 @@
 
   swe          several turns with tools in a sandbox; tests decide
   single_turn  the function is in the prompt, the answer is one edit; tests decide
-  format       as single_turn, the answer in the tool-call template that the prompt names
+  tool_format  as single_turn, the answer in the tool-call template that the prompt names
 
 An episode's files live in memory; only test runs and gradings go to sandboxes, through `Services`.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qcn_jax.pipeline.context import StageContext
 
 T = TypeVar("T")
-DOMAINS = ("swe", "single_turn", "format")
+DOMAINS = ("swe", "single_turn", "tool_format")
 
 
 class Once:
@@ -118,7 +118,7 @@ class Prompt:
 
     domain: str
     task: Task
-    template: str = ""  # of domain format
+    template: str = ""  # of domain tool_format
 
     @property
     def scaffold(self) -> Scaffold:
@@ -128,14 +128,14 @@ class Prompt:
 
 @functools.cache
 def _scaffold(domain: str, template: str) -> Scaffold:
-    if domain == "format":
+    if domain == "tool_format":
         return nano_format(template)
     return NANO if domain == "swe" else NANO_SINGLE
 
 
 def make_prompts(domain: str, tasks: Sequence[Task], templates: Sequence[str] = ()) -> list[Prompt]:
-    """Prompts of `domain`, one a task; those of `format` take the templates in turn."""
-    if domain != "format":
+    """Prompts of `domain`, one a task; those of `tool_format` take the templates in turn."""
+    if domain != "tool_format":
         return [Prompt(domain, task) for task in tasks]
     return [Prompt(domain, task, templates[index % len(templates)]) for index, task in enumerate(tasks)]
 
@@ -197,7 +197,7 @@ class TaskConversation:
         if not self._judged:
             return Outcome(0.0, False, result.reason is EndReason.SUBMITTED, infrastructure=broken)
         verdict = None if broken else self._services.grade(self._prompt.task, result.patch)
-        if self._prompt.domain == "format":
+        if self._prompt.domain == "tool_format":
             return format_outcome(result, verdict)
         return task_outcome(result, verdict, self._penalty)
 

@@ -12,10 +12,10 @@ TITLES = {
     "heuristic_once": "heuristic, one guess", "heuristic": "heuristic, guessing on",
     "base": "base", "midtrain": "mid-trained", "sft": "SFT",
     "sft_control": "SFT control, equal time", "expert_swe": "SWE expert (RL)",
-    "expert_single_turn": "single-turn expert", "expert_format": "format expert", "unified": "unified (distilled)",
+    "expert_single_turn": "single-turn expert", "expert_tool_format": "format expert", "unified": "unified (distilled)",
 }
 _COLOURS = {"heuristic_once": 7, "heuristic": 7, "base": 7, "midtrain": 7, "sft": 0, "sft_control": 4, "expert_swe": 2,
-            "expert_single_turn": 6, "expert_format": 3, "unified": 1}
+            "expert_single_turn": 6, "expert_tool_format": 3, "unified": 1}
 _ATTEMPT_MODELS = ("heuristic", "sft", "sft_control", "expert_swe", "unified")
 SIGNIFICANT = 0.05
 KEPT = 0.9  # of the best expert in each domain, what the unified model is meant to keep
@@ -138,7 +138,7 @@ def _attempts(evaluation: dict[str, Any]) -> str:
 
 
 def _rewards(data: dict[str, Any]) -> str:
-    titles = (("swe", "SWE expert", 2), ("single_turn", "single-turn expert", 6), ("format", "format expert", 3))
+    titles = (("swe", "SWE expert", 2), ("single_turn", "single-turn expert", 6), ("tool_format", "format expert", 3))
     series = [_series(data["curves"].get(f"experts/{name}", []), title, colour, ("reward", "solved", "pass_rate"))
               for name, title, colour in titles]
     return _section("Reward during reinforcement learning", "Mean reward of the episodes sampled in each update, on "

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from qcn_jax import files, hub
-from qcn_jax.config import ModelConfig, RLConfig
+from qcn_jax.config import ModelConfig, ExpertsConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
@@ -42,7 +42,7 @@ AVERAGES = ("token", "episode")
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
 
-def policy_loss(model: ModelConfig, config: RLConfig, parallel: Parallel | None = None) -> SumLoss:
+def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | None = None) -> SumLoss:
     """The loss of packed rows, summed over tokens.
 
     The returned function takes (params, batch, reference) where batch has, besides tokens, segment_ids,
@@ -96,7 +96,7 @@ class Learner:
       reference: parameters for the KL term, or None.
     """
 
-    config: RLConfig
+    config: ExpertsConfig
     seed: int
     engine: Engine
     updater: Updater
@@ -158,17 +158,17 @@ class Learner:
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
-    """Trains every expert of `config.rl.experts` from the SFT model.
+    """Trains every expert of `config.experts.names` from the SFT model.
 
     Returns:
       {"experts": {name: {"seconds", "prompts", "first", "last"}}} with the metrics of the first and last updates.
     """
-    config = context.config.rl
-    unknown = set(config.experts) - set(DOMAINS)
+    config = context.config.experts
+    unknown = set(config.names) - set(DOMAINS)
     if unknown:
-        raise UserError(f"--config.rl.experts: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
+        raise UserError(f"--config.experts.names: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
     if config.average not in AVERAGES:
-        raise UserError(f"--config.rl.average: unknown average {config.average!r}; allowed: {', '.join(AVERAGES)}")
+        raise UserError(f"--config.experts.average: unknown average {config.average!r}; allowed: {', '.join(AVERAGES)}")
     services = make_services(context)
     encoder = ChatEncoder(context.tokenizer())
     model, params = hub.load(context.model_path("sft"))
@@ -176,7 +176,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     optimizer = make_optimizer(config.optimizer, config.updates * config.minibatches)
     updater = Updater(policy_loss(model, config), optimizer, config.rows)
     results = {}
-    for name in config.experts:
+    for name in config.names:
         done = context.workdir / name / "DONE.json"
         if not done.exists():
             files.write_json(done, _train_expert(context, name, model, params, engine, updater, optimizer,
@@ -190,7 +190,7 @@ def _train_expert(
     context: StageContext, name: str, model: ModelConfig, params: Any, engine: Engine, updater: Updater,
     optimizer: optax.GradientTransformation, encoder: ChatEncoder, services: Services,
 ) -> dict[str, Any]:  # fmt: skip
-    config, directory = context.config.rl, context.workdir / name
+    config, directory = context.config.experts, context.workdir / name
     log = lambda line: context.log(f"{name}: {line}")
     prompts = training_prompts(context, name)
     if all(prompt.scaffold.single_turn for prompt in prompts):  # taken greedily, the only turn would teach nothing

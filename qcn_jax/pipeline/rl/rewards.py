@@ -6,7 +6,7 @@ from it (no end of its own; turns that break the tool format); nothing but a pas
 
 import numpy as np
 
-from qcn_jax.config import RLConfig
+from qcn_jax.config import ExpertsConfig
 from qcn_jax.agents.episode import EndReason, EpisodeResult
 from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord
@@ -67,7 +67,7 @@ def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRe
     }  # fmt: skip
 
 
-def token_advantages(record: RolloutRecord, advantage: float, config: RLConfig) -> np.ndarray:
+def token_advantages(record: RolloutRecord, advantage: float, config: ExpertsConfig) -> np.ndarray:
     """The advantage of each token [n] float32: the episode's, less penalties in the turns that earned them.
 
     Penalties are for turns that broke the format, and for those that only did again what tests had refuted. A turn that

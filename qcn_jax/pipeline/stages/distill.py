@@ -176,7 +176,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     context.result("experts")
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
     model, params = hub.load(context.model_path("sft"))
-    domains = context.config.rl.experts
+    domains = context.config.experts.names
     optimizer = make_optimizer(config.optimizer, config.updates)
     judged = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     distiller = Distiller(

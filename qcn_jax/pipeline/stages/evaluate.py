@@ -54,13 +54,13 @@ def first_guess(heuristic: dict[str, Any]) -> dict[str, Any]:
 def model_names(context: StageContext) -> list[str]:
     """Models that this run trains, in the order of the report."""
     config = context.config
-    experts = [f"expert_{name}" for name in config.rl.experts]
+    experts = [f"expert_{name}" for name in config.experts.names]
     return ["base", "midtrain", "sft", *(["sft_control"] if has_control(context) else []), *experts, "unified"]
 
 
 def has_control(context: StageContext) -> bool:
     """Whether there is an equal-time control; its time is the SWE expert's."""
-    return context.config.evaluate.sft_control and "swe" in context.config.rl.experts
+    return context.config.evaluate.sft_control and "swe" in context.config.experts.names
 
 
 def make_bench(context: StageContext) -> Bench:

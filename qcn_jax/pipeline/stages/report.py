@@ -12,7 +12,7 @@ from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.run import STAGES
 
-SUMMARY_MODELS = ("base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_format", "unified")
+SUMMARY_MODELS = ("base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format", "unified")
 _SUMMARY_FIELDS = ("resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid")
 _TASK_FIELDS = ("train", "heldout", "candidates", "repos_train", "repos_heldout")
 

@@ -57,7 +57,7 @@ def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Gues
         tokenizer = context.tokenizer()
         model, params = hub.load(context.model_path("midtrain"))
         # The experts' engine: the same shapes, so that they are compiled once.
-        engine = online.make_engine(model, params, tokenizer, context.config.rl.rollout)
+        engine = online.make_engine(model, params, tokenizer, context.config.experts.rollout)
         documents = EditDocuments([], tokenizer, seed=0, max_tokens=engine.max_length)
         services = make_services(context)
         prompts = {task.instance_id: _prompt(task, services.files(task.repo), documents) for task in tasks}

@@ -53,8 +53,8 @@ def test_format_validity_is_per_turn_and_per_template():
     rows = [_row("a", True, "json", turns=2), _row("b", False, "json", turns=2, malformed=2), _row("c", True, "xml", turns=4)]
     found = metrics.format_validity(rows)
     assert found["format_valid"] == 0.75
-    assert found["format"]["by_template"]["json"]["rate"] == 0.5 and found["format"]["by_template"]["xml"]["rate"] == 1.0
-    assert found["format"]["resolved"] == 2
+    assert found["tool_format"]["by_template"]["json"]["rate"] == 0.5 and found["tool_format"]["by_template"]["xml"]["rate"] == 1.0
+    assert found["tool_format"]["resolved"] == 2
 
 
 def test_comparisons_use_common_tasks_only():
@@ -77,8 +77,8 @@ def test_sampled_shares_are_compared_task_by_task():
 
 def test_retention_is_against_the_best_expert_of_each_domain():
     single = {"single_turn": {"rate": 0.2}, "format_valid": 0.0}
-    models = {"expert_swe": {"rate": 0.4, **single}, "expert_format": {"rate": 0.5, **single},
+    models = {"expert_swe": {"rate": 0.4, **single}, "expert_tool_format": {"rate": 0.5, **single},
               "unified": {"rate": 0.45, "single_turn": {"rate": 0.3}, "format_valid": 0.0}}
     kept = metrics.retention(models)
-    assert kept["swe"] == {"unified": 0.45, "expert": 0.5, "best": "expert_format", "kept": 0.9}
-    assert kept["single_turn"]["kept"] == 1.5 and kept["format"]["kept"] is None
+    assert kept["swe"] == {"unified": 0.45, "expert": 0.5, "best": "expert_tool_format", "kept": 0.9}
+    assert kept["single_turn"]["kept"] == 1.5 and kept["tool_format"]["kept"] is None

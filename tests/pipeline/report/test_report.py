@@ -97,7 +97,7 @@ def test_summary_has_exactly_the_fixed_form(context):
     assert summary["sandbox"] == "docker" and summary["wall_seconds"] == 60.0
     assert summary["tasks"] == {"train": 80, "heldout": 40, "candidates": 300, "repos_train": ["toolz==1.2.0"],
                                 "repos_heldout": ["schema==0.7.8"]}
-    assert list(summary["models"]) == ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_format",
+    assert list(summary["models"]) == ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format",
                                        "unified"]
     for model in summary["models"].values():
         assert list(model) == ["resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid"]

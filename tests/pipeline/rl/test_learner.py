@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qcn_jax.config import OptimizerConfig, RLConfig, RolloutConfig
+from qcn_jax.config import OptimizerConfig, ExpertsConfig, RolloutConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
@@ -22,7 +22,7 @@ from qcn_jax.pipeline.train.loop import Interrupted, TrainState
 from qcn_jax.pipeline.train.update import Updater
 from tests.pipeline.micro import MODEL, STOP, micro_params
 
-CONFIG = RLConfig(
+CONFIG = ExpertsConfig(
     prompts=4, group_size=8, rows=4, sequence_length=64, malformed_penalty=0.5, checkpoint_every=2,
     optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0),
     rollout=RolloutConfig(slots=16, max_length=16, max_new_tokens=4),
@@ -56,7 +56,7 @@ def make_engine(params) -> Engine:
     )  # fmt: skip
 
 
-def make_learner(engine: Engine, updater: Updater, config: RLConfig = CONFIG, **kwargs) -> Learner:
+def make_learner(engine: Engine, updater: Updater, config: ExpertsConfig = CONFIG, **kwargs) -> Learner:
     return Learner(config, 0, engine, updater, prompts=list(range(8)), converse=Bandit, **kwargs)
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from qcn_jax.config import RLConfig
+from qcn_jax.config import ExpertsConfig
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.agents.scaffolds import MAX_LINE_TOKENS, line_token
 from qcn_jax.chat import templates
@@ -127,7 +127,7 @@ def test_single_turn(encoder, services) -> None:
 
 def test_format_asks_for_its_template_and_still_for_the_tests(encoder, services) -> None:
     task = tiny.make_task()
-    run = lambda turns: play(encoder, services, task, turns, domain="format", template="hermes")[0]
+    run = lambda turns: play(encoder, services, task, turns, domain="tool_format", template="hermes")[0]
     assert run([[RIGHT]]).reward == 1.0
     other = run([[WRONG]])
     assert other.reward == 0.5 and other.solved and not other.detail["resolved"]
@@ -207,7 +207,7 @@ def test_groups_that_teach() -> None:
 
 
 def test_only_the_tokens_of_malformed_turns_are_penalised() -> None:
-    config = RLConfig(malformed_penalty=0.5)
+    config = ExpertsConfig(malformed_penalty=0.5)
     got = rewards.token_advantages(record(0, 1, True, malformed=(False, True)), 2.0, config)
     np.testing.assert_array_equal(got, [0, 0, 2, 2, 0, 1.5, 1.5])
 
@@ -217,14 +217,14 @@ def test_refuted_turns_are_never_reinforced() -> None:
     for episode, advantage, want in ((good, 2.0, [0, 0, 0, 0, 0, 2, 2]), (bad, -1.0, [0, 0, -1, -1, 0, -1, -1])):
         first, *rest = episode.turns
         refuted = dataclasses.replace(episode, turns=(dataclasses.replace(first, refuted=True), *rest))
-        np.testing.assert_array_equal(rewards.token_advantages(refuted, advantage, RLConfig()), want)
+        np.testing.assert_array_equal(rewards.token_advantages(refuted, advantage, ExpertsConfig()), want)
 
 
 def test_repeating_what_tests_refuted_is_penalised() -> None:
     episode = record(0, 1, True, malformed=(False, False))
     first, second = (dataclasses.replace(turn, refuted=True) for turn in episode.turns)
     episode = dataclasses.replace(episode, turns=(first, dataclasses.replace(second, repeated=True)))
-    got = rewards.token_advantages(episode, 1.0, RLConfig(repeat_penalty=0.5))
+    got = rewards.token_advantages(episode, 1.0, ExpertsConfig(repeat_penalty=0.5))
     np.testing.assert_array_equal(got, [0, 0, 0, 0, 0, -0.5, -0.5])
 
 
@@ -247,6 +247,6 @@ def test_prompts_and_splits() -> None:
     assert len(imitation) + len(reward) == 40 and min(len(imitation), len(reward)) > 8
     assert not {task.function for task in imitation} & {task.function for task in reward}
     assert split_tasks(tasks, 0) == (imitation, reward) != split_tasks(tasks, 1)
-    prompts = make_prompts("format", tasks, ["hermes", "toolace", "react"])
+    prompts = make_prompts("tool_format", tasks, ["hermes", "toolace", "react"])
     assert [prompt.template for prompt in prompts[:4]] == ["hermes", "toolace", "react", "hermes"]
     assert prompts[0].scaffold.template == "hermes" and make_prompts("swe", tasks)[0].scaffold.name == "nano"

@@ -138,5 +138,5 @@ def test_rejection_learns_from_solved_episodes_of_the_teachers_alone(engine, par
 
 
 def test_prompts_are_dealt_out() -> None:
-    assert deal(16, ["swe", "single_turn", "format"]) == {"swe": 6, "single_turn": 5, "format": 5}
+    assert deal(16, ["swe", "single_turn", "tool_format"]) == {"swe": 6, "single_turn": 5, "tool_format": 5}
     assert deal(2, ["a", "b", "c"]) == {"a": 1, "b": 1, "c": 0}

@@ -9,7 +9,7 @@ import pytest
 
 from qcn_jax import files, hub
 from qcn_jax.config import (
-    DistillConfig, ModelConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig,
+    DistillConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RolloutConfig, RunConfig,
 )  # fmt: skip
 from qcn_jax.errors import UserError
 from qcn_jax.chat.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 def make_config(model: ModelConfig) -> RunConfig:
     return RunConfig(
         model=model, sandbox="local", workers=1,
-        rl=RLConfig(experts=("swe", "format"), updates=2, prompts=2, group_size=2, rows=1, sequence_length=256,
+        experts=ExpertsConfig(names=("swe", "tool_format"), updates=2, prompts=2, group_size=2, rows=1, sequence_length=256,
                     checkpoint_every=1, optimizer=OPTIMIZER, rollout=ROLLOUT),
         distill=DistillConfig(updates=2, prompts=2, group_size=2, rows=1, sequence_length=256, optimizer=OPTIMIZER,
                               rollout=ROLLOUT),
@@ -71,7 +71,7 @@ def test_from_sft_to_one_model(root) -> None:
     shared = Shared(config, root)
     try:
         results = learner.run_stage(context(root, config, "experts", shared))
-        assert list(results["experts"]) == ["swe", "format"]
+        assert list(results["experts"]) == ["swe", "tool_format"]
         for name, result in results["experts"].items():
             rows = read_metrics(root / "experts" / name / "metrics.jsonl")
             assert [row["step"] for row in rows] == [1, 2] and rows[0]["episodes"] == 4
@@ -101,8 +101,8 @@ def tiny_tasks(root):
 def test_bad_settings_are_named(root) -> None:
     root, config = root
     shared = Shared(config, root)
-    with pytest.raises(UserError, match="rl.experts.*'web'"):
-        bad = dataclasses.replace(config, rl=dataclasses.replace(config.rl, experts=("web",)))
+    with pytest.raises(UserError, match="experts.names.*'web'"):
+        bad = dataclasses.replace(config, experts=dataclasses.replace(config.experts, names=("web",)))
         learner.run_stage(context(root, bad, "experts", shared))
     with pytest.raises(UserError, match="distill.loss.*'mse'"):
         bad = dataclasses.replace(config, distill=dataclasses.replace(config.distill, loss="mse"))
@@ -110,7 +110,7 @@ def test_bad_settings_are_named(root) -> None:
     try:
         with pytest.raises(UserError, match="max_length"):
             long = dataclasses.replace(ROLLOUT, max_length=512)
-            bad = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=long))
+            bad = dataclasses.replace(config, experts=dataclasses.replace(config.experts, rollout=long))
             learner.run_stage(context(root, bad, "experts", shared))
     finally:
         shared.close()
