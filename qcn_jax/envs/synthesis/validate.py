@@ -22,6 +22,7 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis import heldout, inject, quality, statement
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
 MAX_TESTS = 40  # run for one candidate
@@ -129,7 +130,7 @@ def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> S
     for number, name in enumerate(kept):
         for index in value["calls"][name]:
             path, function = value["functions"][index]
-            if not inject.is_test_path(path):
+            if not is_test_path(path):
                 calling[f"{path}::{function}"].append(number)
     return Survey(
         spec.name,

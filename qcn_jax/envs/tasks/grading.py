@@ -6,6 +6,7 @@ test passes (an expected failure is a pass; a skipped PASS_TO_PASS test is fine,
 a missing test fails) and that the run as a whole ended in order.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,11 +20,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcn_jax import files
+from qcn_jax import files, journal
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, TestRun, sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
 # Files that steer how tests run, wherever they stand: what an author makes of them has no effect on a verdict.
@@ -31,8 +33,6 @@ STEERING = frozenset({
     "conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", "tox.ini", "setup.cfg", "setup.py", "pyproject.toml",
     "noxfile.py", "sitecustomize.py", "usercustomize.py", ".coveragerc", "manifest.in", "pkg-info"})
 STEERING_ENDINGS = (".pth", ".pyc", ".pyo", ".so", ".pyd", ".ini", ".cfg", ".toml", ".egg-link")
-TEST_FOLDERS = frozenset({"test", "tests"})
-TEST_FILE = re.compile(r"(test_.*|.*_test|tests?)\.py")
 # Added lines that no honest fix needs and that could fool tests which share a process with the code they test. Such a
 # patch is not counted as resolving. What this does not see it does not stop (see tests/attacks).
 FORBIDDEN = re.compile(
@@ -94,9 +94,7 @@ def allowed(path: str, pristine: Mapping[str, str], test_files: Sequence[str] | 
     name = parts[-1].lower()
     if path in test_files or name in STEERING or name.endswith(STEERING_ENDINGS):
         return False
-    if any(part.startswith(".") for part in parts) or TEST_FILE.fullmatch(name):
-        return False
-    if TEST_FOLDERS & {part.lower() for part in parts[:-1]}:
+    if any(part.startswith(".") for part in parts) or is_test_path(path):
         return False
     if path in pristine:
         return True
@@ -260,19 +258,13 @@ class VerdictCache:
 
     def __init__(self, path: str | os.PathLike[str] | None = None, limit: int = 1024):
         self._path, self._limit, self._lock = path and pathlib.Path(path), limit, threading.Lock()
+        self._lines: journal.Lines | None = None
         self._recent: dict[str, Verdict] = {}
         self._begin: dict[str, int] = {}
-        if self._path and self._path.exists():
-            with open(self._path, "rb") as stream:
-                begin = 0
-                for line in stream:
-                    try:
-                        row = json.loads(line)
-                        Verdict.from_json(row["verdict"])
-                        self._begin[row["key"]] = begin
-                    except (ValueError, KeyError, TypeError):
-                        pass  # the half line that a killed writer leaves is graded again
-                    begin += len(line)
+        for begin, row in journal.read(path) if path else ():
+            with contextlib.suppress(KeyError, TypeError):  # a row of another version's form is graded again
+                Verdict.from_json(row["verdict"])
+                self._begin[row["key"]] = begin
 
     def __len__(self) -> int:
         return len(self._recent.keys() | self._begin.keys())
@@ -296,14 +288,9 @@ class VerdictCache:
         with self._lock:
             self._remember(key, verdict)
             if self._path and verdict.outcome not in ("timeout", "killed", "out_of_memory"):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                line = json.dumps({"key": key, "verdict": verdict.to_json()}) + "\n"
-                with open(self._path, "a+b") as stream:
-                    end = stream.seek(0, os.SEEK_END)
-                    if end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":  # behind a killed writer's half line
-                        end += stream.write(b"\n")
-                    stream.write(line.encode())
-                self._begin[key] = end
+                if self._lines is None:
+                    self._lines = journal.Lines(self._path)
+                self._begin[key] = self._lines.add({"key": key, "verdict": verdict.to_json()})
 
     def _remember(self, key: str, verdict: Verdict) -> None:
         self._recent.pop(key, None)

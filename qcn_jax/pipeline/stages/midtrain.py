@@ -18,6 +18,7 @@ import numpy as np
 import qcn_jax
 from qcn_jax import hub
 from qcn_jax.config import COMPUTE_FIELDS, MidtrainConfig, ModelConfig, RunConfig
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
@@ -176,7 +177,7 @@ def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) ->
         documents = fim.FimDocuments(modules, tokenizer, seed=config.seed, max_tokens=length)
         sources.append(loader.Source("fim", documents, settings.fim))
     if settings.edits > 0:
-        code = [(path, text) for path, text in modules if not _is_test(path)]
+        code = [(path, text) for path, text in modules if not is_test_path(path)]
         table = edits.function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds,
                                      seed=config.seed, cache=context.workdir / "data" / "edits.json",
                                      processes=config.workers)
@@ -208,11 +209,6 @@ def _repository_store(context: StageContext, groups: Corpus, tokenizer: Tokenize
 
 def _share(settings: MidtrainConfig) -> float:
     return settings.repository / (settings.repository + settings.fim + settings.edits)
-
-
-def _is_test(path: str) -> bool:
-    *folders, name = path.split("/")
-    return name.startswith(("test_", "conftest")) or bool({"test", "tests", "testing"} & set(folders))
 
 
 def _check_same(model: ModelConfig, stored: ModelConfig, folder: pathlib.Path) -> None:

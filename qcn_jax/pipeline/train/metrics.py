@@ -1,7 +1,5 @@
 """Curves on disk, one JSON object a line, rewound when a run resumes; speed; profiles on demand."""
 
-import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -9,8 +7,7 @@ from typing import Any
 
 import jax
 
-from qcn_jax import files
-from qcn_jax.errors import UserError
+from qcn_jax import files, journal
 from qcn_jax.sharding.chips import chip_of
 
 PROFILED_STEPS = 3
@@ -25,39 +22,22 @@ class MetricsLog:
 
     def __init__(self, path: files.Path, resume_step: int = 0, enabled: bool = True) -> None:
         """Opens the log at `path`, keeping the rows of steps up to `resume_step`; not `enabled`, it writes nothing."""
-        self._path = pathlib.Path(path)
-        self._stream = None
-        if not enabled:
-            return
-        kept = [row for row in read_metrics(self._path) if row["step"] <= resume_step]
-        files.write_jsonl(self._path, kept)
-        self._stream = open(self._path, "a", encoding="utf-8")
+        self._lines = journal.Lines(path, keep=lambda row: row["step"] <= resume_step) if enabled else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Adds a row; non-finite numbers are written as null because JSON has none."""
-        if self._stream is None:
-            return
-        row = {"step": step} | {name: _plain(value) for name, value in values.items()}
-        try:
-            self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-            self._stream.flush()
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+        if self._lines is not None:
+            self._lines.add({"step": step} | {name: _plain(value) for name, value in values.items()})
 
     def close(self) -> None:
         """Closes the file; its rows are on disk."""
-        if self._stream is not None:
-            os.fsync(self._stream.fileno())
-            self._stream.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 def read_metrics(path: files.Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a half-written last line is left out, a missing file has no rows."""
-    try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [row for _, row in journal.read(path)]
 
 
 class Meter:

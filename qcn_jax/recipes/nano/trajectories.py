@@ -5,14 +5,11 @@ the journal is a task's result, written when it is complete; half a row, left by
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qcn_jax import files
 from qcn_jax.agents import scaffolds
 from qcn_jax.recipes.nano import heuristic, solver
 from qcn_jax.envs.pool.env_pool import EnvPool
@@ -21,7 +18,7 @@ from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.recipes.nano.solver import Trajectory
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
-from qcn_jax.errors import UserError
+from qcn_jax.journal import Rows
 
 MAX_WRONG = 3  # edits that the tests refute, in trajectories that show a recovery
 LOG_EVERY = 100  # tasks
@@ -89,35 +86,6 @@ def _make(provider: Provider, task: Task, request: Request, runner: TestRunner) 
                              runner=runner)
 
 
-class Journal:
-    """Rows of finished tasks in a JSONL file, by task id."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        """Opens the file at `path`, forgetting half a last row."""
-        self._path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.rows: dict[str, dict[str, Any]] = {}
-        for line in text.split("\n")[:-1]:
-            row = json.loads(line)
-            self.rows[row["task"]] = row
-        files.write_jsonl(path, self.rows.values())
-        self._stream = open(path, "a", encoding="utf-8")
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Writes one row and makes sure that it is on disk."""
-        self.rows[row["task"]] = row
-        try:
-            self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
-
-
 def collect(path: pathlib.Path, tasks: Sequence[Task], requests: Callable[[int, Task], list[Request]], pool: EnvPool,
             log: Callable[[str], None], stopped: Callable[[], bool]) -> list[Trajectory] | None:
     """Trajectories of all tasks, in the order of `tasks` whatever was journalled when.
@@ -131,8 +99,8 @@ def collect(path: pathlib.Path, tasks: Sequence[Task], requests: Callable[[int, 
       None when stopped. A task whose sandbox failed again and again gives no trajectories and is tried again
       by the next run.
     """
-    journal = Journal(path)
-    missing = [(number, task) for number, task in enumerate(tasks) if task.instance_id not in journal.rows]
+    journal = Rows(path, durable=True)
+    missing = [(number, task) for number, task in enumerate(tasks) if task.instance_id not in journal.known]
     if len(missing) < len(tasks):
         log(f"resumes with {len(tasks) - len(missing)} of {len(tasks)} tasks solved before")
     failures = 0
@@ -145,11 +113,11 @@ def collect(path: pathlib.Path, tasks: Sequence[Task], requests: Callable[[int, 
                 ahead.append(item)
             task, future = ahead.pop(0)
             try:
-                journal.add({"task": task.instance_id, "trajectories": future.result()})
+                journal.add(task.instance_id, future.result())
             except SandboxError:
                 failures += 1
             if done % LOG_EVERY == 0 or done == len(missing):
-                count = sum(len(row["trajectories"]) for row in journal.rows.values())
+                count = sum(map(len, journal.known.values()))
                 log(f"solver: {done}/{len(missing)} tasks, {count} trajectories whose tests pass"
                     + (f", {failures} sandbox failures" if failures else ""))
             if stopped():
@@ -158,4 +126,4 @@ def collect(path: pathlib.Path, tasks: Sequence[Task], requests: Callable[[int, 
     finally:
         journal.close()
     return [Trajectory.from_json(row) for task in tasks
-            for row in journal.rows.get(task.instance_id, {"trajectories": []})["trajectories"]]
+            for row in journal.known.get(task.instance_id, ())]

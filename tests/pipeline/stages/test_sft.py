@@ -94,7 +94,7 @@ def _rows(root):
 
 def test_trajectories_are_verified_and_counted(whole):
     root, results, _ = whole
-    rows = {row["task"]: row["trajectories"] for row in _rows(root)}
+    rows = {row["key"]: row["value"] for row in _rows(root)}
     assert sorted(rows) == ["a", "b", "c", "d"] and rows["d"] == []
     assert {len(rows[name]) for name in "abc"} == {4}  # two with tools, one single turn, one of a template
     assert results["trajectories"] == 12 and results["scaffolds"] == {"nano": 6, "nano_single": 3, "nano_format": 3}
@@ -108,7 +108,7 @@ def test_loss_is_on_the_assistants_words_but_not_on_refuted_turns(whole):
     root, _, _ = whole
     context = _context(root)
     tokenizer = context.tokenizer()
-    made = [solver.Trajectory.from_json(row) for group in _rows(root) for row in group["trajectories"]]
+    made = [solver.Trajectory.from_json(row) for group in _rows(root) for row in group["value"]]
     for trajectory in made:
         documents, dropped = sft.encode([trajectory], ChatEncoder(tokenizer), 1024)
         assert dropped == 0
@@ -146,16 +146,16 @@ def run_and_die(root, task):
     import os
 
     splits.SFT_SHARE = 1.0
-    add = trajectories.Journal.add
+    add = trajectories.Rows.add
 
-    def dying(self, row):
-        if len(self.rows) == task:
-            self._stream.write('{"task": "half a ro')
-            self._stream.flush()
+    def dying(self, key, value):
+        if len(self.known) == task:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write('{"key": "half a ro')
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, row)
+        add(self, key, value)
 
-    trajectories.Journal.add = dying
+    trajectories.Rows.add = dying
     sft.run_stage(_context(pathlib.Path(root)))
 
 

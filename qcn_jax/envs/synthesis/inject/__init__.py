@@ -16,6 +16,7 @@ from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
 
 from qcn_jax.envs.synthesis.inject import classes, expressions, statements
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
 Kind = tuple[tuple[type[cst.CSTNode], ...], Callable[..., Edits]]
@@ -139,19 +140,6 @@ def functions(tree: ast.Module) -> list[Function]:
     return found
 
 
-def is_test_path(path: str) -> bool:
-    """Whether a file is a test or supports tests; such files are never changed."""
-    parts = pathlib.PurePosixPath(path).parts
-    name = parts[-1] if parts else ""
-    folders = {"test", "tests", "testing", "_tests", "testsuite"}
-    return (
-        any(part in folders for part in parts[:-1])
-        or name.startswith("test_")
-        or name.endswith(("_test.py", "_tests.py"))
-        or name in ("conftest.py", "tests.py", "test.py", "setup.py")
-    )
-
-
 def candidates(
     source: str,
     path: str,
@@ -174,7 +162,7 @@ def candidates(
     unknown = sorted(set(kinds or ()) - set(KINDS))
     if unknown:
         raise UserError(f"kinds: unknown {unknown[0]!r}; allowed: {', '.join(KINDS)}")
-    if is_test_path(path):
+    if is_test_path(path) or pathlib.PurePosixPath(path).name == "setup.py":
         return []
     try:
         tree = ast.parse(source)

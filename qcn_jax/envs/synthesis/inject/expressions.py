@@ -2,6 +2,7 @@
 
 import libcst as cst
 
+from qcn_jax.envs.synthesis.inject.operators import BOUNDARY, EQUALITY, OPPOSITE, PYTHON_ARITHMETIC, PYTHON_AUGMENTED
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site, parenthesized
 
 # What `not` may be put before without parentheses: it binds looser than all of these.
@@ -9,20 +10,7 @@ _TIGHTER_THAN_NOT = (
     cst.Name, cst.Attribute, cst.Call, cst.Subscript, cst.Comparison, cst.BinaryOperation,
 )  # fmt: skip
 
-_FLIPPED = {
-    cst.LessThan: ">=", cst.GreaterThanEqual: "<", cst.GreaterThan: "<=", cst.LessThanEqual: ">",
-    cst.Equal: "!=", cst.NotEqual: "==",
-}  # fmt: skip
-_BOUNDARY = {cst.LessThan: "<=", cst.LessThanEqual: "<", cst.GreaterThan: ">=", cst.GreaterThanEqual: ">"}
-_ARITHMETIC = {
-    cst.Add: "-", cst.Subtract: "+", cst.Multiply: "+", cst.Divide: "*", cst.FloorDivide: "/", cst.Modulo: "//",
-    cst.Power: "*", cst.LeftShift: ">>", cst.RightShift: "<<", cst.BitAnd: "|", cst.BitOr: "&", cst.BitXor: "|",
-}  # fmt: skip
-_AUGMENTED = {
-    cst.AddAssign: "-=", cst.SubtractAssign: "+=", cst.MultiplyAssign: "+=", cst.DivideAssign: "*=",
-    cst.FloorDivideAssign: "*=", cst.ModuloAssign: "-=", cst.BitOrAssign: "&=", cst.BitAndAssign: "|=",
-    cst.LeftShiftAssign: ">>=", cst.RightShiftAssign: "<<=", cst.PowerAssign: "*=",
-}  # fmt: skip
+_FLIPPED = OPPOSITE | EQUALITY
 _COUNTERPARTS = (
     ("append", "extend"), ("startswith", "endswith"), ("lstrip", "rstrip"), ("strip", "lstrip"), ("find", "rfind"),
     ("split", "rsplit"), ("index", "rindex"), ("partition", "rpartition"), ("upper", "lower"), ("ljust", "rjust"),
@@ -35,6 +23,11 @@ _COUNTERPARTS = (
 def condition_of(node: cst.CSTNode) -> cst.BaseExpression | None:
     """The expression that a statement, conditional expression or comprehension filter tests, if it is one."""
     return node.test if isinstance(node, cst.If | cst.While | cst.IfExp | cst.CompIf) else None
+
+
+def _exchanged(operator: cst.CSTNode, table: dict[str, str], site: Site) -> Edits:
+    if site.text(operator) in table:
+        yield site.replace(operator, table[site.text(operator)])
 
 
 def add_not(node: cst.CSTNode, site: Site) -> Edits:
@@ -79,14 +72,12 @@ def drop_operand(node: cst.BooleanOperation, site: Site) -> Edits:
 
 def flip_comparison(node: cst.ComparisonTarget, site: Site) -> Edits:
     """A comparison becomes its negation: `<` becomes `>=`, `==` becomes `!=`."""
-    if type(node.operator) in _FLIPPED:
-        yield site.replace(node.operator, _FLIPPED[type(node.operator)])
+    yield from _exchanged(node.operator, _FLIPPED, site)
 
 
 def change_boundary(node: cst.ComparisonTarget, site: Site) -> Edits:
     """`<` becomes `<=` and the other way round; likewise `>`."""
-    if type(node.operator) in _BOUNDARY:
-        yield site.replace(node.operator, _BOUNDARY[type(node.operator)])
+    yield from _exchanged(node.operator, BOUNDARY, site)
 
 
 def flip_membership(node: cst.ComparisonTarget, site: Site) -> Edits:
@@ -103,14 +94,13 @@ def flip_identity(node: cst.ComparisonTarget, site: Site) -> Edits:
 
 def change_arithmetic(node: cst.BinaryOperation, site: Site) -> Edits:
     """An arithmetic or bit operator becomes its counterpart; `%` on a string literal is left alone."""
-    text = isinstance(node.left, cst.BaseString)
-    if type(node.operator) in _ARITHMETIC and not text:
-        yield site.replace(node.operator, _ARITHMETIC[type(node.operator)])
+    if not isinstance(node.left, cst.BaseString):
+        yield from _exchanged(node.operator, PYTHON_ARITHMETIC, site)
 
 
 def change_augmented(node: cst.AugAssign, site: Site) -> Edits:
     """`+=` becomes `-=` or plain `=`, and so on."""
-    other = _AUGMENTED.get(type(node.operator))
+    other = PYTHON_AUGMENTED.get(site.text(node.operator))
     if other:
         yield site.replace(node.operator, other if site.rng.random() < 0.5 else "=")
 

@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 from qcn_jax.chat import endpoint
-from qcn_jax.envs.synthesis.inject import Function, Injection, functions, is_test_path
+from qcn_jax.envs.synthesis.inject import Function, Injection, functions
+from qcn_jax.envs.testpaths import is_test_path
 
 MODIFY, REWRITE = "model_modify", "model_rewrite"
 KINDS = (MODIFY, REWRITE)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from qcn_jax.envs.synthesis.inject import Injection
+from qcn_jax.envs.synthesis.inject.operators import ARITHMETIC, AUGMENTED, BOUNDARY, OPPOSITE
 from qcn_jax.envs.synthesis.inject.site import Edit
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
 Node = Any  # tree_sitter.Node; the package is loaded when it is first needed
@@ -50,11 +52,7 @@ GO = Grammar(
     frozenset({"assignment_statement"}), frozenset({"inc_statement", "dec_statement"}), (("==", "!="),),
     frozenset({"expression_statement", "assignment_statement", "short_var_declaration"}),
 )
-_OPPOSITE = {"<": ">=", ">=": "<", ">": "<=", "<=": ">"}
-_BOUNDARY = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 _LOGICAL = {"&&": "||", "||": "&&"}
-_ARITHMETIC = {"+": "-", "-": "+", "*": "+", "/": "*", "%": "/", "&": "|", "|": "&", "<<": ">>", ">>": "<<"}
-_AUGMENTED = {"+=": "-=", "-=": "+=", "*=": "+=", "/=": "*=", "|=": "&=", "&=": "|=", "%=": "/="}
 _COUNTERPARTS = {
     "javascript": (("push", "unshift"), ("pop", "shift"), ("startsWith", "endsWith"), ("indexOf", "lastIndexOf"),
                    ("trimStart", "trimEnd"), ("toUpperCase", "toLowerCase"), ("some", "every"), ("min", "max"),
@@ -102,7 +100,7 @@ def _binary(table: Callable[[Grammar], dict[str, str]]) -> Callable[[Node, _Site
             chosen = table(site.grammar)
             strings = any(side is not None and "string" in side.type for side in (
                 node.child_by_field_name("left"), node.child_by_field_name("right")))  # fmt: skip
-            if not (strings and chosen is _ARITHMETIC):
+            if not (strings and chosen is ARITHMETIC):
                 yield from _operator(node, chosen, site)
 
     return edits
@@ -110,14 +108,14 @@ def _binary(table: Callable[[Grammar], dict[str, str]]) -> Callable[[Node, _Site
 
 def _equality(grammar: Grammar) -> dict[str, str]:
     pairs = {a: b for pair in grammar.equal for a, b in (pair, pair[::-1])}
-    return _OPPOSITE | pairs
+    return OPPOSITE | pairs
 
 
 def _change_augmented(node: Node, site: _Site) -> Iterator[Edit]:
     if node.type in site.grammar.augmented:
-        operator = next((child for child in node.children if site.text(child) in _AUGMENTED), None)
+        operator = next((child for child in node.children if site.text(child) in AUGMENTED), None)
         if operator is not None:
-            yield site.replace(operator, _AUGMENTED[site.text(operator)])
+            yield site.replace(operator, AUGMENTED[site.text(operator)])
     elif node.type in site.grammar.steps:
         sign = next((child for child in node.children if site.text(child) in ("++", "--")), None)
         if sign is not None and node.parent.type not in ("for_statement", "for_clause"):  # such loops would not end
@@ -281,8 +279,8 @@ def _parameters(function: Node, site: _Site) -> list[str]:
 KINDS: dict[str, Callable[[Node, _Site], Iterator[Edit]]] = {
     "add_not": _add_not, "drop_not": _drop_not, "flip_boolean": _flip_boolean, "change_constant": _change_constant,
     "swap_and_or": _binary(lambda grammar: _LOGICAL), "drop_operand": _drop_operand,
-    "flip_comparison": _binary(_equality), "change_boundary": _binary(lambda grammar: _BOUNDARY),
-    "change_arithmetic": _binary(lambda grammar: _ARITHMETIC), "change_augmented": _change_augmented,
+    "flip_comparison": _binary(_equality), "change_boundary": _binary(lambda grammar: BOUNDARY),
+    "change_arithmetic": _binary(lambda grammar: ARITHMETIC), "change_augmented": _change_augmented,
     "swap_operands": _swap_operands, "swap_ternary": _swap_ternary, "slice_off_by_one": _slice_off_by_one,
     "swap_arguments": _swap_arguments, "wrong_function": _wrong_function, "swap_branches": _swap_branches,
     "drop_guard": _drop_if(True), "drop_conditional": _drop_if(False), "drop_loop": _drop_loop,
@@ -290,16 +288,6 @@ KINDS: dict[str, Callable[[Node, _Site], Iterator[Edit]]] = {
     "wrong_variable": _wrong_variable,
 }  # fmt: skip
 GRAMMARS = {".js": JAVASCRIPT, ".mjs": JAVASCRIPT, ".cjs": JAVASCRIPT, ".go": GO}
-_TEST_FOLDERS = frozenset({"test", "tests", "__tests__", "testdata", "__mocks__", "spec", "fixtures"})
-
-
-def is_test_path(path: str) -> bool:
-    """Whether a file is a test or supports tests, by the habits of JavaScript and Go."""
-    parts = pathlib.PurePosixPath(path).parts
-    name = parts[-1] if parts else ""
-    stem = name.rpartition(".")[0]
-    return bool(_TEST_FOLDERS & set(parts[:-1])) or name.endswith("_test.go") or stem.endswith((".test", ".spec")) or (
-        stem in ("test", "tests"))
 
 
 @functools.cache

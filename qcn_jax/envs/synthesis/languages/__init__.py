@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from qcn_jax.envs.synthesis import inject
 from qcn_jax.envs.synthesis.inject import treesitter
+from qcn_jax.envs.testpaths import is_test_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,6 @@ class Language:
 
     name: str
     endings: tuple[str, ...]
-    is_test: Callable[[str], bool]
     candidates: Callable[..., list[inject.Injection]]
     emptied: Callable[[str], str]
     stopped: Callable[[str], str]
@@ -26,7 +26,7 @@ class Language:
 
     def is_source(self, path: str) -> bool:
         """Whether a file is one whose defects count."""
-        return path.endswith(self.endings) and not self.is_test(path) and not path.endswith((".min.js", ".config.js"))
+        return path.endswith(self.endings) and not is_test_path(path) and not path.endswith((".min.js", ".config.js"))
 
 
 def _go_emptied(text: str) -> str:
@@ -36,11 +36,11 @@ def _go_emptied(text: str) -> str:
 
 LANGUAGES: dict[str, Language] = {
     language.name: language for language in (
-        Language("python", (".py",), inject.is_test_path, inject.candidates, lambda text: "",
+        Language("python", (".py",), inject.candidates, lambda text: "",
                  lambda text: f"{text}\nraise SystemError('stopped')\n", tuple(inject.KINDS)),
-        Language("javascript", (".js", ".mjs", ".cjs"), treesitter.is_test_path, treesitter.candidates, lambda text: "",
+        Language("javascript", (".js", ".mjs", ".cjs"), treesitter.candidates, lambda text: "",
                  lambda text: f"{text}\n;throw new Error('stopped');\n", tuple(treesitter.KINDS)),
-        Language("go", (".go",), treesitter.is_test_path, treesitter.candidates, _go_emptied,
+        Language("go", (".go",), treesitter.candidates, _go_emptied,
                  lambda text: f'{text}\nfunc init() {{ panic("stopped") }}\n', tuple(treesitter.KINDS)),
     )
 }  # fmt: skip

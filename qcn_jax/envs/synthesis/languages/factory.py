@@ -24,7 +24,7 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.synthesis import inject, parsers, plan, quality, statement, validate
 from qcn_jax.envs.synthesis.build import Environment, verifier
 from qcn_jax.envs.synthesis.build.container import ROOT, Container
-from qcn_jax.envs.synthesis.journal import Rows
+from qcn_jax.journal import Rows
 from qcn_jax.envs.synthesis.languages import LANGUAGES
 from qcn_jax.envs.tasks.schema import Task
 

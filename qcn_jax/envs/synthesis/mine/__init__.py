@@ -20,7 +20,7 @@ from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import quality
-from qcn_jax.envs.synthesis.journal import Rows
+from qcn_jax.journal import Rows
 from qcn_jax.envs.synthesis.mine import execute, issues
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 from qcn_jax.envs.synthesis.mine.split import Split, size, split

@@ -4,10 +4,9 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 
-from qcn_jax.envs.synthesis import inject
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
+from qcn_jax.envs.testpaths import is_test_path
 
-TEST_FOLDERS = frozenset({"test", "tests", "testing", "_tests", "testsuite"})
 ASIDE = frozenset({"doc", "docs", "example", "examples", "benchmark", "benchmarks", "tools", "scripts", ".github",
                    "ci"})
 ENDINGS = (".py", ".pyi")
@@ -26,7 +25,7 @@ class Split:
 def kind_of(path: str) -> str:
     """source, test or other."""
     parts = pathlib.PurePosixPath(path).parts
-    if TEST_FOLDERS & set(parts[:-1]) or (inject.is_test_path(path) and parts[-1] != "setup.py"):
+    if is_test_path(path):
         return "test"
     if path.endswith(ENDINGS) and parts[-1] not in ("setup.py", "noxfile.py") and parts[0] not in ASIDE:
         return "source"
