@@ -1,4 +1,4 @@
-"""What all tests share: markers for things a machine may lack, emulated devices, compilation cache.
+"""What all tests share: markers for things a machine may lack, compilation cache, the fixtures of qcn_jax.testing.
 
 A test marked `docker` or `torch` is skipped with a reason where the thing is missing; where the environment
 variable QCN_REQUIRE (a comma-separated list) names it, the test fails instead, so that a continuous-integration
@@ -7,15 +7,13 @@ machine cannot pass by lacking something.
 
 import functools
 import importlib.util
-import inspect
 import os
 import pathlib
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 
 import pytest
+
+pytest_plugins = ["qcn_jax.testing.plugin"]
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "qcn_jax" / "xla"
@@ -68,42 +66,6 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = {name for name in os.environ.get("QCN_REQUIRE", "").split(",") if name} - set(_THINGS)
     if unknown:
         raise pytest.UsageError(f"QCN_REQUIRE: unknown {', '.join(sorted(unknown))}; known: {', '.join(_THINGS)}")
-
-
-def run_with_devices(code: str | Callable[[], None], devices: int, timeout: float = 600.0) -> str:
-    """Runs `code` in a fresh Python process with `devices` emulated CPU devices and returns its stdout.
-
-    Args:
-      code: source text, or a function of a test module that takes nothing (called by name in the child).
-      devices: how many devices `jax.devices()` shows there.
-      timeout: seconds.
-
-    Raises:
-      AssertionError: the process did not exit with status 0; holds the end of its stderr.
-    """
-    if callable(code):
-        path, name = inspect.getsourcefile(code), code.__name__
-        code = f"""
-            import importlib.util
-            spec = importlib.util.spec_from_file_location("child_module", {path!r})
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            module.{name}()
-        """
-    # Programs of tests run once: optimising them takes longer than it saves.
-    flags = (f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} "
-             "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False,
-        env={**os.environ, "XLA_FLAGS": flags.strip(), "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, f"child exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
-
-
-@pytest.fixture(name="run_with_devices", scope="session")
-def _run_with_devices() -> Callable[..., str]:
-    return run_with_devices
 
 
 @pytest.fixture(scope="session")
