@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,12 @@ from typing import Any, IO
 from qcn_jax.errors import UserError
 
 Path = str | os.PathLike[str]
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as mkstemp and mkdtemp name what this module asks of them
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that this module was writing."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextlib.contextmanager

@@ -47,6 +47,10 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
         missing = re.search(r"Flag (--\w+) must have a value other than None", str(error))
         line = f"{missing.group(1)} is required, see qcn {verb} --help" if missing else one_line(error)
         raise UserError(line) from error
+    for name, flag in ((name, values[name]) for name in values if "." not in name):
+        # Where nothing is the default, an empty value is a shell variable that was not set.
+        if flag.present and flag.default is None and flag.value in ("", []):
+            raise UserError(f"--{name}: is empty; leave it out or give a value")
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; every option is a flag, see qcn {verb} --help")
 

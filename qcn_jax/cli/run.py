@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("workdir", None, "Folder of the run; made if missing, resumed if it holds a run.",
                         flag_values=values, required=True)
     flags.DEFINE_list("stages", None, "Comma-separated stages to run; default: all of them.", flag_values=values)
-    flags.DEFINE_list("restart", [], "Comma-separated stages to throw away and make anew, with every later one.",
-                      flag_values=values)
+    flags.DEFINE_list("restart", None, "Comma-separated stages to make anew; they and every later one are moved to "
+                      "WORKDIR/discarded first.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a run on several hosts, or auto to ask the "
                         "environment; default: join where a TPU environment names several hosts.", flag_values=values)
     flags.DEFINE_integer("processes", None, "With --coordinator=HOST:PORT: how many.", flag_values=values,
@@ -42,5 +42,6 @@ def main(argv: Sequence[str]) -> int:
     from qcn_jax.sharding import distributed
 
     distributed.start(values.coordinator, values.processes, values.process_id)
-    run.run(config(), values.workdir, values.stages or tuple(run.STAGES), values.restart)
+    run.run(config(), values.workdir, tuple(run.STAGES) if values.stages is None else values.stages,
+            values.restart or ())
     return 0

@@ -1,5 +1,7 @@
 """Config files and overrides: what reaches RunConfig, and how wrong ones are refused."""
 
+import importlib
+
 import pytest
 from absl import flags
 
@@ -165,3 +167,19 @@ def test_a_config_with_a_key_of_its_own_is_refused(tmp_path):
 def test_override_without_config(tmp_path):
     with pytest.raises(UserError, match="without --config"):
         _parse("--config.seed=1")
+
+
+@pytest.mark.parametrize("verb, given", [
+    ("run", "--workdir="), ("run", "--stages="), ("run", "--restart="), ("convert", "--to="), ("evaluate", "--out="),
+    ("synthesize", "--out="), ("compile", "--out="),
+])
+def test_an_empty_value_is_not_the_default(verb, given, config_file, tmp_path, monkeypatch):
+    """A shell variable that was not set: --workdir=$DIR must not mean the current folder, --stages= not all."""
+    monkeypatch.chdir(tmp_path)
+    needed = {"run": ["--workdir=w", f"--config={config_file}"], "convert": ["--from=a", "--to=b"],
+              "evaluate": ["--tasks=t", "--out=o", "--predictions=p"], "synthesize": ["--repo=r", "--out=o"],
+              "compile": [f"--config={config_file}", "--topology=v5p:2x2x1"]}
+    module = importlib.import_module(f"qcn_jax.cli.{verb}")
+    with pytest.raises(UserError, match=f"^{given[:-1]}: is empty"):
+        module.main([*needed[verb], given])
+    assert [path.name for path in tmp_path.iterdir()] == [config_file.name]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import pytest
 
 from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline import run
+from qcn_jax.pipeline import run, workdir
 
 STAGE = """
 import errno, pathlib, time
@@ -68,8 +69,8 @@ def test_done_json_holds_results_seconds_and_hash(stages, tmp_path):
     run.run(RunConfig(), tmp_path / "run", stages=("tasks",))
     done = json.loads((tmp_path / "run/tasks/DONE.json").read_text())
     assert done["results"] == {"stage": "tasks", "seed": 0}
-    assert done["config_hash"] == run.config_hash(RunConfig(), "tasks")
-    assert done["config_hash"] != run.config_hash(RunConfig(seed=1), "tasks")
+    assert done["config_hash"] == workdir.config_hash(run.stage_config(RunConfig(), "tasks"))
+    assert done["config_hash"] != workdir.config_hash(run.stage_config(RunConfig(seed=1), "tasks"))
     assert 0 <= done["seconds"] < 10
 
 
@@ -143,8 +144,8 @@ def test_two_runs_do_not_share_a_workdir_and_kill_9_frees_it(tmp_path):
     root = tmp_path / "run"
     code = textwrap.dedent(f"""
         import pathlib, time
-        from qcn_jax.pipeline import run
-        with run._locked(pathlib.Path({str(root)!r})):
+        from qcn_jax.pipeline import workdir
+        with workdir.locked(pathlib.Path({str(root)!r})):
             print("locked", flush=True)
             time.sleep(60)
     """)
@@ -174,9 +175,103 @@ def test_shared_things_are_closed_even_when_a_stage_fails(stages, tmp_path):
     assert (tmp_path / "run/closed").exists()
 
 
-def test_half_written_files_of_a_killed_run_are_removed(stages, tmp_path):
-    left = tmp_path / "run/midtrain/.metrics.jsonl.abc123.tmp"
+def test_half_written_files_of_a_killed_run_are_removed_and_the_users_stay(stages, tmp_path):
+    root = tmp_path / "run"
+    left = root / "midtrain/data/.metrics.jsonl.abc_1234.tmp"
+    users = [root / ".notes.txt.abc_1234.tmp", root / "mine/.a.jsonl.abc_1234.tmp", root / "sft/mine",
+             root / "sft/.a.jsonl.abc_1234.tmp", root / "midtrain/.mine.tmp"]
+    for path in (left, root / "midtrain/START.json", *users):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    run.run(RunConfig(), root, stages=("tasks",))
+    assert not left.exists() and all(path.exists() for path in users)
+
+
+def test_a_kill_before_start_json_was_there_is_resumed(stages, tmp_path):
+    left = tmp_path / "run/tasks/.START.json.abc_1234.tmp"
     left.parent.mkdir(parents=True)
     left.write_text("half")
     run.run(RunConfig(), tmp_path / "run", stages=("tasks",))
-    assert not left.exists()
+    assert not left.exists() and workdir.is_done(tmp_path / "run/tasks")
+
+
+def _tree(root):
+    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+def test_restart_moves_stages_aside_and_says_where(stages, tmp_path, capsys):
+    root = tmp_path / "run"
+    run.run(RunConfig(), root)
+    made = _tree(root)
+    capsys.readouterr()
+    run.run(RunConfig(), root, stages=("sft", "experts"), restart=("experts", "sft"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("--restart=experts,sft: distill, evaluate, report follow from it and go too")
+    (aside,) = (root / "discarded").iterdir()
+    assert lines[1] == (f"--restart: moves sft, experts, distill, evaluate, report to {aside}; delete that folder when "
+                        "you no longer need it")
+    moved = {name: text for name, text in made.items() if name.split("/")[0] in workdir.os.listdir(aside)}
+    assert _tree(aside) == moved and len(moved) == 10  # START.json and DONE.json of each
+    assert not (root / "report").exists() and workdir.is_done(root / "experts")
+
+
+def test_restarts_within_a_second_have_folders_of_their_own(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir.time, "strftime", lambda form: "2026-11-28T12-30-05")
+    for _ in range(4):
+        run.run(RunConfig(), tmp_path / "run", stages=("tasks",), restart=("tasks",))
+    assert sorted(path.name for path in (tmp_path / "run/discarded").iterdir()) == [
+        "2026-11-28T12-30-05", "2026-11-28T12-30-05-2", "2026-11-28T12-30-05-3"]
+
+
+def test_folders_that_no_stage_made_are_never_touched(stages, tmp_path):
+    root = tmp_path / "home"
+    for path in ("report/thesis.pdf", "tasks/todo.txt", "evaluate/grades.csv", "discarded/letters.txt", "sft/x/y"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(path)
+    before = _tree(root)
+    for arguments in ({"stages": ("midtrain",), "restart": ("tasks",)}, {"stages": (), "restart": tuple(run.STAGES)},
+                      {"stages": ("midtrain",), "restart": ("midtrain",)}):
+        run.run(RunConfig(), root, **arguments)
+        assert before.items() <= _tree(root).items()
+    with pytest.raises(UserError, match=r"home/tasks: exists and was not made by qcn run .* another --workdir"):
+        run.run(RunConfig(), root)
+    with pytest.raises(UserError, match="home/report: exists and was not made by qcn run"):
+        run.run(RunConfig(), root, stages=("report",), restart=("report",))
+    assert before.items() <= _tree(root).items()
+
+
+def test_a_stage_on_a_disk_of_its_own_is_not_moved_aside(stages, tmp_path):
+    root, disk = tmp_path / "run", tmp_path / "disk"
+    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    (root / "tasks").rename(disk)
+    (root / "tasks").symlink_to(disk)
+    before = _tree(root)
+    with pytest.raises(UserError, match="run/tasks is a symbolic link"):
+        run.run(RunConfig(), root, restart=("tasks",))
+    assert _tree(root) == before and not (root / "discarded").exists()
+
+
+def test_a_kill_while_stages_are_moved_leaves_none_without_its_origin(stages, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    run.run(RunConfig(), root)
+    rename, moved = os.rename, []
+
+    def killed(source, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(pathlib.Path(source).name)
+        rename(source, target)
+
+    monkeypatch.setattr(workdir.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(RunConfig(), root, restart=("midtrain",))
+    assert moved == ["report", "evaluate", "distill"]
+
+
+def test_an_empty_workdir_is_refused(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir: is empty"):
+        run.run(RunConfig(), "")
+    assert not (tmp_path / ".lock").exists()
+    run.run(RunConfig(), ".", stages=("tasks",))  # a choice
+    assert workdir.is_done(tmp_path / "tasks")
