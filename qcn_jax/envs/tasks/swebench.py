@@ -24,6 +24,7 @@ import docker.errors
 
 from qcn_jax import files
 from qcn_jax.envs.tasks import formats, log_parsers
+from qcn_jax.envs.tasks.log_parsers import swebench_logs
 from qcn_jax.envs.tasks.grading import INFRASTRUCTURE_ATTEMPTS, Verdict
 from qcn_jax.envs.sandbox import docker as back_end
 from qcn_jax.envs.sandbox import images
@@ -109,7 +110,7 @@ def read_log(instance: Instance, log: str) -> dict[str, str] | None:
     if not found and not _RAN.search(log):
         return None
     status = re.search(rf"{EXIT_CODE}:\s*(-?\d+)", log)
-    failed = any(outcome in (log_parsers.FAILED, log_parsers.ERROR) for outcome in found.values())
+    failed = any(outcome in (swebench_logs.FAILED, swebench_logs.ERROR) for outcome in found.values())
     if status and int(status[1]) != 0 and found and not failed:
         return None  # the log does not tell of the run that was
     return found
@@ -118,16 +119,16 @@ def read_log(instance: Instance, log: str) -> dict[str, str] | None:
 def judge(instance: Instance, found: Mapping[str, str]) -> dict[str, dict[str, list[str]]]:
     """SWE-bench's tests_status: which expected tests did what they must."""
     report = {}
-    for group, also in (("FAIL_TO_PASS", ()), ("PASS_TO_PASS", (log_parsers.SKIPPED,))):
+    for group, also in (("FAIL_TO_PASS", ()), ("PASS_TO_PASS", (swebench_logs.SKIPPED,))):
         success, failure = [], []
         for test in getattr(instance, group):
             if instance.eval_type == FAIL_ONLY:
-                (failure if found.get(test) == log_parsers.FAILED else success).append(test)
+                (failure if found.get(test) == swebench_logs.FAILED else success).append(test)
                 continue
             outcome = _outcome(test, found)
-            if outcome in (log_parsers.PASSED, log_parsers.XFAIL, *also):
+            if outcome in (swebench_logs.PASSED, swebench_logs.XFAIL, *also):
                 success.append(test)
-            elif outcome is None or outcome in (log_parsers.FAILED, log_parsers.ERROR, log_parsers.SKIPPED):
+            elif outcome is None or outcome in (swebench_logs.FAILED, swebench_logs.ERROR, swebench_logs.SKIPPED):
                 failure.append(test)
             # Else a parser took a word like "ERROR:" for a status: the package counts such a test nowhere.
         report[group] = {"success": success, "failure": failure}
@@ -139,7 +140,7 @@ def _outcome(test: str, found: Mapping[str, str]) -> str | None:
     if test in found or test.count("[") <= test.count("]"):
         return found.get(test)
     outcomes = [status for name, status in found.items() if name.startswith(test)]
-    agree = len({status in (log_parsers.PASSED, log_parsers.XFAIL) for status in outcomes}) == 1
+    agree = len({status in (swebench_logs.PASSED, swebench_logs.XFAIL) for status in outcomes}) == 1
     return outcomes[0] if agree else None
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks import formats, log_parsers, swebench
+from qcn_jax.envs.tasks.log_parsers import swebench_logs
 from qcn_jax.envs.tasks.grading import write_reports
 from qcn_jax.errors import UserError
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, TESTS, make_task
@@ -28,7 +29,7 @@ def row(**changes):
 
 def noise(rng):
     """A line of a log: a result, something that looks like one, or what runners print."""
-    name, status = rng.choice(NAMES), rng.choice([*log_parsers.STATUSES, "PASS", ""])
+    name, status = rng.choice(NAMES), rng.choice([*swebench_logs.STATUSES, "PASS", ""])
     return rng.choice([
         f"{status} {name}", f"{status} {name} - AssertionError: a - b", f"{name} {status}", f"{name} {status} [ 50%]",
         f"\x1b[32m{status}\x1b[0m {name}", f"SKIPPED [{rng.randrange(9)}] t/a.py:3: why", f"{status}", f"  {status} {name}",
@@ -55,7 +56,7 @@ def test_same_verdicts_as_the_package_on_the_same_logs(tmp_path, eval_type):
     from swebench.harness.utils import make_test_spec
 
     rng, resolved, invalid = random.Random(0), 0, 0
-    names = sorted(log_parsers.PARSERS)
+    names = sorted(swebench_logs.PARSERS)
     assert set(names) <= set(PARSER_REGISTRY)
     for number in range(600):
         log, parser = whole_log(rng), names[number % len(names)]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 import docker
 
 from qcn_jax.chat import endpoint
-from qcn_jax.envs.synthesis import parsers
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.build.rules import Recipe
 from qcn_jax.envs.synthesis.languages import LANGUAGES
+from qcn_jax.envs.tasks import log_parsers
 from qcn_jax.errors import UserError
 
 COMMAND_SECONDS = 600.0
@@ -53,7 +53,7 @@ def build(
     """
     from qcn_jax.envs.synthesis.build import BuildFailed
 
-    system = _SYSTEM.format(languages="|".join(LANGUAGES), parsers="|".join(parsers.PARSERS))
+    system = _SYSTEM.format(languages="|".join(LANGUAGES), parsers="|".join(log_parsers.RUNNERS))
     listing = sorted(files)
     first = (f"Rules did not lead to an environment:\n{reason}\n\nFiles:\n" + "\n".join(listing[:LISTED])
              + (f"\n... and {len(listing) - LISTED} more" if len(listing) > LISTED else ""))
@@ -96,8 +96,8 @@ def _recipe(text: str) -> Recipe:
         raise BuildFailed("packages and install must be lists of texts")
     if row.get("language") not in LANGUAGES:
         raise BuildFailed(f"language must be one of {', '.join(LANGUAGES)}")
-    if row.get("parser") not in parsers.PARSERS:
-        raise BuildFailed(f"parser must be one of {', '.join(parsers.PARSERS)}")
+    if row.get("parser") not in log_parsers.RUNNERS:
+        raise BuildFailed(f"parser must be one of {', '.join(log_parsers.RUNNERS)}")
     if not isinstance(row.get("test"), str) or not row["test"].strip():
         raise BuildFailed("test must be a command")
     wrong = [name for name in lists["packages"] if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*", name)]

@@ -9,9 +9,9 @@ all there but stop as they are loaded; it must fail on both.
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from qcn_jax.envs.synthesis import parsers
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.languages import LANGUAGES
+from qcn_jax.envs.tasks import log_parsers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Acceptance:
 def run(container: Container, verifier: Verifier) -> Run:
     """Runs the verifier on the container's present state."""
     result = container.exec(verifier.command, verifier.timeout)
-    outcomes = parsers.PARSERS[verifier.parser](result.output) if verifier.parser else {}
+    outcomes = log_parsers.parser(verifier.parser)(result.output) if verifier.parser else {}
     return Run(outcomes, result.exit_code, result.output, result.seconds, result.timed_out)
 
 

@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 import docker
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.synthesis import inject, parsers, plan, quality, statement, validate
+from qcn_jax.envs.synthesis import inject, plan, quality, statement, validate
 from qcn_jax.envs.synthesis.build import Environment, verifier
 from qcn_jax.envs.synthesis.build.container import ROOT, Container
 from qcn_jax.journal import Rows
 from qcn_jax.envs.synthesis.languages import LANGUAGES
+from qcn_jax.envs.tasks.log_parsers import runner_logs
 from qcn_jax.envs.tasks.schema import Task
 
 LEAST_SECONDS = 10.0  # for one run of a candidate's tests; otherwise five times what the pristine state needs
@@ -216,7 +217,7 @@ def _task(
     bug, gold = patches.make_diff(before, after), patches.make_diff(after, before)
     if patches.apply_diff(after, gold) != before:
         return "not_mended", None
-    said = parsers.messages(recipe.parser, run.log)
+    said = runner_logs.messages(recipe.parser, run.log)
     shown = sorted(failing, key=lambda name: name not in said)
     text = f"`{injection.qualname}` in {injection.path} does not do what it should."
     if shown[0] in said:

@@ -8,8 +8,6 @@ reports are here; those of other languages' runners are taken from the `swebench
 import re
 from collections.abc import Callable
 
-from qcn_jax.errors import UserError
-
 PASSED, FAILED, SKIPPED, ERROR, XFAIL = "PASSED", "FAILED", "SKIPPED", "ERROR", "XFAIL"
 STATUSES = (FAILED, PASSED, SKIPPED, ERROR, XFAIL)
 _COUNT = re.compile(r"\[\d+\]")  # pytest sums skips up as "SKIPPED [3] file:line: reason", which names no test
@@ -142,20 +140,3 @@ PARSERS: dict[str, Callable[[str], dict[str, str]]] = {
     "parse_log_django": django_log, "parse_log_sympy": sympy_log, "parse_log_matplotlib": matplotlib_log,
     "parse_log_seaborn": seaborn_log,
 }
-
-
-def parser(name: str) -> Callable[[str], dict[str, str]]:
-    """The parser that a row names: log -> {test: one of STATUSES}.
-
-    Raises:
-      UserError: there is none of that name here, and the `swebench` package has none or is not installed.
-    """
-    if name in PARSERS:
-        return PARSERS[name]
-    try:
-        from swebench.harness.log_parsers import PARSER_REGISTRY
-    except ImportError as error:
-        raise UserError(f"log_parser: {name!r} needs the swebench package; pip install swebench") from error
-    if name not in PARSER_REGISTRY:
-        raise UserError(f"log_parser: no parser {name!r}; known: {', '.join(sorted({*PARSERS, *PARSER_REGISTRY}))}")
-    return lambda log: PARSER_REGISTRY[name](log, None)

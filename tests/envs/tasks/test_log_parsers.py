@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qcn_jax.envs.synthesis import parsers
+from qcn_jax.envs.tasks import log_parsers
+from qcn_jax.envs.tasks.log_parsers import runner_logs
 
 NODE = """TAP version 13
 # Subtest: numbers
@@ -125,15 +126,15 @@ GO = "\n".join(json.dumps(event) for event in [
     ],
 )  # fmt: skip
 def test_parser(parser, log, outcomes):
-    assert parsers.PARSERS[parser](log) == outcomes
-    assert parsers.PARSERS[parser]("") == {} and parsers.PARSERS[parser]("nonsense\nok\n{") in ({}, {"test": "passed"})
+    assert log_parsers.PARSERS[parser](log) == outcomes
+    assert log_parsers.PARSERS[parser]("") == {} and log_parsers.PARSERS[parser]("nonsense\nok\n{") in ({}, {"test": "passed"})
 
 
 def test_messages():
-    assert parsers.messages("go_test", GO) == {"m/p::TestA": "Add(1, 2) = 4, want 3"}
-    assert parsers.messages("tap", TAPE) == {"refuses > should throw": "expected SyntaxError, got undefined"}
-    assert parsers.messages("tap", NODE)["divides"] == "expected 2, got 3"
+    assert runner_logs.messages("go_test", GO) == {"m/p::TestA": "Add(1, 2) = 4, want 3"}
+    assert runner_logs.messages("tap", TAPE) == {"refuses > should throw": "expected SyntaxError, got undefined"}
+    assert runner_logs.messages("tap", NODE)["divides"] == "expected 2, got 3"
 
 
 def test_worse_outcome_counts():
-    assert parsers.tap("ok 1 - same\nnot ok 2 - same\nok 3 - same\n") == {"same": "failed"}
+    assert runner_logs.tap("ok 1 - same\nnot ok 2 - same\nok 3 - same\n") == {"same": "failed"}
