@@ -61,6 +61,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that must share one worker come first: the others then fill the other workers for as long as they take."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses a QCN_REQUIRE that names nothing known, which would otherwise demand nothing in silence."""
     unknown = {name for name in os.environ.get("QCN_REQUIRE", "").split(",") if name} - set(_THINGS)
