@@ -23,7 +23,7 @@ from qcn_jax.pipeline.train.checkpoints import Checkpoints
 from qcn_jax.pipeline.data.packing import pack
 from qcn_jax.pipeline.train.metrics import MetricsLog
 from qcn_jax.pipeline.rl.rollout import RolloutRecord, Stop, Stopped
-from qcn_jax.pipeline.train.loop import Interrupted, TrainState, stop_signals
+from qcn_jax.pipeline.train.loop import TrainState, interrupted, stop_signals
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def run_updates(
       checkpoint_every: in updates.
 
     Raises:
-      Interrupted: SIGTERM or SIGINT came; all finished updates are saved.
+      Interrupted: SIGTERM or SIGINT came, be it in the last update; all finished updates are saved.
     """
     checkpoints = Checkpoints(directory / "checkpoints", keep=1)
     done = 0
@@ -66,7 +66,7 @@ def run_updates(
                         state, metrics = step(done, state, stop.is_set)
                     except Stopped:
                         checkpoints.save(done, state, wait=True)
-                        raise _interrupted(stop, done, log) from None
+                        raise interrupted(stop.number, f"after update {done}", log) from None
                     done += 1
                     metrics = metrics | {"seconds": time.perf_counter() - began}
                     curve.write(done, metrics)
@@ -74,18 +74,13 @@ def run_updates(
                     log(f"update {done}/{updates}  {line(metrics)}  {metrics['seconds']:.1f} s, {left:.0f} s left")
                     if stop.is_set() or done == updates or done % checkpoint_every == 0:
                         checkpoints.save(done, state, wait=stop.is_set() or done == updates)
-                    if stop.is_set() and done < updates:
-                        raise _interrupted(stop, done, log)
+                    if stop.is_set():
+                        raise interrupted(stop.number, f"after update {done}", log)
         finally:
             curve.close()
     finally:
         checkpoints.close()
     return state
-
-
-def _interrupted(stop: Any, done: int, log: Callable[[str], None]) -> Interrupted:
-    log(f"stopped by a signal after update {done}; saved; the same command resumes")
-    return Interrupted(128 + stop.number)
 
 
 def make_engine(

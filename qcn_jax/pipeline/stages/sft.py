@@ -26,7 +26,7 @@ from qcn_jax.pipeline.data import loader
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.pipeline.train.fit import fit, input_rows
 from qcn_jax.pipeline.data.splits import split_tasks
-from qcn_jax.pipeline.train.loop import Interrupted, stop_signals
+from qcn_jax.pipeline.train.loop import interrupted, stop_signals
 from qcn_jax.recipes.nano.trajectories import collect, plan
 
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order
@@ -84,9 +84,8 @@ def collect_trajectories(context: StageContext) -> list[Trajectory]:
                                          guessed.get(task.instance_id, ()), settings.searches)
     with stop_signals() as stop:
         found = collect(context.root / "sft" / "trajectories.jsonl", tasks, requests, pool, context.log, stop.is_set)
-    if found is None:
-        context.log("stopped by a signal; solved tasks are saved; the same command resumes")
-        raise Interrupted(128 + stop.number)
+        if stop.is_set():
+            raise interrupted(stop.number, "while trajectories were collected", context.log)
     if not found:
         raise UserError(f"stage sft: the solver solved none of {len(tasks)} training tasks; see "
                         f"{context.root / 'tasks' / 'train.jsonl'}")

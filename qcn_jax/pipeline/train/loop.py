@@ -149,6 +149,9 @@ def stop_signals() -> Iterator[threading.Event]:
     """Within the block SIGTERM and SIGINT only set the returned event, so that work can be saved first.
 
     The second signal acts at once. Outside the main thread, where Python allows no handlers, nothing changes.
+
+    Raises:
+      Interrupted: at the end of a block that did not act on a signal, so that none is lost.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -168,6 +171,14 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
+    if stop.is_set():
+        raise Interrupted(128 + stop.number)
+
+
+def interrupted(number: int, where: str, log: Callable[[str], None]) -> Interrupted:
+    """Says `where` signal `number` stopped work that is saved; returns what to raise."""
+    log(f"stopped by a signal {where}; saved; the same command resumes")
+    return Interrupted(128 + number)
 
 
 class Agreement:
@@ -196,6 +207,10 @@ class Agreement:
         before = self._pending
         self._pending = self._maximum(jax.make_array_from_callback((jax.device_count(),), place, lambda _: flag))
         return before is not None and bool(before)
+
+    def stops_now(self) -> bool:
+        """As `stops`, of the signals that have come by now; waits for the other processes."""
+        return self.stops() | (jax.process_count() > 1 and self.stops())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,9 +302,8 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches:
                 if saving:
                     checkpoints.save(done, state, batches, wait=stopping or done == steps)
                     recorder.skip()
-                if stopping and done < steps:
-                    log(f"stopped by a signal at step {done}; saved; the same command resumes")
-                    raise Interrupted(128 + agreed.number)
+                if stopping or (done == steps and agreed.stops_now()):
+                    raise interrupted(agreed.number, f"at step {done}", log)
     finally:
         profiler.close()
         checkpoints.close()

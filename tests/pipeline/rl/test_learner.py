@@ -238,6 +238,23 @@ def test_sigterm_in_a_rollout_saves_and_the_rest_follows_later(tmp_path, params,
     jax.tree.map(np.testing.assert_array_equal, whole, run("part", learner.step, 3))
 
 
+def test_a_signal_in_the_last_update_is_not_swallowed(tmp_path) -> None:
+    def step(update, state, stop):
+        if update == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state, {}
+
+    lines = []
+    run = lambda step: online.run_updates(
+        tmp_path, TrainState(jnp.zeros((), jnp.int32), {}, ()), step, 3, log=lines.append, line=lambda metrics: "",
+        checkpoint_every=100,
+    )  # fmt: skip
+    with pytest.raises(Interrupted) as stopped:
+        run(step)
+    assert stopped.value.code == 128 + signal.SIGTERM and "stopped by a signal after update 3" in lines[-1]
+    run(None)  # nothing is left to do
+
+
 def test_minibatches_are_optimizer_steps(params, engine, optimizer, updater) -> None:
     learner = make_learner(engine, updater, dataclasses.replace(CONFIG, minibatches=2))
     state, _ = learner.step(0, fresh(params, optimizer))

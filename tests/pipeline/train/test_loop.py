@@ -138,6 +138,42 @@ def test_a_signal_saves_and_exits(whole, tmp_path, number):
     assert result.steps_done == STEPS - 9 and same(result.state, whole[1].state)
 
 
+@pytest.mark.parametrize("when", ["in the last step", "while its checkpoint is written"])
+def test_a_signal_at_the_end_is_not_swallowed(whole, tmp_path, when, monkeypatch):
+    """The next stage must not start; what is done is saved and is not done again."""
+    kill = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    calls, save = [], Checkpoints.save
+
+    def step(state, batch):
+        calls.append(1)
+        if when == "in the last step" and len(calls) == STEPS:
+            kill()
+        return STEP(state, batch)
+
+    def saving(self, done, *rest, **more):
+        save(self, done, *rest, **more)
+        if when != "in the last step" and done == STEPS:
+            kill()
+
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", saving)
+        with pytest.raises(loop.Interrupted) as stopped:
+            run(tmp_path, step, lines.append)
+    assert stopped.value.code == 128 + signal.SIGTERM and lines[-1].startswith(f"stopped by a signal at step {STEPS}")
+    result = run(tmp_path)
+    assert result.steps_done == 0 and same(result.state, whole[1].state)
+    assert curve(tmp_path) == curve(whole[0])
+
+
+def test_no_block_swallows_a_signal():
+    with pytest.raises(loop.Interrupted), loop.stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(ValueError), loop.stop_signals():  # what went wrong in the block comes first
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError
+
+
 def test_hidden_transfers_to_the_device_are_refused(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="[Dd]isallow"):
         run(tmp_path, lambda state, batch: STEP(state, {**batch, "weights": np.ones((ROWS, LENGTH), np.float32)}))
