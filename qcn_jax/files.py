@@ -1,19 +1,23 @@
 """Writing files so that a crash never leaves half of one: write to a temporary name, then rename."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import pathlib
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
-from typing import Any, IO
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
 
 from qcn_jax.errors import UserError
 
 Path = str | os.PathLike[str]
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as mkstemp and mkdtemp name what this module asks of them
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # as mkstemp and mkdtemp name what this module asks of them
+_OLD = ".old"  # after that: a folder that is being replaced
 
 
 def is_temporary(name: str) -> bool:
@@ -21,24 +25,63 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def exists(path: Path) -> bool:
+    """Whether there is anything at `path`, a link to nothing included.
+
+    Raises:
+      UserError: that cannot be found out, as of what lies in a folder that this user may not enter. (pathlib gives a
+        traceback or no, by Python's version.) `is_file` and `is_dir` do the same.
+    """
+    return _mode(path, os.lstat) != 0
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file; links are followed."""
+    return stat.S_ISREG(_mode(path, os.stat))
+
+
+def is_dir(path: Path) -> bool:
+    """Whether `path` is a folder; links are followed."""
+    return stat.S_ISDIR(_mode(path, os.stat))
+
+
+def list_folder(path: Path) -> list[str]:
+    """Names in the folder `path`, sorted; raises UserError where it cannot be read."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _mode(path: Path, status: Callable[[Path], os.stat_result]) -> int:
+    try:
+        return status(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary neighbour of `path` and renames it over `path` when the block ends without error.
 
+    Of a symbolic link the target is replaced.
+
     Raises:
       UserError: the directory cannot be written or the disk is full.
     """
-    path = pathlib.Path(path)
+    real = pathlib.Path(os.path.realpath(path))
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        real.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name}.", suffix=".tmp")
         with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, real)
         temporary = None
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -92,13 +135,56 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
-def check_replaceable(path: Path, replaceable: str | None = None) -> None:
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted at `path`, also a folder or file of the same disk (as Docker's volumes are)."""
+    real = os.path.realpath(path)
+    try:
+        lines = pathlib.Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return os.path.ismount(real)
+    plain = lambda text: re.sub(r"\\([0-7]{3})", lambda code: chr(int(code.group(1), 8)), text)
+    return any(plain(line.split(" ")[4]) == real for line in lines)
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Raises UserError, which names `flag`, where `path` could not be written; for asking before long work."""
+    real, name = pathlib.Path(os.path.realpath(path)), f"--{flag}={path}"
+    if os.path.isdir(real):
+        raise UserError(f"{name}: is a folder; name a file")
+    if os.path.lexists(real) and (not os.path.isfile(real) or is_mount(real)):
+        raise UserError(f"{name}: is not a plain file that could be replaced; name another")
+    _check_parent(real, name)
+
+
+def check_folder(path: Path, flag: str | None = None) -> None:
+    """Raises UserError, which names `flag`, where no files could be written into the folder `path`."""
+    _check_parent(pathlib.Path(os.path.realpath(path)) / "file", f"--{flag}={path}" if flag else str(path))
+
+
+def check_replaceable(path: Path, replaceable: str | None = None, flag: str | None = None) -> None:
     """Raises UserError where `atomic_directory` would refuse; for asking before long work."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return
-    if not path.is_dir() or (any(path.iterdir()) and not (replaceable and (path / replaceable).exists())):
-        raise UserError(f"{path}: exists and holds other things; name a new or empty folder")
+    real, name = pathlib.Path(os.path.realpath(path)), f"--{flag}={path}" if flag else str(path)
+    if os.path.lexists(real):
+        try:
+            other = not os.path.isdir(real) or (any(real.iterdir()) and not (replaceable and (real / replaceable).exists()))
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}") from error
+        if other:
+            raise UserError(f"{name}: exists and holds other things; name a new or empty folder")
+        if is_mount(real):
+            raise UserError(f"{name}: is where a disk is mounted, which cannot be replaced; name a folder in it")
+    _check_parent(real, name)
+
+
+def _check_parent(path: pathlib.Path, name: str) -> None:
+    """Whether something can be put at `path`: in its folder, or in the nearest one above it that is there."""
+    parent = path.parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not os.path.isdir(parent):
+        raise UserError(f"{name}: cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"{name}: cannot be written: no permission to write into {parent}")
 
 
 @contextlib.contextmanager
@@ -106,28 +192,82 @@ def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pat
     """Gives a temporary neighbour folder to fill, which takes the place of `path` when the block ends without error.
 
     Args:
-      path: the folder to appear; an empty one is replaced.
+      path: the folder to appear; an empty one is replaced. Of a symbolic link the target.
       replaceable: a file name; an existing folder that holds it is replaced too.
 
     Raises:
       UserError: `path` holds something else, cannot be written, or the disk is full.
     """
-    path = pathlib.Path(path)
+    real = pathlib.Path(os.path.realpath(path))
+    if os.path.isdir(real.parent):
+        pattern = f".{glob.escape(real.name)}.*.tmp*"
+        _recover((left for left in real.parent.glob(pattern) if left.is_dir()), _is_abandoned)
     check_replaceable(path, replaceable)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.chmod(temporary, 0o755)
-        yield pathlib.Path(temporary)
-        old = f"{temporary}.old"
-        if path.exists():
-            os.rename(path, old)  # a folder cannot be renamed over one that holds files
-        os.rename(temporary, path)
-        temporary = None
-        shutil.rmtree(old, ignore_errors=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=real.parent, prefix=f".{real.name}.", suffix=".tmp")
+        with _held(temporary):
+            os.chmod(temporary, 0o755)
+            yield pathlib.Path(temporary)
+            old = f"{temporary}{_OLD}"
+            if real.exists():
+                os.rename(real, old)  # a folder cannot be renamed over one that holds files
+            os.rename(temporary, real)
+            temporary = None
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: str) -> Iterator[None]:
+    """Locks `folder`, so that no other process takes it for one that a killed process left."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether nobody else holds the file or folder; False also where the file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_abandoned(folder: pathlib.Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        return _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def recover(folder: pathlib.Path) -> None:
+    """Clears up what killed processes left in and below `folder`: removes what they had half-written, and puts back
+    folders that they were about to replace. No other process may be writing there."""
+    _recover(folder.rglob(".*.tmp*"), lambda path: True)
+
+
+def _recover(left: Iterable[pathlib.Path], is_abandoned: Callable[[pathlib.Path], bool]) -> None:
+    for path in sorted(left, key=lambda path: path.name.endswith(_OLD)):  # what was to replace an old folder goes first
+        name = path.name.removesuffix(_OLD)
+        if not is_temporary(name):
+            continue
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            if not path.is_dir():
+                path.unlink()
+            elif name == path.name:
+                if is_abandoned(path):
+                    shutil.rmtree(path)
+            elif not os.path.lexists(path.with_name(name)):
+                target = path.with_name(_TEMPORARY.fullmatch(name).group(1))
+                shutil.rmtree(path) if os.path.lexists(target) else os.rename(path, target)

@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
     topology = values.topology or settings.topology
     if not topology:
         raise UserError("--topology is required; this config names none")
+    for flag in ("out", "dump"):
+        if values[flag].value:
+            files.check_file(values[flag].value, flag)
     report = compile_in_child(settings, values.stage, topology, values.slices, values.dump)
     if values.out:
         files.write_json(values.out, report)
@@ -76,9 +79,9 @@ def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int =
 
 def compile_here(job: dict[str, Any]) -> dict[str, Any]:
     """Compiles the step that `job` describes, in this process; the report is JSON-ready."""
-    from qcn_jax.model import parameter_count
-    from qcn_jax.compile.stages import stage_step
     from qcn_jax.compile import aot
+    from qcn_jax.compile.stages import stage_step
+    from qcn_jax.model import parameter_count
     from qcn_jax.sharding.mesh import make_parallel
 
     config = from_config_dict(RunConfig, job["config"])

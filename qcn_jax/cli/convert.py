@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--to: is the same folder as --from")
     if not source.is_dir():
         raise UserError(f"--from={source}: there is no such folder")
-    files.check_replaceable(target, CONFIG_FILE)
+    files.check_replaceable(target, CONFIG_FILE, "to")
     count, form = convert(source, target, values.dtype)
     print(f"{target}: {count:,} parameters in {form} form")
     return 0
@@ -45,9 +45,9 @@ def convert(source: files.Path, target: files.Path, dtype: str | None = None) ->
     """Writes `source` to `target` in the other form; returns the number of parameters and that form's name."""
     import jax
 
+    from qcn_jax.chat.tokenizer import TOKENIZER_FILE, Tokenizer
     from qcn_jax.hub import orbax_folder, reading, writing
     from qcn_jax.hub.layout import leaf_shapes
-    from qcn_jax.chat.tokenizer import TOKENIZER_FILE, Tokenizer
 
     with_tokenizer = (pathlib.Path(source) / TOKENIZER_FILE).is_file()
     tokenizer = Tokenizer.from_folder(source) if with_tokenizer else None

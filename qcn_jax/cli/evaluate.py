@@ -26,10 +26,10 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing, task_repositories
-from qcn_jax.envs.tasks import formats, swebench
-from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.tasks import formats, swebench
+from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     parsing.parse(values, "evaluate", __doc__, argv)
     if bool(values.checkpoint) == bool(values.predictions):
         raise UserError("give either --checkpoint=DIR or --predictions=FILE")
+    files.check_folder(values.out, "out")
     tasks = {task.instance_id: task for task in formats.read(values.tasks)}
     if not tasks:
         raise UserError(f"--tasks={values.tasks}: holds no task")
@@ -151,10 +152,10 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
          provider_arguments: Mapping[str, Any]) -> list[dict[str, str]]:
     """Lets the checkpoint work on the tasks; returns predictions."""
     from qcn_jax import hub
-    from qcn_jax.config import EvaluateConfig, RolloutConfig
-    from qcn_jax.chat.tokenizer import Tokenizer
-    from qcn_jax.pipeline.evaluate.bench import Bench
     from qcn_jax.chat.encoder import ChatEncoder
+    from qcn_jax.chat.tokenizer import Tokenizer
+    from qcn_jax.config import EvaluateConfig, RolloutConfig
+    from qcn_jax.pipeline.evaluate.bench import Bench
     from qcn_jax.pipeline.experts.domains import pool_services
 
     limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,

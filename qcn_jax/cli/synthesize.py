@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from qcn_jax import files
+from qcn_jax.chat import endpoint
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.sandbox import RepositorySpec, repository
-from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis import inject, plan, quality, sources, statement
 from qcn_jax.envs.tasks.schema import Task, write_tasks
 from qcn_jax.errors import UserError
@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
         unknown = [name for name in given if name not in allowed]
         if unknown:
             raise UserError(f"--{flag}: unknown {unknown[0]!r}; allowed: {', '.join(allowed)}")
+    files.check_file(values.out, "out")
     return _synthesize(values)
 
 

@@ -74,11 +74,13 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
     _check_hosts(asked)
     # Of several hosts' processes the first alone locks, cleans and writes down what has been done.
     with work.locked(root) if distributed.is_first() else contextlib.nullcontext(), contextlib.closing(shared):
-        _check_folders(config, root, asked, discarded)
+        refused = _check_folders(config, root, asked, discarded)
+        distributed.barrier("workdir is checked")
         with distributed.first_before_others("workdir"):
             if distributed.is_first():
                 _discard(root, discarded, restart, asked)
-                work.remove_half_written(root, list(STAGES))
+                work.discard(root, refused, "refused with another configuration", _say)
+                work.clear(root, list(STAGES))
         began = time.monotonic()
         for name in asked:
             with _full_disk_as_user_error(root, name):
@@ -93,20 +95,33 @@ def _with_later(restart: Sequence[str]) -> list[str]:
     return order[min((order.index(name) for name in restart), default=len(order)):]
 
 
-def _check_folders(config: RunConfig, root: pathlib.Path, asked: Sequence[str], discarded: Sequence[str]) -> None:
-    """Refuses folders that no stage made, and other settings than a stage that stays was made with."""
-    for name in asked:
-        work.check_ours(root / name)
-        if name not in (*discarded, "report"):
-            work.check_unchanged(root / name, stage_config(config, name))
+def _check_folders(config: RunConfig, root: pathlib.Path, asked: Sequence[str], discarded: Sequence[str]) -> list[str]:
+    """Refuses folders that no stage made, and other settings than a stage that stays was made with.
+
+    Returns:
+      Stages asked for of which only a refused start with other settings is there.
+    """
+    refused = []
+    for name in list(STAGES)[: max(map(list(STAGES).index, asked), default=-1) + 1]:
+        if name in asked:
+            work.check_ours(root / name)
+        if name in (*discarded, "report"):
+            continue
+        if not work.check_unchanged(root / name, stage_config(config, name)) and name in asked:
+            refused.append(name)
+    return refused
 
 
 def _discard(root: pathlib.Path, discarded: Sequence[str], restart: Sequence[str], asked: Sequence[str]) -> None:
     surplus = [name for name in discarded if name not in (*asked, *restart) and work.is_stage(root / name)]
     if surplus:
-        print(f"--restart={','.join(restart)}: {', '.join(surplus)} follow from it and go too; --stages does not ask "
-              "for them anew", flush=True)
-    work.discard(root, discarded, lambda line: print(line, flush=True))
+        _say(f"--restart={','.join(restart)}: {', '.join(surplus)} follow from it and go too; --stages does not ask for "
+             "them anew")
+    work.discard(root, discarded, "--restart", _say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _check_hosts(stages: Sequence[str]) -> None:
@@ -138,9 +153,9 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
     try:
         stage_results = importlib.import_module(STAGES[name].module).run_stage(context)
-    except BaseException:
+    except BaseException as error:
         if distributed.is_first():
-            work.record_end(folder, time.monotonic() - began)
+            work.record_end(folder, time.monotonic() - began, error)
         raise
     seconds = time.monotonic() - began + (spent or 0.0)
     if distributed.is_first():

@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, IO
+from typing import IO, Any
 
 from qcn_jax import files
 from qcn_jax.errors import UserError
@@ -32,6 +32,7 @@ def locked(root: pathlib.Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
+        files.check_folder(root, "workdir")
         stream: IO[str] = open(root / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--workdir={root}: cannot be written: {error.strerror}") from error
@@ -53,49 +54,62 @@ def locked(root: pathlib.Path) -> Iterator[None]:
 
 def is_stage(folder: pathlib.Path) -> bool:
     """Whether a stage made `folder`."""
-    return any(os.path.lexists(folder / name) for name in (START, DONE))
+    return any(files.exists(folder / name) for name in (START, DONE))
 
 
 def is_done(folder: pathlib.Path) -> bool:
     """Whether the stage of `folder` has finished."""
-    return (folder / DONE).exists()
+    return files.is_file(folder / DONE)
 
 
 def _is_ours(folder: pathlib.Path) -> bool:
     """Whether a stage made `folder` or may: it is missing, empty, or a kill left it before START.json was there."""
-    if is_stage(folder) or not os.path.lexists(folder):
+    if is_stage(folder) or not files.exists(folder):
         return True
-    return folder.is_dir() and all(files.is_temporary(path.name) for path in folder.iterdir())
+    return files.is_dir(folder) and all(map(files.is_temporary, files.list_folder(folder)))
 
 
 def check_ours(folder: pathlib.Path) -> None:
-    """Refuses to run a stage in a folder that holds things and was not made by one.
+    """Refuses to run a stage in a folder that holds things and was not made by one, or that cannot be written.
 
     Raises:
       UserError: names the folder.
     """
+    files.check_folder(folder)
     if not _is_ours(folder):
         raise UserError(f"{folder}: exists and was not made by qcn run (it has neither {START} nor {DONE}); choose "
                         "another --workdir")
 
 
-def check_unchanged(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Refuses a stage's folder that was made with another configuration.
+def check_unchanged(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+    """Refuses to go on from a stage that was made with another configuration.
 
     Args:
       folder: of the stage.
       config: what its results depend on, as run.stage_config gives it.
-
+    Returns:
+      Whether the folder may stay; where not, all that it holds is left from an attempt with another configuration that
+      was refused (see `record_end`), and it is to be moved aside before the stage begins.
     Raises:
       UserError: names the first key that differs, with both values.
     """
-    if not (folder / START).exists():
-        return
-    changes = list(_differences(_read_start(folder)["config"], _as_json(config), "config"))
-    if changes:
-        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-        raise UserError(f"{folder} was made with another configuration: {changes[0]}{more}; choose another "
-                        f"--workdir, or --restart={folder.name} to make this stage and every later one anew")
+    if not files.exists(folder / START):
+        return True
+    start = _read_start(folder)
+    changes = list(_differences(start["config"], _as_json(config), "config"))
+    if not changes or _holds_nothing(folder):
+        return True
+    if start.get("refused"):
+        return False
+    more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+    raise UserError(f"{folder} was made with another configuration: {changes[0]}{more}; choose another --workdir, or "
+                    f"--restart={folder.name} to make this stage and every later one anew")
+
+
+def _holds_nothing(folder: pathlib.Path) -> bool:
+    """Whether the attempt that START.json tells of left nothing else."""
+    return not any(path.name != START and not files.is_temporary(path.name) and not path.is_dir()
+                   for path in folder.rglob("*"))
 
 
 def _read_start(folder: pathlib.Path) -> dict[str, Any]:
@@ -129,10 +143,12 @@ def record_start(folder: pathlib.Path, config: Mapping[str, Any], anew: bool = F
 
     Args:
       folder: of the stage; made if missing.
-      config: what its results depend on.
+      config: what its results depend on; attempts with another one do not count.
       anew: earlier attempts do not count.
     """
-    start = {"seconds": []} if anew or not (folder / START).exists() else _read_start(folder)
+    start = _read_start(folder) if files.exists(folder / START) else {}
+    if anew or start.get("config") != _as_json(config):
+        start = {"seconds": []}
     if start["seconds"] and start["seconds"][-1] is None:
         newest = max(path.lstat().st_mtime for path in folder.rglob("*"))
         start["seconds"][-1] = round(max(0.0, newest - start["began"]), 2)
@@ -141,11 +157,18 @@ def record_start(folder: pathlib.Path, config: Mapping[str, Any], anew: bool = F
     return spent
 
 
-def record_end(folder: pathlib.Path, seconds: float) -> None:
-    """Notes how long an attempt that failed took; never hides why it failed (the disk may be full)."""
+def record_end(folder: pathlib.Path, seconds: float, error: BaseException) -> None:
+    """Notes how an attempt failed and how long it took; never hides why it failed (the disk may be full).
+
+    An attempt was refused where a line about its input ended it before any state of training was saved. Its
+    configuration may be corrected without a restart.
+    """
+    refused = isinstance(error, UserError) and not any(
+        path.name.isdecimal() for path in folder.rglob("checkpoints/*"))
     with contextlib.suppress(UserError):
         start = _read_start(folder)
-        files.write_json(folder / START, start | {"seconds": [*start["seconds"][:-1], round(seconds, 2)]})
+        files.write_json(folder / START, start | {"seconds": [*start["seconds"][:-1], round(seconds, 2)],
+                                                  "refused": refused})
 
 
 def record_done(folder: pathlib.Path, config: Mapping[str, Any], seconds: float, results: Mapping[str, Any]) -> None:
@@ -154,13 +177,14 @@ def record_done(folder: pathlib.Path, config: Mapping[str, Any], seconds: float,
                                      "results": results})
 
 
-def discard(root: pathlib.Path, names: Sequence[str], log: Callable[[str], None]) -> None:
+def discard(root: pathlib.Path, names: Sequence[str], why: str, log: Callable[[str], None]) -> None:
     """Moves the stages called `names` to `root`/discarded/DATE/, and says so; what is no stage's folder stays.
 
     Args:
       root: the work directory.
       names: in the order in which stages are made from each other. The last goes first, so that a kill in between
         never leaves one whose origin is gone.
+      why: begins every line.
       log: takes one line.
 
     Raises:
@@ -170,16 +194,16 @@ def discard(root: pathlib.Path, names: Sequence[str], log: Callable[[str], None]
     if not made:
         return
     for name in made:
-        if (root / name).is_symlink() or os.path.ismount(root / name):
-            raise UserError(f"--restart: {root / name} is a symbolic link or a mounted disk and cannot be moved aside; "
+        if (root / name).is_symlink() or files.is_mount(root / name):
+            raise UserError(f"{why}: {root / name} is a symbolic link or a mounted disk and cannot be moved aside; "
                             "move what it holds yourself")
     try:
         target = _dated(root / DISCARDED)
-        log(f"--restart: moves {', '.join(made)} to {target}; delete that folder when you no longer need it")
+        log(f"{why}: moves {', '.join(made)} to {target}; delete that folder when you no longer need it")
         for name in reversed(made):
             os.rename(root / name, target / name)
     except OSError as error:
-        raise UserError(f"--restart: {error.filename or root} cannot be moved aside: {error.strerror}") from error
+        raise UserError(f"{why}: {error.filename or root} cannot be moved aside: {error.strerror}") from error
 
 
 def _dated(parent: pathlib.Path) -> pathlib.Path:
@@ -194,10 +218,8 @@ def _dated(parent: pathlib.Path) -> pathlib.Path:
     raise UserError(f"{parent}: holds {moment} a thousand times")
 
 
-def remove_half_written(root: pathlib.Path, names: Sequence[str]) -> None:
-    """Removes temporary files (see qcn_jax.files) that a killed run left in stages; this run holds the lock."""
+def clear(root: pathlib.Path, names: Sequence[str]) -> None:
+    """Clears up what a killed run left half-written in stages (see files.recover); this run holds the lock."""
     for name in names:
         if _is_ours(root / name):
-            for path in (root / name).rglob(".*.tmp"):
-                if files.is_temporary(path.name) and path.is_file():
-                    path.unlink(missing_ok=True)
+            files.recover(root / name)

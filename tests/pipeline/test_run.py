@@ -1,6 +1,8 @@
 """Order, resumption, refusal: the main job over small stages written here (tests/pipeline/test_chain.py runs the real ones)."""
 
 import dataclasses
+import errno
+import importlib
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ import pytest
 from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run, workdir
+from tests.rights import ordinary_user
 
 STAGE = """
 import errno, pathlib, time
@@ -275,3 +278,114 @@ def test_an_empty_workdir_is_refused(stages, tmp_path, monkeypatch):
     assert not (tmp_path / ".lock").exists()
     run.run(RunConfig(), ".", stages=("tasks",))  # a choice
     assert workdir.is_done(tmp_path / "tasks")
+
+
+def test_a_later_stage_alone_is_held_against_what_earlier_ones_were_made_with(stages, tmp_path):
+    root = tmp_path / "run"
+    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    before = _tree(root)
+    other = dataclasses.replace(RunConfig(), tokenizer=dataclasses.replace(RunConfig().tokenizer, vocab_size=999))
+    for config, names in ((RunConfig(seed=1), ("sft",)), (RunConfig(seed=1), ("report",)), (other, ("sft", "report"))):
+        made_with = "run/tasks was made .*config.seed was 0 and is 1.*--restart=tasks" if config.seed else (
+            "run/midtrain was made .*tokenizer.vocab_size was .* and is 999.*--restart=midtrain")
+        with pytest.raises(UserError, match=made_with):
+            run.run(config, root, stages=names)
+    assert _tree(root) == before
+    run.run(RunConfig(seed=1), root, stages=("sft",), restart=("tasks",))  # nothing that was made otherwise stays
+    with pytest.raises(UserError, match="run/sft was made .*config.seed was 1 and is 0"):
+        run.run(RunConfig(), root, stages=("experts",))
+
+
+def test_restart_with_a_bad_command_moves_nothing(stages, tmp_path):
+    root = tmp_path / "run"
+    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    before = _tree(root)
+    for arguments, words in (({"stages": ("tusks",)}, "unknown stage"), ({"config": RunConfig(seed=1)}, "seed was 0"),
+                             ({"restart": ("midtrain", "x")}, "--restart: unknown stage 'x'")):
+        with pytest.raises(UserError, match=words):
+            run.run(**{"config": RunConfig(), "workdir": root, "restart": ("midtrain",)} | arguments)
+    assert _tree(root) == before
+
+
+@pytest.mark.parametrize("left", ["pass", "(context.workdir / 'data').mkdir(exist_ok=True)",
+                                  "(context.workdir / 'journal').write_text('half')"])
+def test_a_refused_start_may_be_corrected(stages, tmp_path, capsys, left):
+    root = tmp_path / "run"
+    wrong, right = RunConfig(seed=1), RunConfig(seed=2)
+    stages("tasks", f"{left}; from qcn_jax.errors import UserError; raise UserError('seed is odd')")
+    for _ in range(2):
+        with pytest.raises(UserError, match="seed is odd"):
+            run.run(wrong, root, stages=("tasks",))
+    stages("tasks", "pass")
+    capsys.readouterr()
+    run.run(right, root, stages=("tasks",))
+    assert json.loads((root / "tasks/START.json").read_text())["config"]["seed"] == 2
+    out = capsys.readouterr().out
+    assert ("starts" in out) and ("refused with another configuration: moves tasks to" in out) == ("journal" in left)
+    if "journal" in left:
+        (aside,) = (root / "discarded").iterdir()
+        assert (aside / "tasks/journal").read_text() == "half" and not (root / "tasks/journal").exists()
+
+
+@pytest.mark.parametrize("end", ["raise UserError('loss is NaN')", "raise RuntimeError('boom')"])
+def test_work_is_not_moved_aside_for_another_configuration(stages, tmp_path, end):
+    """Training that has saved its state, and whatever an error of ours ended, is not taken for a refused start."""
+    root = tmp_path / "run"
+    folder = "checkpoints/40/state" if "UserError" in end else "data"
+    stages("midtrain", f"(context.workdir / '{folder}').mkdir(parents=True); (context.workdir / '{folder}/x').touch(); "
+                       f"from qcn_jax.errors import UserError; {end}")
+    with pytest.raises((UserError, RuntimeError)):
+        run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    with pytest.raises(UserError, match="run/midtrain was made with another configuration: config.init was"):
+        run.run(RunConfig(init="random"), root, stages=("tasks", "midtrain"))
+    assert (root / "midtrain" / folder / "x").exists()
+
+
+def test_half_written_models_are_cleared_up_and_an_old_one_is_put_back(stages, tmp_path):
+    root = tmp_path / "run"
+    run.run(RunConfig(), root, stages=("tasks",))
+    for name in ("tasks/.model.abc_1234.tmp/shard", "tasks/x/.model.abc_1234.tmp.old/config.json"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text(name)
+    run.run(RunConfig(), root, stages=())
+    assert not (root / "tasks/.model.abc_1234.tmp").exists()
+    assert [path.name for path in (root / "tasks/x").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch, number):
+    def lockf(stream, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(workdir.fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=f"cannot be locked against a second run: {os.strerror(number)}; choose"):
+        run.run(RunConfig(), tmp_path / "run", stages=())
+
+
+@pytest.mark.parametrize("path, mode, words", [
+    ("", 0o500, "--workdir=.*run: cannot be written: no permission to write into "),
+    ("", 0o000, "--workdir=.*run: cannot be written: no permission to write into "),
+    (".lock", 0o400, "--workdir=.*run: cannot be written: Permission denied"),
+    ("tasks", 0o000, "run/tasks: cannot be written: no permission to write into "),
+    ("tasks/START.json", 0o000, "run/tasks/START.json: cannot be read: Permission denied"),
+    ("tasks/DONE.json", 0o000, "run/tasks/DONE.json: cannot be read: Permission denied"),
+    ("midtrain", 0o500, "run/midtrain: cannot be written: no permission to write into "),
+    ("midtrain", 0o300, "run/midtrain: cannot be read: Permission denied"),
+])
+def test_rights_of_an_ordinary_user(stages, path, mode, words):
+    """Each is one line that names the path, before any stage works."""
+    stages("midtrain", "raise RuntimeError('boom')")
+    for name in ("tasks", "midtrain"):
+        importlib.import_module(f"small_{name}")
+    with ordinary_user() as folder:
+        root = folder / "run"
+        with pytest.raises(RuntimeError, match="boom"):
+            run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+        if mode == 0o300:
+            (root / path / workdir.START).unlink()
+        before = _calls(root)
+        (root / path).chmod(mode)
+        with pytest.raises(UserError, match=words):
+            run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+        (root / path).chmod(0o700)
+        assert _calls(root) == before

@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from qcn_jax.config import ModelConfig, RolloutConfig
 from qcn_jax.errors import UserError
-from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
-from qcn_jax.pipeline.train.checkpoints import Checkpoints
 from qcn_jax.pipeline.data.packing import pack
-from qcn_jax.pipeline.train.metrics import MetricsLog
 from qcn_jax.pipeline.rl.rollout import RolloutRecord, Stop, Stopped
+from qcn_jax.pipeline.train.checkpoints import Checkpoints
 from qcn_jax.pipeline.train.loop import TrainState, interrupted, stop_signals
+from qcn_jax.pipeline.train.metrics import MetricsLog
 
 T = TypeVar("T")
 

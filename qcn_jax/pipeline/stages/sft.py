@@ -18,15 +18,15 @@ import numpy as np
 
 from qcn_jax import hub
 from qcn_jax.agents import scaffolds
-from qcn_jax.recipes.nano.solver import Trajectory
+from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.errors import UserError
-from qcn_jax.recipes.nano import guesses
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
-from qcn_jax.chat.encoder import ChatEncoder
-from qcn_jax.pipeline.train.fit import fit, input_rows
 from qcn_jax.pipeline.data.splits import split_tasks
+from qcn_jax.pipeline.train.fit import fit, input_rows
 from qcn_jax.pipeline.train.loop import interrupted, stop_signals
+from qcn_jax.recipes.nano import guesses
+from qcn_jax.recipes.nano.solver import Trajectory
 from qcn_jax.recipes.nano.trajectories import collect, plan
 
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qcn_jax.config import OptimizerConfig, ExpertsConfig, RolloutConfig
+from qcn_jax.config import ExpertsConfig, OptimizerConfig, RolloutConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rl import online
-from qcn_jax.pipeline.train.metrics import read_metrics
-from qcn_jax.pipeline.train.optimizer import make_optimizer
 from qcn_jax.pipeline.rl.learner import Learner, policy_loss
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply, RolloutRecord, Turn
 from qcn_jax.pipeline.train.loop import Interrupted, TrainState
+from qcn_jax.pipeline.train.metrics import read_metrics
+from qcn_jax.pipeline.train.optimizer import make_optimizer
 from qcn_jax.pipeline.train.update import Updater
 from tests.pipeline.micro import MODEL, STOP, micro_params
 

@@ -17,9 +17,9 @@ import pytest
 
 from qcn_jax.config import OptimizerConfig
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.train import loop, metrics, optimizer
 from qcn_jax.pipeline.train.checkpoints import Checkpoints
-from qcn_jax.pipeline.data import loader
 
 STEPS, ROWS, LENGTH = 24, 4, 16
 CONFIG = OptimizerConfig(learning_rate=0.05, warmup_steps=4)
