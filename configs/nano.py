@@ -1,7 +1,9 @@
 """The whole chain on a laptop: repositories to a trained and evaluated agent, on two CPU cores.
 
     qcn run --config=configs/nano.py --workdir=runs/nano
+    qcn run --config=configs/nano.py:quick --workdir=runs/quick
 
+`quick` goes through every stage in about four minutes, to show that everything works; what it trains has learned nothing.
 Starts from the packaged base checkpoint (configs/nano_base.py made it; `--config.init=random` starts from nothing).
 """
 
@@ -9,6 +11,7 @@ from qcn_jax.config import (
     DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RolloutConfig, RunConfig,
     SftConfig, TasksConfig, TokenizerConfig, TrainConfig, to_config_dict,
 )
+from qcn_jax.errors import UserError
 from qcn_jax.recipes.nano import repositories
 
 # Kinds whose repair is one short span, which a model of this size can learn to find and to write.
@@ -21,8 +24,34 @@ TEMPLATES = ("qwen3_coder", "qwen3_xml_mixed", "hermes", "typescript", "react", 
 LENGTH = 768  # tokens of a packed row, and the longest episode
 
 
-def get_config():
-    """2.3 million parameters, 0.9 million of them active per token."""
+def get_config(pace=""):
+    """2.3 million parameters, 0.9 million of them active per token; `pace` is empty or quick."""
+    if pace not in ("", "quick"):
+        raise UserError(f"--config=configs/nano.py:{pace}: unknown; allowed: quick, or nothing behind the file's name")
+    config = full()
+    return quicker(config) if pace == "quick" else config
+
+
+def quicker(config):
+    """Few tasks of small repositories, few steps; two compiled training shapes instead of four."""
+    config.name, config.sandbox = "nano_quick", "local"
+    tasks, midtrain, sft, experts, distill = config.tasks, config.midtrain, config.sft, config.experts, config.distill
+    tasks.repos_train, tasks.repos_heldout = ("uritemplate==4.2.0", "munch==4.0.0", "textfsm==2.1.0"), ("xmltodict==1.0.4", "parse==1.22.4")
+    tasks.train, tasks.heldout, tasks.candidates_per_repo = 24, 12, 60
+    midtrain.corpus_megabytes, midtrain.train.steps = 0.3, 10
+    sft.guesses, sft.trajectories_per_task, sft.train.steps = 0, 1, 30
+    for stage in (experts, distill):
+        stage.updates, stage.prompts, stage.group_size = 2, 3, 4
+    experts.greedy_turns = ()
+    for stage in (experts, distill, config.evaluate):
+        stage.rollout.slots = 24
+    config.evaluate.tasks, config.evaluate.pass_k_tasks, config.evaluate.samples = 12, 2, 2
+    config.evaluate.sft_control = False
+    return config
+
+
+def full():
+    """The main job."""
     model = ModelConfig(
         vocab_size=1104, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, max_position_embeddings=LENGTH, rope_theta=10_000.0, linear_num_key_heads=4,
