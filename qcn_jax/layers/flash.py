@@ -80,6 +80,18 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[A
     return out, (q, k, v, segment_ids, out, log_sum)
 
 
+def _add_to_first(total: Array, part: Array) -> Array:
+    """`total` [B, K, T, H] with `part` [B, K, S, H] added to its first S tokens."""
+    size = part.shape[2]
+    if size < total.shape[2]:
+        return total.at[:, :, :size].add(part)
+    # The same with an index that is computed here: that of `.at` would be a constant without elements, which JAX hands
+    # to per-device programs as an argument, and on such arguments XLA's CPU compiler of JAX 0.11 dies (signal 11).
+    axes = jax.lax.ScatterDimensionNumbers(tuple(range(total.ndim)), (), ())
+    return jax.lax.scatter_add(
+        total, jnp.zeros(0, jnp.int32), part, axes, indices_are_sorted=True, unique_indices=True)
+
+
 def _backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segment_ids, out, log_sum = residuals
     scale = q.shape[-1] ** -0.5
@@ -92,8 +104,8 @@ def _backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, 
         dweights = einsum_float32("bksh,bkrth->bksrt", value, grad)
         dlogits = (weights * (dweights - rows(inner)[:, :, None]) * scale).astype(q.dtype)
         dq.append(_combine(key, dlogits))
-        dk = dk.at[:, :, :end].add(einsum_float32("bksrt,bkrth->bksh", dlogits, query))
-        dv = dv.at[:, :, :end].add(einsum_float32("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
+        dk = _add_to_first(dk, einsum_float32("bksrt,bkrth->bksh", dlogits, query))
+        dv = _add_to_first(dv, einsum_float32("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -56,3 +56,18 @@ def test_bfloat16_keeps_its_dtype_and_reduces_in_float32():
     assert out.dtype == jnp.bfloat16
     expected = reference(*(np.asarray(x, np.float32) for x in rounded), segments)
     assert np.abs(out.astype(jnp.float32) - expected).max() < 0.03  # values up to 4, of 8 bits
+
+
+@pytest.mark.parametrize("length", [MIN_BLOCK, MIN_BLOCK + 9])
+def test_gradients_hold_no_array_without_elements(length):
+    """The smallest program that killed the CPU compiler of JAX 0.11 (signal 11 in Shardy's import) was
+
+        jax.jit(jax.shard_map(lambda x: jnp.zeros_like(x).at[:, :].add(x), mesh=..., in_specs=P("c"), out_specs=P("c")))
+
+    as `[:, :]` is an index of no elements, a constant, which becomes an argument of the program of each device.
+    """
+    q, k, v, segments = inputs(length)
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(causal_attention(*x, segments)), argnums=(0, 1, 2)))
+    constants = jax.jit(lambda x: x.at[:, :, :].add(x)).lower(k).as_text().count("dense<> : tensor<0x")
+    assert constants == 1  # so would such an index be seen
+    assert "dense<> : tensor<0x" not in gradients.lower(q, k, v).as_text()
