@@ -114,11 +114,11 @@ class World:
 
 
 def make_provider(kind: str, state_dir: pathlib.Path, isolation: str = "shared", limits: Limits = LIMITS) -> Provider:
-    """A provider of one back end; local ones only with walls, because these tests attack them."""
+    """A provider of one back end; local ones only with namespaces, because these tests attack them."""
     if kind == "docker":
         return DockerProvider(str(state_dir), limits, isolation)
     provider = LocalProvider(str(state_dir), limits, isolation)
-    if provider.walls != "namespaces":
+    if provider.containment != "namespaces":
         pytest.skip(f"no namespaces on this machine: {provider.reason}")
     return provider
 

@@ -5,9 +5,9 @@
   qcn verify --tasks=tasks.jsonl --reruns=3 --sample=200
 
 Held-out tests are checked like the others. With --reruns every task's tests run so many further times in the defective
-and in the mended state, and those that waver are named. Repositories named `name==version` are downloaded (or taken
+and in the mended state, and flaky ones are named. Repositories named `name==version` are downloaded (or taken
 from the cache); archives and folders are given with --repo. Every grading and every unpatched run has a fresh sandbox.
-Exit status 0 means that all tasks are sound.
+Exit status 0 means that all tasks are valid.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses flags and verifies; returns 0 when every task is sound."""
+    """Parses flags and verifies; returns 0 when every task is valid."""
     values = flags.FlagValues()
     flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema.", flag_values=values, required=True)
     task_repositories.define(values)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     specs = task_repositories.find(values, tasks)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
-    unsound = wavering = 0
+    invalid = flaky_tasks = 0
     count = len(tasks) + len(foreign)
     with contextlib.ExitStack() as stack:
         checks = _foreign(foreign, values)
@@ -67,17 +67,17 @@ def main(argv: Sequence[str]) -> int:
             checks = itertools.chain(verify.verify(pool, tasks, values.reruns), checks)
         for check in tqdm.tqdm(checks, total=count, desc="verifying", unit="task", file=sys.stderr):
             if check.problems:
-                unsound += 1
+                invalid += 1
                 print(f"{check.instance_id}: {'; '.join(check.problems)}")
             for name, words in check.flaky.items():
                 print(f"{check.instance_id}: flaky: {name}: {words}")
-            wavering += bool(check.flaky)
+            flaky_tasks += bool(check.flaky)
     if count < total:
         print(f"a sample of {count} of {total} tasks")
     if values.reruns:
-        print(f"flaky: {wavering} of {count} tasks ({wavering / count:.1%}) in {values.reruns} runs of both states")
-    print(f"{count - unsound} of {count} tasks are sound: gold patch resolves, empty patch does not")
-    return 1 if unsound else 0
+        print(f"flaky: {flaky_tasks} of {count} tasks ({flaky_tasks / count:.1%}) in {values.reruns} runs of both states")
+    print(f"{count - invalid} of {count} tasks are valid: gold patch resolves, empty patch does not")
+    return 1 if invalid else 0
 
 
 def _foreign(tasks: Sequence[Task], values: flags.FlagValues) -> Iterator["Check"]:

@@ -2,11 +2,11 @@
 
 The compiler sees neither into kernels nor through a recurrence, so the cores of both mixers run per device. Heads are
 split over the axes of `activation_heads`; where a sequence is split too (context parallelism), device c holds the c-th
-stretch of every row, and
+shard of every row, and
   attention       exchanges the split of length for a split of heads and back (all-to-all), which keeps causal work
                   even and runs the same attention as one device does;
-  the delta rule  composes the affine map S -> A S + B of every stretch in log2(devices) steps;
-  the convolution receives the last taps - 1 tokens of the stretch before.
+  the delta rule  composes the affine map S -> A S + B of every shard in log2(devices) steps;
+  the convolution receives the last taps - 1 tokens of the shard before.
 
 Axes: B batch, T tokens, N query heads, K key/value heads, H head dim; H key heads, R value heads per key head, dk/dv
 their widths for the delta rule.
@@ -153,18 +153,18 @@ def _local_delta_rule(
 
 
 def continuing(segment_ids: Array, axes: Axes) -> Array:
-    """[B] float32: 1 where a stretch's first document, by segment_ids [B, T / c], began in the stretch before."""
+    """[B] float32: 1 where a shard's first document, by segment_ids [B, T / c], began in the shard before."""
     return (previous_tokens(segment_ids, 1, axes)[:, 0] == segment_ids[:, 0]).astype(jnp.float32)
 
 
 def received_states(carried: Array, added: Array, continues: Array, axes: Axes) -> Array:
-    """The state that every stretch receives.
+    """The state that every shard receives.
 
     Args:
-      carried: [B, H, R, dk, dk], and added: [B, H, R, dk, dv], what this device's stretch does to a state S:
+      carried: [B, H, R, dk, dk], and added: [B, H, R, dk, dv], what this device's shard does to a state S:
         S -> carried S + added.
       continues: [B], 1 where its first document began before, 0 where the state is to be forgotten.
-      axes: mesh axes along which stretches lie.
+      axes: mesh axes along which shards lie.
 
     Returns:
       [B, H, R, dk, dv].
@@ -174,9 +174,9 @@ def received_states(carried: Array, added: Array, continues: Array, axes: Axes) 
 
 
 def handed_gradients(carried: Array, d_received: Array, continues: Array, axes: Axes) -> Array:
-    """The gradient of the state that every stretch hands on; the transpose of `received_states`.
+    """The gradient of the state that every shard hands on; the transpose of `received_states`.
 
-    `d_received` [B, H, R, dk, dv] is the gradient of the state that the stretch receives, as its own outputs give it.
+    `d_received` [B, H, R, dk, dv] is the gradient of the state that the shard receives, as its own outputs give it.
     """
     continues = continues[:, None, None, None, None]
     carried = jnp.swapaxes(carried * continues, -1, -2)
@@ -184,9 +184,9 @@ def handed_gradients(carried: Array, d_received: Array, continues: Array, axes: 
 
 
 def _composed(carried: Array, added: Array, axes: Axes, direction: int) -> Array:
-    """What becomes of zero along all stretches up to each device's own, by the maps S -> carried S + added of each.
+    """What becomes of zero along all shards up to each device's own, by the maps S -> carried S + added of each.
 
-    `direction` is 1 from the first stretch on, -1 from the last.
+    `direction` is 1 from the first shard on, -1 from the last.
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     size, step = jax.lax.axis_size(axes), 1
@@ -211,7 +211,7 @@ def previous_tokens(x: Array, size: int, axes: Axes) -> Array:
     """The `size` tokens before those of x [B, T / c, ...], zeros at the start of the sequence.
 
     Raises:
-      UserError: a stretch is shorter than that.
+      UserError: a shard is shorter than that.
     """
     if x.shape[1] < size:
         raise UserError(f"--config.mesh.context: {x.shape[1]} tokens of a sequence per device; the convolution needs "

@@ -32,7 +32,7 @@ def archive(tmp_path_factory):
 def start(archive, folder):
     """A local provider with namespaces and the repository prepared."""
     provider = local.LocalProvider(str(folder), LIMITS)
-    if provider.walls != "namespaces":
+    if provider.containment != "namespaces":
         provider.close()
         pytest.skip(f"no namespaces on this machine: {provider.reason}")
     provider.prepare(RepositorySpec("victim==1.2.3", archive))

@@ -1,4 +1,4 @@
-"""`qcn synthesize` and `qcn verify` as commands: a killed run continues, unsound tasks are named."""
+"""`qcn synthesize` and `qcn verify` as commands: a killed run continues, invalid tasks are named."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def qcn(tmp_path, *arguments, **options):
 
 
 def test_synthesize_killed_and_verified(tmp_path):
-    """kill -9 in the middle, the same command again: the tasks of an uninterrupted run; all of them sound."""
+    """kill -9 in the middle, the same command again: the tasks of an uninterrupted run; all of them valid."""
     repo = write_repository(tmp_path)
     common = ["synthesize", f"--repo={repo}", "--kinds=flip_comparison,change_constant", "--sandbox=local", "--workers=1"]
     first = qcn(tmp_path, *common, "--out=a.jsonl")
@@ -51,7 +51,7 @@ def test_synthesize_killed_and_verified(tmp_path):
         process = qcn(tmp_path, "verify", f"--tasks={name}.jsonl", f"--repo={repo}", "--sandbox=local", "--isolation=shared")
         out, err = process.communicate(timeout=900)
         assert process.returncode == status, out + err
-    assert rows[1]["instance_id"] in out and "2 of 3 tasks are sound" in out
+    assert rows[1]["instance_id"] in out and "2 of 3 tasks are valid" in out
 
 
 def clone_with_a_change(tmp_path, imports=""):
@@ -99,7 +99,7 @@ def test_what_the_tests_need_is_set_up(tmp_path):
         status, text = run("evaluate", "--tasks=with.jsonl", "--predictions=gold.jsonl", f"--out=out{resolved}", *given)
         assert status == 0 and json.loads((tmp_path / f"out{resolved}/summary.json").read_text())["resolved"] == resolved
     status, text = run("verify", "--tasks=with.jsonl", setup)
-    assert status == 0 and "1 of 1 tasks are sound" in text
+    assert status == 0 and "1 of 1 tasks are valid" in text
 
 
 def test_all_strategies(tmp_path):
@@ -124,7 +124,7 @@ def test_all_strategies(tmp_path):
                   "--reruns=1", "--workers=1")
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
-    assert f"{len(rows)} of {len(rows)} tasks are sound" in out and f"flaky: 0 of {len(rows)} tasks" in out
+    assert f"{len(rows)} of {len(rows)} tasks are valid" in out and f"flaky: 0 of {len(rows)} tasks" in out
 
 
 @pytest.mark.parametrize(

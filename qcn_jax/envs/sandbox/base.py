@@ -125,10 +125,10 @@ class Sandbox:
         """Runs a shell command in the repository folder; everything it started is killed when it ends.
 
         Raises:
-          PermissionError: nothing on this machine would keep the command in (LocalProvider, walls "none").
+          PermissionError: nothing on this machine would keep the command in (LocalProvider, containment "none").
         """
         if not self._provider.commands_allowed:
-            raise PermissionError("commands are refused: this machine offers no walls to run them behind")
+            raise PermissionError("commands are refused: this machine cannot isolate them")
         reply, _ = self._call("execute", command=command, timeout=timeout, env=dict(env or {}))
         return ExecResult(reply["exit_code"], reply["output"], reply["timed_out"], reply["out_of_memory"],
                           reply["seconds"])

@@ -23,7 +23,7 @@ def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits:
       image: base image for docker; by default one is found, pulled or made.
       spares: servers kept started ahead of need with isolation "container".
       image_budget_mb: disk space for images above the base; the longest unused are removed.
-      **local_options: `walls` of LocalProvider.
+      **local_options: `containment` of LocalProvider.
 
     Raises:
       UserError: docker was demanded and is not to be had, or `kind` is unknown.

@@ -1,4 +1,4 @@
-"""The back end without Docker: the strongest walls that this machine allows.
+"""The back end without Docker: the strongest isolation that this machine allows.
 
 namespaces  (as root, or through a user namespace) a root file system of its own in memory, no network, its own
             processes, and, as root, a user id for each workspace
@@ -46,40 +46,40 @@ class LocalProvider(Provider):
 
     kind = "local"
 
-    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", walls: str = "auto",
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", containment: str = "auto",
                  spares: int = 0):
-        """`walls` is auto (the strongest that works), namespaces, filters or none.
+        """`containment` is auto (the strongest that works), namespaces, filters or none.
 
         Raises:
-          UserError: tested code could only be run as root, or the walls asked for are not to be had.
+          UserError: tested code could only be run as root, or the containment asked for cannot be had.
         """
         super().__init__(state_dir, limits, isolation, spares)
         self.runtime = build_runtime(self.state_dir)
         self.reason, self.commands_allowed, self._spare = "", True, None
         self._remove_leftovers()
-        if walls in ("auto", "namespaces"):
+        if containment in ("auto", "namespaces"):
             try:
-                self.walls = "namespaces"
+                self.containment = "namespaces"
                 self._spare = self._namespaces()  # the first server, and the proof that it works
             except SandboxError as error:
                 self.reason = str(error).removeprefix("the sandbox's server ended: ")
-                if walls == "namespaces":
+                if containment == "namespaces":
                     raise UserError(f"--config.sandbox=local: namespaces are not allowed here ({self.reason})") from error
-                self.walls = "filters" if filters.landlock_version() else "none"
-                self.commands_allowed = self.walls != "none"
+                self.containment = "filters" if filters.landlock_version() else "none"
+                self.commands_allowed = self.containment != "none"
         else:
-            self.walls = walls
-        if self.walls != "namespaces" and os.geteuid() == 0 and not self._separate():
+            self.containment = containment
+        if self.containment != "namespaces" and os.geteuid() == 0 and not self._separate():
             raise UserError("--config.sandbox=local: as root this needs namespaces (CAP_SYS_ADMIN), or an interpreter "
                             "and a folder for state that other users can read: nothing is ever run as root")
 
     def describe(self) -> str:
-        if self.walls == "namespaces":
+        if self.containment == "namespaces":
             users = "a user id per workspace" if os.geteuid() == 0 else "an unprivileged user namespace"
             return f"local: namespaces (no network, own root file system, {users}), resource limits"
         users = "a user id per workspace" if self._separate() else "the calling user"
         reason = f" (no namespaces: {self.reason})" if self.reason else ""
-        if self.walls == "filters":
+        if self.containment == "filters":
             return f"local: Landlock and seccomp (no network, no files of others), {users}, resource limits{reason}"
         return f"local: resource limits and {users} only; the network and the machine's files are within reach{reason}"
 
@@ -94,7 +94,7 @@ class LocalProvider(Provider):
             if server.alive():
                 return server
             server.close()
-        return self._namespaces() if self.walls == "namespaces" else self._plain()
+        return self._namespaces() if self.containment == "namespaces" else self._plain()
 
     def close(self) -> None:
         super().close()
@@ -123,10 +123,10 @@ class LocalProvider(Provider):
             os.close(held)
 
     def _options(self, work: str, separate: bool) -> dict[str, Any]:
-        limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.walls == "namespaces")
+        limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.containment == "namespaces")
         mebibyte = 1 << 20
-        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.walls == "namespaces",
-                "readable": self._readable() if self.walls == "filters" else None,
+        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.containment == "namespaces",
+                "readable": self._readable() if self.containment == "filters" else None,
                 "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
                            "disk": limits.disk_mb * mebibyte,
                            # Without ids of our own the limit would count all of the user's processes.

@@ -1,4 +1,4 @@
-"""Held-out tests: calls that no test of the repository makes, and what the mended code gives for them.
+"""Held-out tests: calls that no test of the repository makes, and what the fixed code gives for them.
 
 Functions of a module that were seen misbehaving are called with arguments that vary those of the failing test. Calls
 that end differently in the two states become tests that a right fix must pass; some that end alike guard the rest.
@@ -86,11 +86,11 @@ def call_all(sandbox: Sandbox, wanted: Sequence[Mapping[str, Any]], timeout: flo
 
 
 def add(
-    task: Task, good: Sequence[Any], bad: Sequence[Any], sandbox: Sandbox, mended: Mapping[str, str], timeout: float
+    task: Task, good: Sequence[Any], bad: Sequence[Any], sandbox: Sandbox, fixed: Mapping[str, str], timeout: float
 ) -> Task:
-    """The task with tests of what calls gave in the mended (`good`) and in the defective state (`bad`).
+    """The task with tests of what calls gave in the fixed (`good`) and in the defective state (`bad`).
 
-    Those are kept that the sandbox (in the defective state) and the files `mended` bear out; without one that tells
+    Those are kept that the sandbox (in the defective state) and the files `fixed` bear out; without one that tells
     the states apart the task is returned unchanged.
     """
     pairs = [(a, b) for a, b in zip(good, bad) if a is not None and b is not None]
@@ -101,7 +101,7 @@ def add(
     lines = ["import pytest\n\n", *(f"import {module}\n" for module in sorted({call[0] for call in chosen}))]
     lines += [f"\n\ndef test_{number}():\n{_body(*call[1:])}" for number, call in enumerate(chosen)]
     names = [f"{PATH}::test_{number}" for number in range(len(chosen))]
-    return _borne_out(task, PATH, "".join(lines), names, sandbox, mended, timeout)
+    return _borne_out(task, PATH, "".join(lines), names, sandbox, fixed, timeout)
 
 
 def _body(expression: str, outcome: str, text: str) -> str:
@@ -110,23 +110,23 @@ def _body(expression: str, outcome: str, text: str) -> str:
     return f"    assert {expression} == {text}\n"
 
 
-def mirrored(task: Task, sandbox: Sandbox, mended: Mapping[str, str], timeout: float) -> Task:
-    """The task with copies of some of its tests, as the sandbox (in the defective state) and `mended` bear them out."""
+def mirrored(task: Task, sandbox: Sandbox, fixed: Mapping[str, str], timeout: float) -> Task:
+    """The task with copies of some of its tests, as the sandbox (in the defective state) and `fixed` bear them out."""
     path = task.FAIL_TO_PASS[0].split("::")[0]
     copy = posixpath.join(posixpath.dirname(path), PATH)
     text = sandbox.read(path)
     names = [copy + name.removeprefix(path) for group in (task.FAIL_TO_PASS, task.PASS_TO_PASS)
              for name in [name for name in group if name.startswith(f"{path}::")][:TESTS]]
-    return _borne_out(task, copy, text, names, sandbox, mended, timeout)
+    return _borne_out(task, copy, text, names, sandbox, fixed, timeout)
 
 
 def _borne_out(
-    task: Task, path: str, text: str, names: Sequence[str], sandbox: Sandbox, mended: Mapping[str, str], timeout: float
+    task: Task, path: str, text: str, names: Sequence[str], sandbox: Sandbox, fixed: Mapping[str, str], timeout: float
 ) -> Task:
     """The task with the tests `names` of the file `path`, as far as they do what they should in both states."""
     sandbox.write(path, text)
     before = sandbox.run_tests(names, timeout).outcomes
-    for place, content in mended.items():
+    for place, content in fixed.items():
         sandbox.write(place, content)
     after = sandbox.run_tests(names, timeout).outcomes
     passing = [name for name in names if after.get(name) in PASSING]

@@ -101,7 +101,7 @@ def without_near_duplicates(tasks: Iterable[Task], threshold: float = NEAR) -> t
 def flaky_tests(provider: Provider, task: Task, runs: int) -> dict[str, str]:
     """Tests of a task that do not give the same outcome in `runs` runs: {test: "3 of 5 with the defect"}.
 
-    Every run has a fresh sandbox; half of what is looked at is the defective state, half the mended one.
+    Every run has a fresh sandbox; half of what is looked at is the defective state, half the fixed one.
 
     Raises:
       SandboxError: the back end failed.
@@ -111,9 +111,9 @@ def flaky_tests(provider: Provider, task: Task, runs: int) -> dict[str, str]:
     start = dict(grading.starting_changes(task, pristine))
     if task.test_patch:
         start |= patches.apply_changes({**pristine, **_present(start)}, task.test_patch)
-    mended = start | patches.apply_changes({**pristine, **_present(start)}, task.patch)
+    fixed = start | patches.apply_changes({**pristine, **_present(start)}, task.patch)
     found: dict[str, str] = {}
-    for state, overlay in (("with the defect", start), ("mended", mended)):
+    for state, overlay in (("with the defect", start), ("fixed", fixed)):
         passed: collections.Counter[str] = collections.Counter()
         for _ in range(runs):
             with sandbox(provider, task.repo, overlay, role="grading") as place:

@@ -1,6 +1,6 @@
 """Problem statements from behaviour: what was called, what came, what was expected; never from the diff.
 
-The calls of one failing test are recorded in the defective and in the mended state (inside/observe.py). The
+The calls of one failing test are recorded in the defective and in the fixed state (inside/observe.py). The
 first call to end that was given equal arguments and gave something else is what the statement tells; because
 inner calls end before outer ones, it is the innermost function seen misbehaving.
 """

@@ -252,7 +252,7 @@ class Options:
 
 
 def check(provider: Provider, candidate: Candidate, options: Options = Options()) -> Verdict:
-    """Executes a candidate: defective state, mended by the reverse patch, further times the defective state."""
+    """Executes a candidate: defective state, fixed by the reverse patch, further times the defective state."""
     spent: list[tuple[float, float]] = []
     outcome, task = "kept", None
     try:
@@ -280,13 +280,13 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if any(run["test"] is None for run in buggy):
         raise _Rejected("masked")  # one of several defects does not show beside the others
     gold = patches.make_diff(candidate.after_files, candidate.before_files)
-    mended = patches.apply_diff(candidate.after_files, gold)
-    for path, text in mended.items():
+    fixed_files = patches.apply_diff(candidate.after_files, gold)
+    for path, text in fixed_files.items():
         sandbox.write(path, text)
     fixed = [_run(sandbox, candidate, (run["test"],), timeout, spent, always=True,
                   tests=candidate.tests if run is first else part) for run, part in zip(buggy, parts)]
     if any(fixed[0]["outcomes"].get(name) not in PASSING for name in candidate.tests):
-        raise _Rejected("not_mended")
+        raise _Rejected("not_fixed")
     if any(a["again"] in PASSING or b["again"] not in PASSING for a, b in zip(buggy, fixed)):
         raise _Rejected("flaky")
     observations, text = _statement(candidate, buggy, fixed, failing, options)
@@ -298,19 +298,20 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if options.words:
         text = statement.worded(text, observations[0].function if observations else "", gold, options.words)
     wanted = _unseen_calls(candidate, buggy, fixed) if options.held_out else []
-    mended_calls = heldout.call_all(sandbox, wanted, timeout)
+    fixed_calls = heldout.call_all(sandbox, wanted, timeout)
     for _ in range(options.reruns):
         sandbox.reset()
         again = _run(sandbox, candidate, (), timeout, spent)
         if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
             raise _Rejected("flaky")
     task = _task(candidate, gold, failing, passing, observations[0] if observations else None, text)
-    if mended_calls:
+    if fixed_calls:
         sandbox.reset()
-        task = heldout.add(task, mended_calls, heldout.call_all(sandbox, wanted, timeout), sandbox, mended, timeout)
+        task = heldout.add(task, fixed_calls, heldout.call_all(sandbox, wanted, timeout), sandbox, fixed_files,
+                           timeout)
     if options.held_out and not task.held_out_patch:
         sandbox.reset()
-        task = heldout.mirrored(task, sandbox, mended, timeout)
+        task = heldout.mirrored(task, sandbox, fixed_files, timeout)
     return quality.scored(task, candidate.callers, candidate.suite)
 
 
@@ -318,7 +319,8 @@ def _unseen_calls(
     candidate: Candidate, buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Calls like those that misbehaved, with other arguments."""
-    seen = [found for run, mended in zip(buggy, fixed) for found in statement.differing(run["calls"], mended["calls"])]
+    seen = [found for run, reference in zip(buggy, fixed)
+            for found in statement.differing(run["calls"], reference["calls"])]
     return heldout.calls(seen, candidate.key)
 
 
@@ -330,8 +332,8 @@ def _statement(
     only = (candidate.path, candidate.function) if options.at_fault else None
     observations, texts = [], []
     limit = options.characters // len(buggy)
-    for run, mended in zip(buggy, fixed):
-        observation = statement.find(run["calls"], mended["calls"], only)
+    for run, reference in zip(buggy, fixed):
+        observation = statement.find(run["calls"], reference["calls"], only)
         told = observation is not None and observation not in observations
         if not told and not options.tests_may_tell:
             raise _Rejected("unobserved")

@@ -13,7 +13,7 @@ from qcn_jax.envs.tasks.schema import Task
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One task's result: `problems` is empty when the task is sound; `flaky` says how tests wavered (quality.py)."""
+    """One task's result: `problems` is empty when the task is valid; `flaky` says how tests were flaky (quality.py)."""
 
     instance_id: str
     problems: tuple[str, ...]

@@ -1,8 +1,8 @@
 """What stands between a DeltaNet layer's two projections as Pallas TPU kernels (kernels.mixer_kernels).
 
-Of rows whose length is split over devices, each device has a stretch. It receives the rows before the stretch, for its
-convolution, and the state before it: what a stretch does to a state is an affine map, which a first kernel finds, and
-the maps of all stretches are composed in log2(devices) steps. Gradients of states travel back in the same way.
+Of rows whose length is split over devices, each device has a shard. It receives the rows before the shard, for its
+convolution, and the state before it: what a shard does to a state is an affine map, which a first kernel finds, and
+the maps of all shards are composed in log2(devices) steps. Gradients of states travel back in the same way.
 
 Axes: B batch, T tokens, H key heads, R value heads per key head, N chunks, C chunk, dk/dv widths; W = 2 dk + R dv
 convolved channels of a key head.
@@ -37,13 +37,13 @@ def delta_net(
       eps: of the norm.
       chunk_size: C, a power of two from 16 on (on a TPU best 128).
       key_dim: dk.
-      context: mesh axes along which the rows are split, inside Parallel.per_device; T is then that of a stretch.
+      context: mesh axes along which the rows are split, inside Parallel.per_device; T is then that of a shard.
 
     Returns:
       [B, T, H * R * dv] in qkvz's dtype.
 
     Raises:
-      UserError: a stretch is shorter than the taps before a token.
+      UserError: a shard is shorter than the taps before a token.
     """
     batch, length, channels = qkvz.shape
     heads, repeats = g.shape[2:]
@@ -70,7 +70,7 @@ def _mixer(
 ) -> Array:
     """[B, T, H * R * dv]; arrays as mixer_blocks has them, T padded to whole chunks, `length` without.
 
-    `continues` [B]: 1 where the stretch's first document began in a stretch before.
+    `continues` [B]: 1 where the shard's first document began in a shard before.
     """
     return _forward(qkvz, kernel, rows, weight, continues, sizes, context, length, save=False)[0]
 
@@ -78,7 +78,7 @@ def _mixer(
 def _received(
     reads: Arrays, continues: Array, sizes: Sizes, context: Axes, length: int
 ) -> tuple[Arrays, Array]:
-    """What a stretch receives (before, state) and inverses, by name; and `carried` [B, H, R, dk, dk]."""
+    """What a shard receives (before, state) and inverses, by name; and `carried` [B, H, R, dk, dk]."""
     rows = previous_tokens(reads["qkvz"][:, :length], min(SUBLANES, length), context)
     before = jnp.pad(rows.astype(jnp.float32), ((0, 0), (SUBLANES - rows.shape[1], 0), (0, 0)))
     first = {name: reads[name] for name in ("qkvz", "kernel", "rows")} | {"before": before}
@@ -126,12 +126,12 @@ def _backward(
     d = on_platform(mixer_kernels.backward, sizes)(reads)
     d_qkvz = d["d_qkvz"]
     if context:
-        # The last rows also receive what the next stretch owes them.
-        owed = from_neighbour(d["d_before"], context, -1).reshape(*d["d_before"].shape[:2], sizes.heads, sizes.mixed)
-        owed = jnp.pad(owed, ((0, 0), (0, 0), (0, 0), (0, sizes.width - sizes.mixed)))
+        # The last rows also receive the gradient from the next shard.
+        from_next = from_neighbour(d["d_before"], context, -1).reshape(*d["d_before"].shape[:2], sizes.heads, sizes.mixed)
+        from_next = jnp.pad(from_next, ((0, 0), (0, 0), (0, 0), (0, sizes.width - sizes.mixed)))
         size = min(SUBLANES, length)
-        owed = owed.reshape(*owed.shape[:2], -1)[:, -size:].astype(d_qkvz.dtype)
-        d_qkvz = d_qkvz.at[:, length - size : length].add(owed)
+        from_next = from_next.reshape(*from_next.shape[:2], -1)[:, -size:].astype(d_qkvz.dtype)
+        d_qkvz = d_qkvz.at[:, length - size : length].add(from_next)
     d_weight = jnp.sum(d["d_weight"], axis=(0, 1, 2))[None]
     return d_qkvz, jnp.sum(d["d_kernel"], axis=0), d["d_rows"], d_weight, jnp.zeros_like(continues)
 

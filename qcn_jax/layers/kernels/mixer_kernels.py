@@ -9,9 +9,9 @@ gradient owes them.
 
 Every call reads arrays by name and writes arrays by name; mixer_blocks.Blocks says what each of them is.
 
-`forward` and `backward` are the two passes. A stretch of a sequence whose other stretches lie elsewhere needs the state
+`forward` and `backward` are the two passes. A shard of a sequence whose other shards lie elsewhere needs the state
 that it receives, and in the backward pass the gradient of the state that it hands on: `transfer` and `first_gradient`
-run through a stretch ahead of each pass and write no more than what these follow from.
+run through a shard ahead of each pass and write no more than what these follow from.
 
 Axes: B batch, T tokens (whole chunks), H key heads, R value heads per key head, N chunks, C chunk, dk/dv widths;
 W = 2 dk + R dv convolved channels of a key head.
@@ -37,7 +37,7 @@ FORWARD_HEADS, BACKWARD_HEADS = 2, 2  # key heads of one program
 def forward(sizes: Sizes, save: bool, interpret: bool, reads: Arrays) -> Arrays:
     """The forward pass.
 
-    Reads qkvz, kernel, rows, weight; of a stretch also before, state and the inverses that `transfer` wrote.
+    Reads qkvz, kernel, rows, weight; of a shard also before, state and the inverses that `transfer` wrote.
 
     Returns:
       out; if `save` also states and, where they were not read, inverses.
@@ -49,7 +49,7 @@ def forward(sizes: Sizes, save: bool, interpret: bool, reads: Arrays) -> Arrays:
 
 
 def transfer(sizes: Sizes, interpret: bool, reads: Arrays) -> Arrays:
-    """What a stretch does to the state that it receives: S -> carried S + added.
+    """What a shard does to the state that it receives: S -> carried S + added.
 
     The columns of a state evolve apart: beside the values from a zero state run dk columns without values from the
     identity, and end as `carried`. Reads qkvz, kernel, rows, before; returns transfer and inverses.
@@ -62,10 +62,10 @@ def transfer(sizes: Sizes, interpret: bool, reads: Arrays) -> Arrays:
 def backward(sizes: Sizes, interpret: bool, reads: Arrays) -> Arrays:
     """The backward pass.
 
-    Reads qkvz, kernel, rows, weight, states, inverses, d_out; of a stretch also before and d_state.
+    Reads qkvz, kernel, rows, weight, states, inverses, d_out; of a shard also before and d_state.
 
     Returns:
-      d_qkvz; d_kernel of every sequence; d_rows; d_weight, to be summed over all but its lanes; of a stretch also
+      d_qkvz; d_kernel of every sequence; d_rows; d_weight, to be summed over all but its lanes; of a shard also
       d_before.
     """
     writes = {"d_qkvz": reads["qkvz"].dtype, **dict.fromkeys(["d_kernel", "d_rows", "d_weight"], jnp.float32)}
@@ -76,9 +76,9 @@ def backward(sizes: Sizes, interpret: bool, reads: Arrays) -> Arrays:
 
 
 def first_gradient(sizes: Sizes, interpret: bool, reads: Arrays) -> Array:
-    """Gradient of the state that a stretch receives, as far as its own outputs give it: [B, H, dk, R * dv] float32.
+    """Gradient of the state that a shard receives, as far as its own outputs give it: [B, H, dk, R * dv] float32.
 
-    Reads what `backward` of a stretch reads, but d_state.
+    Reads what `backward` of a shard reads, but d_state.
     """
     blocks = Blocks(sizes, reads["rows"], BACKWARD_HEADS, reverse=True)
     reads = reads | {"halo": reads["qkvz"]}
@@ -123,7 +123,7 @@ def _values(heads: int, sizes: Sizes) -> list[tuple[int, int]]:
 
 
 def _start(reads: dict, state_ref, halo_ref, sizes: Sizes) -> None:
-    """What the first chunk receives: zeros, or what a stretch does."""
+    """What the first chunk receives: zeros, or what a shard does."""
     state_ref[...] = reads["state"][0] if "state" in reads else jnp.zeros_like(state_ref)
     if "before" not in reads:
         halo_ref[...] = jnp.zeros_like(halo_ref)

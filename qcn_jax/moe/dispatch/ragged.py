@@ -142,7 +142,7 @@ class Ragged:
         return jnp.where(real[..., None], rows, 0)
 
     def _in_pieces(self, x: Array) -> Array:
-        """x [*, D] as [*, D / 1024, 1024] where rows are exchanged: a TPU then keeps a row in one stretch of memory.
+        """x [*, D] as [*, D / 1024, 1024] where rows are exchanged: a TPU then keeps a row contiguous in memory.
 
         It exchanges no other layout, and would copy all slots into this one rather than the tokens they come from.
         """

@@ -88,7 +88,7 @@ def test_nothing_is_run_as_root_without_walls(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("not root")
     try:
-        provider = LocalProvider(str(tmp_path / "state"), walls="none")
+        provider = LocalProvider(str(tmp_path / "state"), containment="none")
     except UserError as error:
         assert "nothing is ever run as root" in str(error)
     else:  # the interpreter and the folder are readable by others: a user id of their own, then

@@ -92,7 +92,7 @@ def test_exec(agent):
 
 def test_commands_are_refused_where_nothing_holds_them(world, agent, monkeypatch):
     monkeypatch.setattr(world.provider, "commands_allowed", False)
-    with pytest.raises(PermissionError, match="no walls"):
+    with pytest.raises(PermissionError, match="cannot isolate"):
         agent.exec("true")
     assert agent.run_tests(PASSING[:1]).passed(PASSING[:1])
 

@@ -23,11 +23,11 @@ import json, os, sys
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.errors import UserError
-walls, folder = sys.argv[1:]
+containment, folder = sys.argv[1:]
 out = {"user": os.geteuid()}
 try:
-    with LocalProvider(folder + "/state", walls=walls) as provider:
-        out["walls"], out["description"] = provider.walls, provider.describe()
+    with LocalProvider(folder + "/state", containment=containment) as provider:
+        out["containment"], out["description"] = provider.containment, provider.describe()
         spec = RepositorySpec("victim", folder + "/victim")
         out["baseline"] = provider.prepare(spec).baseline.outcomes
         with provider.create("victim") as place:
@@ -54,7 +54,7 @@ def run():
     """Runs PROGRAM as a user without privileges; returns what it found."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="qcn-unprivileged-", dir="/tmp"))
     try:
-        yield lambda walls: _run(walls, folder)
+        yield lambda containment: _run(containment, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -63,7 +63,7 @@ def _readable_by_others(path: str) -> bool:
     return all(os.stat(place).st_mode & 0o001 for place in (path, *pathlib.Path(path).parents))
 
 
-def _run(walls: str, folder: pathlib.Path) -> dict:
+def _run(containment: str, folder: pathlib.Path) -> dict:
     python = os.path.realpath(sys.executable)
     if os.geteuid() == 0 and not _readable_by_others(python):
         python = "/usr/bin/python3.11"
@@ -79,7 +79,7 @@ def _run(walls: str, folder: pathlib.Path) -> dict:
                 shutil.copyfile(distribution.locate_file(file), site / file)
     write_repository(folder / "victim")
     (folder / "secret").write_text("s3cret")
-    command = [python, "-c", PROGRAM, walls, str(folder)]
+    command = [python, "-c", PROGRAM, containment, str(folder)]
     if os.geteuid() == 0:
         subprocess.run(["chown", "-R", f"{USER}:{USER}", str(folder)], check=True)
         command = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--no-new-privs", *command]
@@ -106,7 +106,7 @@ def test_user_namespace(run):
     found = run("namespaces")
     if "error" in found:
         pytest.skip(found["error"])
-    assert found["walls"] == "namespaces" and "user namespace" in found["description"]
+    assert found["containment"] == "namespaces" and "user namespace" in found["description"]
     _check(found)
 
 
@@ -114,5 +114,5 @@ def test_filters(run):
     if not filters.landlock_version():
         pytest.skip("this kernel has no Landlock")
     found = run("filters")
-    assert found["walls"] == "filters" and "no network" in found["description"]
+    assert found["containment"] == "filters" and "no network" in found["description"]
     _check(found)

@@ -1,4 +1,4 @@
-"""The local back end's walls: namespaces and a root of its own, then the server takes this process's place.
+"""The local back end's isolation: namespaces and a root of its own, then the server takes this process's place.
 
 Usage: enter.py BASE64_JSON. A new mount, network, process, IPC and host-name namespace; a root made of a size-limited
 tmpfs with read-only views of the system's programs, the interpreter and the run time folder, and nothing else of
@@ -101,7 +101,7 @@ def loopback_up():
         fcntl.ioctl(sock, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))  # SIOCSIFFLAGS, IFF_UP | IFF_RUNNING
 
 
-def walls(settings):
+def isolate(settings):
     """Builds everything in the process that becomes the server."""
     root = os.path.join(settings["runtime"], "root")  # an empty folder to mount on; visible to this namespace only
     mount(None, "/", None, MS_REC | MS_PRIVATE)
@@ -136,7 +136,7 @@ def main():
         sys.exit(os.waitstatus_to_exitcode(status) & 0xFF)
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: the namespace dies with the process that waits
     try:
-        walls(settings)
+        isolate(settings)
     except (OSError, KeyError) as error:
         print(error, file=sys.stderr)
         os._exit(NOT_ALLOWED)

@@ -1,4 +1,4 @@
-"""Walls for a user who may make no namespaces: Landlock for files and signals, seccomp for the network.
+"""Isolation for a user who may make no namespaces: Landlock for files and signals, seccomp for the network.
 
 Both need no privilege, hold for all descendants and cannot be taken back. Linux 5.13 or newer, x86-64 or AArch64.
 """

@@ -61,7 +61,7 @@ class Server:
             raise SystemExit("refusing to run tests as root without users of their own or a process namespace")
         # Far above any real user's id and different for each server, because limits on processes count per id.
         self.uid_base = 1_900_000_000 + 4096 * random.SystemRandom().randrange(2**15)
-        self.readable = options["readable"]  # None: no filters, because the walls stand around this process
+        self.readable = options["readable"]  # None: no filters, because namespaces contain this process
         self.trees, self.workspaces, self.free, self.made = {}, {}, [], 0
         self.memory_kills = out_of_memory_kills()
         os.makedirs(self.work, exist_ok=True)

@@ -1,7 +1,7 @@
 """From a repository to an environment that runs its tests: by rules first, then by an agent that reads the failures.
 
 An environment is kept only if its test command, run without network, passes some tests, and if it is a verifier by
-verifier.py: failing on a defective state, passing on the mended one, running the code.
+verifier.py: failing on a defective state, passing on the fixed one, running the code.
 """
 
 import dataclasses

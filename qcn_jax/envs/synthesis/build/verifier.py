@@ -1,4 +1,4 @@
-"""Whether a verifier is one, by execution: it must fail on the defective state, pass on the mended one, and run the
+"""Whether a verifier is one, by execution: it must fail on the defective state, pass on the fixed one, and run the
 code.
 
 A verifier that only reads the sources cannot tell working code from the same text that never gets to run, and one that
@@ -60,15 +60,15 @@ def accept(
     container: Container, verifier: Verifier, language: str, sources: Mapping[str, str], defect: Mapping[str, str],
     expected: Collection[str] = (),
 ) -> Acceptance:
-    """Runs a verifier on four states of a repository; the container is left in the mended one.
+    """Runs a verifier on four states of a repository; the container is left in the fixed one.
 
     Args:
-      container: holds the mended state.
+      container: holds the fixed state.
       verifier: to judge.
       language: of `sources`.
-      sources: the mended state's source files, tests not among them.
+      sources: the fixed state's source files, tests not among them.
       defect: files of the defective state that differ.
-      expected: tests that pass on the mended state (empty: the exit status decides).
+      expected: tests that pass on the fixed state (empty: the exit status decides).
     """
     speaks = LANGUAGES[language]
     problems: list[str] = []
@@ -84,7 +84,7 @@ def accept(
         if passed != wanted:
             problems.append(problem)
 
-    attempt("mended", {}, True, "fails on the mended state")
+    attempt("fixed", {}, True, "fails on the fixed state")
     attempt("defective", defect, False, "passes on the defective state")
     attempt("emptied", {path: speaks.emptied(text) for path, text in sources.items()}, False,
             "passes with the sources emptied")

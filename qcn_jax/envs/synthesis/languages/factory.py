@@ -216,7 +216,7 @@ def _task(
     before, after = {injection.path: injection.before_source}, {injection.path: injection.after_source}
     bug, gold = patches.make_diff(before, after), patches.make_diff(after, before)
     if patches.apply_diff(after, gold) != before:
-        return "not_mended", None
+        return "not_fixed", None
     said = runner_logs.messages(recipe.parser, run.log)
     shown = sorted(failing, key=lambda name: name not in said)
     text = f"`{injection.qualname}` in {injection.path} does not do what it should."

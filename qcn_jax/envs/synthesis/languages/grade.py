@@ -59,7 +59,7 @@ def grade(client: docker.DockerClient, task: Task, patch: str) -> grading.Verdic
 
 
 def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:
-    """Gold resolves, nothing does not; with `reruns`, tests that waver are named. Raises as `grade`."""
+    """Gold resolves, nothing does not; with `reruns`, flaky tests are named. Raises as `grade`."""
     started, problems = time.monotonic(), []
     verdict = grade(client, task, task.patch)
     if not verdict.resolved:

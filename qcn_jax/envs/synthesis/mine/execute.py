@@ -48,7 +48,7 @@ class Finding:
 
 
 def examine(provider: Provider, item: Item, timeout: float, reruns: int) -> Finding:
-    """Runs the change's test files without and with its fix, and once more each; wavering tests are left out.
+    """Runs the change's test files without and with its fix, and once more each; flaky tests are left out.
 
     Raises:
       SandboxError: the back end failed.
@@ -72,11 +72,11 @@ def examine(provider: Provider, item: Item, timeout: float, reruns: int) -> Find
     first = run(after)
     if first.status != "ok":
         return broken(first)
-    mended = first.value
-    passing = [name for name, outcome in mended["outcomes"].items() if outcome in PASSING]
+    fixed = first.value
+    passing = [name for name, outcome in fixed["outcomes"].items() if outcome in PASSING]
     if not passing:
-        words = next(iter(mended["messages"].values()), "no tests in its files")
-        return end("tests_fail_after" if mended["outcomes"] else "no_tests_found", words)
+        words = next(iter(fixed["messages"].values()), "no tests in its files")
+        return end("tests_fail_after" if fixed["outcomes"] else "no_tests_found", words)
     results = [run(before), *(run(state) for _ in range(reruns) for state in (before, after))]
     failed = next((result for result in results if result.status != "ok"), None)
     if failed is not None:
@@ -98,7 +98,7 @@ def examine(provider: Provider, item: Item, timeout: float, reruns: int) -> Find
     pass_to_pass = tuple(name for name in passing if buggy["outcomes"].get(name) in PASSING and stable(name))
     messages = {name: words for name, words in buggy["messages"].items()
                 if name in fail_to_pass or "::" not in name}
-    limit = 5.0 * math.ceil((TASK_SECONDS + 10 * max(mended["cpu"], buggy["cpu"])) / 5)
+    limit = 5.0 * math.ceil((TASK_SECONDS + 10 * max(fixed["cpu"], buggy["cpu"])) / 5)
     return Finding(item.key, "kept", "", fail_to_pass, pass_to_pass, dict(list(messages.items())[:10]), limit,
                    round(sum(spent), 3))
 
