@@ -4,62 +4,15 @@ Scaffolds pick some, name them and describe them (`agents.scaffolds`). An operat
 where it cannot do its work, which the agent is told.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from qcn_jax.recipes.nano import spans
+from qcn_jax.agents.python_code import occurrences
 from qcn_jax.agents.tools import RunSummary, ToolError, ToolExecutor, ToolResult
 from qcn_jax.agents.workspace import WorkspaceError, relative_path
 
 MAX_MATCHES, MAX_MATCH = 50, 200  # lines that `search` shows, and characters of one
 BASH_TIMEOUT = 60.0  # seconds, as in mini-swe-agent's SWE-bench configuration
 SUBMIT_COMMAND = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"  # mini-swe-agent: first line of output that submits
-
-
-
-def view_function(executor: ToolExecutor, path: str | None = None, symbol: str | None = None) -> ToolResult:
-    """The path, then each line of the function behind its line token; at most MAX_LINE_TOKENS lines."""
-    view = executor.show(path, symbol)
-    lines = executor.workspace.read(view.path).split("\n")[view.start - 1 : view.end]
-    return ToolResult("view", numbered_text(view.path, lines), numbered=True)
-
-
-def numbered_text(path: str, lines: Sequence[str]) -> str:
-    """A function as the nano scaffold shows it: its path, then its dedented lines with their line tokens."""
-    shown = spans.dedent(lines)[: spans.MAX_LINE_TOKENS]
-    numbered = "\n".join(spans.line_token(number) + line for number, line in enumerate(shown, 1))
-    return f"{path}\n{numbered}"
-
-
-def edit_span(executor: ToolExecutor, line: str, old: str, new: str) -> str:
-    """Replaces `old`, which must occur exactly once on its line, by `new` in the function on view.
-
-    Where line `line` does not hold `old` at all, the nearest line on which it occurs exactly once is meant (of two
-    equally near ones the earlier), and the answer names it: a line number is what small models get wrong first.
-    """
-    view = executor.view()
-    digits = line.strip().removeprefix("<|").removesuffix("|>")
-    if not (digits.isascii() and digits.isdigit()):
-        raise ToolError(f"edit: line {line[:20]!r} is not a number")
-    number = int(digits[:9])
-    source = executor.workspace.read(view.path).split("\n")
-    function = source[view.start - 1 : view.end]
-    if not 1 <= number <= len(function):
-        raise ToolError(f"edit: line {number} is not one of 1 to {len(function)}")
-    lines = spans.dedent(function)
-    count = spans.occurrences(lines[number - 1], old)
-    once = [n for n, text in enumerate(lines, 1) if spans.occurrences(text, old) == 1]
-    if count > 1 or not once:
-        raise ToolError(f"edit: old occurs {count} times on line {number}")
-    if old == new:
-        raise ToolError("edit: old and new are the same")
-    asked, number = number, min(once, key=lambda n: (abs(n - number), n))
-    shown = lines[number - 1]
-    index = view.start - 1 + number - 1
-    indentation = source[index][: len(source[index]) - len(shown)]
-    source[index] = indentation + shown.replace(old, new)
-    executor.change(view.path, "\n".join(source))
-    executor.view().end += new.count("\n")
-    return "" if number == asked else f"edited line {number}"
 
 
 def view_file(
@@ -104,7 +57,7 @@ def replace(executor: ToolExecutor, path: str, old: str, new: str = "", every: b
     """Replaces `old`, which must occur exactly once in the file (or anywhere, with `every`), by `new`."""
     clean = relative_path(path)
     text = executor.workspace.read(clean)
-    count = spans.occurrences(text, old)
+    count = occurrences(text, old)
     if count == 0 or (count > 1 and not every):
         raise ToolError(f"{clean}: old text occurs {count} times, it must occur exactly once")
     if old == new:
@@ -141,17 +94,6 @@ def undo(executor: ToolExecutor, path: str | None = None) -> str:
     if path is not None and (not executor._undo or executor._undo[-1][0] != relative_path(path)):
         raise ToolError(f"{path[:100]}: the latest edit was not made there")
     return f"undone: {executor.undo()}"
-
-
-def undo_quietly(executor: ToolExecutor) -> str:
-    """As `undo` without a word (the nano scaffold counts tokens), and content where there is nothing to undo.
-
-    A small model takes an edit back that was refused; the calls behind its `undo` are still meant.
-    """
-    if not executor.has_changes:
-        return "nothing to undo"
-    executor.undo()
-    return ""
 
 
 def run_tests(

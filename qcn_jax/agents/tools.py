@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qcn_jax.recipes.nano import spans
+from qcn_jax.agents import python_code
 from qcn_jax.envs.pool.env_pool import Session
 from qcn_jax.envs.sandbox.base import ExecResult, Sandbox, TestRun
 from qcn_jax.envs.tasks.schema import Task
@@ -61,7 +61,7 @@ class ToolResult:
       ok: the call did its work; the calls after a failed one in the same turn are skipped.
       malformed: no such tool, or arguments that do not fit its schema.
       blocked: refused by the guard (`agents.guard`).
-      numbered: `text` holds line tokens that the tool wrote (and not the file).
+      special: spans [start, stop) of `text` that the tool wrote (and no file) and that may become added tokens.
       changed: files changed, or may have (a shell command).
       tests: set by run_tests.
       submitted: the agent is done.
@@ -72,7 +72,7 @@ class ToolResult:
     ok: bool = True
     malformed: bool = False
     blocked: bool = False
-    numbered: bool = False
+    special: tuple[tuple[int, int], ...] = ()
     changed: bool = False
     tests: RunSummary | None = None
     submitted: bool = False
@@ -80,12 +80,21 @@ class ToolResult:
 
 @dataclasses.dataclass(frozen=True)
 class ToolSpec:
-    """One tool of a scaffold; `parameters` is a JSON schema of type object."""
+    """One tool of a scaffold.
+
+    Attributes:
+      parameters: JSON schema of type object.
+      operation: (executor, **arguments) -> text or ToolResult; a module-level function.
+      special: parameters whose values are written as one added token where they spell one.
+      shell: runs commands: calls are shown to a guard first, and need a live sandbox.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     operation: Callable[..., "str | ToolResult"]
+    special: tuple[str, ...] = ()
+    shell: bool = False
 
     def schema(self) -> dict[str, Any]:
         """The tool in OpenAI's function form, which chat templates take."""
@@ -134,7 +143,7 @@ class ToolExecutor:
                 results.append(skipped(call))
                 continue
             result = self._call(call)
-            results.append(dataclasses.replace(result, text=clip(result.text, self._limit)))
+            results.append(clip_result(result, self._limit))
             if result.submitted:
                 break
         return results
@@ -196,7 +205,7 @@ class ToolExecutor:
         if symbol is None:
             self._view = _View(clean, 1, len(source.split("\n")))
             return self._view
-        lines = spans.find_function(source, symbol, hunk_line(self.task.patch, clean))
+        lines = python_code.find_function(source, symbol, hunk_line(self.task.patch, clean))
         if lines is None:
             raise ToolError(f"no {symbol[:60]!r} in {clean}")
         self._view = _View(clean, *lines)
@@ -278,6 +287,17 @@ def clip(text: str, limit: int) -> str:
         return text
     half = limit // 2
     return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[len(text) - half :]}"
+
+
+def clip_result(result: ToolResult, limit: int) -> ToolResult:
+    """`result` with its text as `clip` leaves it, and those special spans that are left whole."""
+    text, half = clip(result.text, limit), limit // 2
+    if text == result.text:
+        return result
+    shift, tail = len(text) - len(result.text), len(result.text) - half
+    kept = [(start, stop) for start, stop in result.special if stop <= half]
+    kept += [(start + shift, stop + shift) for start, stop in result.special if start >= tail]
+    return dataclasses.replace(result, text=text, special=tuple(kept))
 
 
 def summarize(run: TestRun, ids: Sequence[str] | None, must_pass: set[str], fail_fast: bool) -> RunSummary:

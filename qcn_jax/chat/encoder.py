@@ -1,6 +1,6 @@
 """Conversations as token ids: what the model saw, what it wrote, and which tokens the loss counts.
 
-A conversation is encoded piece by piece: the template's frame and line tokens that a scaffold wrote may become added
+A conversation is encoded piece by piece: the template's frame and what a scaffold marks as its own may become added
 tokens; statements, file contents and test output may not, whatever they spell. Apart from that the ids are those of
 the whole rendered text. The assistant's turns are encoded on their own, so a prompt, sampled ids and the encoded
 observations, one behind the other, are exactly what `encode` gives for the finished conversation.
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from qcn_jax.agents.scaffolds import MAX_LINE_TOKENS, line_token
 from qcn_jax.chat import rendering, templates
-from qcn_jax.chat.tokenizer import TURN_END, Tokenizer
+from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, TURN_START, Tokenizer
 
 Message = Mapping[str, Any]
 
+_TURNS = (END_OF_TEXT, TURN_START, TURN_END)  # the frame's alone: no content, of whatever kind, ends a turn
 # Tags of the native tool-call form: the template itself escapes them where a value could be misread.
 _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
 
@@ -26,9 +26,10 @@ _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<para
 class ChatEncoder:
     """Encodes conversations with one tokenizer.
 
-    Messages are chat.rendering's, with three further keys: `numbered` (or a content part's) says that line tokens at the
-    beginning of lines, counted from 1, are the scaffold's; `template` names the tool-call template of an assistant's
-    `tool_calls`; an assistant's content without `tool_calls` is what it wrote, byte for byte.
+    Messages are chat.rendering's, with three further keys: a content part's `special` says that its text is the scaffold's
+    own and that added tokens in it are meant; a tool call's `special` lists arguments of which the same holds for the whole
+    value; `template` names the tool-call template of an assistant's `tool_calls`. An assistant's content without
+    `tool_calls` is what it wrote, byte for byte.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -40,7 +41,8 @@ class ChatEncoder:
         self._added_in_values = re.compile(
             "|".join(re.escape(token) for token in longest_first if token not in _CALL_TAGS)
         )
-        self._line_tokens = {line_token(number) for number in range(1, MAX_LINE_TOKENS + 1)} & set(self._ids)
+        self._turns = re.compile("|".join(map(re.escape, _TURNS)))
+        self._special_values = set(self._ids) - {*_TURNS, *_CALL_TAGS}
         self._encode_ordinary = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
@@ -105,23 +107,10 @@ class ChatEncoder:
 
     def _untrusted(self, message: Message, mark: str) -> str:
         content = message.get("content") or ""
-        if isinstance(content, str):
-            return self._guard(content, mark, bool(message.get("numbered")))
-        return "".join(self._guard(part["text"], mark, bool(part.get("numbered"))) for part in content)
-
-    def _guard(self, text: str, mark: str, numbered: bool) -> str:
-        """`text` with `mark` inside everything that spells an added token, but for the scaffold's line tokens."""
-        if not numbered:
-            return _broken(self._added, text, mark)
-        lines, expected = [], 1
-        for line in text.split("\n"):
-            token = line_token(expected)
-            if token in self._line_tokens and line.startswith(token):
-                lines.append(token + _broken(self._added, line[len(token) :], mark))
-                expected += 1
-            else:
-                lines.append(_broken(self._added, line, mark))
-        return "\n".join(lines)
+        parts = [{"text": content}] if isinstance(content, str) else content
+        # A mark between parts, too: what is spelt across them is text.
+        return mark.join(["", *(_broken(self._turns if part.get("special") else self._added, part["text"], mark)
+                                for part in parts), ""])
 
     def _assistant(self, message: Message) -> tuple[str, str]:
         """What the assistant wrote, and the mark inside added tokens that are only spelt in its calls' values."""
@@ -131,11 +120,16 @@ class ChatEncoder:
         mark = _unused_letter([message])
 
         def guard(value: str) -> str:
-            # A line number is written as its token; in any other value the spelling of a token is text.
-            return value if value in self._line_tokens else _broken(self._added_in_values, value, mark)
+            return _broken(self._added_in_values, value, mark)
 
-        calls = [rendering.ToolCall(call.name, _map_strings(call.arguments, guard))
-                 for call in map(_tool_call, message["tool_calls"])]
+        calls = []
+        for call in message["tool_calls"]:
+            special = () if isinstance(call, rendering.ToolCall) else call.get("special", ())
+            call = _tool_call(call)
+            calls.append(rendering.ToolCall(call.name, {
+                name: value if name in special and isinstance(value, str) and value in self._special_values
+                else _map_strings(value, guard)
+                for name, value in call.arguments.items()}))
         return templates.render(message.get("template", templates.NATIVE), content, calls), mark
 
     def _encode(self, text: str, mark: str) -> list[int]:

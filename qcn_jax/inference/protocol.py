@@ -78,7 +78,7 @@ def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise BadRequest(f"{where}.role: expected one of {', '.join(ROLES)}", "messages")
-        read = {key: message[key] for key in ("role", "content", "numbered") if key in message}
+        read = {key: message[key] for key in ("role", "content") if key in message}
         read["role"] = "system" if read["role"] == "developer" else read["role"]
         if message.get("tool_calls"):
             read["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]

@@ -12,7 +12,10 @@ from qcn_jax.agents.guard import Guard
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.agents.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT, nano_format
+from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
+from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
+from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.tools import SessionExecutor
 from qcn_jax.agents.workspace import SandboxWorkspace
 from qcn_jax.chat.rendering import ToolCall
@@ -123,9 +126,9 @@ def test_a_failed_edit_is_not_malformed():
 
 
 def test_a_single_turn_scaffold_submits_with_its_edit_and_asks_again_after_a_failed_one():
-    episode = start(runner=None, scaffold=NANO_SINGLE, max_turns=2)
-    assert not episode.step(NANO_SINGLE.render("", [ToolCall("edit", {"line": "5", "old": "z", "new": "y"})])).done
-    assert episode.step(NANO_SINGLE.render("", [ToolCall("edit", {"line": "5", "old": ">", "new": "<"})])).done
+    episode = start(runner=None, scaffold=NANO.single(), max_turns=2)
+    assert not episode.step(NANO.single().render("", [ToolCall("edit", {"line": "5", "old": "z", "new": "y"})])).done
+    assert episode.step(NANO.single().render("", [ToolCall("edit", {"line": "5", "old": ">", "new": "<"})])).done
     assert episode.result().reason is EndReason.SUBMITTED and episode.result().patch == TASK.patch
 
 
@@ -252,7 +255,7 @@ def passing(changed, node_ids, timeout, fail_fast):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(noise, min_size=1, max_size=6), st.booleans(),
-       st.sampled_from([NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT, nano_format("toolace")]))
+       st.sampled_from([NANO, NANO.single(), SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT, NANO.in_template("toolace")]))
 def test_no_text_breaks_an_episode(texts, complete, scaffold):
     episode = start(passing, scaffold, max_turns=5)
     for text in texts:

@@ -4,17 +4,21 @@ import json
 
 import pytest
 
-from qcn_jax.agents import scaffolds
 from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.envs.sandbox.base import sandbox
-from qcn_jax.agents.scaffolds import MINI_SWE_AGENT, NANO, NANO_SINGLE, QWEN_CODE, SWE_AGENT
+from qcn_jax.agents.scaffolds import SCAFFOLDS
+from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
+from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
+from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.workspace import SandboxWorkspace
 from qcn_jax.errors import UserError
 from qcn_jax.chat import rendering
 from qcn_jax.chat.rendering import ToolCall
 from tests.agents import tiny
 
+NANO_SINGLE = NANO.single()
 ALL = [NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT]
 CORE = "/testbed/calc/core.py"
 MEND = {
@@ -91,14 +95,15 @@ def test_nano_prompts_are_short():
     executor = NANO.executor(task, tiny.overlay(task))
     assert NANO.first_messages(task, executor) == [{"role": "user", "content": task.problem_statement}]
     (message,) = NANO_SINGLE.first_messages(task, executor)
-    statement, function = message["content"]
-    assert statement["text"] == task.problem_statement + "\n" and "numbered" not in statement
-    assert function["numbered"] and function["text"].startswith("calc/core.py\n<|1|>def clamp(")
+    statement, path, token, line, *rest = message["content"]
+    assert statement["text"] == task.problem_statement + "\n" and path["text"] == "calc/core.py\n"
+    assert token == {"type": "text", "text": "<|1|>", "special": True} and line["text"].startswith("def clamp(")
+    assert not any(part.get("special") for part in (statement, path, line)) and len(rest) == 12
 
 
 def test_format_prompts_name_the_template():
     task = tiny.make_task()
-    scaffold = scaffolds.by_name("nano_format:hermes")
+    scaffold = NANO.in_template("hermes")
     executor = scaffold.executor(task, tiny.overlay(task))
     (message,) = scaffold.first_messages(task, executor)
     assert message["content"][0]["text"] == task.problem_statement + "\nformat: hermes\n"
@@ -118,7 +123,7 @@ def test_nano_joins_what_tools_say_and_keeps_views_apart():
     search = ToolCall("search", {"pattern": "def is_even"})
     results = executor.execute([ToolCall("view"), search, ToolCall("run_tests")])
     view, rest = NANO.observe(results)
-    assert view["numbered"] and view["content"].startswith("calc/core.py\n<|1|>")
+    assert [part["text"] for part in view["content"]][:2] == ["calc/core.py\n", "<|1|>"] and view["content"][1]["special"]
     assert rest == {"role": "tool", "content": "calc/core.py:17:def is_even(n):\nFAILED 3 of 3\nassert 1 == 5"}
     results = executor.execute([ToolCall("edit", {"line": "5", "old": ">", "new": "<"}), ToolCall("run_tests")])
     assert NANO.observe(results) == [{"role": "tool", "content": "ok"}]
@@ -171,8 +176,18 @@ def test_swe_agents_editor():
 
 
 def test_unknown_scaffolds_are_refused():
-    with pytest.raises(UserError, match="--scaffold.*nano"):
-        scaffolds.by_name("claude")
+    with pytest.raises(UserError, match="^--scaffold: 'claude'; unknown scaffold; allowed: mini_swe_agent, .*nano"):
+        SCAFFOLDS.resolve("claude", "--scaffold")
+
+
+def test_every_registered_scaffold_has_its_name():
+    assert [SCAFFOLDS.resolve(name).name for name in SCAFFOLDS] == list(SCAFFOLDS)
+
+
+def test_variants_that_a_scaffold_does_not_offer_are_refused():
+    for make in (SWE_AGENT.single, lambda: QWEN_CODE.in_template("hermes")):
+        with pytest.raises(UserError, match="scaffold (swe_agent|qwen_code) cannot"):
+            make()
 
 
 def test_scaffolds_with_a_shell_ask_for_a_guard():

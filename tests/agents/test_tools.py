@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcn_jax.agents import operations, scaffolds, tools
+from qcn_jax.agents import operations, tools
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.agents.tools import ToolExecutor
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.workspace import WorkspaceError, read_tree, relative_path
 from qcn_jax.chat.rendering import ToolCall
 from tests.agents import tiny
@@ -20,7 +21,7 @@ def no_tests(*_):
     raise AssertionError("no test run was asked for")
 
 
-def make(scaffold=scaffolds.NANO, runner=no_tests, task=None, **options):
+def make(scaffold=NANO, runner=no_tests, task=None, **options):
     task = task or tiny.make_task()
     return ToolExecutor(task, scaffold.tools, tiny.overlay(task, runner), **options)
 
@@ -32,7 +33,8 @@ def call(executor, name, **arguments):
 
 def test_view_shows_the_tasks_function_with_line_tokens():
     result = call(make(), "view")
-    assert result.numbered and result.ok
+    assert result.ok
+    assert [result.text[slice(*span)] for span in result.special] == [f"<|{number}|>" for number in range(1, 8)]
     assert result.text.split("\n")[:3] == [
         "calc/core.py", "<|1|>def clamp(self, value, low, high):", '<|2|>    """Puts value between low and high."""'
     ]
@@ -111,7 +113,7 @@ def test_line_numbers_follow_an_edit_that_adds_a_line():
 
 
 def test_edits_through_another_tool_take_the_function_off_view():
-    executor = make(scaffolds.NANO)
+    executor = make(NANO)
     call(executor, "view", symbol="is_even")
     operations.insert(executor, "calc/core.py", 0, "# new first line")
     assert executor.view().start == 9  # the task's function again, where it is now
@@ -266,7 +268,7 @@ def test_the_definition_that_the_patch_touches_is_shown():
 
 def test_an_executor_can_be_sent_to_another_process():
     task = tiny.make_task()
-    executor = ToolExecutor(task, scaffolds.NANO.tools, tiny.overlay(task))
+    executor = ToolExecutor(task, NANO.tools, tiny.overlay(task))
     executor.execute([ToolCall("edit", {"line": "5", "old": ">", "new": "<"})])
     copy = pickle.loads(pickle.dumps(executor))
     assert copy.diff() == executor.diff() != ""

@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.agents.scaffolds import MAX_LINE_TOKENS, NANO, QWEN_CODE, SWE_AGENT, line_token, nano_format
+from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
+from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from qcn_jax.recipes.nano.solver import solve
 from qcn_jax.chat import rendering
 from qcn_jax.chat.rendering import ToolCall
@@ -37,13 +40,19 @@ def encoder(request, nano):
     return ChatEncoder(Tokenizer.from_file(conftest.QWEN_TOKENIZER))
 
 
-def conversation(text="Fix f.", view="calc.py\n<|1|>def f():\n<|2|>    return 1", failure="FAILED 1 of 1"):
+def parts(*texts):
+    """Content parts, every second one the scaffold's own."""
+    return [{"type": "text", "text": text} | ({"special": True} if number % 2 else {}) for number, text in enumerate(texts)]
+
+
+def conversation(text="Fix f.", view=("calc.py\n", "<|1|>", "def f():\n", "<|2|>", "    return 1"), failure="FAILED 1 of 1"):
     return [
         {"role": "user", "content": text},
         {"role": "assistant", "content": "", "tool_calls": [{"name": "view", "arguments": {}}]},
-        {"role": "tool", "content": view, "numbered": True},
+        {"role": "tool", "content": parts(*view)},
         {"role": "assistant", "content": "Off by one.", "tool_calls": [
-            ToolCall("edit", {"line": "<|2|>", "old": "1", "new": "2"}), {"name": "run_tests", "arguments": {}}]},
+            {"name": "edit", "arguments": {"line": "<|2|>", "old": "1", "new": "2"}, "special": ["line"]},
+            ToolCall("run_tests", {})]},
         {"role": "tool", "content": "done"},
         {"role": "tool", "content": failure},
         {"role": "assistant", "content": "That is all."},
@@ -110,8 +119,8 @@ SPELLED = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(SPELLED, SPELLED, SPELLED)
 def test_what_untrusted_text_spells_is_text(nano, statement, code, failure):
-    frame = conversation(text="", view="", failure="")
-    messages = conversation(statement, f"p.py\n<|1|>{code.replace(chr(10), ' ')}", failure)
+    frame = conversation(text="", view=(), failure="")
+    messages = conversation(statement, ("p.py\n", "<|1|>", code), failure)
     document = nano.encode(messages)
     special = set(nano.tokenizer.added_tokens.values())
     line = nano.tokenizer.id("<|1|>")
@@ -129,21 +138,25 @@ def test_what_untrusted_text_spells_is_text(nano, statement, code, failure):
     assert document["tokens"][: len(ids)].tolist() == ids
 
 
-def test_only_line_tokens_in_sequence_at_line_starts_are_the_scaffolds(nano):
+def test_only_what_the_scaffold_marks_becomes_added_tokens(nano):
     line = {n: nano.tokenizer.id(line_token(n)) for n in range(1, 65)}
 
-    def found(content, **keys):
-        ids = nano.encode_prompt([{"role": "user", "content": content, **keys}])
+    def found(*texts):
+        messages = [{"role": "user", "content": parts(*texts)}]
+        ids = nano.encode_prompt(messages)
+        assert nano.tokenizer.decode(ids) == rendering.render(messages, add_generation_prompt=True)
+        assert ids.count(nano.end) == 1 and nano.tokenizer.id("<|endoftext|>") not in ids
         return [n for n in line for t in ids if t == line[n]]
 
-    assert found("p\n<|1|>a <|2|> b\n<|2|>c", numbered=True) == [1, 2]
-    assert found("p\n<|2|>a\n<|1|>c\n<|3|>", numbered=True) == [1]
+    assert found("p\n", "<|1|>", "a <|2|> b\n", "<|2|>", "c") == [1, 2]
+    assert found("p\n<|2|>a\n", "<|1|>", "c\n<|3|>") == [1]
     assert found("p\n<|1|>a\n<|2|>c") == []
-    assert found("p <|1|>\n<|1|>a <|2|>\n<|2|>", numbered=True) == [1, 2]
-    text = nano.tokenizer.decode(nano.encode_prompt([{"role": "user", "content": "p <|1|>\n<|1|>a", "numbered": True}]))
-    assert text == "<|im_start|>user\np <|1|>\n<|1|>a<|im_end|>\n<|im_start|>assistant\n"
-    parts = [{"type": "text", "text": "<|1|>x\n"}, {"type": "text", "text": "p\n<|1|>y", "numbered": True}]
-    assert found(parts) == [1]
+    assert found("", "<|7|> and <|9|>") == [7, 9]
+    assert found("", "<|im_end|>\n<|7|><|endoftext|>") == [7]  # a turn ends in the frame alone
+    assert found("<|", "7|>", "<|7", "|>") == found("<|im_", "end|>") == []  # nor across parts
+    content = [{"type": "text", "text": text} for text in ("<|im_", "end|>", "<|1", "|>")]
+    ids = nano.encode_prompt([{"role": "user", "content": content}])
+    assert ids.count(nano.end) == 1 and line[1] not in ids
 
 
 def test_values_of_calls_cannot_end_the_turn(encoder):
@@ -156,10 +169,18 @@ def test_values_of_calls_cannot_end_the_turn(encoder):
         "", [ToolCall("edit", message["tool_calls"][0]["arguments"])]) + "<|im_end|>"
 
 
-def test_line_tokens_in_edits_are_single_tokens(nano):
-    ids = nano.encode_answer({"role": "assistant", "content": "", "tool_calls": [
-        {"name": "edit", "arguments": {"line": "<|2|>", "old": "x", "new": "y"}}]})
-    assert nano.tokenizer.id("<|2|>") in ids
+def test_argument_values_are_added_tokens_where_the_scaffold_says_so(nano):
+    def ids(special, line="<|2|>"):
+        call = {"name": "edit", "arguments": {"line": line, "old": "<|2|>", "new": ["<|2|>"]}, "special": special}
+        return nano.encode_answer({"role": "assistant", "content": "", "tool_calls": [call]})
+
+    token = nano.tokenizer.id("<|2|>")
+    assert ids(["line"]).count(token) == 1 and ids([]).count(token) == 0 and ids(["line"], "on <|2|>").count(token) == 0
+    assert ids(["line", "new"], ["<|2|>"]).count(token) == 0
+    assert ids(["line"], "<|im_end|>").count(nano.end) == 1 and ids(["line"], "</function>") == ids([], "</function>")
+    task = tiny.make_task()
+    edit = ToolCall("edit", {"line": "<|5|>", "old": ">", "new": "<"})
+    assert nano.encode_answer(NANO.assistant([edit])).count(nano.tokenizer.id("<|5|>")) == 1
 
 
 def test_a_turn_that_was_cut_off_is_closed_outside_the_sample(encoder):
@@ -176,7 +197,7 @@ def test_raw_turns_are_kept_byte_for_byte(encoder):
 @pytest.mark.parametrize("template", ["qwen3_coder", "hermes", "xml_cline", "toolace"])
 def test_solver_trajectories_become_rows(nano, template):
     task = tiny.make_task()
-    scaffold = NANO if template == "qwen3_coder" else nano_format(template)
+    scaffold = NANO if template == "qwen3_coder" else NANO.in_template(template)
     executor = scaffold.executor(task, tiny.overlay(task, tiny.run_tests))
     trajectory = solve(task, executor, scaffold, wrong=1)
     document = nano.encode(trajectory.messages)

@@ -20,7 +20,7 @@ from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.envs.tasks.grading import Grader, Verdict
 from qcn_jax.agents.guard import Guard
 from qcn_jax.envs.sandbox.base import Provider, TestRun
-from qcn_jax.agents.scaffolds import NANO, NANO_SINGLE, Scaffold, nano_format
+from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import ToolExecutor
 from qcn_jax.agents.workspace import ProviderRunner, open_overlay
@@ -128,9 +128,10 @@ class Prompt:
 
 @functools.cache
 def _scaffold(domain: str, template: str) -> Scaffold:
+    scaffold = SCAFFOLDS.resolve("nano")
     if domain == "tool_format":
-        return nano_format(template)
-    return NANO if domain == "swe" else NANO_SINGLE
+        return scaffold.in_template(template)
+    return scaffold if domain == "swe" else scaffold.single()
 
 
 def make_prompts(domain: str, tasks: Sequence[Task], templates: Sequence[str] = ()) -> list[Prompt]:

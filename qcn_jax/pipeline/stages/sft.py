@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qcn_jax import hub
-from qcn_jax.agents import scaffolds
+from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
@@ -26,7 +26,6 @@ from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.train.fit import fit, input_rows
 from qcn_jax.pipeline.train.loop import interrupted, stop_signals
 from qcn_jax.recipes.nano import guesses
-from qcn_jax.recipes.nano.solver import Trajectory
 from qcn_jax.recipes.nano.trajectories import collect, plan
 
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order
@@ -97,8 +96,7 @@ def encode(trajectories: Sequence[Trajectory], encoder: ChatEncoder, max_tokens:
     """Documents with loss weights, and how many trajectories were left out for being longer than a row."""
     documents = []
     for trajectory in trajectories:
-        tools = scaffolds.by_name(trajectory.scaffold).schemas()
-        document = encoder.encode(trajectory.messages, tools)
+        document = encoder.encode(trajectory.messages, trajectory.tools)
         if len(document["tokens"]) <= max_tokens:
             if not trajectory.search:
                 document["weights"] = document["weights"] * ~_refuted(trajectory, document["weights"])

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qcn_jax import files, hub
-from qcn_jax.agents.scaffolds import NANO
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.workspace import open_overlay

@@ -9,10 +9,12 @@ import io
 import tokenize
 from collections.abc import Sequence
 
+from qcn_jax.agents import python_code
 from qcn_jax.recipes.nano import spans
 from qcn_jax.agents.episode import Episode
-from qcn_jax.agents.scaffolds import NANO
-from qcn_jax.recipes.nano.solver import SpanEdit, Trajectory, verified
+from qcn_jax.agents.trajectory import Trajectory, verified
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.solver import SpanEdit
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import ToolExecutor
 from qcn_jax.chat.rendering import ToolCall
@@ -36,7 +38,7 @@ def suspicions(lines: Sequence[str]) -> list[SpanEdit]:
     found = []
     for rank, number, after in _changes(lines):
         span = spans.minimal_edit(lines[number - 1], after)
-        if span is not None and spans.parses([*lines[: number - 1], after, *lines[number:]]):
+        if span is not None and python_code.parses([*lines[: number - 1], after, *lines[number:]]):
             found.append((rank, SpanEdit(number, *span)))
     ranked = [edit for _, edit in sorted(found, key=lambda item: item[0])]  # stable: text order within a rule
     return list(dict.fromkeys(ranked))

@@ -12,14 +12,15 @@ import random
 import re
 import tokenize
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from qcn_jax.agents import python_code
 from qcn_jax.recipes.nano import spans
-from qcn_jax.agents.episode import EndReason, Episode
+from qcn_jax.agents.episode import Episode
 from qcn_jax.envs.patches import PatchError, apply_changes
 from qcn_jax.envs.sandbox.base import Provider
-from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.agents.scaffolds import Message, NANO, Scaffold
+from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.agents.trajectory import Trajectory, verified
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import minimal_edit
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import ToolError, ToolExecutor, hunk_line
@@ -27,7 +28,7 @@ from qcn_jax.agents.workspace import ProviderRunner, TestRunner, WorkspaceError,
 from qcn_jax.chat.rendering import ToolCall
 
 __all__ = [
-    "SpanEdit", "Trajectory", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits",
+    "SpanEdit", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits",
 ]
 
 MAX_EDITS = 3  # spans of one fix; larger ones are not what the compact edit tool is for
@@ -59,42 +60,10 @@ class SpanEdit:
 
         None where nothing changes, the text is not there exactly once, or what comes of it does not parse.
         """
-        if self.old == self.new or not 0 < self.line <= len(lines) or spans.occurrences(lines[self.line - 1], self.old) != 1:
+        if self.old == self.new or not 0 < self.line <= len(lines) or python_code.occurrences(lines[self.line - 1], self.old) != 1:
             return None
         after = lines[self.line - 1].replace(self.old, self.new)
-        return after if spans.parses([*lines[: self.line - 1], after, *lines[self.line :]]) else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """A conversation that ended with passing tests.
-
-    Attributes:
-      messages: assistants carry `tool_calls` (name, arguments) and the `template` they are written in.
-      wrong_edits: attempts before the right one.
-      outcomes: of each test run, in order: passed or not.
-      search: nobody knew the answer; also what the tests refuted shows how to look for a defect.
-    """
-
-    task_id: str
-    repo: str
-    scaffold: str
-    template: str
-    messages: tuple[Message, ...]
-    patch: str
-    wrong_edits: int
-    outcomes: tuple[bool, ...]
-    search: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready row."""
-        row = dataclasses.asdict(self)
-        return row | {"messages": list(self.messages), "outcomes": list(self.outcomes)}
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> "Trajectory":
-        """Reads what `to_json` gave."""
-        return cls(**row | {"messages": tuple(row["messages"]), "outcomes": tuple(row["outcomes"])})
+        return after if python_code.parses([*lines[: self.line - 1], after, *lines[self.line :]]) else None
 
 
 def solve(
@@ -140,33 +109,6 @@ def solve(
     return verified(episode, executor, grade)
 
 
-def verified(
-    episode: Episode, executor: ToolExecutor, grade: Callable[[Task, str], bool] | None = None, search: bool = False
-) -> Trajectory | None:
-    """An episode that is over as a trajectory; None unless it was submitted, well formed and the tests pass.
-
-    Args:
-      episode: played to its end on `executor`.
-      grade: whether a patch resolves the task; by default the tests are run where the edits were made.
-      search: see Trajectory.
-
-    Raises:
-      SandboxError: the sandbox failed.
-    """
-    task, scaffold = episode.task, episode.scaffold
-    if episode.reason is EndReason.INFRASTRUCTURE:
-        raise SandboxError(f"{task.instance_id}: the sandbox failed")
-    if episode.reason is not EndReason.SUBMITTED or any(turn.malformed for turn in episode.turns):
-        return None
-    result = episode.result()
-    if not (grade(task, result.patch) if grade else result.tests_passed or executor.test().passed):
-        return None
-    return Trajectory(
-        task.instance_id, task.repo, scaffold.name, scaffold.template, tuple(_with_calls(episode)), result.patch,
-        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs), search=search,
-    )
-
-
 def solve_with(
     provider: Provider, task: Task, scaffold: Scaffold = NANO, *, seed: int = 0, wrong: int = 0,
     guesses: Sequence[SpanEdit] = (), grade: Callable[[Task, str], bool] | None = None,
@@ -186,18 +128,6 @@ def _act(episode: Episode, calls: Sequence[ToolCall]) -> None:
         episode.step(episode.scaffold.render("", calls))
 
 
-def _with_calls(episode: Episode) -> list[Message]:
-    """The episode's messages, assistants with their calls taken apart instead of text."""
-    turns = iter(episode.turns)
-    messages: list[Message] = []
-    for message in episode.messages:
-        if message["role"] == "assistant":
-            calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in next(turns).calls]
-            message = {"role": "assistant", "content": "", "tool_calls": calls, "template": episode.scaffold.template}
-        messages.append(message)
-    return messages
-
-
 def find_views(task: Task, executor: ToolExecutor) -> list[ToolCall] | None:
     """The calls after which the function that the gold patch changes is on view, and puts it there.
 
@@ -212,7 +142,7 @@ def find_views(task: Task, executor: ToolExecutor) -> list[ToolCall] | None:
         return None
     if line is None or view.start <= line <= view.end:
         return [ToolCall("view")]
-    holders = [span for span in spans.function_spans(source) if span[1] <= line <= span[2]]
+    holders = [span for span in python_code.function_spans(source) if span[1] <= line <= span[2]]
     shown = "\n".join(source.split("\n")[view.start - 1 : view.end])
     if not holders or not re.search(rf"\b{re.escape(holders[-1][0].split('.')[-1])}\b", shown):
         return None
@@ -282,7 +212,7 @@ def wrong_edits(
         number, after = (near or pool)[0] if rng.random() < GOLD_LINE else pool[0]
         pool.remove((number, after))
         span = minimal_edit(lines[number - 1], after)
-        if span is not None and spans.parses([*lines[: number - 1], after, *lines[number:]]):
+        if span is not None and python_code.parses([*lines[: number - 1], after, *lines[number:]]):
             chosen.append(SpanEdit(number, *span))
     return chosen
 
@@ -319,7 +249,7 @@ def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
 def _loop_lines(lines: Sequence[str]) -> set[int]:
     """Numbers of the lines inside `while` loops; none where the text does not parse."""
     try:
-        loops = [node for node in ast.walk(spans.parse("\n".join(lines))) if isinstance(node, ast.While)]
+        loops = [node for node in ast.walk(python_code.parse("\n".join(lines))) if isinstance(node, ast.While)]
     except (SyntaxError, ValueError):
         return set()
     return {number for loop in loops for number in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}

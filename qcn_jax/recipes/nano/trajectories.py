@@ -10,12 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qcn_jax.agents import scaffolds
 from qcn_jax.recipes.nano import heuristic, solver
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.recipes.nano.solver import Trajectory
+from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.agents.trajectory import Trajectory
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
 from qcn_jax.journal import Rows
@@ -26,13 +27,13 @@ LOG_EVERY = 100  # tasks
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One trajectory wanted: the scaffold by name, how many wrong edits come first, and whose guesses they may be.
+    """One trajectory wanted: how the task is presented, how many wrong edits come first, whose guesses they may be.
 
     guesses: (line, old, new) of edits, see `solver.solve`.
     search: the trajectory looks for the defect (`heuristic.search`) instead of knowing it.
     """
 
-    scaffold: str
+    scaffold: Scaffold
     seed: int
     wrong: int = 0
     guesses: tuple[tuple[int, str, str], ...] = ()
@@ -57,13 +58,13 @@ def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, t
     for index in range(multi_turn):
         wrong = rng.randint(1, MAX_WRONG) if rng.random() < recovery else 0
         ours = rng.sample(list(guesses), len(guesses)) if wrong else []
-        requests.append(Request(scaffolds.NANO.name, seed + index, wrong, tuple(map(tuple, ours))))
+        requests.append(Request(NANO, seed + index, wrong, tuple(map(tuple, ours))))
     for index in range(searches):
         ours = rng.sample(list(guesses), len(guesses)) if index else guesses
-        requests.append(Request(scaffolds.NANO.name, seed + index, guesses=tuple(map(tuple, ours)), search=True))
-    requests.append(Request(scaffolds.NANO_SINGLE.name, seed))
+        requests.append(Request(NANO, seed + index, guesses=tuple(map(tuple, ours)), search=True))
+    requests.append(Request(NANO.single(), seed))
     if templates:
-        requests.append(Request(scaffolds.nano_format(templates[number % len(templates)]).name, seed))
+        requests.append(Request(NANO.in_template(templates[number % len(templates)]), seed))
     return requests
 
 
@@ -78,7 +79,7 @@ def act(provider: Provider, task: Task, requests: Sequence[Request]) -> list[dic
 
 
 def _make(provider: Provider, task: Task, request: Request, runner: TestRunner) -> Trajectory | None:
-    scaffold, guesses = scaffolds.by_name(request.scaffold), [solver.SpanEdit(*guess) for guess in request.guesses]
+    scaffold, guesses = request.scaffold, [solver.SpanEdit(*guess) for guess in request.guesses]
     if request.search:
         workspace = open_overlay(task, provider.files(task.repo), runner)
         return heuristic.search(task, scaffold.executor(task, workspace), guesses)

@@ -30,8 +30,8 @@ def test_choice_depends_on_the_seed_and_not_on_the_order_of_the_file():
 
 
 def test_messages_of_parts_become_text():
-    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "<|1|>b", "numbered": True}]
-    assert bench.plain_messages([{"role": "user", "content": parts}, {"role": "tool", "content": "ok", "numbered": True}]) \
+    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "<|1|>b", "special": True}]
+    assert bench.plain_messages([{"role": "user", "content": parts}, {"role": "tool", "content": "ok"}]) \
         == [{"role": "user", "content": "a\n<|1|>b"}, {"role": "tool", "content": "ok"}]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qcn_jax.config import ExpertsConfig
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.agents.scaffolds import MAX_LINE_TOKENS, line_token
+from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from qcn_jax.chat import templates
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import pytest
 
 from qcn_jax import files, hub
 from qcn_jax.config import OptimizerConfig, RunConfig, SftConfig, TokenizerConfig, TrainConfig
-from qcn_jax.recipes.nano import solver
+from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.errors import UserError
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.pipeline.data import splits
@@ -108,7 +108,7 @@ def test_loss_is_on_the_assistants_words_but_not_on_refuted_turns(whole):
     root, _, _ = whole
     context = _context(root)
     tokenizer = context.tokenizer()
-    made = [solver.Trajectory.from_json(row) for group in _rows(root) for row in group["value"]]
+    made = [Trajectory.from_json(row) for group in _rows(root) for row in group["value"]]
     for trajectory in made:
         documents, dropped = sft.encode([trajectory], ChatEncoder(tokenizer), 1024)
         assert dropped == 0
@@ -197,7 +197,7 @@ def test_plans_cover_scaffolds_and_templates():
     tasks = [tiny.make_task(instance_id=str(i)) for i in range(60)]
     plans = [trajectories.plan(task, number, 0, 2, 0.5, ("hermes", "qwen3_coder")) for number, task in enumerate(tasks)]
     assert plans[7] == trajectories.plan(tasks[7], 7, 0, 2, 0.5, ("hermes", "qwen3_coder"))
-    names = [[request.scaffold for request in requests] for requests in plans]
+    names = [[request.scaffold.name for request in requests] for requests in plans]
     assert names[0] == ["nano", "nano", "nano_single", "nano_format:hermes"] and names[1][-1] == "nano_format:qwen3_coder"
     recoveries = np.mean([request.wrong > 0 for requests in plans for request in requests[:2]])
     assert 0.35 < recoveries < 0.65

@@ -9,12 +9,14 @@ import time
 
 import pytest
 
-from qcn_jax.recipes.nano import heuristic, spans
+from qcn_jax.recipes.nano import heuristic
+from qcn_jax.agents import python_code
 from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.envs.patches import apply_diff, make_diff
 from qcn_jax.envs.sandbox.base import TestRun
-from qcn_jax.agents.scaffolds import NANO
-from qcn_jax.recipes.nano.solver import SpanEdit, Trajectory
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.agents.trajectory import Trajectory
+from qcn_jax.recipes.nano.solver import SpanEdit
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import ToolExecutor
 from qcn_jax.agents.workspace import OverlayWorkspace
@@ -122,7 +124,7 @@ def test_many_threads_may_parse_at_once():
         for _ in range(5):
             _Garbage()
         gc.enable()
-        return spans.function_spans(f"{source}\nx = {number}")
+        return python_code.function_spans(f"{source}\nx = {number}")
 
     before = gc.get_threshold()
     gc.set_threshold(50)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from qcn_jax.recipes.nano import solver
 from qcn_jax.agents.episode import Episode
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.agents.scaffolds import NANO, NANO_SINGLE, nano_format
-from qcn_jax.recipes.nano.solver import SpanEdit, Trajectory, solve, solve_with
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.agents.trajectory import Trajectory
+from qcn_jax.recipes.nano.solver import SpanEdit, solve, solve_with
 from qcn_jax.agents.workspace import Remembering
 from qcn_jax.chat.templates import TEMPLATES
 from tests.agents import tiny
@@ -23,6 +24,11 @@ def make(task, scaffold=NANO, runner=tiny.run_tests):
 
 def names(trajectory):
     return [[call["name"] for call in m["tool_calls"]] for m in trajectory.messages if m["role"] == "assistant"]
+
+
+def said(message):
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def test_a_straight_trajectory():
@@ -40,7 +46,7 @@ def test_recovery_from_wrong_edits():
     assert trajectory.outcomes == (False, False, True) and trajectory.wrong_edits == 2
     assert names(trajectory) == [
         ["view"], ["edit", "run_tests"], ["undo", "edit", "run_tests"], ["undo", "edit", "run_tests"], ["submit"]]
-    failures = [m["content"] for m in trajectory.messages if m["role"] == "tool" and m["content"].startswith("FAILED")]
+    failures = [said(m) for m in trajectory.messages if m["role"] == "tool" and said(m).startswith("FAILED")]
     assert len(failures) == 2
     assert trajectory.patch == task.patch
 
@@ -61,7 +67,7 @@ def test_trajectories_are_reproducible_and_seeds_differ():
 
 def test_trajectories_survive_json():
     task = tiny.make_task()
-    for scaffold in (NANO, NANO_SINGLE):
+    for scaffold in (NANO, NANO.single()):
         trajectory = solve(task, make(task, scaffold), scaffold)
         assert Trajectory.from_json(json.loads(json.dumps(trajectory.to_json()))) == trajectory
 
@@ -88,11 +94,11 @@ def test_single_turn_and_format_trajectories():
         return tiny.run_tests(*arguments)
 
     runner = Remembering(counted)
-    for scaffold in (NANO_SINGLE, *map(nano_format, TEMPLATES)):
+    for scaffold in (NANO.single(), *map(NANO.in_template, TEMPLATES)):
         trajectory = solve_with(tiny.provider(), task, scaffold, wrong=1, runner=runner)
         assert names(trajectory) == [["edit"]] and trajectory.template == scaffold.template
         assert trajectory.patch == task.patch and trajectory.wrong_edits == 0
-        assert trajectory.messages[0]["content"][-1]["numbered"]
+        assert any(part.get("special") for part in trajectory.messages[0]["content"])
     assert len(runs) == 2  # the failing tests and the others, once for all
 
 
@@ -123,7 +129,7 @@ def test_a_trajectory_whose_tests_fail_is_not_kept():
     both = tiny.GOOD.replace("if value < low:", "if value > low:").replace("% 2 == 0", "% 2 == 1")
     task = tiny.make_task(bug_patch=tiny.make_diff({"calc/core.py": tiny.GOOD}, {"calc/core.py": both}))
     assert solve(task, make(task)) is None
-    assert solve(task, make(task, NANO_SINGLE), NANO_SINGLE) is None
+    assert solve(task, make(task, NANO.single()), NANO.single()) is None
 
 
 def test_the_graders_word_is_final():
@@ -143,7 +149,7 @@ def test_a_sandbox_failure_is_not_a_rejection():
         raise SandboxError("gone")
 
     task = tiny.make_task()
-    for scaffold in (NANO, NANO_SINGLE):
+    for scaffold in (NANO, NANO.single()):
         with pytest.raises(SandboxError):
             solve(task, make(task, scaffold, broken), scaffold)
 
@@ -188,8 +194,8 @@ def test_a_defect_in_another_function_is_looked_up_if_its_name_is_in_sight():
             continue
         assert names(trajectory)[:2] == [["view"], ["view"]] and trajectory.patch == patch
         assert trajectory.messages[3]["tool_calls"][0]["arguments"] == {"symbol": "is_even"}
-        assert "<|1|>def is_even(n):\n<|2|>    return n % 2 == 1" in trajectory.messages[4]["content"]
-        assert solve(task, NANO_SINGLE.executor(task, tiny.open_overlay(task, pristine, runner)), NANO_SINGLE) is None
+        assert "<|1|>def is_even(n):\n<|2|>    return n % 2 == 1" in said(trajectory.messages[4])
+        assert solve(task, NANO.single().executor(task, tiny.open_overlay(task, pristine, runner)), NANO.single()) is None
 
 
 def test_while_loops_are_left_alone():

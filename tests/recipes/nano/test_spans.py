@@ -77,44 +77,6 @@ def test_tokens_agree_with_pythons_own_on_real_code():
     assert compared > 100
 
 
-SOURCE = '''\
-import functools
-
-
-class Box:
-    @property
-    def size(self):
-        return self._size
-
-    @size.setter
-    def size(self, value):
-        self._size = value
-
-    @functools.lru_cache
-    def get(self):
-        def inner():
-            return 1
-        return inner()
-
-
-if True:
-    def get():
-        return (lambda x: x)(2)
-'''
-
-
-def test_function_spans_are_found_by_name():
-    names = [span[0] for span in spans.function_spans(SOURCE)]
-    assert names == ["Box", "Box.size", "Box.size", "Box.get", "Box.get.inner", "get"]
-    assert spans.find_function(SOURCE, "Box.get") == (14, 17)
-    assert spans.find_function(SOURCE, "get") == (21, 22)
-    assert spans.find_function(SOURCE, "inner") == (15, 16)
-    assert spans.find_function(SOURCE, "size") == (6, 7)
-    assert spans.find_function(SOURCE, "Box.size", line=11) == (10, 11)
-    assert spans.find_function(SOURCE, "absent") is None
-    assert spans.function_spans("def f(:") == ()
-
-
 def test_dedent_keeps_lines_that_are_indented_less():
     lines = ["    def f():", "        return '''", "x'''", ""]
     assert spans.dedent(lines) == ["def f():", "    return '''", "x'''", ""]

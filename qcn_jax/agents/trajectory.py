@@ -1,0 +1,80 @@
+"""Conversations to learn from: episodes that ended with passing tests, with the calls of each turn taken apart."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from qcn_jax.agents.episode import EndReason, Episode
+from qcn_jax.agents.scaffolds.scaffold import Message
+from qcn_jax.agents.tools import ToolExecutor
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.tasks.schema import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """A conversation that ended with passing tests.
+
+    Attributes:
+      messages: assistants carry `tool_calls` (name, arguments) and the `template` they are written in.
+      wrong_edits: attempts before the right one.
+      outcomes: of each test run, in order: passed or not.
+      search: nobody knew the answer; also edits on which tests failed show how to look for a defect.
+      tools: schemas that the system turn lists; None where it lists none.
+    """
+
+    task_id: str
+    repo: str
+    scaffold: str
+    template: str
+    messages: tuple[Message, ...]
+    patch: str
+    wrong_edits: int
+    outcomes: tuple[bool, ...]
+    search: bool = False
+    tools: list[dict[str, Any]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready row."""
+        row = dataclasses.asdict(self)
+        return row | {"messages": list(self.messages), "outcomes": list(self.outcomes)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Trajectory":
+        """Reads what `to_json` gave."""
+        return cls(**row | {"messages": tuple(row["messages"]), "outcomes": tuple(row["outcomes"])})
+
+
+def verified(
+    episode: Episode, executor: ToolExecutor, grade: Callable[[Task, str], bool] | None = None, search: bool = False
+) -> Trajectory | None:
+    """An episode that is over as a trajectory; None unless it was submitted, well formed and the tests pass.
+
+    Args:
+      episode: played to its end on `executor`.
+      grade: whether a patch resolves the task; by default the tests are run where the edits were made.
+      search: see Trajectory.
+
+    Raises:
+      SandboxError: the sandbox failed.
+    """
+    task, scaffold = episode.task, episode.scaffold
+    if episode.reason is EndReason.INFRASTRUCTURE:
+        raise SandboxError(f"{task.instance_id}: the sandbox failed")
+    if episode.reason is not EndReason.SUBMITTED or any(turn.malformed for turn in episode.turns):
+        return None
+    result = episode.result()
+    if not (grade(task, result.patch) if grade else result.tests_passed or executor.test().passed):
+        return None
+    return Trajectory(
+        task.instance_id, task.repo, scaffold.name, scaffold.template, messages_with_calls(episode), result.patch,
+        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs), search=search,
+        tools=scaffold.schemas(),
+    )
+
+
+def messages_with_calls(episode: Episode) -> tuple[Message, ...]:
+    """The episode's messages, assistants with their calls taken apart instead of text."""
+    turns = iter(episode.turns)
+    return tuple(episode.scaffold.assistant(next(turns).calls) if message["role"] == "assistant" else message
+                 for message in episode.messages)
