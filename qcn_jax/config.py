@@ -196,6 +196,9 @@ class ExpertsConfig:
     malformed_penalty: float = 0.2
     repeat_penalty: float = 0.2  # of turns that come again to files on which the tests have failed
     checkpoint_every: int = 5  # updates
+    log_every: int = 1  # updates
+    keep: int = 1  # checkpoints kept
+    nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
@@ -211,6 +214,9 @@ class DistillConfig:
     sequence_length: int = 1024
     loss: str = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
     checkpoint_every: int = 5  # updates
+    log_every: int = 1  # updates
+    keep: int = 1  # checkpoints kept
+    nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 

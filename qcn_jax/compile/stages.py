@@ -1,21 +1,13 @@
-"""The step that each stage compiles, with abstract arguments laid out on a mesh: what `qcn compile` looks at."""
+"""The very step that each training stage runs, with abstract arguments: what `qcn compile` looks at."""
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-
-from qcn_jax.config import RunConfig, TrainConfig
+from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
-from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.train import layout, loop, losses, optimizer
-from qcn_jax.pipeline.stages.distill import distill_loss
-from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
-from qcn_jax.pipeline.rl.learner import policy_loss
-from qcn_jax.pipeline.train.update import make_update
+from qcn_jax.pipeline.train.flops import TokenFlops
 from qcn_jax.sharding.parallel import Parallel
 
 STAGES = ("midtrain", "sft", "experts", "distill")
@@ -26,12 +18,12 @@ class StageStep:
     """One call of a stage's compiled function.
 
     Attributes:
-      function: jitted, with shardings.
+      function: jitted, with shardings; the stage runs the same.
       arguments: abstract.
       kinds: the arguments by what they are, for an account of memory.
-      tokens: that pass through the model.
+      tokens: that pass through the model; of a stage whose updates differ in rows, those of one slice.
       flops: of the model, per token and forward pass.
-      passes: forward passes' worth of FLOPs per token: 3 with gradient, 1 for each further model that judges.
+      passes: forward passes' worth of FLOPs per token: 3 with gradient, 1 for a further model that judges.
     """
 
     function: Any
@@ -55,16 +47,20 @@ def stage_step(config: RunConfig, stage: str, parallel: Parallel) -> StageStep:
     """
     if stage not in STAGES:
         raise UserError(f"--stage={stage}: allowed: {', '.join(STAGES)}")
+    _check_rows(config, stage, parallel)
+    trainer = importlib.import_module(f"qcn_jax.pipeline.stages.{stage}").make_trainer(config, parallel)
+    state, batch, frozen = trainer.abstract()
+    kinds = {"weights": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
+    shape = trainer.shape
+    tokens = shape.rows * shape.length * (1 if shape.padded else shape.slices)
+    return StageStep(trainer.step, (state, batch, frozen), {name: tree for name, tree in kinds.items() if tree}, tokens,
+                     trainer.flops, trainer.passes)
+
+
+def _check_rows(config: RunConfig, stage: str, parallel: Parallel) -> None:
+    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
     settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.experts,
                 "distill": config.distill}[stage]
-    _check_rows(stage, settings, parallel)
-    if stage in ("midtrain", "sft"):
-        return _train_step(config, settings, parallel)
-    return _update_step(config, stage, settings, parallel)
-
-
-def _check_rows(stage: str, settings: Any, parallel: Parallel) -> None:
-    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
     parts = parallel.size("activation_batch") * getattr(settings, "accumulate", 1)
     if settings.rows % parts:
         raise UserError(f"--config.{group}.rows: {settings.rows} rows do not divide by {parts}, the mesh's parts of a "
@@ -73,48 +69,3 @@ def _check_rows(stage: str, settings: Any, parallel: Parallel) -> None:
     if settings.sequence_length % columns:
         raise UserError(f"--config.{group}.sequence_length: {settings.sequence_length} does not divide by the "
                         f"{columns} parts of mesh axes context and tensor")
-
-
-def _batch(settings: Any, parallel: Parallel, floats: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    shape, place = (settings.rows, settings.sequence_length), layout.batch_sharding(parallel)
-    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    return {name: array(jnp.int32) for name in ("tokens", "segment_ids", "positions")} | {
-        name: array(jnp.float32) for name in floats}
-
-
-def _train_step(config: RunConfig, settings: TrainConfig, parallel: Parallel) -> StageStep:
-    model = config.model
-    update = optimizer.make_optimizer(settings.optimizer, settings.steps)
-    shardings = layout.state_shardings(model, parallel, update, settings.optimizer.offload)
-    loss_fn = losses.language_model_loss(Qwen3Next(model, parallel=parallel), settings.mtp_coef, settings.mtp_steps)
-    function = loop.make_train_step(loss_fn, update, settings.accumulate, shardings, layout.batch_sharding(parallel))
-    state, batch = layout.abstract_state(model, update, shardings), _batch(settings, parallel, ("weights",))
-    kinds = {"weights": state.params, "optimizer": state.opt_state, "batch": batch}
-    flops = token_flops(model, settings.sequence_length, settings.mtp_coef > 0)
-    return StageStep(function, (state, batch), kinds, settings.rows * settings.sequence_length, flops, 3)
-
-
-def _update_step(config: RunConfig, stage: str, settings: Any, parallel: Parallel) -> StageStep:
-    model = config.model
-    update = optimizer.make_optimizer(settings.optimizer, settings.updates)
-    shardings = layout.state_shardings(model, parallel, update, settings.optimizer.offload)
-    state = layout.abstract_state(model, update, shardings)
-    gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
-    if stage == "experts":
-        loss = policy_loss(model, settings, parallel)
-        judges = 1 if settings.kl_coef else 0
-        batch = _batch(settings, parallel, ("weights", "advantages", "old_logprobs"))
-    else:
-        loss = distill_loss(model, settings.loss, parallel)
-        judges = 0 if settings.loss == "rejection_sft" else 1
-        batch = _batch(settings, parallel, ("weights",))
-    judge = state.params if judges else None
-    whole = NamedSharding(parallel.mesh, PartitionSpec())
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
-    function = make_update(loss, update, shardings, layout.batch_sharding(parallel), judge is not None)
-    kinds = {"weights": state.params, "optimizer": state.opt_state, "gradient": gradient, "judge": judge,
-             "batch": batch}
-    arguments = (state, gradient, batch, scalar(jnp.float32), scalar(jnp.bool_), judge)
-    flops = token_flops(model, settings.sequence_length)
-    return StageStep(function, arguments, {name: tree for name, tree in kinds.items() if tree is not None},
-                     settings.rows * settings.sequence_length, flops, 3 + judges)

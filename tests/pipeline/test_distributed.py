@@ -36,19 +36,18 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
 
     from qcn_jax.config import MeshConfig, OptimizerConfig
     from qcn_jax.model import Qwen3Next
-    from qcn_jax.pipeline.train import layout, losses, optimizer
-    from qcn_jax.pipeline.train import loop as training
     from qcn_jax.pipeline.data import loader
-    from qcn_jax.sharding.mesh import make_parallel
+    from qcn_jax.pipeline.train import layout, losses
+    from qcn_jax.pipeline.train import loop as training
+    from qcn_jax.pipeline.train.step import BatchShape
+    from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
     from tests.pipeline.micro import MODEL
 
-    parallel = make_parallel(mesh or MeshConfig(fsdp=-1, expert=min(2, jax.device_count())))
-    rows = layout.Rows.of(parallel, ROWS)
-    batches = loader.batches(_sources(), rows=rows.count, length=LENGTH, seed=3, shard=rows.shard)
-    rule = optimizer.make_optimizer(OptimizerConfig(learning_rate=0.01, warmup_steps=2), STEPS)
-    shardings = layout.state_shardings(MODEL, parallel, rule)
+    parallel = mesh_here(mesh or MeshConfig(fsdp=-1, expert=min(2, jax.device_count())))
     loss = losses.language_model_loss(Qwen3Next(MODEL, parallel=parallel))
-    step = training.make_train_step(loss, rule, shardings=shardings, batch_sharding=layout.batch_sharding(parallel))
+    trainer = Trainer.build(MODEL, loss, OptimizerConfig(learning_rate=0.01, warmup_steps=2), STEPS,
+                            BatchShape(1, ROWS, LENGTH), parallel, field="sft.train")
+    batches = loader.batches(_sources(), rows=trainer.rows.count, length=LENGTH, seed=3, shard=trainer.rows.shard)
     params = jax.jit(Qwen3Next(MODEL).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     params = jax.tree.map(np.asarray, params)
     calls = []
@@ -56,11 +55,11 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
     def counted(state, batch):
         before_step(len(calls))
         calls.append(1)
-        return step(state, batch)
+        return trainer.step(state, batch)
 
     result = training.loop(
-        pathlib.Path(directory), layout.place_state(params, rule, shardings), counted, batches, steps, log=log,
-        options=training.LoopOptions(checkpoint_every=checkpoint_every, log_every=1), place=rows.place)
+        pathlib.Path(directory), trainer.create(params), counted, training.Stream(batches, trainer.place), steps,
+        log=log, options=training.LoopOptions(checkpoint_every=checkpoint_every, log_every=1))
     return layout.on_host(result.state.params)
 
 
@@ -199,7 +198,7 @@ def test_rows_of_a_mesh():
     rows = Rows.of(parallel, 4)
     assert rows.shard == (0, 1) and rows.count == 4
     batch = {"tokens": np.arange(12).reshape(4, 3)}
-    assert np.array_equal(rows.place(batch)["tokens"], batch["tokens"])
+    assert np.array_equal(rows.place(batch)["tokens"][0], batch["tokens"])
     assert dataclasses.is_dataclass(rows)
     with pytest.raises(UserError, match="does not multiply to 1 devices"):
         make_parallel(MeshConfig(fsdp=3))

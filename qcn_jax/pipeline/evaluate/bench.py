@@ -13,16 +13,16 @@ from typing import Any
 
 import jax
 
+from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import EvaluateConfig, ModelConfig
-from qcn_jax.recipes.nano import heuristic
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline.evaluate import scores
-from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.pipeline.experts.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts
-from qcn_jax.pipeline.rl.online import make_engine
+from qcn_jax.pipeline.rl.episodes import make_engine
 from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, rollout, sequence_seed
+from qcn_jax.recipes.nano import heuristic
 
 HEURISTIC_THREADS = 8  # each waits for a sandbox; the pool decides how many really run
 

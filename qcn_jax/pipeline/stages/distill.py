@@ -13,39 +13,50 @@ where the student goes.
 """
 
 import dataclasses
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qcn_jax import hub
-from qcn_jax.config import DistillConfig, ModelConfig
+from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.config import DistillConfig, ModelConfig, RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
-from qcn_jax.pipeline.rl import objectives, online
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.pipeline.experts.domains import TaskConversation, make_services
+from qcn_jax.pipeline.rl import episodes, objectives
+from qcn_jax.pipeline.rl.rollout import (
+    Conversation,
+    RolloutRecord,
+    Stop,
+    Stopped,
+    never,
+    rollout,
+    sequence_seed,
+)  # fmt: skip
+from qcn_jax.pipeline.stages.experts import training_prompts
+from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.head import over_vocabulary, project
-from qcn_jax.pipeline.train.losses import predicted
+from qcn_jax.pipeline.train.loop import Work
+from qcn_jax.pipeline.train.losses import next_tokens, predicted
 from qcn_jax.pipeline.train.metrics import read_metrics
-from qcn_jax.pipeline.train.optimizer import make_optimizer
-from qcn_jax.pipeline.rl.learner import training_prompts
-from qcn_jax.pipeline.rl.rollout import Conversation, RolloutRecord, Stop, never, rollout, sequence_seed
-from qcn_jax.pipeline.train.loop import TrainState
-from qcn_jax.pipeline.train.update import Part, SumLoss, Updater
+from qcn_jax.pipeline.train.step import BatchShape, LossFn, TrainState
+from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
 from qcn_jax.sharding.parallel import Parallel
 
 LOSSES = ("reverse_kl", "forward_kl", "rejection_sft")
 
 
-def distill_loss(model: ModelConfig, name: str, parallel: Parallel | None = None) -> SumLoss:
-    """The loss called `name`, summed over tokens: (student, batch, teacher) -> (sum, {"agreement": sum}).
+def distill_loss(model: ModelConfig, name: str, parallel: Parallel | None = None) -> LossFn:
+    """The loss called `name`, a mean over tokens: (student, batch, teacher) -> (loss, {"agreement": mean}).
 
-    `agreement` counts tokens at which both would choose the same. `rejection_sft` has no use for the teacher.
+    `agreement` is the share of tokens at which both would choose the same. `rejection_sft` takes no teacher.
     """
     network = Qwen3Next(model, parallel=parallel)
     divergence = {"reverse_kl": objectives.reverse_kl, "forward_kl": objectives.forward_kl}.get(name)
@@ -61,10 +72,11 @@ def distill_loss(model: ModelConfig, name: str, parallel: Parallel | None = None
         same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
         return divergence(ours, theirs), same.astype(jnp.float32)
 
-    def loss(student: Any, batch: dict[str, jax.Array], teacher: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        weights, hidden, kernel = batch["weights"], hidden_of(student, batch), head_kernel(model, student)
+    def loss(student: Any, batch: dict[str, jax.Array], teacher: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        weights = batch["weights"] / batch["weight_sum"]
+        hidden, kernel = hidden_of(student, batch), head_kernel(model, student)
         if divergence is None:
-            targets = online.next_tokens(batch)
+            targets = next_tokens(batch["tokens"])
             losses, agreement = over_vocabulary(predicted, (kernel,), hidden, targets, parallel=parallel)
         else:
             taught = jax.lax.stop_gradient((head_kernel(model, teacher), hidden_of(teacher, batch)))
@@ -74,16 +86,30 @@ def distill_loss(model: ModelConfig, name: str, parallel: Parallel | None = None
     return loss
 
 
+def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
+    """Builds the step of the stage on `parallel`: a slice's teacher is that of its domain.
+
+    Raises:
+      UserError: rows that the mesh does not divide.
+    """
+    settings, names = config.distill, config.experts.names
+    slices = sum(-(-count * settings.group_size // settings.rows) for count in deal(settings.prompts, names).values())
+    shape = BatchShape(slices, settings.rows, settings.sequence_length, sections=names, padded=True)
+    return Trainer.build(config.model, distill_loss(config.model, settings.loss, parallel), settings.optimizer,
+                         settings.updates, shape, parallel, field="distill",
+                         frozen=0 if settings.loss == "rejection_sft" else len(names))
+
+
 @dataclasses.dataclass
 class Distiller:
-    """Updates of the student.
+    """The feed of the student's updates; see train.loop.
 
     Attributes:
       config: the stage's configuration.
       seed: everything random follows from it and the update's number.
       engine: generates, with the student's or a teacher's parameters.
-      updater: of `distill_loss`.
-      teachers: parameters by domain.
+      trainer: see `make_trainer`; its sections are the domains.
+      teachers: parameters by domain, in the order of the sections.
       prompts: prompts by domain, in the same order.
       converse: prompt -> a fresh conversation.
     """
@@ -91,36 +117,45 @@ class Distiller:
     config: DistillConfig
     seed: int
     engine: Engine
-    updater: Updater
+    trainer: Trainer
     teachers: Mapping[str, Any]
     prompts: Mapping[str, Sequence[Any]]
     converse: Callable[[Any], Conversation]
+    stream = None  # what is learned from follows from the seed and the update's number
 
-    def step(self, update: int, state: TrainState, stop: Stop = never) -> tuple[TrainState, dict[str, Any]]:
-        """One update over all domains. Where no episode qualifies, the state stays as it is."""
-        clock = online.Clock()
-        records = self._act(update, state.params, stop)
-        clock.lap("rollout")
-        parts = []
-        for domain, episodes in records.items():
-            if self.config.loss == "rejection_sft":
-                episodes = [record for record in episodes if record.outcome.solved]
-            if any(record.sampled.any() for record in episodes):
-                rows = online.pack_rows(
-                    [online.document(record) for record in episodes], self.config.sequence_length, self.config.rows
-                )
-                parts.append(Part(rows, (self.teachers[domain],), domain))
-        metrics: dict[str, float] = {"loss": 0.0, "agreement": 0.0}
-        if parts:
-            state, metrics = self.updater(state, *parts)
-        clock.lap("update")
-        everything = [record for episodes in records.values() for record in episodes]
-        return state, metrics | _shares(everything) | clock.parts
+    def next(self, step: int, state: TrainState, stop: Stop = never) -> Work | None:
+        """Episodes of all domains; see train.loop.Feed. Where none qualifies, there is nothing to learn from."""
+        began = time.perf_counter()
+        try:
+            records = self._act(step, state.params, stop)
+        except Stopped:
+            return None
+        everything = [record for found in records.values() for record in found]
+        metrics = _shares(everything) | {"seconds_rollout": time.perf_counter() - began}
+        rows = {name: self._rows(found) for name, found in records.items() if self._learned(found)}
+        if not rows:
+            return Work([], 0, metrics | {"loss": 0.0, "agreement": 0.0})
+        names = self.trainer.shape.sections
+        arrays = {key: np.concatenate([part[key] for part in rows.values()]) for key in next(iter(rows.values()))}
+        sections = [names.index(name) for name, part in rows.items()
+                    for _ in range(len(part["tokens"]) // self.config.rows)]
+        return Work([self.trainer.place(arrays, sections)], arrays["tokens"].size, metrics,
+                    absent=frozenset(names) - frozenset(rows))
+
+    def _learned(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+        """Those episodes of a domain that are learned from; empty where they hold no token to learn."""
+        if self.config.loss == "rejection_sft":
+            records = [record for record in records if record.outcome.solved]
+        return list(records) if any(record.sampled.any() for record in records) else []
+
+    def _rows(self, records: Sequence[RolloutRecord]) -> dict[str, np.ndarray]:
+        documents = [episodes.document(record) for record in self._learned(records)]
+        return episodes.pack_rows(documents, self.config.sequence_length, self.config.rows)
 
     def _act(self, update: int, student: Any, stop: Stop) -> dict[str, list[RolloutRecord]]:
         """Episodes by domain: the student's, all at once, or each teacher's on its own prompts."""
         chosen = {
-            domain: online.choose(self.prompts[domain], count, update, self.seed + index)
+            domain: episodes.choose(self.prompts[domain], count, update, self.seed + index)
             for index, (domain, count) in enumerate(deal(self.config.prompts, list(self.teachers)).items()) if count
         }  # fmt: skip
         if self.config.loss == "reverse_kl":
@@ -141,11 +176,11 @@ class Distiller:
     def _rollout(
         self, params: Any, prompts: Sequence[Any], update: int, stream: int, stop: Stop = never
     ) -> list[RolloutRecord]:
-        self.engine.params = params
+        self.engine.params = episodes.for_engine(params, self.trainer.parallel)
         samples = range(self.config.group_size)
         groups = [[self.converse(prompt) for _ in samples] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, stream, g, i) for i in samples] for g in range(len(prompts))]
-        return rollout(self.engine, groups, seeds, sampling=online.sampling_of(self.config.rollout), stop=stop)
+        return rollout(self.engine, groups, seeds, sampling=episodes.sampling_of(self.config.rollout), stop=stop)
 
 
 def deal(count: int, names: Sequence[str]) -> dict[str, int]:
@@ -168,37 +203,35 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     """Distils every expert of the run into the SFT model and writes the unified model.
 
     Returns:
-      {"first", "last"}: metrics of the first and last updates.
+      {"first", "last"}: metrics of the first and last updates; "mesh".
     """
     config = context.config.distill
     if config.loss not in LOSSES:
         raise UserError(f"--config.distill.loss: unknown loss {config.loss!r}; allowed: {', '.join(LOSSES)}")
     context.result("experts")
+    parallel = mesh_here(context.config.mesh)
+    trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    model, params = hub.load(context.model_path("sft"))
-    domains = context.config.experts.names
-    optimizer = make_optimizer(config.optimizer, config.updates)
+    load = lambda name: hub.load(context.model_path(name), dtype=trainer.model.param_dtype)[1]
+    params, domains = load("sft"), context.config.experts.names
+    teachers = {name: trainer.place_params(load(f"expert_{name}")) for name in domains}
     judged = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
-    distiller = Distiller(
+    feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
-        engine=online.make_engine(model, params, encoder.tokenizer, config.rollout, config.sequence_length),
-        updater=Updater(distill_loss(model, config.loss), optimizer, config.rows),
-        teachers={name: jax.tree.map(jnp.asarray, hub.load(context.model_path(f"expert_{name}"))[1])
-                  for name in domains},
-        prompts={name: training_prompts(context, name) for name in domains},
+        engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length),
+        trainer=trainer, teachers=teachers, prompts={name: training_prompts(context, name) for name in domains},
         converse=lambda prompt: TaskConversation(
             prompt, encoder, services, max_turns=config.rollout.max_turns, unfinished_penalty=0.0, judged=judged
         ),
     )  # fmt: skip
-    state = online.run_updates(
-        context.workdir, TrainState.create(jax.tree.map(jnp.array, params), optimizer), distiller.step,
-        config.updates, log=context.log, line=_line, checkpoint_every=config.checkpoint_every,
-    )  # fmt: skip
-    hub.save(context.workdir / "model", model, jax.device_get(state.params))
+    episodes.say_where(parallel, context.log)
+    result = trainer.run(context.workdir, jax.tree.map(jnp.array, params), feed, config.updates, config,
+                         log=context.log, line=_line, frozen=tuple(teachers.values())[: trainer.frozen])
+    hub.save(context.workdir / "model", trainer.model, jax.device_get(result.state.params))
     rows = read_metrics(context.workdir / "metrics.jsonl")
     first, last = rows[0], rows[-1]
     line = f"{config.loss} {first['loss']:.4f} to {last['loss']:.4f}, same choice at {last['agreement']:.1%} of tokens"
-    return {"first": first, "last": last, "line": line}
+    return {"first": first, "last": last, "mesh": layout.mesh_of(result.state), "line": line}
 
 
 def _line(metrics: dict[str, Any]) -> str:

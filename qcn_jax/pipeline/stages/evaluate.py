@@ -7,9 +7,9 @@ import statistics
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.evaluate import scores
 from qcn_jax.pipeline.evaluate.bench import Bench, balanced
-from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.train.metrics import read_metrics
 
 SHOWN = 10  # sample trajectories of the report
@@ -87,7 +87,9 @@ def train_control(context: StageContext) -> dict[str, Any]:
         return files.read_json(done)
     plan_path = context.workdir / "control_plan.json"
     if not plan_path.exists():
-        updates = [row["seconds"] for row in read_metrics(context.root / "experts" / "swe" / "metrics.jsonl")]
+        rows = read_metrics(context.root / "experts" / "swe" / "metrics.jsonl")
+        # A process's first update compiles and has no time of its own; acting is the most of it.
+        updates = [row["seconds_per_step"] or row["seconds_rollout"] for row in rows]
         target = statistics.median_low(updates) * len(updates)
         steps = max(1, round(target / context.result("sft")["seconds_per_step"]))
         files.write_json(plan_path, {"target_seconds": round(target, 2), "steps": steps})

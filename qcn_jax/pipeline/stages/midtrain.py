@@ -17,17 +17,19 @@ import numpy as np
 
 import qcn_jax
 from qcn_jax import hub
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import COMPUTE_FIELDS, MidtrainConfig, ModelConfig, RunConfig
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.documents import fim, repository
+from qcn_jax.pipeline.train import fit
+from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
 from qcn_jax.recipes.nano import edits
-from qcn_jax.pipeline.train.fit import fit, input_rows
 from qcn_jax.sharding import distributed
+from qcn_jax.sharding.parallel import Parallel
 
 BASE_FOLDER = pathlib.Path(qcn_jax.__file__).parent / "assets" / "nano_base"
 LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, 65))
@@ -45,20 +47,29 @@ _FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embedding
                 "initializer_range")
 
 
+def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
+    """Builds the step of the stage on `parallel`.
+
+    Raises:
+      UserError: rows that `accumulate` or the mesh does not divide.
+    """
+    return fit.make_trainer(config.model, config.midtrain.train, parallel, "midtrain.train")
+
+
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Trains `config.midtrain`; writes tokenizer, base/ and model/ (see pipeline.context)."""
     settings = context.config.midtrain
     train = settings.train
-    rows = input_rows(context.config.mesh, train)
+    trainer = make_trainer(context.config, mesh_here(context.config.mesh))
     with distributed.first_before_others("midtrain's data"):  # what the first process writes, the others read
         groups = read_corpus(context)
         tokenizer = prepare_tokenizer(context, groups)
-        model, params = prepare_base(context, tokenizer)
+        _, params = prepare_base(context, tokenizer)
         sources = make_sources(context, groups, tokenizer)
-    batches = loader.batches(sources, rows=rows.count, length=train.sequence_length, seed=context.config.seed,
-                             method=settings.packing, shard=rows.shard)
-    results = fit(context.workdir, context.model_path("midtrain"), model, params, batches, train,
-                  tokenizer=tokenizer, log=context.log, rows=rows)
+    batches = loader.batches(sources, rows=trainer.rows.count, length=train.sequence_length, seed=context.config.seed,
+                             method=settings.packing, shard=trainer.rows.shard)
+    results = fit.fit(context.workdir, context.model_path("midtrain"), trainer, params, batches, train,
+                      tokenizer=tokenizer, log=context.log)
     shares = {source.name: source.share for source in sources}
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     return results | {

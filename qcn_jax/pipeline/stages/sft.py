@@ -19,16 +19,28 @@ import numpy as np
 from qcn_jax import hub
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.splits import split_tasks
-from qcn_jax.pipeline.train.fit import fit, input_rows
-from qcn_jax.pipeline.train.loop import interrupted, stop_signals
+from qcn_jax.pipeline.train import fit
+from qcn_jax.pipeline.train.signals import interrupted, stop_signals
+from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
 from qcn_jax.recipes.nano import guesses
 from qcn_jax.recipes.nano.trajectories import collect, plan
+from qcn_jax.sharding.parallel import Parallel
 
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order
+
+
+def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
+    """Builds the step of the stage on `parallel`.
+
+    Raises:
+      UserError: rows that `accumulate` or the mesh does not divide.
+    """
+    return fit.make_trainer(config.model, config.sft.train, parallel, "sft.train")
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
@@ -120,12 +132,12 @@ def _refuted(trajectory: Trajectory, weights: np.ndarray) -> np.ndarray:
 
 def _train(context: StageContext, documents: list[dict[str, np.ndarray]], steps: int, directory: pathlib.Path,
            start: pathlib.Path, out: pathlib.Path, seed: int) -> dict[str, Any]:
-    model = context.config.model
-    _, params = hub.load(start, dtype=model.param_dtype)
-    train = dataclasses.replace(context.config.sft.train, steps=steps)
+    config = context.config
+    train = dataclasses.replace(config.sft.train, steps=steps)
     if not documents:
         raise UserError(f"--config.sft.train.sequence_length: {train.sequence_length} is shorter than every trajectory")
-    rows = input_rows(context.config.mesh, train)
-    batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=rows.count,
-                             length=train.sequence_length, seed=seed, shard=rows.shard)
-    return fit(directory, out, model, params, batches, train, tokenizer=context.tokenizer(), log=context.log, rows=rows)
+    trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
+    _, params = hub.load(start, dtype=config.model.param_dtype)
+    batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=trainer.rows.count,
+                             length=train.sequence_length, seed=seed, shard=trainer.rows.shard)
+    return fit.fit(directory, out, trainer, params, batches, train, tokenizer=context.tokenizer(), log=context.log)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from qcn_jax.config import ModelConfig
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.train.optimizer import parameter_name
+from qcn_jax.pipeline.train.step import SECTION
 from qcn_jax.sharding.parallel import Parallel
 
 Params = dict[str, Any]
@@ -47,7 +48,7 @@ def first_bad_layer(
 
     if finite(config.num_hidden_layers):
         return None
-    low, high = 0, config.num_hidden_layers  # the first `low` layers are sound, the first `high` are not
+    low, high = 0, config.num_hidden_layers  # the first `low` layers are finite, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if finite(middle) else (low, middle)
@@ -55,22 +56,34 @@ def first_bad_layer(
 
 
 def explain(
-    config: ModelConfig, loss_fn: Callable[..., Any], parallel: Parallel | None = None
-) -> Callable[[Params, Mapping[str, jax.Array]], str]:
-    """The `explain` of train.loop: one clause that names where the first non-finite value is."""
+    config: ModelConfig, loss: Callable[..., Any], parallel: Parallel | None = None, frozen: tuple[Params, ...] = ()
+) -> Callable[[Params, Mapping[str, jax.Array]], str]:  # fmt: skip
+    """The `explain` of train.loop: one clause that names where the first non-finite value is.
+
+    Args:
+      config, parallel: the model and its mesh.
+      loss: see train.step.LossFn.
+      frozen: the frozen parameters that the step was given.
+    """
 
     def clause(params: Params, batch: Mapping[str, jax.Array]) -> str:
-        bad = _first_bad_leaf(params)
-        if bad:
+        if bad := _first_bad_leaf(params):
             return f"parameter {bad} holds a non-finite value"
-        layer = first_bad_layer(config, params, batch, parallel)
-        if layer is not None:
-            kind = "attention" if (layer + 1) % config.full_attention_interval == 0 else "DeltaNet"
-            return f"layer {layer} ({kind}) is the first whose output is not finite"
-        scalars = {"weight_sum": jnp.maximum(jnp.sum(batch["weights"]), 1e-6), "fraction": jnp.float32(1)}
-        gradients = jax.jit(jax.grad(lambda p, b: loss_fn(p, b)[0]))(params, dict(batch) | scalars)
-        bad = _first_bad_leaf(gradients)
-        return f"the gradient of {bad} is not finite" if bad else "head or loss: every layer's output is finite"
+        total = jnp.maximum(jnp.sum(batch["weights"]), 1e-6)
+        parts = [{name: array[i] for name, array in batch.items()} for i in range(len(batch["weights"]))]
+        parts = [part for part in parts if bool(jnp.any(part["weights"] > 0))]
+        for part in parts:
+            layer = first_bad_layer(config, params, part, parallel)
+            if layer is not None:
+                kind = "attention" if (layer + 1) % config.full_attention_interval == 0 else "DeltaNet"
+                return f"layer {layer} ({kind}) is the first whose output is not finite"
+        gradient = jax.jit(jax.grad(lambda p, b, *held: loss(p, b, *held)[0]))
+        for part in parts:
+            held = frozen if len(frozen) < 2 else (frozen[int(part.pop(SECTION))],)
+            part |= {"weight_sum": total, "fraction": jnp.float32(1 / len(parts))}
+            if bad := _first_bad_leaf(gradient(params, part, *held)):
+                return f"the gradient of {bad} is not finite"
+        return "head or loss: every layer's output is finite"
 
     return clause
 

@@ -14,7 +14,7 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.model import abstract_params, logical_axes
 from qcn_jax.pipeline.train.optimizer import state_like
-from qcn_jax.pipeline.train.loop import TrainState
+from qcn_jax.pipeline.train.step import TrainState
 from qcn_jax.sharding.parallel import Parallel
 
 HOST_MEMORY = "pinned_host"
@@ -66,37 +66,59 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
-def batch_sharding(parallel: Parallel) -> NamedSharding:
-    """Of [rows, T] arrays."""
-    return NamedSharding(parallel.mesh, parallel.spec("activation_batch", "activation_length"))
+def on_one_device(tree: Any) -> Any:
+    """Copies of a tree of arrays on this process's first device, gathered where they are split."""
+    return jax.device_put(tree, jax.local_devices()[0])
+
+
+def mesh_of(state: TrainState) -> dict[str, Any]:
+    """{"devices": n, "axes": {axis: size}} that the state really lies on, for a stage's results; no axes of one."""
+    shardings = {leaf.sharding for leaf in jax.tree.leaves(state.params)}
+    axes = {axis: size for sharding in shardings if isinstance(sharding, NamedSharding)
+            for axis, size in sharding.mesh.shape.items() if size > 1}
+    return {"devices": max(len(sharding.device_set) for sharding in shardings), "axes": axes}
+
+
+def batch_sharding(parallel: Parallel, dimensions: int = 3) -> NamedSharding:
+    """Of [slices, rows, T] arrays, or with one dimension of [slices] arrays, which every device holds."""
+    if dimensions == 1:
+        return NamedSharding(parallel.mesh, PartitionSpec())
+    return NamedSharding(parallel.mesh, parallel.spec(None, "activation_batch", "activation_length"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which rows of a batch of `total` this process reads, and how they become a global batch.
+    """Which rows of a batch this process brings, and how they become a global batch of [slices, rows, T] arrays.
 
     Processes that hold different columns of the same rows read the same documents and keep their own columns.
 
     Attributes:
       parallel: the mesh; None is one device, which reads all rows.
+      total: rows of a slice.
+      slices: of a batch.
       shard: (index, count) for data.loader: which of the groups of processes that read different documents.
-      first: this process's parts of the rows, in order, and where each begins among the rows that it reads.
+      first: this process's parts of a slice's rows, in order, and where each begins among the rows that it reads.
     """
 
     parallel: Parallel | None
     total: int
+    slices: int = 1
     shard: tuple[int, int] = (0, 1)
     first: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, parallel: Parallel | None, total: int) -> "Rows":
-        """Raises UserError where the rows do not divide, or processes' rows overlap in part."""
+    def of(cls, parallel: Parallel | None, total: int, slices: int = 1, field: str = "*.train") -> "Rows":
+        """Finds this process's rows.
+
+        Raises:
+          UserError: the rows of a slice do not divide, or processes' rows overlap in part; the line names `field`.
+        """
         if parallel is None:
-            return cls(None, total)
+            return cls(None, total, slices)
         where, parts = _row_parts(parallel), parallel.size("activation_batch")
         if total % parts:
-            raise UserError(f"--config.*.train.rows: {total} rows do not divide by the {parts} parts of --config.mesh "
-                            f"({' x '.join(parallel.axes('activation_batch'))})")
+            raise UserError(f"--config.{field}.rows: {total} rows of a slice do not divide by the {parts} parts of "
+                            f"--config.mesh ({' x '.join(parallel.axes('activation_batch'))})")
         held: dict[int, set[int]] = {}
         for device, part in where.items():
             held.setdefault(device.process_index, set()).add(part)
@@ -104,29 +126,42 @@ class Rows:
         if sum(map(len, groups)) != parts:
             raise UserError("--config.mesh: some processes share some of their rows, but not all; choose axes whose "
                             "product is a multiple of a process's devices")
-        mine = tuple(sorted(held[jax.process_index()]))
+        # A process without a device of the mesh (a topology that is not here) brings none.
+        mine = tuple(sorted(held.get(jax.process_index(), groups[0])))
         size = total // parts
-        return cls(parallel, total, (groups.index(mine), len(groups)), {part: i * size for i, part in enumerate(mine)})
+        shard = (groups.index(mine), len(groups))
+        return cls(parallel, total, slices, shard, {part: i * size for i, part in enumerate(mine)})
 
     @property
     def count(self) -> int:
-        """Rows that this process reads."""
-        return self.total // self.shard[1]
+        """Rows that this process reads for a batch, those of all slices."""
+        return self.slices * self.total // self.shard[1]
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global [total, T] arrays of which `batch` [count, T] are this process's rows."""
+        """Returns global [slices, total, T] arrays.
+
+        Args:
+          batch: [n, T] this process's rows, by slice; zeros are added up to `count`.
+        """
+        arrays = {name: self._slices(np.asarray(array)) for name, array in batch.items()}
         if self.parallel is None:
-            return jax.device_put(dict(batch))
+            return jax.device_put(arrays)
         sharding, size = batch_sharding(self.parallel), self.total // self.parallel.size("activation_batch")
 
         def globally(array: np.ndarray) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
-                begin = self.first[(index[0].start or 0) // size]
-                return array[begin : begin + size, index[1]]
+                begin = self.first[(index[1].start or 0) // size]
+                return array[:, begin : begin + size, index[2]]
 
-            return jax.make_array_from_callback((self.total, *array.shape[1:]), sharding, part)
+            return jax.make_array_from_callback((self.slices, self.total, array.shape[2]), sharding, part)
 
-        return {name: globally(np.asarray(array)) for name, array in batch.items()}
+        return {name: globally(array) for name, array in arrays.items()}
+
+    def _slices(self, array: np.ndarray) -> np.ndarray:
+        """[n, T] as [slices, rows of this process, T], with zeros behind."""
+        if len(array) < self.count:
+            array = np.concatenate([array, np.zeros((self.count - len(array), array.shape[1]), array.dtype)])
+        return array.reshape(self.slices, -1, array.shape[1])
 
 
 def _row_parts(parallel: Parallel) -> dict[jax.Device, int]:

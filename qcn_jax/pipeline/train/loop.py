@@ -1,216 +1,75 @@
-"""The training loop that every gradient-based stage shares.
+"""The training loop that every stage with gradients shares.
 
-A step is a pure function (state, batch) -> (state, metrics), compiled once per batch shape, with the state
-donated. The loop around it feeds batches, logs, saves, and stops: at the last step, on SIGTERM or SIGINT after a
+A feed gives the batches of a step: the next of a stream of documents, or what episodes of the newest policy have
+taught. The loop runs the compiled step on them, logs, saves, and stops: at the last step, on SIGTERM or SIGINT after a
 save, or when a loss or gradient is not finite, with one line that says where that began.
 """
 
-import contextlib
 import dataclasses
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-import flax.struct
+import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.train.checkpoints import Checkpoints
 from qcn_jax.pipeline.train.metrics import Meter, MetricsLog, Profiler
-
-Params = Any
-Batch = Mapping[str, jax.Array]
-LossFn = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+from qcn_jax.pipeline.train.signals import Agreement, interrupted, stop_signals
+from qcn_jax.pipeline.train.step import Batch, Params, TrainState
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What a step changes: the number of steps done, parameters and optimizer state."""
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one step of a loop trains on.
 
-    step: jax.Array
-    params: Params
-    opt_state: optax.OptState
-
-    @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
-        """A fresh state. The first step donates `params`; copy them first if they are needed later."""
-        return _committed(cls(jnp.zeros((), jnp.int32), params, optimizer.init(params)))
-
-
-def _committed(state: TrainState) -> TrainState:
-    """Every leaf bound to devices: those that are not go where the parameters are, replicated.
-
-    A compiled step returns bound arrays; a first call with free ones would have another signature, and the step
-    would be compiled twice.
-    """
-    bound = [leaf for leaf in jax.tree.leaves(state.params) if getattr(leaf, "committed", False)]
-    place = bound[0].sharding if bound else jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
-    if isinstance(place, jax.sharding.NamedSharding):
-        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-    bind = lambda leaf: leaf if getattr(leaf, "committed", False) else jax.device_put(leaf, place)
-    return jax.tree.map(bind, state)
-
-
-def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulate: int = 1,
-    shardings: TrainState | None = None, batch_sharding: jax.sharding.Sharding | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
-    """Compiles one update.
-
-    Args:
-      loss_fn: (params, batch) -> (loss, metrics), both scalars and dict of scalars. It normalises by
-        `batch["weight_sum"]`, the loss weight of the whole batch, and scales terms that are means by
-        `batch["fraction"]`, so that accumulated gradients equal those of the undivided batch.
-      optimizer: see pipeline.train.optimizer.
-      accumulate: number of equal slices of the batch's rows that are processed one after the other.
-      shardings: of the state (see pipeline.train.layout), in and out; leaves in host memory travel to the device within
-        the step. None leaves the layout to the arguments.
-      batch_sharding: of the batch's arrays, given with `shardings`.
-    Returns:
-      (state, batch) -> (state, metrics); `state` is donated. metrics holds loss_fn's, `loss`, `grad_norm` and
-      `finite`. When the loss or a gradient is not finite, params and optimizer state stay as they were.
-    """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch = dict(batch)
-        scalars = {"weight_sum": jnp.maximum(batch["weights"].sum(), 1e-6), "fraction": jnp.float32(1 / accumulate)}
-        if accumulate == 1:
-            (loss, metrics), grads = gradient(state.params, batch | scalars)
-        else:
-            (loss, metrics), grads = _accumulated(gradient, state.params, batch, scalars, accumulate)
-        if shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        norm = global_norm(grads)
-        state = updated(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm), optimizer, shardings)
-        return state, metrics | {"loss": loss, "grad_norm": norm, "finite": jnp.isfinite(loss) & jnp.isfinite(norm)}
-
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding),
-                   out_shardings=(shardings, shardings.step))
-
-
-def global_norm(grads: Params) -> jax.Array:
-    """Root of the sum of all squares, in float32 whatever the dtypes."""
-    return optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-
-
-def updated(state: TrainState, grads: Params, finite: jax.Array, optimizer: optax.GradientTransformation,
-            shardings: TrainState | None = None) -> TrainState:
-    """The state after one optimizer step with `grads`; its step count alone moves where not `finite`."""
-    opt_state = state.opt_state
-    if shardings is not None:
-        opt_state = jax.tree.map(_on_device, opt_state, shardings.opt_state)
-    with jax.named_scope("optimizer"):
-        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)
-        params, new_opt_state = jax.tree.map(keep, (params, new_opt_state), (state.params, opt_state))
-    if shardings is not None:
-        new_opt_state = jax.tree.map(_stored, new_opt_state, shardings.opt_state)
-    return TrainState(state.step + 1, params, new_opt_state)
-
-
-def _in_host_memory(sharding: jax.sharding.Sharding) -> bool:
-    return sharding.memory_kind is not None and sharding.memory_kind.endswith("host")
-
-
-def _on_device(leaf: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
-    return jax.device_put(leaf, sharding.with_memory_kind("device")) if _in_host_memory(sharding) else leaf
-
-
-def _stored(leaf: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
-    return jax.device_put(leaf, sharding) if _in_host_memory(sharding) else leaf
-
-
-def _accumulated(gradient: Callable, params: Params, batch: Batch, scalars: dict[str, jax.Array], parts: int):
-    # Every parts-th row goes into a slice, so that a slice lies on all the devices that the batch lies on.
-    slices = {k: jnp.swapaxes(v.reshape(v.shape[0] // parts, parts, *v.shape[1:]), 0, 1) for k, v in batch.items()}
-    add = lambda total, more: jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
-    shapes = jax.eval_shape(gradient, params, {k: v[0] for k, v in slices.items()} | scalars)
-    # Sums of float32, of whatever precision the parts are.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    body = lambda total, part: (add(total, gradient(params, part | scalars)), None)
-    return jax.lax.scan(body, zeros, slices)[0]
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT came and everything is saved; the process exits with 128 + signal number."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Within the block SIGTERM and SIGINT only set the returned event, so that work can be saved first.
-
-    The second signal acts at once. Outside the main thread, where Python allows no handlers, nothing changes.
-
-    Raises:
-      Interrupted: at the end of a block that did not act on a signal, so that none is lost.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {}
-
-    def handle(number: int, _: Any) -> None:
-        stop.number = number
-        stop.set()
-        signal.signal(number, previous[number] or signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    if stop.is_set():
-        raise Interrupted(128 + stop.number)
-
-
-def interrupted(number: int, where: str, log: Callable[[str], None]) -> Interrupted:
-    """Says `where` signal `number` stopped work that is saved; returns what to raise."""
-    log(f"stopped by a signal {where}; saved; the same command resumes")
-    return Interrupted(128 + number)
-
-
-class Agreement:
-    """Whether to stop, the same answer at the same step in every process.
-
-    A signal reaches processes at different moments. Each puts its own flag into a small array, whose maximum they
-    read one step later, so that no step waits for it.
+    Attributes:
+      batches: placed on the devices, one for each move of the optimizer; there may be none.
+      tokens: of all batches, without padding rows.
+      metrics: JSON-ready values for the step's row of metrics.jsonl.
+      absent: sections of the batch's shape that no slice is of; they have no metrics.
     """
 
-    def __init__(self, stop: threading.Event) -> None:
-        self._stop = stop
-        self._pending: jax.Array | None = None
-        self.number = signal.SIGTERM
-        if jax.process_count() > 1:
-            self._mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("devices",))
-            whole = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-            self._maximum = jax.jit(jnp.max, out_shardings=whole)
+    batches: Sequence[Batch]
+    tokens: int
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
-    def stops(self) -> bool:
-        """To be called once a step, by every process."""
-        self.number = getattr(self._stop, "number", self.number)
-        if jax.process_count() == 1:
-            return self._stop.is_set()
-        place = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec("devices"))
-        flag = np.full(1, self._stop.is_set(), np.int32)
-        before = self._pending
-        self._pending = self._maximum(jax.make_array_from_callback((jax.device_count(),), place, lambda _: flag))
-        return before is not None and bool(before)
 
-    def stops_now(self) -> bool:
-        """As `stops`, of the signals that have come by now; waits for the other processes."""
-        return self.stops() | (jax.process_count() > 1 and self.stops())
+class Feed(Protocol):
+    """Where a loop's work comes from.
+
+    stream: a Grain iterator whose position is saved with the state, or None.
+    """
+
+    stream: grain.DatasetIterator | None
+
+    def next(self, step: int, state: TrainState, stop: Callable[[], bool]) -> Work | None:
+        """Returns the work of step number `step`, from 0.
+
+        Args:
+          step: how many are done.
+          state: not to be donated.
+          stop: whether to give up; None is returned then, and a run that resumes does this step again.
+
+        Raises:
+          StopIteration: there is no more.
+        """
+
+
+class Stream:
+    """A feed of batches that a Grain iterator gives and `place` puts on the devices."""
+
+    def __init__(self, stream: grain.DatasetIterator, place: Callable[[dict[str, np.ndarray]], Batch]) -> None:
+        self.stream, self._place = stream, place
+
+    def next(self, step: int, state: TrainState, stop: Callable[[], bool]) -> Work:
+        """See Feed."""
+        batch = self._place(dict(next(self.stream)))
+        return Work([batch], batch["tokens"].size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +89,7 @@ class LoopOptions:
       checkpoint_every, log_every: in steps; 0 saves no checkpoint but the last.
       keep: checkpoints kept.
       nonfinite: "stop", or "skip" to leave such steps out, at most MAX_SKIPPED in a row.
-      flops_per_token: of a forward and backward pass (pipeline.train.flops), for the logged utilisation.
+      flops_per_token: of the model, per token trained on (pipeline.train.flops), for the logged utilisation.
     """
 
     checkpoint_every: int = 100
@@ -243,10 +102,16 @@ class LoopOptions:
 MAX_SKIPPED = 10  # steps in a row without a finite gradient: the run is broken, not unlucky
 
 
-def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches: Any, steps: int, *,
-         log: Callable[[str], None], schedule: optax.Schedule | None = None, options: LoopOptions = LoopOptions(),
-         explain: Callable[[Params, Batch], str] | None = None, place: Callable[[Batch], Batch] = jax.device_put
-         ) -> LoopResult:
+def progress(values: Mapping[str, Any]) -> str:
+    """Words a row of metrics.jsonl for the progress line of a supervised stage."""
+    return (f"loss {values['loss']:.3f}  grad {values['grad_norm']:.2f}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s")
+
+
+def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, feed: Feed, steps: int, *,
+         log: Callable[[str], None], line: Callable[[Mapping[str, Any]], str] = progress,
+         schedule: optax.Schedule | None = None, options: LoopOptions = LoopOptions(),
+         explain: Callable[[Params, Batch], str] | None = None) -> LoopResult:
     """Runs `step_fn` until `steps` steps are done, continuing from the newest checkpoint.
 
     While it runs, a file called `profile` in `directory` makes it trace the next steps into `directory`/profiles.
@@ -254,14 +119,14 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches:
     Args:
       directory: holds metrics.jsonl and checkpoints/.
       state: the initial state (donated), used where there is no checkpoint, and for the layout of one.
-      step_fn: see `make_train_step`.
-      batches: Grain iterator of dicts of numpy arrays [rows, T]; its position is saved with the state.
+      step_fn: (state, batch) -> (state, metrics), see train.step.make_step.
+      feed: see Feed.
       steps: total number of steps, those before a resume included.
       log: takes one progress line.
-      schedule: learning rate by step, to be logged.
+      line: words a row of metrics for `log`.
+      schedule: learning rate by move of the optimizer, to be logged.
       options: see LoopOptions.
       explain: (params, batch) -> where a non-finite value began, called when there is one.
-      place: a process's batch -> the arrays that `step_fn` takes.
     Raises:
       UserError: a loss or gradient was not finite; the data ran out; the disk is full.
       Interrupted: stopped by a signal, saved.
@@ -269,38 +134,43 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches:
     if options.nonfinite not in ("stop", "skip"):
         raise UserError(f"--config.*.train.nonfinite: {options.nonfinite!r}; allowed: stop, skip")
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
-    restored = checkpoints.restore(state, batches)
+    restored = checkpoints.restore(state, feed.stream)
     done = 0
     if restored is not None:
         done, state, _ = restored
         log(f"resumes at step {done} of {steps}")
     curve = MetricsLog(directory / "metrics.jsonl", done, enabled=jax.process_index() == 0)
-    recorder = _Recorder(curve, log, schedule, steps, options.flops_per_token)
+    recorder = _Recorder(curve, log, line, schedule, steps, options.flops_per_token)
     guard = _Guard(options.nonfinite, explain, log)
     profiler = Profiler(directory, log)
-    started, batch, metrics = done, None, None
+    started = done
     try:
         with stop_signals() as stop:
             agreed = Agreement(stop)
             while done < steps:
-                before, batch = batch, _next(batches, place, done, steps)
                 profiler.step(done)
-                # Nothing but the batch, which `_next` put there, may travel to the device in a step.
-                with jax.transfer_guard_host_to_device("disallow"):
-                    state, latest = step_fn(state, batch)
-                # Reading the previous step's verdict lets the device run one step ahead of the host.
-                guard.check(metrics, done, state, before)
-                metrics, done = latest, done + 1
-                recorder.add(metrics, batch)
+                work = _next(feed, done, steps, state, stop.is_set)
+                if work is None:
+                    checkpoints.save(done, state, feed.stream, wait=True)
+                    raise interrupted(stop.number, f"at step {done}", log)
+                for batch in work.batches:
+                    # Nothing but the batch, which the feed put there, may travel to the device in a step.
+                    with jax.transfer_guard_host_to_device("disallow"):
+                        state, metrics = step_fn(state, batch)
+                    guard.watch(metrics, done + 1, batch)
+                    recorder.add(metrics, work.absent)
+                done += 1
+                recorder.end(work)
+                # Reading the verdict on all but the newest batch lets the device run one ahead of the host.
+                guard.check(state, leave=1)
                 stopping = agreed.stops()
                 saving = stopping or done == steps or (
                     options.checkpoint_every and done % options.checkpoint_every == 0)
                 if saving or done % options.log_every == 0:
-                    guard.check(metrics, done, state, batch)
-                    metrics = None
-                    recorder.flush(done)
+                    guard.check(state)
+                    recorder.flush(done, state)
                 if saving:
-                    checkpoints.save(done, state, batches, wait=stopping or done == steps)
+                    checkpoints.save(done, state, feed.stream, wait=stopping or done == steps)
                     recorder.skip()
                 if stopping or (done == steps and agreed.stops_now()):
                     raise interrupted(agreed.number, f"at step {done}", log)
@@ -311,55 +181,65 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches:
     return LoopResult(state, recorder.last, done - started)
 
 
+def _next(feed: Feed, done: int, steps: int, state: TrainState, stop: Callable[[], bool]) -> Work | None:
+    try:
+        return feed.next(done, state, stop)
+    except StopIteration:
+        raise UserError(f"the data ended after {done} of {steps} steps; give fewer steps or more documents") from None
+
+
 class _Recorder:
     """Means over the steps since the last row, as a row of metrics.jsonl and a progress line."""
 
-    def __init__(self, curve: MetricsLog, log: Callable[[str], None], schedule: optax.Schedule | None,
-                 steps: int, flops_per_token: float | None) -> None:
-        self._curve, self._log, self._schedule, self._steps = curve, log, schedule, steps
+    def __init__(self, curve: MetricsLog, log: Callable[[str], None], line: Callable[[Mapping[str, Any]], str],
+                 schedule: optax.Schedule | None, steps: int, flops_per_token: float | None) -> None:
+        self._curve, self._log, self._line, self._schedule, self._steps = curve, log, line, schedule, steps
         self._pending: list[dict[str, jax.Array]] = []
+        self._host: list[Mapping[str, Any]] = []
         self._meter = Meter(flops_per_token)
         self._first = True
         self.last: dict[str, float] = {}
 
-    def add(self, metrics: dict[str, jax.Array], batch: Batch) -> None:
-        if self._first:  # the first step compiles; its time is not speed
-            jax.block_until_ready(metrics)
+    def add(self, metrics: dict[str, jax.Array], absent: frozenset[str]) -> None:
+        """Takes the metrics of one call of the step."""
+        self._pending.append({name: value for name, value in metrics.items() if name.split("/")[-1] not in absent})
+
+    def end(self, work: Work) -> None:
+        """Counts a finished step."""
+        self._host.append(work.metrics)
+        if self._first and self._pending:  # the first step compiles; its time is not speed
+            jax.block_until_ready(self._pending)
             self._meter.skip()
             self._first = False
         else:
-            self._meter.add(batch["tokens"].size)
-        self._pending.append(metrics)
+            self._meter.add(work.tokens)
 
     def skip(self) -> None:
         """What has passed since the last row was no training."""
         self._meter.skip()
 
-    def flush(self, step: int) -> None:
-        if not self._pending:
-            return
+    def flush(self, step: int, state: TrainState) -> None:
+        """Writes the row of `step`."""
         rows = jax.device_get(self._pending)
-        self._pending = []
-        sound = [row for row in rows if row["finite"]] or rows
-        values = {name: float(np.mean([row[name] for row in sound])) for name in rows[0] if name != "finite"}
+        kept = [row for row in rows if row["finite"]] or rows
+        values = _means(self._host) | _means([{k: v for k, v in row.items() if k != "finite"} for row in kept])
+        self._pending, self._host = [], []
         skipped = sum(not row["finite"] for row in rows)
         if skipped:
             values["skipped"] = skipped
         if self._schedule is not None:
-            values["learning_rate"] = float(self._schedule(step - 1))
+            values["learning_rate"] = float(self._schedule(max(int(state.step) - 1, 0)))
         values |= self._meter.read()
         self._curve.write(step, values)
         self.last = values
         left = (self._steps - step) * values["seconds_per_step"]
-        self._log(f"step {step}/{self._steps}  loss {values['loss']:.3f}  grad {values['grad_norm']:.2f}  "
-                  f"{values['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left")
+        self._log(f"step {step}/{self._steps}  {self._line(values)}" + (f"  {left:.0f} s left" if left else ""))
 
 
-def _next(batches: Any, place: Callable[[Batch], Batch], done: int, steps: int) -> Batch:
-    try:
-        return place(dict(next(batches)))
-    except StopIteration:
-        raise UserError(f"the data ended after {done} of {steps} steps; give fewer steps or more documents") from None
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of every value over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
 class _Guard:
@@ -367,11 +247,19 @@ class _Guard:
 
     def __init__(self, policy: str, explain: Callable[[Params, Batch], str] | None, log: Callable[[str], None]) -> None:
         self._policy, self._explain, self._log = policy, explain, log
+        self._watched: list[tuple[dict[str, jax.Array], int, Batch]] = []
         self._in_a_row = 0
 
-    def check(self, metrics: dict[str, jax.Array] | None, step: int, state: TrainState, batch: Batch | None) -> None:
-        if metrics is None:
-            return
+    def watch(self, metrics: dict[str, jax.Array], step: int, batch: Batch) -> None:
+        """Takes the verdict of a call of the step, to be read by `check`."""
+        self._watched.append((metrics, step, batch))
+
+    def check(self, state: TrainState, leave: int = 0) -> None:
+        """Reads all verdicts but the newest `leave`."""
+        while len(self._watched) > leave:
+            self._judge(*self._watched.pop(0), state)
+
+    def _judge(self, metrics: dict[str, jax.Array], step: int, batch: Batch, state: TrainState) -> None:
         if bool(metrics["finite"]):
             self._in_a_row = 0
             return

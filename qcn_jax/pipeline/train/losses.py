@@ -46,7 +46,7 @@ def mtp_weights(weights: jax.Array, segment_ids: jax.Array, step: int) -> jax.Ar
 
 def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
                         ) -> Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Next-token, router-balance and multi-token-prediction loss as a `loss_fn` of train.make_train_step.
+    """Next-token, router-balance and multi-token-prediction loss as the loss of train.step.make_step.
 
     Args:
       model: qcn_jax.model.Qwen3Next; its config gives the balance coefficient.

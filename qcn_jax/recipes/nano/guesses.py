@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qcn_jax import files, hub
+from qcn_jax.agents.workspace import open_overlay
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.inference.sampling import Sampling
+from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.experts.domains import make_services
+from qcn_jax.pipeline.rl import episodes
+from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout, sequence_seed
+from qcn_jax.recipes.nano.edits import EditDocuments
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent
-from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.agents.workspace import open_overlay
-from qcn_jax.inference.sampling import Sampling
-from qcn_jax.pipeline.rl import online
-from qcn_jax.pipeline.context import StageContext
-from qcn_jax.recipes.nano.edits import EditDocuments
-from qcn_jax.pipeline.experts.domains import make_services
-from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout, sequence_seed
 
 Guess = tuple[int, str, str]
 TEMPERATURE = 1.2  # above 1: what the model is sure of is often right, and only mistakes are wanted
@@ -57,7 +57,7 @@ def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Gues
         tokenizer = context.tokenizer()
         model, params = hub.load(context.model_path("midtrain"))
         # The experts' engine: the same shapes, so that they are compiled once.
-        engine = online.make_engine(model, params, tokenizer, context.config.experts.rollout)
+        engine = episodes.make_engine(model, params, tokenizer, context.config.experts.rollout)
         documents = EditDocuments([], tokenizer, seed=0, max_tokens=engine.max_length)
         services = make_services(context)
         prompts = {task.instance_id: _prompt(task, services.files(task.repo), documents) for task in tasks}

@@ -13,17 +13,17 @@ from qcn_jax.config import ExpertsConfig, OptimizerConfig, RolloutConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl import online
-from qcn_jax.pipeline.rl.learner import Learner, policy_loss
+from qcn_jax.pipeline.rl import episodes
+from qcn_jax.pipeline.rl.learner import Learner, make_trainer, policy_loss
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply, RolloutRecord, Turn
-from qcn_jax.pipeline.train.loop import Interrupted, TrainState
 from qcn_jax.pipeline.train.metrics import read_metrics
-from qcn_jax.pipeline.train.optimizer import make_optimizer
-from qcn_jax.pipeline.train.update import Updater
+from qcn_jax.pipeline.train.signals import Interrupted
+from qcn_jax.pipeline.train.step import TrainState
+from qcn_jax.pipeline.train.trainer import Trainer
 from tests.pipeline.micro import MODEL, STOP, micro_params
 
 CONFIG = ExpertsConfig(
-    prompts=4, group_size=8, rows=4, sequence_length=64, malformed_penalty=0.5, checkpoint_every=2,
+    updates=1000, prompts=4, group_size=8, rows=4, sequence_length=64, malformed_penalty=0.5, checkpoint_every=2,
     optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0),
     rollout=RolloutConfig(slots=16, max_length=16, max_new_tokens=4),
 )  # fmt: skip
@@ -56,8 +56,16 @@ def make_engine(params) -> Engine:
     )  # fmt: skip
 
 
-def make_learner(engine: Engine, updater: Updater, config: ExpertsConfig = CONFIG, **kwargs) -> Learner:
-    return Learner(config, 0, engine, updater, prompts=list(range(8)), converse=Bandit, **kwargs)
+def make_learner(engine: Engine, trainer: Trainer, config: ExpertsConfig = CONFIG) -> Learner:
+    return Learner(config, 0, engine, trainer, prompts=list(range(8)), converse=Bandit)
+
+
+def advance(learner: Learner, update: int, state: TrainState) -> tuple[TrainState, dict]:
+    """One update outside of the loop."""
+    work, metrics = learner.next(update, state), {}
+    for batch in work.batches:
+        state, metrics = learner.trainer.step(state, batch)
+    return state, {**work.metrics, **jax.device_get(metrics)}
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +79,12 @@ def engine(params):
 
 
 @pytest.fixture(scope="module")
-def optimizer():
-    return make_optimizer(CONFIG.optimizer, 1000)
+def trainer():
+    return make_trainer(MODEL, CONFIG, None)
 
 
-@pytest.fixture(scope="module")
-def updater(optimizer):
-    return Updater(policy_loss(MODEL, CONFIG), optimizer, CONFIG.rows)
-
-
-def fresh(params, optimizer) -> TrainState:
-    return TrainState.create(jax.tree.map(jnp.copy, params), optimizer)
+def fresh(params, trainer) -> TrainState:
+    return trainer.create(jax.tree.map(jnp.copy, params))
 
 
 def make_record(prompt: int, opening: list[int], tokens: list[int], logprobs, reward: float, malformed=False):
@@ -93,7 +96,7 @@ def make_record(prompt: int, opening: list[int], tokens: list[int], logprobs, re
     )  # fmt: skip
 
 
-def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, updater) -> None:
+def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, trainer) -> None:
     """The jitted loss against a loop over episodes, each passed through the model on its own, in float64."""
     rng = np.random.default_rng(0)
     specs = [(0, [2, 8], [4, 5, 1], 1.0, False), (0, [2, 8], [9, 31], 0.0, True), (1, [2, 9, 3], [7], 1.0, False),
@@ -102,11 +105,11 @@ def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, updat
         make_record(g, opening, tokens, -rng.random(len(tokens)) * 4 - 1, reward, malformed)
         for g, opening, tokens, reward, malformed in specs
     ]
-    learner = make_learner(engine, updater)
+    learner = make_learner(engine, trainer)
     rows = learner.rows([records[:2], records[2:]])
     assert rows["tokens"].shape == (4, 64) and rows["weights"].sum() == 10
     batch = {name: jnp.asarray(array) for name, array in rows.items()}
-    value, sums = jax.jit(policy_loss(MODEL, CONFIG))(params, batch, None)
+    value, sums = jax.jit(policy_loss(MODEL, CONFIG))(params, batch | {"weight_sum": 1.0})
 
     want, clipped, apply = 0.0, 0, jax.jit(Qwen3Next(MODEL).apply)
     advantages = [1.0, -1.0, 1.0, -1.0]  # two samples a group: standard scores are plus and minus one
@@ -125,21 +128,21 @@ def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, updat
     assert float(sums["clipped"]) == clipped > 0
 
 
-def test_episodes_weigh_alike_and_failures_less(engine, updater) -> None:
+def test_episodes_weigh_alike_and_failures_less(engine, trainer) -> None:
     group = [make_record(0, [2, 8], [4, 5, 1], [-1.0] * 3, 1.0), make_record(0, [2, 8], [9], [-1.0], 0.0)]
-    plain = make_learner(engine, updater).rows([group])["advantages"]
+    plain = make_learner(engine, trainer).rows([group])["advantages"]
     assert sorted(plain[plain != 0].tolist()) == [-1, 1, 1, 1]
     config = dataclasses.replace(CONFIG, average="episode", negative_weight=0.25)
-    rows = make_learner(engine, updater, config).rows([group])["advantages"]
+    rows = make_learner(engine, trainer, config).rows([group])["advantages"]
     np.testing.assert_allclose(sorted(rows[rows != 0].tolist()), [-0.25 * 2, *[2 / 3] * 3], rtol=1e-6)
 
 
-def test_kl_term_holds_the_policy_to_its_reference(params, engine, updater) -> None:
+def test_kl_term_holds_the_policy_to_its_reference(params, engine, trainer) -> None:
     config = dataclasses.replace(CONFIG, kl_coef=0.5)
-    rows = make_learner(engine, updater).rows([[
+    rows = make_learner(engine, trainer).rows([[
         make_record(0, [2, 8], [4, 5, 1], [-3.0] * 3, 1.0), make_record(0, [2, 8], [9, 3], [-3.0] * 2, 0.0),
     ]])  # fmt: skip
-    batch = {name: jnp.asarray(array) for name, array in rows.items()}
+    batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": 1.0}
     loss = jax.jit(policy_loss(MODEL, config))
     same, sums = loss(params, batch, params)
     other = jax.tree.map(lambda x: x * 0.5, params)
@@ -148,12 +151,12 @@ def test_kl_term_holds_the_policy_to_its_reference(params, engine, updater) -> N
     assert float(apart - same) == pytest.approx(0.5 * float(held["kl_reference"]), rel=1e-4)
 
 
-def test_reward_rises_on_a_bandit(params, engine, optimizer, updater) -> None:
-    learner = make_learner(engine, updater, dataclasses.replace(CONFIG, prompts=2, group_size=16))
+def test_reward_rises_on_a_bandit(params, engine, trainer) -> None:
+    learner = make_learner(engine, trainer, dataclasses.replace(CONFIG, prompts=2, group_size=16))
     learner.prompts = [0, 1]
-    state, curve = fresh(params, optimizer), []
+    state, curve = fresh(params, trainer), []
     for update in range(40):
-        state, metrics = learner.step(update, state)
+        state, metrics = advance(learner, update, state)
         curve.append(metrics)
     assert np.mean([m["reward"] for m in curve[:3]]) < 0.7
     assert np.mean([m["reward"] for m in curve[-3:]]) > 0.9
@@ -162,7 +165,7 @@ def test_reward_rises_on_a_bandit(params, engine, optimizer, updater) -> None:
     assert learned[-1]["entropy"] < learned[0]["entropy"]
 
 
-def test_groups_of_one_mind_and_broken_sandboxes_teach_nothing(params, engine, optimizer, updater) -> None:
+def test_groups_of_one_mind_and_broken_sandboxes_teach_nothing(params, engine, trainer) -> None:
     class Hopeless(Bandit):
         def outcome(self, truncated: bool) -> Outcome:
             return Outcome(-0.2 * self.first, False, finished=False)
@@ -171,100 +174,88 @@ def test_groups_of_one_mind_and_broken_sandboxes_teach_nothing(params, engine, o
         def outcome(self, truncated: bool) -> Outcome:
             return Outcome(0.0, False, False, infrastructure=True)
 
-    learner = make_learner(engine, updater)
+    learner = make_learner(engine, trainer)
     for kind, count in ((Hopeless, 0.0), (Broken, 32.0)):
         learner.converse = kind
-        state = fresh(params, optimizer)
-        state, metrics = learner.step(0, state)
+        state = fresh(params, trainer)
+        state, metrics = advance(learner, 0, state)
         assert metrics["groups"] == 0 and metrics["infrastructure"] == count and int(state.step) == 0
         jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
-def test_prompt_filter_keeps_what_is_solved_sometimes(params, engine, updater) -> None:
+def test_prompt_filter_keeps_what_is_solved_sometimes(params, engine, trainer) -> None:
     class Mixed(Bandit):
         def outcome(self, truncated: bool) -> Outcome:
             solved = self.k == 0 or (self.k > 4 and self.first % 2 == 0)
             return Outcome(float(solved), solved, finished=True)
 
-    learner = make_learner(engine, updater)
+    learner = make_learner(engine, trainer)
     learner.converse = Mixed
     assert learner.useful(params, 16) == [5, 6, 7]
 
 
-def test_resumed_updates_equal_uninterrupted_ones(tmp_path, params, engine, optimizer, updater) -> None:
-    learner = make_learner(engine, updater)
-    run = lambda folder, updates: online.run_updates(
-        tmp_path / folder, fresh(params, optimizer), learner.step, updates, log=lambda line: None,
-        line=lambda metrics: "", checkpoint_every=2,
-    )  # fmt: skip
-    whole = run("whole", 5)
+def run(folder, params, learner: Learner, updates: int, config: ExpertsConfig = CONFIG, log=lambda line: None):
+    result = learner.trainer.run(folder, jax.tree.map(jnp.copy, params), learner, updates, config, log=log,
+                                 line=lambda metrics: "")  # fmt: skip
+    return result.state
+
+
+def read(folder):
+    """Rows of the curve without what depends on the clock."""
+    clock = ("tokens_per_second", "goodput", "seconds", "seconds_per_step", "seconds_rollout")
+    return [{name: value for name, value in row.items() if name not in clock}
+            for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_resumed_updates_equal_uninterrupted_ones(tmp_path, params, engine, trainer) -> None:
+    whole = run(tmp_path / "whole", params, make_learner(engine, trainer), 5)
 
     class Killed(Exception):
         pass
 
-    def dies(update, state, stop):
-        if update == 3:
-            raise Killed  # after the checkpoint of update 2, as a kill in the middle of update 3 would leave it
-        return learner.step(update, state, stop)
+    class Dies(Learner):
+        def next(self, step, state, stop):
+            if step == 3:
+                raise Killed  # after the checkpoint of update 2, as a kill in the middle of update 3 would leave it
+            return super().next(step, state, stop)
 
     with pytest.raises(Killed):
-        online.run_updates(
-            tmp_path / "part", fresh(params, optimizer), dies, 5, log=lambda line: None, line=lambda metrics: "",
-            checkpoint_every=2,
-        )  # fmt: skip
-    resumed = run("part", 5)
+        run(tmp_path / "part", params, Dies(**vars(make_learner(engine, trainer))), 5)
+    resumed = run(tmp_path / "part", params, make_learner(engine, trainer), 5)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    read = lambda folder: [line.split('"seconds')[0] for line in open(tmp_path / folder / "metrics.jsonl")]
-    assert read("whole") == read("part") and len(read("part")) == 5
+    assert read(tmp_path / "whole") == read(tmp_path / "part") and len(read(tmp_path / "part")) == 5
+    assert {"loss", "entropy", "reward", "learning_rate", "grad_norm"} <= read(tmp_path / "part")[0].keys()
 
 
-def test_sigterm_in_a_rollout_saves_and_the_rest_follows_later(tmp_path, params, engine, optimizer, updater) -> None:
-    learner = make_learner(engine, updater)
-    run = lambda folder, step, updates: online.run_updates(
-        tmp_path / folder, fresh(params, optimizer), step, updates, log=lambda line: None,
-        line=lambda metrics: "", checkpoint_every=100,
-    )  # fmt: skip
-    whole = run("whole", learner.step, 3)
+def test_sigterm_in_a_rollout_saves_and_the_rest_follows_later(tmp_path, params, engine, trainer) -> None:
+    config = dataclasses.replace(CONFIG, checkpoint_every=100)
+    whole = run(tmp_path / "whole", params, make_learner(engine, trainer), 3, config)
 
-    def interrupted(update, state, stop):
-        if update == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learner.step(update, state, stop)
+    class Signalled(Learner):
+        def next(self, step, state, stop):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next(step, state, stop)
 
     with pytest.raises(Interrupted) as stopped:
-        run("part", interrupted, 3)
+        run(tmp_path / "part", params, Signalled(**vars(make_learner(engine, trainer))), 3, config)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert [row["step"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl")] == [1]
-    jax.tree.map(np.testing.assert_array_equal, whole, run("part", learner.step, 3))
+    assert [row["step"] for row in read(tmp_path / "part")] == [1]
+    jax.tree.map(np.testing.assert_array_equal, whole,
+                 run(tmp_path / "part", params, make_learner(engine, trainer), 3, config))
 
 
-def test_a_signal_in_the_last_update_is_not_swallowed(tmp_path) -> None:
-    def step(update, state, stop):
-        if update == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return state, {}
-
-    lines = []
-    run = lambda step: online.run_updates(
-        tmp_path, TrainState(jnp.zeros((), jnp.int32), {}, ()), step, 3, log=lines.append, line=lambda metrics: "",
-        checkpoint_every=100,
-    )  # fmt: skip
-    with pytest.raises(Interrupted) as stopped:
-        run(step)
-    assert stopped.value.code == 128 + signal.SIGTERM and "stopped by a signal after update 3" in lines[-1]
-    run(None)  # nothing is left to do
-
-
-def test_minibatches_are_optimizer_steps(params, engine, optimizer, updater) -> None:
-    learner = make_learner(engine, updater, dataclasses.replace(CONFIG, minibatches=2))
-    state, _ = learner.step(0, fresh(params, optimizer))
+def test_minibatches_are_optimizer_steps(params, engine) -> None:
+    config = dataclasses.replace(CONFIG, minibatches=2)
+    learner = make_learner(engine, make_trainer(MODEL, config, None), config)
+    state, _ = advance(learner, 0, fresh(params, learner.trainer))
     assert int(state.step) == 2
 
 
 def test_prompts_come_once_each_before_any_comes_again() -> None:
     items = list(range(10))
-    drawn = [item for update in range(5) for item in online.choose(items, 4, update, seed=3)]
+    drawn = [item for update in range(5) for item in episodes.choose(items, 4, update, seed=3)]
     assert sorted(drawn[:10]) == items and sorted(drawn[10:]) == items and drawn[:10] != drawn[10:]
-    assert drawn[:10] != [i for u in range(5) for i in online.choose(items, 4, u, seed=4)][:10]
+    assert drawn[:10] != [i for u in range(5) for i in episodes.choose(items, 4, u, seed=4)][:10]
     with pytest.raises(UserError, match="no prompts"):
-        online.choose([], 4, 0, 0)
+        episodes.choose([], 4, 0, 0)

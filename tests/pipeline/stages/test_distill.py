@@ -7,19 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qcn_jax.config import DistillConfig, OptimizerConfig, RolloutConfig
+from qcn_jax.config import DistillConfig, ExpertsConfig, OptimizerConfig, RolloutConfig, RunConfig
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl import online
-from qcn_jax.pipeline.stages.distill import Distiller, deal, distill_loss
-from qcn_jax.pipeline.train.optimizer import make_optimizer
+from qcn_jax.pipeline.rl import episodes
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply
-from qcn_jax.pipeline.train.loop import TrainState
-from qcn_jax.pipeline.train.update import Updater
+from qcn_jax.pipeline.stages.distill import Distiller, deal, distill_loss, make_trainer
 from tests.pipeline.micro import MODEL, STOP, micro_params
 
 CONFIG = DistillConfig(
-    prompts=4, group_size=2, rows=4, sequence_length=64,
+    updates=1000, prompts=4, group_size=2, rows=4, sequence_length=64,
     optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0),
     rollout=RolloutConfig(slots=16, max_length=16, max_new_tokens=4),
 )  # fmt: skip
@@ -62,12 +59,11 @@ def engine(params):
     )  # fmt: skip
 
 
-def make_distiller(engine, teachers, name: str = "reverse_kl") -> tuple[Distiller, object]:
+def make_distiller(engine, teachers, name: str = "reverse_kl") -> Distiller:
     config = dataclasses.replace(CONFIG, loss=name)
-    optimizer = make_optimizer(config.optimizer, 1000)
+    run = RunConfig(model=MODEL, experts=ExpertsConfig(names=("a", "b")), distill=config)
     prompts = {"a": [(2, k) for k in range(8, 12)], "b": [(3, k) for k in range(8, 12)]}
-    updater = Updater(distill_loss(MODEL, name), optimizer, config.rows)
-    return Distiller(config, 0, engine, updater, teachers, prompts, Ask), optimizer
+    return Distiller(config, 0, engine, make_trainer(run, None), teachers, prompts, Ask)
 
 
 def log_softmax(logits) -> np.ndarray:
@@ -78,10 +74,10 @@ def log_softmax(logits) -> np.ndarray:
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "rejection_sft"])
 def test_losses_token_by_token(name, engine, params, teachers) -> None:
     """The packed loss against one pass per episode and the definition in float64."""
-    distiller, _ = make_distiller(engine, teachers, name)
+    distiller = make_distiller(engine, teachers, name)
     records = distiller._rollout(params, [(2, 8), (2, 9)], 0, 0)
-    rows = online.pack_rows([online.document(record) for record in records], 64, 4)
-    value, sums = jax.jit(distill_loss(MODEL, name))(params, rows, teachers["a"])
+    rows = episodes.pack_rows([episodes.document(record) for record in records], 64, 4)
+    value, sums = jax.jit(distill_loss(MODEL, name))(params, rows | {"weight_sum": 1.0}, teachers["a"])
     apply, want, same, count = jax.jit(Qwen3Next(MODEL).apply), 0.0, 0, 0
     for record in records:
         padded = np.pad(record.tokens, (0, 8 - len(record.tokens)))[None]
@@ -101,40 +97,38 @@ def test_losses_token_by_token(name, engine, params, teachers) -> None:
 
 
 def test_one_student_takes_on_both_teachers(engine, params, teachers) -> None:
-    distiller, optimizer = make_distiller(engine, teachers)
-    state, curve = TrainState.create(jax.tree.map(jnp.copy, params), optimizer), []
+    distiller = make_distiller(engine, teachers)
+    state, curve = distiller.trainer.create(jax.tree.map(jnp.copy, params)), []
     for update in range(25):
-        state, metrics = distiller.step(update, state)
-        curve.append(metrics)
+        work = distiller.next(update, state)
+        state, metrics = distiller.trainer.step(state, *work.batches, tuple(teachers.values()))
+        curve.append({**work.metrics, **jax.device_get(metrics)})
     for domain in ("a", "b"):
         assert np.mean([m[f"loss/{domain}"] for m in curve[-3:]]) < 0.6 * curve[0][f"loss/{domain}"]
-    assert 4 <= curve[0]["episodes"] <= 8 and distiller.updater._step._cache_size() == 1
+    assert 4 <= curve[0]["episodes"] <= 8 and distiller.trainer.step._cache_size() == 1
 
 
 def test_rejection_learns_from_solved_episodes_of_the_teachers_alone(engine, params, teachers) -> None:
-    distiller, _ = make_distiller(engine, teachers, "rejection_sft")
-    learned, acted, act = [], [], distiller._rollout
+    distiller = make_distiller(engine, teachers, "rejection_sft")
+    acted, act = [], distiller._rollout
 
     def watched(weights, prompts, *rest):
         acted.append((weights, prompts, act(weights, prompts, *rest)))
         return acted[-1][2]
 
-    def watching(state, *parts):
-        learned.extend(parts)
-        return state, {"loss": 0.0, "agreement": 0.0}
-
-    distiller._rollout, distiller.updater = watched, watching
-    distiller.step(0, TrainState(jnp.int32(0), params, None))
+    distiller._rollout = watched
+    work = distiller.next(0, distiller.trainer.create(jax.tree.map(jnp.copy, params)))
     assert [weights is teachers[d] for (weights, *_), d in zip(acted, "ab")] == [True, True]
     assert all(prompt[0] == opening for (_, prompts, _), opening in zip(acted, (2, 3)) for prompt in prompts)
     kept = [[r for r in records if r.outcome.solved and not r.outcome.infrastructure] for _, _, records in acted]
     assert 0 < sum(map(len, kept)) < 8
-    for part in learned:
-        episodes = kept["ab".index(part.name)]
-        assert part.extra[0] is teachers[part.name]
-        assert part.arrays["weights"].sum() == sum(record.sampled.sum() for record in episodes)
-        assert (part.arrays["segment_ids"].max(1).sum()) == len(episodes)
-    assert [part.name for part in learned] == [name for name, episodes in zip("ab", kept) if episodes]
+    (batch,) = work.batches
+    live = np.asarray(batch["weights"].sum((1, 2)) > 0)
+    for section, (name, episodes_of) in enumerate(zip("ab", kept)):
+        own = live & (np.asarray(batch["section"]) == section)
+        assert batch["weights"][own].sum() == sum(record.sampled.sum() for record in episodes_of)
+        assert batch["segment_ids"][own].max(2).sum() == len(episodes_of)
+        assert (name in work.absent) == (not episodes_of)
 
 
 def test_prompts_are_dealt_out() -> None:

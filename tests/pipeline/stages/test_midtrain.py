@@ -13,15 +13,21 @@ import pytest
 
 from qcn_jax import files, hub
 from qcn_jax.config import (
-    MidtrainConfig, OptimizerConfig, RunConfig, TasksConfig, TokenizerConfig, TrainConfig, from_config_dict,
+    MidtrainConfig,
+    OptimizerConfig,
+    RunConfig,
+    TasksConfig,
+    TokenizerConfig,
+    TrainConfig,
+    from_config_dict,
 )
 from qcn_jax.envs.sandbox.base import RepositorySpec
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.stages import midtrain
-from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.context import Shared, StageContext
+from qcn_jax.pipeline.stages import midtrain
+from qcn_jax.pipeline.train import trainer
 from qcn_jax.pipeline.train.metrics import read_metrics
-from qcn_jax.pipeline.train.loop import make_train_step
+from qcn_jax.pipeline.train.step import make_step
 from tests.pipeline import chain
 from tests.pipeline.micro import MODEL
 
@@ -53,18 +59,18 @@ def _context(root, config=CONFIG, lines=None):
 def run_and_die(root, calls):
     """Called in a child process: a stage that is killed before its step number `calls`."""
     def dying(*arguments):
-        step, seen = make_train_step(*arguments), []
+        step, seen = make_step(*arguments), []
 
-        def count(state, batch):
+        def count(state, batch, frozen):
             seen.append(1)
             if len(seen) == calls:
                 import os
                 os.kill(os.getpid(), signal.SIGKILL)
-            return step(state, batch)
+            return step(state, batch, frozen)
 
         return count
 
-    fit.train.make_train_step = dying
+    trainer.make_step = dying
     midtrain.run_stage(_context(pathlib.Path(root)))
 
 

@@ -18,8 +18,10 @@ import pytest
 from qcn_jax.config import OptimizerConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data import loader
-from qcn_jax.pipeline.train import loop, metrics, optimizer
+from qcn_jax.pipeline.train import loop, metrics, optimizer, signals
 from qcn_jax.pipeline.train.checkpoints import Checkpoints
+from qcn_jax.pipeline.train.layout import Rows
+from qcn_jax.pipeline.train.step import BatchShape, TrainState, make_step
 
 STEPS, ROWS, LENGTH = 24, 4, 16
 CONFIG = OptimizerConfig(learning_rate=0.05, warmup_steps=4)
@@ -36,11 +38,12 @@ def loss_fn(params, batch):
 
 
 OPTIMIZER = optimizer.make_optimizer(CONFIG, STEPS)
-STEP = loop.make_train_step(loss_fn, OPTIMIZER)
+SHAPE = BatchShape(1, ROWS, LENGTH)
+STEP = make_step(loss_fn, OPTIMIZER, SHAPE)
 
 
 def fresh():
-    return loop.TrainState.create({"bias": jnp.zeros(8), "table": jnp.eye(8) * 0.1}, OPTIMIZER)
+    return TrainState.create({"bias": jnp.zeros(8), "table": jnp.eye(8) * 0.1}, OPTIMIZER)
 
 
 def batches():
@@ -49,8 +52,17 @@ def batches():
     return loader.batches([loader.Source("walks", documents, 1.0)], rows=ROWS, length=LENGTH, seed=1)
 
 
+def feed(stream=None):
+    return loop.Stream(batches() if stream is None else stream, Rows(None, ROWS).place)
+
+
+def first():
+    """The first batch on the device."""
+    return feed().next(0, None, None).batches[0]
+
+
 def run(directory, step_fn=STEP, log=lambda line: None, **options):
-    return loop.loop(directory, fresh(), step_fn, batches(), STEPS, log=log, options=OPTIONS,
+    return loop.loop(directory, fresh(), step_fn, feed(), STEPS, log=log, options=OPTIONS,
                       schedule=optimizer.schedule(CONFIG, STEPS), **options)
 
 
@@ -83,10 +95,10 @@ def test_it_learns_logs_and_compiles_once(whole):
 
 def test_weights_bound_to_a_device_compile_no_second_step():
     for place in (lambda x: x, lambda x: jax.device_put(x, jax.devices()[0])):
-        step = loop.make_train_step(loss_fn, OPTIMIZER)
-        state = loop.TrainState.create(place(fresh().params), OPTIMIZER)
-        for batch in [next(batches())] * 2:
-            state, _ = step(state, jax.device_put(batch))
+        step = make_step(loss_fn, OPTIMIZER, SHAPE)
+        state = TrainState.create(place(fresh().params), OPTIMIZER)
+        for batch in [first()] * 2:
+            state, _ = step(state, batch)
         assert step._cache_size() == 1
 
 
@@ -130,7 +142,7 @@ def test_a_signal_saves_and_exits(whole, tmp_path, number):
         return STEP(state, batch)
 
     before = signal.getsignal(number)
-    with pytest.raises(loop.Interrupted) as stopped:
+    with pytest.raises(signals.Interrupted) as stopped:
         run(tmp_path, step)
     assert stopped.value.code == 128 + number and signal.getsignal(number) is before
     assert (tmp_path / "checkpoints" / "9").is_dir()
@@ -158,7 +170,7 @@ def test_a_signal_at_the_end_is_not_swallowed(whole, tmp_path, when, monkeypatch
     lines = []
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", saving)
-        with pytest.raises(loop.Interrupted) as stopped:
+        with pytest.raises(signals.Interrupted) as stopped:
             run(tmp_path, step, lines.append)
     assert stopped.value.code == 128 + signal.SIGTERM and lines[-1].startswith(f"stopped by a signal at step {STEPS}")
     result = run(tmp_path)
@@ -167,16 +179,16 @@ def test_a_signal_at_the_end_is_not_swallowed(whole, tmp_path, when, monkeypatch
 
 
 def test_no_block_swallows_a_signal():
-    with pytest.raises(loop.Interrupted), loop.stop_signals():
+    with pytest.raises(signals.Interrupted), signals.stop_signals():
         os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(ValueError), loop.stop_signals():  # what went wrong in the block comes first
+    with pytest.raises(ValueError), signals.stop_signals():  # what went wrong in the block comes first
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError
 
 
 def test_hidden_transfers_to_the_device_are_refused(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="[Dd]isallow"):
-        run(tmp_path, lambda state, batch: STEP(state, {**batch, "weights": np.ones((ROWS, LENGTH), np.float32)}))
+        run(tmp_path, lambda state, batch: STEP(state, {**batch, "weights": np.ones((1, ROWS, LENGTH), np.float32)}))
 
 
 def test_half_a_metrics_line_is_forgotten(whole, tmp_path):
@@ -195,9 +207,9 @@ def test_accumulated_gradients_equal_the_whole_batch():
     batch["weights"][0] *= 0.1  # slices of unequal weight
     results = []
     for parts in (1, 2, 4):
-        step = loop.make_train_step(loss_fn, optax.sgd(1.0), accumulate=parts)
-        state = loop.TrainState.create(fresh().params, optax.sgd(1.0))
-        results.append(step(state, batch))
+        step = make_step(loss_fn, optax.sgd(1.0), BatchShape(parts, ROWS // parts, LENGTH))
+        state = TrainState.create(fresh().params, optax.sgd(1.0))
+        results.append(step(state, Rows(None, ROWS // parts, parts).place(batch)))
     for state, values in results[1:]:
         np.testing.assert_allclose(state.params["table"], results[0][0].params["table"], atol=1e-6)
         np.testing.assert_allclose(values["loss"], results[0][1]["loss"], rtol=1e-6)
@@ -207,7 +219,7 @@ def test_accumulated_gradients_equal_the_whole_batch():
 def test_non_finite_stops_before_it_spreads(tmp_path):
     def poisoned(params, batch):
         loss, values = loss_fn(params, batch)
-        return jnp.where(batch["poison"][0] > 0, jnp.nan, 1.0) * loss, values
+        return jnp.where(batch["poison"][0, 0] > 0, jnp.nan, 1.0) * loss, values
 
     class Poison(grain.DatasetIterator):
         def __init__(self, parent):
@@ -216,7 +228,7 @@ def test_non_finite_stops_before_it_spreads(tmp_path):
 
         def __next__(self):
             self.count += 1
-            return next(self._parent) | {"poison": np.full(ROWS, self.count == 10, np.float32)}
+            return next(self._parent) | {"poison": np.full((ROWS, LENGTH), self.count == 10, np.float32)}
 
         def get_state(self):
             return {"parent": self._parent.get_state(), "count": self.count}
@@ -225,18 +237,18 @@ def test_non_finite_stops_before_it_spreads(tmp_path):
             self._parent.set_state(state["parent"])
             self.count = state["count"]
 
-    step = loop.make_train_step(poisoned, OPTIMIZER)
+    step = make_step(poisoned, OPTIMIZER, SHAPE)
     with pytest.raises(UserError, match=r"^step 10: loss nan .* not finite: the table; the last checkpoint is kept$"):
-        loop.loop(tmp_path, fresh(), step, Poison(batches()), STEPS, log=lambda line: None, options=OPTIONS,
+        loop.loop(tmp_path, fresh(), step, feed(Poison(batches())), STEPS, log=lambda line: None, options=OPTIONS,
                    explain=lambda params, batch: "the table")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
     # The step itself left the parameters alone.
-    state, values = step(fresh(), next(batches()) | {"poison": np.ones(ROWS, np.float32)})
+    state, values = step(fresh(), first() | {"poison": np.ones((1, ROWS, LENGTH), np.float32)})
     assert not values["finite"] and same(state.params, fresh().params)
     # With the policy to skip, the run goes on and says what it left out.
     lines = []
     skipping = dataclasses.replace(OPTIONS, nonfinite="skip")
-    result = loop.loop(tmp_path / "skip", fresh(), step, Poison(batches()), STEPS, log=lines.append, options=skipping,
+    result = loop.loop(tmp_path / "skip", fresh(), step, feed(Poison(batches())), STEPS, log=lines.append, options=skipping,
                         explain=lambda params, batch: "the table")
     assert [line for line in lines if "left out" in line] == [
         "step 10: loss nan with gradient norm nan is not finite: the table; the step is left out"]
@@ -244,8 +256,8 @@ def test_non_finite_stops_before_it_spreads(tmp_path):
     assert result.steps_done == STEPS and [row["step"] for row in rows if row.get("skipped")] == [12]
     assert all(np.isfinite(row["loss"]) for row in rows) and rows[-1]["loss"] < rows[0]["loss"]
     with pytest.raises(UserError, match="so were the 10 before it"):
-        broken = loop.make_train_step(lambda p, b: (jnp.nan * loss_fn(p, b)[0], {}), OPTIMIZER)
-        loop.loop(tmp_path / "broken", fresh(), broken, batches(), STEPS, log=lines.append, options=skipping)
+        broken = make_step(lambda p, b: (jnp.nan * loss_fn(p, b)[0], {}), OPTIMIZER, SHAPE)
+        loop.loop(tmp_path / "broken", fresh(), broken, feed(), STEPS, log=lines.append, options=skipping)
 
 
 def test_a_profile_is_made_on_demand(tmp_path):
@@ -273,7 +285,7 @@ def test_data_that_ends_is_one_line(tmp_path):
             pass
 
     with pytest.raises(UserError, match="the data ended after 0 of 24 steps"):
-        loop.loop(tmp_path, fresh(), STEP, Ends(), STEPS, log=lambda line: None)
+        loop.loop(tmp_path, fresh(), STEP, feed(Ends()), STEPS, log=lambda line: None)
 
 
 def test_checkpoint_of_another_model_is_refused_in_one_line(whole, tmp_path):

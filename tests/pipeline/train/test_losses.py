@@ -10,8 +10,8 @@ import pytest
 
 from qcn_jax.model import Qwen3Next
 from qcn_jax.moe.losses import balance_loss
-from qcn_jax.pipeline.train import diagnosis, losses
 from qcn_jax.pipeline.data import packing
+from qcn_jax.pipeline.train import diagnosis, losses
 from tests.pipeline.micro import MODEL
 
 CONFIG = dataclasses.replace(MODEL, num_nextn_predict_layers=1, router_aux_loss_coef=0.02, num_hidden_layers=3)
@@ -109,15 +109,16 @@ def test_cross_entropy_is_float32_whatever_the_logits_are():
 def test_non_finite_values_are_traced_to_where_they_begin(packed):
     batch, _ = packed
     explain = diagnosis.explain(CONFIG, LOSS)
+    slices = {name: array[None] for name, array in batch.items() if np.ndim(array) == 2}
     params = _params()
     bad = jax.tree.map(lambda leaf: leaf, params)
     bad["tail"]["mlp"]["experts"]["down_proj"] = bad["tail"]["mlp"]["experts"]["down_proj"].at[0, 0].set(jnp.inf)
-    assert explain(bad, batch) == "parameter tail/mlp/experts/down_proj holds a non-finite value"
+    assert explain(bad, slices) == "parameter tail/mlp/experts/down_proj holds a non-finite value"
     # Finite, but overflows in the attention layer (index 1).
     huge = jax.tree.map(lambda leaf: leaf, params)
     huge["blocks"]["full"]["self_attn"]["o_proj"]["kernel"] = jnp.full_like(
         params["blocks"]["full"]["self_attn"]["o_proj"]["kernel"], 3e38)
-    assert explain(huge, batch) == "layer 1 (attention) is the first whose output is not finite"
+    assert explain(huge, slices) == "layer 1 (attention) is the first whose output is not finite"
     assert diagnosis.first_bad_layer(CONFIG, params, batch) is None
 
 

@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 
 from qcn_jax import files, hub
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import (
-    DistillConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RolloutConfig, RunConfig,
+    DistillConfig,
+    ExpertsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
 )  # fmt: skip
 from qcn_jax.errors import UserError
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl import learner
-from qcn_jax.pipeline.stages import distill
 from qcn_jax.pipeline.context import Shared, StageContext
-from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.data.splits import split_tasks
+from qcn_jax.pipeline.stages import distill, experts
+from qcn_jax.pipeline.train.metrics import read_metrics
 from tests.agents import tiny
 from tests.pipeline.micro import MODEL
 from tests.pipeline.rl.test_rewards import ADDED
@@ -70,15 +74,16 @@ def test_from_sft_to_one_model(root) -> None:
     root, config = root
     shared = Shared(config, root)
     try:
-        results = learner.run_stage(context(root, config, "experts", shared))
+        results = experts.run_stage(context(root, config, "experts", shared))
         assert list(results["experts"]) == ["swe", "tool_format"]
         for name, result in results["experts"].items():
             rows = read_metrics(root / "experts" / name / "metrics.jsonl")
             assert [row["step"] for row in rows] == [1, 2] and rows[0]["episodes"] == 4
             assert rows[0]["infrastructure"] == 0 and -0.2 <= rows[0]["reward"] <= 1
             assert result["prompts"] == len(split_tasks(tiny_tasks(root), 0)[1]) and result["seconds"] > 0
+        assert results["mesh"] == {"devices": 1, "axes": {}}
         json.dumps(results, allow_nan=False)
-        again = learner.run_stage(context(root, config, "experts", shared))  # nothing is trained twice
+        again = experts.run_stage(context(root, config, "experts", shared))  # nothing is trained twice
         assert again == results
         files.write_json(root / "experts" / "DONE.json", {"seconds": 1.0, "results": results})
         unified = distill.run_stage(context(root, config, "distill", shared))
@@ -103,7 +108,7 @@ def test_bad_settings_are_named(root) -> None:
     shared = Shared(config, root)
     with pytest.raises(UserError, match="experts.names.*'web'"):
         bad = dataclasses.replace(config, experts=dataclasses.replace(config.experts, names=("web",)))
-        learner.run_stage(context(root, bad, "experts", shared))
+        experts.run_stage(context(root, bad, "experts", shared))
     with pytest.raises(UserError, match="distill.loss.*'mse'"):
         bad = dataclasses.replace(config, distill=dataclasses.replace(config.distill, loss="mse"))
         distill.run_stage(context(root, bad, "distill", shared))
@@ -111,6 +116,6 @@ def test_bad_settings_are_named(root) -> None:
         with pytest.raises(UserError, match="max_length"):
             long = dataclasses.replace(ROLLOUT, max_length=512)
             bad = dataclasses.replace(config, experts=dataclasses.replace(config.experts, rollout=long))
-            learner.run_stage(context(root, bad, "experts", shared))
+            experts.run_stage(context(root, bad, "experts", shared))
     finally:
         shared.close()

@@ -1,0 +1,128 @@
+"""Stage `experts`: group-relative policy optimisation from execution rewards, one sub-run per expert."""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qcn_jax import files, hub
+from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.config import RunConfig
+from qcn_jax.errors import UserError
+from qcn_jax.inference.engine import Engine
+from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.data.splits import split_tasks
+from qcn_jax.pipeline.experts.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts, make_services
+from qcn_jax.pipeline.rl import episodes, learner
+from qcn_jax.pipeline.rl.learner import AVERAGES, Learner
+from qcn_jax.pipeline.rl.rollout import sequence_seed
+from qcn_jax.pipeline.train import layout
+from qcn_jax.pipeline.train.metrics import read_metrics
+from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
+from qcn_jax.sharding.parallel import Parallel
+
+
+def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
+    """Builds the step of the stage on `parallel`.
+
+    Raises:
+      UserError: rows that the mesh does not divide.
+    """
+    return learner.make_trainer(config.model, config.experts, parallel)
+
+
+def run_stage(context: StageContext) -> dict[str, Any]:
+    """Trains every expert of `config.experts.names` from the SFT model.
+
+    Returns:
+      {"experts": {name: {"seconds", "prompts", "first", "last", "mesh"}}} with the metrics of the first and last
+      updates, and "mesh".
+    """
+    config = context.config.experts
+    unknown = set(config.names) - set(DOMAINS)
+    if unknown:
+        raise UserError(f"--config.experts.names: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
+    if config.average not in AVERAGES:
+        raise UserError(f"--config.experts.average: unknown average {config.average!r}; allowed: {', '.join(AVERAGES)}")
+    parallel = mesh_here(context.config.mesh)
+    trainer = make_trainer(context.config, parallel)
+    services, encoder = make_services(context), ChatEncoder(context.tokenizer())
+    model, params = hub.load(context.model_path("sft"), dtype=trainer.model.param_dtype)
+    engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length)
+    episodes.say_where(parallel, context.log)
+    results = {}
+    for name in config.names:
+        done = context.workdir / name / "DONE.json"
+        if not done.exists():
+            files.write_json(done, _train_expert(context, name, params, engine, trainer, encoder, services))
+        results[name] = files.read_json(done)
+    line = ", ".join(f"{n} {r['first']['pass_rate']:.0%} to {r['last']['pass_rate']:.0%}" for n, r in results.items())
+    return {"experts": results, "mesh": results[config.names[-1]]["mesh"], "line": f"pass rate {line}"}
+
+
+def _train_expert(context: StageContext, name: str, params: Any, engine: Engine, trainer: Trainer,
+                  encoder: ChatEncoder, services: Services) -> dict[str, Any]:
+    config, directory = context.config.experts, context.workdir / name
+    log = lambda line: context.log(f"{name}: {line}")
+    prompts = training_prompts(context, name)
+    if all(prompt.scaffold.single_turn for prompt in prompts):  # taken greedily, the only turn would teach nothing
+        config = dataclasses.replace(config, greedy_turns=())
+    feed = Learner(
+        config=config, seed=sequence_seed(context.config.seed, zlib.crc32(name.encode())), engine=engine,
+        trainer=trainer, prompts=prompts,
+        converse=lambda prompt: TaskConversation(
+            prompt, encoder, services, max_turns=config.rollout.max_turns,
+            unfinished_penalty=config.unfinished_penalty,
+        ),
+    )  # fmt: skip
+    if config.filter_samples:
+        feed.prompts = _filtered(feed, params, directory / "prompts.json", log)
+    frozen = (trainer.place_params(params),) * trainer.frozen
+    result = trainer.run(directory, jax.tree.map(jnp.array, params), feed, config.updates, config, log=log, line=_line,
+                         frozen=frozen)
+    hub.save(directory / "model", trainer.model, jax.device_get(result.state.params), encoder.tokenizer)
+    rows = read_metrics(directory / "metrics.jsonl")
+    return {
+        "seconds": round(sum(max(row["seconds_per_step"], row["seconds_rollout"]) for row in rows), 2),
+        "prompts": len(feed.prompts), "first": rows[0], "last": rows[-1], "mesh": layout.mesh_of(result.state),
+    }  # fmt: skip
+
+
+def _filtered(feed: Learner, params: Any, path: pathlib.Path, log: Callable[[str], None]) -> list[Any]:
+    """The prompts that the SFT model solves sometimes; written down, so that a resumed run keeps the same."""
+    if not path.exists():
+        kept = feed.useful(params, feed.config.filter_samples, _every_tenth(log))
+        files.write_json(path, {"of": len(feed.prompts), "kept": kept})
+    kept = files.read_json(path)["kept"]
+    log(f"{len(kept)} of {len(feed.prompts)} prompts are solved sometimes, but not always")
+    return [feed.prompts[index] for index in kept]
+
+
+def _every_tenth(log: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A progress callback that logs each time another tenth of the episodes has ended."""
+    shown = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if done * 10 // max(total, 1) > shown:
+            shown = done * 10 // max(total, 1)
+            log(f"prompt filter: {done} of {total} episodes")
+
+    return progress
+
+
+def training_prompts(context: StageContext, domain: str) -> list[Prompt]:
+    """Prompts of RL and distillation: tasks that SFT has not seen."""
+    _, tasks = split_tasks(context.tasks("train"), context.config.seed)
+    return make_prompts(domain, tasks, context.templates())
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return (
+        f"reward {metrics['reward']:.2f}  solved {metrics['pass_rate']:.0%}  turns {metrics['turns']:.1f}  "
+        f"malformed {metrics['malformed']:.0%}  repeated {metrics['repeated']:.0%}  groups {metrics['groups']:.0f}"
+    )

@@ -1,0 +1,154 @@
+"""A stage's model, loss and optimizer as one compiled step over one mesh: what a stage runs and `qcn compile` compiles.
+
+Every training stage has one function `make_trainer(config, parallel)` that builds it. The stage feeds it arrays,
+`qcn compile` looks at `Trainer.abstract()`; neither builds a step of its own.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qcn_jax.config import MeshConfig, ModelConfig, OptimizerConfig
+from qcn_jax.pipeline.train import diagnosis, layout, loop, optimizer
+from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
+from qcn_jax.pipeline.train.layout import Rows
+from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, make_step
+from qcn_jax.sharding.mesh import make_parallel
+from qcn_jax.sharding.parallel import Parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """One step and all that it is made of.
+
+    Attributes:
+      model: the architecture.
+      loss: see train.step.LossFn.
+      optimizer, schedule: the update rule and its learning rate by step.
+      shape: of a batch.
+      parallel: the mesh; None is one device.
+      shardings: of the state; None on one device.
+      frozen: how many trees of frozen parameters `step` takes.
+      flops: of the model, per token and forward pass.
+      step: the jitted (state, batch, frozen) -> (state, metrics), see train.step.make_step.
+      rows: which rows of a batch this process brings.
+    """
+
+    model: ModelConfig
+    loss: LossFn
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    shape: BatchShape
+    parallel: Parallel | None
+    shardings: TrainState | None
+    frozen: int
+    flops: TokenFlops
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    rows: Rows
+
+    @classmethod
+    def build(cls, model: ModelConfig, loss: LossFn, rule: OptimizerConfig, steps: int, shape: BatchShape,
+              parallel: Parallel | None, *, field: str, frozen: int = 0, mtp: bool = False) -> "Trainer":
+        """Builds the step; nothing is compiled before its first use.
+
+        Args:
+          model, loss, shape, parallel, frozen: see the attributes.
+          rule: the optimizer's settings.
+          steps: optimizer steps, over which the learning rate falls.
+          field: of the configuration, that errors about rows name.
+          mtp: whether the loss takes the multi-token-prediction block too.
+
+        Raises:
+          UserError: rows that do not divide by the mesh, or an unknown optimizer.
+        """
+        update = optimizer.make_optimizer(rule, steps)
+        shardings, batch = None, None
+        if parallel is not None:
+            shardings = layout.state_shardings(model, parallel, update, rule.offload)
+            batch = {name: layout.batch_sharding(parallel, len(size)) for name, (size, _) in shape.arrays().items()}
+        step = make_step(loss, update, shape, shardings, batch, frozen)
+        rows = Rows.of(parallel, shape.rows, shape.slices, field)
+        flops = token_flops(model, shape.length, mtp)
+        rate = optimizer.schedule(rule, steps)
+        return cls(model, loss, update, rate, shape, parallel, shardings, frozen, flops, step, rows)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes' worth of FLOPs per token: 3 with gradient, 1 for frozen parameters that judge."""
+        return 3 + min(self.frozen, 1)
+
+    @property
+    def param_shardings(self) -> Any:
+        """Where parameters lie; None on one device."""
+        return None if self.shardings is None else self.shardings.params
+
+    def create(self, params: Any) -> TrainState:
+        """Returns a fresh state; the first step donates `params`, which every process gives alike."""
+        if self.shardings is None:
+            return TrainState.create(params, self.optimizer)
+        return layout.place_state(params, self.optimizer, self.shardings)
+
+    def place_params(self, params: Any) -> Any:
+        """Returns parameters laid out as the state's, to be given as frozen ones."""
+        if self.shardings is None:
+            return jax.tree.map(jnp.asarray, params)
+        return jax.device_put(params, self.shardings.params)
+
+    def place(self, arrays: Mapping[str, np.ndarray], sections: Sequence[int] = ()) -> Batch:
+        """Returns the global batch of this process's rows.
+
+        Args:
+          arrays: [n, T], by slice and row; as many as this process brings, or fewer where the shape is padded.
+          sections: of the slices that `arrays` fill, where the shape has sections.
+        """
+        placed = self.rows.place(arrays)
+        if self.shape.sections:
+            padded = np.zeros(self.shape.slices, np.int32)
+            padded[: len(sections)] = sections
+            where = None if self.parallel is None else layout.batch_sharding(self.parallel, 1)
+            placed[SECTION] = jax.device_put(padded, where)
+        return placed
+
+    def abstract(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], tuple[Any, ...]]:
+        """Returns the step's arguments as ShapeDtypeStructs: state, batch, frozen parameters; allocates nothing."""
+        state = layout.abstract_state(self.model, self.optimizer, self.shardings)
+        where = lambda size: None if self.parallel is None else layout.batch_sharding(self.parallel, len(size))
+        batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=where(size))
+                 for name, (size, dtype) in self.shape.arrays().items()}
+        return state, batch, (state.params,) * self.frozen
+
+    def run(self, directory: pathlib.Path, params: Any, feed: loop.Feed, steps: int, settings: Any, *,
+            log: Callable[[str], None], line: Callable[[Mapping[str, Any]], str] = loop.progress,
+            frozen: tuple[Any, ...] = ()) -> loop.LoopResult:
+        """Trains for `steps` steps of the loop, or resumes from `directory`'s checkpoint.
+
+        Args:
+          directory, feed, log, line: see train.loop.
+          params: the initial parameters; donated.
+          settings: checkpoint_every, log_every, keep and nonfinite, of a stage's configuration.
+          frozen: trees that the step is given beside each batch.
+
+        Raises:
+          UserError: see train.loop.
+        """
+        return loop.loop(
+            directory, self.create(params), lambda state, batch: self.step(state, batch, frozen), feed, steps, log=log,
+            line=line, schedule=self.schedule, explain=diagnosis.explain(self.model, self.loss, self.parallel, frozen),
+            options=loop.LoopOptions(settings.checkpoint_every, settings.log_every, settings.keep, settings.nonfinite,
+                                     self.passes * self.flops.forward))
+
+
+def mesh_here(config: MeshConfig) -> Parallel | None:
+    """Returns the mesh over all devices there are; None on a single device.
+
+    Raises:
+      UserError: a mesh that does not fit the devices.
+    """
+    parallel = make_parallel(config)
+    return parallel if parallel.mesh.size > 1 else None
