@@ -133,7 +133,7 @@ class TrainConfig:
     accumulate: int = 1  # slices of the rows that go through the model one after the other
     checkpoint_every: int = 100
     log_every: int = 10
-    keep: int = 1  # checkpoints kept
+    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
     nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig()
 

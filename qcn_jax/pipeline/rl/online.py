@@ -26,6 +26,7 @@ from qcn_jax.pipeline.train.loop import TrainState, interrupted, stop_signals
 from qcn_jax.pipeline.train.metrics import MetricsLog
 
 T = TypeVar("T")
+KEPT = 2  # checkpoints, so that there is one to fall back on
 
 # (number of the update from 0, state, whether to give up) -> (state, metrics)
 Step = Callable[[int, TrainState, Stop], tuple[TrainState, dict[str, Any]]]
@@ -50,10 +51,10 @@ def run_updates(
     Raises:
       Interrupted: SIGTERM or SIGINT came, be it in the last update; all finished updates are saved.
     """
-    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
+    checkpoints = Checkpoints(directory / "checkpoints", KEPT)
     done = 0
     try:
-        restored = checkpoints.restore(state)
+        restored = checkpoints.restore(state, log=log)
         if restored is not None:
             done, state, _ = restored
             log(f"resumes at update {done} of {updates}")

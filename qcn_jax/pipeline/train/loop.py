@@ -269,7 +269,7 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, batches:
     if options.nonfinite not in ("stop", "skip"):
         raise UserError(f"--config.*.train.nonfinite: {options.nonfinite!r}; allowed: stop, skip")
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
-    restored = checkpoints.restore(state, batches)
+    restored = checkpoints.restore(state, batches, log)
     done = 0
     if restored is not None:
         done, state, _ = restored
