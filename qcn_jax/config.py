@@ -133,7 +133,7 @@ class TrainConfig:
     accumulate: int = 1  # slices of the rows that go through the model one after the other
     checkpoint_every: int = 100
     log_every: int = 10
-    keep: int = 1  # checkpoints kept
+    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
     nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -197,7 +197,7 @@ class ExpertsConfig:
     repeat_penalty: float = 0.2  # of turns that come again to files on which the tests have failed
     checkpoint_every: int = 5  # updates
     log_every: int = 1  # updates
-    keep: int = 1  # checkpoints kept
+    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
     nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
@@ -215,7 +215,7 @@ class DistillConfig:
     loss: str = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
     checkpoint_every: int = 5  # updates
     log_every: int = 1  # updates
-    keep: int = 1  # checkpoints kept
+    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
     nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()

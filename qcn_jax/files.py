@@ -166,7 +166,8 @@ def check_replaceable(path: Path, replaceable: str | None = None, flag: str | No
     real, name = pathlib.Path(os.path.realpath(path)), f"--{flag}={path}" if flag else str(path)
     if os.path.lexists(real):
         try:
-            other = not os.path.isdir(real) or (any(real.iterdir()) and not (replaceable and (real / replaceable).exists()))
+            earlier = replaceable is not None and (real / replaceable).exists()
+            other = not os.path.isdir(real) or (any(real.iterdir()) and not earlier)
         except OSError as error:
             raise UserError(f"{name}: cannot be read: {error.strerror}") from error
         if other:

@@ -1,8 +1,10 @@
 """Tests of file rights, which root does not have to keep."""
 
 import contextlib
+import grp  # noqa: F401  (imported by libraries when they first look at a file, which may then be too late)
 import os
 import pathlib
+import pwd  # noqa: F401
 import shutil
 import tempfile
 from collections.abc import Iterator

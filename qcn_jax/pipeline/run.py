@@ -115,8 +115,8 @@ def _check_folders(config: RunConfig, root: pathlib.Path, asked: Sequence[str], 
 def _discard(root: pathlib.Path, discarded: Sequence[str], restart: Sequence[str], asked: Sequence[str]) -> None:
     surplus = [name for name in discarded if name not in (*asked, *restart) and work.is_stage(root / name)]
     if surplus:
-        _say(f"--restart={','.join(restart)}: {', '.join(surplus)} follow from it and go too; --stages does not ask for "
-             "them anew")
+        _say(f"--restart={','.join(restart)}: {', '.join(surplus)} follow from it and go too; --stages does not ask "
+             "for them anew")
     work.discard(root, discarded, "--restart", _say)
 
 

@@ -134,7 +134,7 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, feed: Fe
     if options.nonfinite not in ("stop", "skip"):
         raise UserError(f"--config.*.train.nonfinite: {options.nonfinite!r}; allowed: stop, skip")
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
-    restored = checkpoints.restore(state, feed.stream)
+    restored = checkpoints.restore(state, feed.stream, log)
     done = 0
     if restored is not None:
         done, state, _ = restored
