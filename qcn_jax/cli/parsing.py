@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from qcn_jax.config import RunConfig, from_config_dict, to_config_dict
+from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
 from qcn_jax.errors import UserError
 
 
@@ -162,6 +162,8 @@ def _check_overrides(argv: Sequence[str]) -> None:
     for override in (m.group(1) for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))):
         if config is None:
             raise UserError(f"--config.{override} was given without --config=FILE")
+        if new := new_name(f"config.{override}"):
+            raise UserError(f"--config.{override}: is called --{new} now")
         group, prefix = config, "config"
         for key in override.split("."):
             allowed = list(group.keys()) if hasattr(group, "keys") else []

@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qcn_jax.config import RunConfig, TrainConfig
+from qcn_jax.config import TRAINING, RunConfig, TrainConfig, training_settings
 from qcn_jax.errors import UserError
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.train import layout, loop, losses, optimizer
+from qcn_jax.pipeline.train.divisibility import check_stages
 from qcn_jax.pipeline.stages.distill import distill_loss
 from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
 from qcn_jax.pipeline.rl.learner import policy_loss
 from qcn_jax.pipeline.train.update import make_update
 from qcn_jax.sharding.parallel import Parallel
-
-STAGES = ("midtrain", "sft", "experts", "distill")
-
 
 @dataclasses.dataclass(frozen=True)
 class StageStep:
@@ -53,26 +51,13 @@ def stage_step(config: RunConfig, stage: str, parallel: Parallel) -> StageStep:
     Raises:
       UserError: an unknown stage, or sizes that the mesh does not divide.
     """
-    if stage not in STAGES:
-        raise UserError(f"--stage={stage}: allowed: {', '.join(STAGES)}")
-    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.experts,
-                "distill": config.distill}[stage]
-    _check_rows(stage, settings, parallel)
+    if stage not in TRAINING:
+        raise UserError(f"--stage={stage}: allowed: {', '.join(TRAINING)}")
+    check_stages(config, [stage], parallel)
+    settings = training_settings(config, stage)
     if stage in ("midtrain", "sft"):
         return _train_step(config, settings, parallel)
     return _update_step(config, stage, settings, parallel)
-
-
-def _check_rows(stage: str, settings: Any, parallel: Parallel) -> None:
-    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
-    parts = parallel.size("activation_batch") * getattr(settings, "accumulate", 1)
-    if settings.rows % parts:
-        raise UserError(f"--config.{group}.rows: {settings.rows} rows do not divide by {parts}, the mesh's parts of a "
-                        "batch times accumulate")
-    columns = parallel.size("activation_length", "vocab")
-    if settings.sequence_length % columns:
-        raise UserError(f"--config.{group}.sequence_length: {settings.sequence_length} does not divide by the "
-                        f"{columns} parts of mesh axes context and tensor")
 
 
 def _batch(settings: Any, parallel: Parallel, floats: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:

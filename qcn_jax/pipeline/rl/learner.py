@@ -21,13 +21,12 @@ import optax
 
 from qcn_jax import files, hub
 from qcn_jax.config import ModelConfig, ExpertsConfig
-from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline.rl import objectives, online
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.chat.encoder import ChatEncoder
-from qcn_jax.pipeline.experts.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts, make_services
+from qcn_jax.pipeline.experts.domains import Prompt, Services, TaskConversation, make_prompts, make_services
 from qcn_jax.pipeline.train.head import over_vocabulary, project
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.optimizer import make_optimizer
@@ -164,11 +163,6 @@ def run_stage(context: StageContext) -> dict[str, Any]:
       {"experts": {name: {"seconds", "prompts", "first", "last"}}} with the metrics of the first and last updates.
     """
     config = context.config.experts
-    unknown = set(config.names) - set(DOMAINS)
-    if unknown:
-        raise UserError(f"--config.experts.names: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
-    if config.average not in AVERAGES:
-        raise UserError(f"--config.experts.average: unknown average {config.average!r}; allowed: {', '.join(AVERAGES)}")
     services = make_services(context)
     encoder = ChatEncoder(context.tokenizer())
     model, params = hub.load(context.model_path("sft"))

@@ -1,0 +1,111 @@
+"""What the fields of a configuration may hold, said beside each field and checked in one walk.
+
+  rows: Annotated[int, Within(at_least=1)] = 8
+  sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"
+  remat: Annotated[str, Known("qcn_jax.layers.remat:POLICIES")] = "none"
+"""
+
+import dataclasses
+import importlib
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from qcn_jax.errors import UserError
+
+
+class Allowed(Protocol):
+    """A rule for one value."""
+
+    def refusal(self, value: Any) -> str | None:
+        """What is allowed, in words, where `value` is not; None where it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A finite number between bounds, or one of `also`; `above` and `below` are not allowed themselves."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    also: tuple[float, ...] = ()
+
+    def refusal(self, value: float) -> str | None:
+        """See Allowed."""
+        fits = math.isfinite(value) and value >= self._or(self.at_least, value) and value <= self._or(self.at_most, value)
+        fits = fits and (self.above is None or value > self.above) and (self.below is None or value < self.below)
+        return None if fits or value in self.also else f"allowed: {self}"
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        return " or ".join(["a finite number" if not words else words, *map(str, self.also)])
+
+    @staticmethod
+    def _or(bound: float | None, value: float) -> float:
+        return value if bound is None else bound
+
+
+class OneOf:
+    """One of a few names."""
+
+    def __init__(self, *names: Any) -> None:
+        self.names = names
+
+    def refusal(self, value: Any) -> str | None:
+        """See Allowed."""
+        return None if value in self.names else f"allowed: {self}"
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A name that `where`, "package.module:OBJECT", knows; imported when a value is checked.
+
+    OBJECT is a collection of names, or a function of one name that raises UserError for a name that it does not know.
+    """
+
+    where: str
+
+    def refusal(self, value: str) -> str | None:
+        """See Allowed."""
+        module, name = self.where.split(":")
+        known = getattr(importlib.import_module(module), name)
+        if not callable(known):
+            return None if value in known else f"allowed: {', '.join(known)}"
+        try:
+            known(value)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def __str__(self) -> str:
+        return f"a name of {self.where}"
+
+
+def refusals(config: Any, prefix: str) -> Iterator[str]:
+    """A line for every value of a dataclass, and of those within it, that its field does not allow.
+
+    Args:
+      config: a dataclass whose values have the fields' types.
+      prefix: what lines call it, e.g. "--config".
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        yield from _of_value(hints[field.name], getattr(config, field.name), f"{prefix}.{field.name}")
+
+
+def _of_value(hint: Any, value: Any, name: str) -> Iterator[str]:
+    if dataclasses.is_dataclass(value):
+        yield from refusals(value, name)
+        return
+    kind, *rules = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+    found = (rule.refusal(value) for rule in rules)
+    yield from (f"{name}: {value!r}; {words}" for words in found if words)
+    if typing.get_origin(kind) is tuple:
+        for item in value:
+            yield from _of_value(typing.get_args(kind)[0], item, name)
