@@ -121,8 +121,8 @@ def _experts(config: RunConfig) -> Iterator[str]:
     yield from _rollout(experts.rollout, "experts", experts.sequence_length)
     for name, off in (("top_p", 1.0), ("top_k", 0)):
         if getattr(experts.rollout, name) != off:
-            yield (f"--config.experts.rollout.{name}: {getattr(experts.rollout, name)}; allowed: {off}, as the gradient "
-                   "is of the whole distribution")
+            yield (f"--config.experts.rollout.{name}: {getattr(experts.rollout, name)}; allowed: {off}, as the "
+                   "gradient is of the whole distribution")
     if not experts.rollout.temperature:
         yield "--config.experts.rollout.temperature: 0; samples of a prompt must differ to be compared"
     if experts.minibatches > experts.prompts:

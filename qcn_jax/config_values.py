@@ -8,6 +8,7 @@
 import dataclasses
 import importlib
 import math
+import operator
 import typing
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -34,18 +35,16 @@ class Within:
 
     def refusal(self, value: float) -> str | None:
         """See Allowed."""
-        fits = math.isfinite(value) and value >= self._or(self.at_least, value) and value <= self._or(self.at_most, value)
-        fits = fits and (self.above is None or value > self.above) and (self.below is None or value < self.below)
+        bounds = ((self.at_least, operator.ge), (self.above, operator.gt), (self.at_most, operator.le),
+                  (self.below, operator.lt))
+        finite = isinstance(value, int) or math.isfinite(value)
+        fits = finite and all(bound is None or holds(value, bound) for bound, holds in bounds)
         return None if fits or value in self.also else f"allowed: {self}"
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
         words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-        return " or ".join(["a finite number" if not words else words, *map(str, self.also)])
-
-    @staticmethod
-    def _or(bound: float | None, value: float) -> float:
-        return value if bound is None else bound
+        return " or ".join([words, *map(str, self.also)])
 
 
 class OneOf:

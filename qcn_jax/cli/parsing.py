@@ -112,7 +112,7 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def _arranged(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """`argv` with what its --flagfile=FILE hold in their places, and the last --config, which counts, before the rest."""
+    """`argv` with what --flagfile=FILE hold in their places, and the last --config, which counts, before the rest."""
     try:
         words = iter(values.read_flags_from_files(list(argv), force_gnu=False))
     except flags.Error as error:

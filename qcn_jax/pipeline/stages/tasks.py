@@ -29,7 +29,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     config = context.config.tasks
     specs = _locate(context, [*config.repos_train, *config.repos_heldout])
     # Asked again, by name: archives and folders only have one now.
-    for line in in_both(*([specs[name].name for name in names] for names in (config.repos_train, config.repos_heldout))):
+    names_of = lambda sources: [specs[source].name for source in sources]
+    for line in in_both(names_of(config.repos_train), names_of(config.repos_heldout)):
         raise UserError(line)
     results: dict[str, Any] = {"candidates": 0, "yields": {}, "repository_yields": {}, "outcomes": {}, "left_out": {}}
     usable: list[RepositorySpec] = []

@@ -6,16 +6,15 @@ Asked before any work by `qcn run` and `qcn compile`; the layers would refuse th
 import itertools
 from collections.abc import Iterator, Sequence
 
-import jax
 from jax.sharding import AbstractMesh
 
 from qcn_jax.config import TRAINING, ModelConfig, RunConfig, training_settings
 from qcn_jax.errors import UserError
-from qcn_jax.model import abstract_params, logical_axes
 from qcn_jax.sharding.mesh import AXES, axis_sizes
 from qcn_jax.sharding.parallel import Parallel
 
-# Fields of ModelConfig and the logical axes that split them, together.
+# Fields of ModelConfig and the logical axes that split them, together; every split dimension of every parameter is a
+# multiple of one of them.
 _DIMENSIONS = (
     ("vocab_size", "vocab"), ("hidden_size", "embed"), ("hidden_size", "expert_embed"),
     ("num_attention_heads", "activation_heads"), ("num_attention_heads", "activation_heads", "activation_length"),
@@ -71,18 +70,6 @@ def _model(model: ModelConfig, parallel: Parallel) -> Iterator[str]:
     if own and own % group and group % own:
         yield (f"--config.model.num_key_value_heads: {model.num_key_value_heads} with {group} attention heads each do "
                f"not divide by {_words(parallel, *heads)} of {own} attention heads")
-    yield from _parameters(model, parallel)
-
-
-def _parameters(model: ModelConfig, parallel: Parallel) -> Iterator[str]:
-    """What no field above speaks of, as rules of one's own may split any dimension."""
-    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(model))[0]
-    names = jax.tree.leaves(logical_axes(model), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    for (path, leaf), axes in zip(leaves, names, strict=True):
-        for size, axis in zip(leaf.shape, axes, strict=True):
-            if axis is not None:
-                what = f"{jax.tree_util.keystr(path, simple=True, separator='/')}, axis {axis}"
-                yield from _undivided(parallel, what, size, axis)
 
 
 def _batch(config: RunConfig, stage: str, parallel: Parallel) -> Iterator[str]:
