@@ -72,6 +72,15 @@ def _model(model: ModelConfig, prefix: str) -> Iterator[str]:
         yield f"{prefix}.chunk_size: {model.chunk_size}; with delta_rule=pallas a power of two from 16 on"
 
 
+def _precision(config: RunConfig) -> Iterator[str]:
+    for name in ("dtype", "param_dtype"):
+        if getattr(config.model, name) == "float64":
+            import jax
+
+            if not jax.config.jax_enable_x64:
+                yield f"--config.model.{name}: float64 is float32 to JAX without JAX_ENABLE_X64=1 in the environment"
+
+
 def _mesh(config: RunConfig) -> Iterator[str]:
     free = [axis for axis in ("data", "fsdp", "expert", "tensor", "context") if getattr(config.mesh, axis) == -1]
     if len(free) > 1:
@@ -187,6 +196,7 @@ def _pool(config: RunConfig) -> Iterator[str]:
 _STAGES_WITH_MODEL = (*TRAINING, "evaluate")
 _SIZE_RULES = (
     (lambda config: _model(config.model, "--config.model"), _STAGES_WITH_MODEL),
+    (_precision, _STAGES_WITH_MODEL),
     (_mesh, _STAGES_WITH_MODEL),
     *((_lengths(stage), (stage,)) for stage in TRAINING),
     *((_slices(stage), (stage,)) for stage in ("midtrain", "sft")),

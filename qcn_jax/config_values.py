@@ -55,10 +55,10 @@ class OneOf:
 
     def refusal(self, value: Any) -> str | None:
         """See Allowed."""
-        return None if value in self.names else f"allowed: {self}"
+        return None if value in self.names else f"allowed: {', '.join(map(str, self.names))}"
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.names))
+        return f"one of {', '.join(map(str, self.names))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,25 @@ def refusals(config: Any, prefix: str) -> Iterator[str]:
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         yield from _of_value(hints[field.name], getattr(config, field.name), f"{prefix}.{field.name}")
+
+
+def described(config: Any, prefix: str) -> Iterator[str]:
+    """`prefix.key=default: what is allowed`, for every value of a dataclass and of those within it."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}.{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from described(value, name)
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            yield f"{name}={shown}: {_words(hints[field.name])}"
+
+
+def _words(hint: Any) -> str:
+    kind, *rules = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+    element = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    words = f"list of {_words(element)}" if element is not None else kind.__name__
+    return ", ".join([words, *map(str, rules)])
 
 
 def _of_value(hint: Any, value: Any, name: str) -> Iterator[str]:

@@ -148,6 +148,7 @@ RULES = [
     (STAGES, {"model__num_experts_per_tok": 5}, ["num_experts_per_tok: 5", "num_experts, 4"]),
     (STAGES, {"model__partial_rotary_factor": 0.32}, ["partial_rotary_factor", "5 channels"]),
     (STAGES, {"model__delta_rule": "pallas", "model__chunk_size": 24}, ["chunk_size: 24", "power of two"]),
+    (STAGES, {"model__param_dtype": "float64"}, ["model.param_dtype: float64", "JAX_ENABLE_X64=1"]),
     (STAGES, {"mesh__data": -1, "mesh__fsdp": -1}, ["mesh.fsdp: -1", "data"]),
     (("midtrain",), {"midtrain__train__sequence_length": 512}, ["midtrain.train.sequence_length: 512", "384"]),
     (("distill",), {"distill__sequence_length": 512}, ["distill.sequence_length: 512", "max_position_embeddings, 384"]),

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
+from qcn_jax.config_values import described
 from qcn_jax.errors import UserError
 
 
@@ -191,4 +192,7 @@ def _help(values: flags.FlagValues, verb: str, explanation: str) -> str:
             note = f" ({' | '.join(choices)}){note}"
         text = textwrap.fill(f"{flag.help}{note}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         lines.append(f"  --{name}\n{text}")
+    if "config" in values:
+        lines += ["", "Keys of the configuration, with their defaults and what is allowed:",
+                  *(f"  {line}" for line in described(RunConfig(), "--config"))]
     return "\n".join(lines)
