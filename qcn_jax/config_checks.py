@@ -65,9 +65,9 @@ def _model(model: ModelConfig, prefix: str) -> Iterator[str]:
     if model.num_experts_per_tok > model.num_experts:
         yield f"{prefix}.num_experts_per_tok: {model.num_experts_per_tok} is more than num_experts, {model.num_experts}"
     rotated = int(model.head_dim * model.partial_rotary_factor)
-    if rotated % 2:
-        yield (f"{prefix}.partial_rotary_factor: {model.partial_rotary_factor} of head_dim, {model.head_dim}, are "
-               f"{rotated} channels; an even number can be rotated")
+    if rotated + rotated % 2 > model.head_dim:
+        yield (f"{prefix}.head_dim: {model.head_dim}; with partial_rotary_factor={model.partial_rotary_factor} an even "
+               "number, as channels are rotated in pairs")
     if model.delta_rule == "pallas" and (model.chunk_size < 16 or model.chunk_size & (model.chunk_size - 1)):
         yield f"{prefix}.chunk_size: {model.chunk_size}; with delta_rule=pallas a power of two from 16 on"
 

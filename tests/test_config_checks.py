@@ -146,7 +146,7 @@ RULES = [
     (STAGES, {"model__num_key_value_heads": 2, "model__num_attention_heads": 3}, ["num_attention_heads: 3", "2"]),
     (STAGES, {"model__linear_num_key_heads": 4}, ["linear_num_value_heads: 2", "4"]),
     (STAGES, {"model__num_experts_per_tok": 5}, ["num_experts_per_tok: 5", "num_experts, 4"]),
-    (STAGES, {"model__partial_rotary_factor": 0.32}, ["partial_rotary_factor", "5 channels"]),
+    (STAGES, {"model__partial_rotary_factor": 1.0, "model__head_dim": 15}, ["model.head_dim: 15", "even"]),
     (STAGES, {"model__delta_rule": "pallas", "model__chunk_size": 24}, ["chunk_size: 24", "power of two"]),
     (STAGES, {"model__param_dtype": "float64"}, ["model.param_dtype: float64", "JAX_ENABLE_X64=1"]),
     (STAGES, {"mesh__data": -1, "mesh__fsdp": -1}, ["mesh.fsdp: -1", "data"]),
@@ -247,7 +247,8 @@ def test_every_number_and_choice_has_a_range():
 
 
 @pytest.mark.parametrize("rule, good, bad", [
-    (Within(at_least=1), 1, 0), (Within(above=0), 1e-9, 0.0), (Within(at_most=1), 1.0, 1.01), (Within(below=1), 0.99, 1),
+    (Within(at_least=1), 1, 0), (Within(above=0), 1e-9, 0.0), (Within(at_most=1), 1.0, 1.01),
+    (Within(below=1), 0.99, 1),
     (Within(at_least=1, also=(-1,)), -1, 0), (OneOf("a", "b"), "b", "c"),
     (Known("qcn_jax.layers.remat:POLICIES"), "full", "half"),  # a collection
     (Known("qcn_jax.agents.scaffolds:by_name"), "nano", "nonesuch"),  # a function that raises UserError
@@ -303,8 +304,7 @@ COMMANDS = [
     ((*_COMPILE, "--config.mesh.dispatch=scatter"), ["--config.mesh.dispatch: 'scatter'", "ragged"]),
     ((*_COMPILE, "--config.model.dtype=float8"), ["--config.model.dtype: 'float8'"]),
     ((*_COMPILE, "--config.midtrain.train.rows=0"), ["--config.midtrain.train.rows: 0"]),
-    ((*_COMPILE, "--out=missing/report.json"), ["--out=missing/report.json: there is no folder missing"]),
-    ((*_COMPILE, "--dump=missing/program.txt"), ["--dump=missing/program.txt: there is no folder missing"]),
+    ((*_COMPILE, "--dump=/dev/null/program.txt"), ["--dump=/dev/null/program.txt", "/dev/null is not a folder"]),
     ((*_COMPILE, "--out=."), ["--out=.: is a folder"]),
 ]
 

@@ -70,7 +70,7 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
     asked = [name for name in STAGES if name in stages]
     discarded = _with_later(restart)
     _check_hosts(asked)
-    _check_config(config, [name for name in asked if name in discarded or not work.is_done(root / name)])
+    _check_config(config, [name for name in asked if name in discarded or not _finished(root / name)])
     shared = Shared(config, root)
     results = {}
     # Of several hosts' processes the first alone locks, cleans and writes down what has been done.
@@ -123,6 +123,13 @@ def _discard(root: pathlib.Path, discarded: Sequence[str], restart: Sequence[str
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _finished(folder: pathlib.Path) -> bool:
+    try:
+        return work.is_done(folder)
+    except UserError:  # rights, of which `_check_folders` speaks
+        return False
 
 
 def _check_config(config: RunConfig, pending: Sequence[str]) -> None:

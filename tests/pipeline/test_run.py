@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from qcn_jax.config import RunConfig, TasksConfig
+from qcn_jax.config import RunConfig, TasksConfig, TokenizerConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run, workdir
 from tests.rights import ordinary_user
@@ -288,28 +288,30 @@ def test_an_empty_workdir_is_refused(stages, tmp_path, monkeypatch):
 
 def test_a_later_stage_alone_is_held_against_what_earlier_ones_were_made_with(stages, tmp_path):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    run.run(configuration(), root, stages=("tasks", "midtrain"))
     before = _tree(root)
-    other = dataclasses.replace(RunConfig(), tokenizer=dataclasses.replace(RunConfig().tokenizer, vocab_size=999))
-    for config, names in ((RunConfig(seed=1), ("sft",)), (RunConfig(seed=1), ("report",)), (other, ("sft", "report"))):
+    other = configuration(tokenizer=TokenizerConfig(vocab_size=999))
+    seeded = configuration(seed=1)
+    for config, names in ((seeded, ("sft",)), (seeded, ("report",)), (other, ("sft", "report"))):
         made_with = "run/tasks was made .*config.seed was 0 and is 1.*--restart=tasks" if config.seed else (
             "run/midtrain was made .*tokenizer.vocab_size was .* and is 999.*--restart=midtrain")
         with pytest.raises(UserError, match=made_with):
             run.run(config, root, stages=names)
     assert _tree(root) == before
-    run.run(RunConfig(seed=1), root, stages=("sft",), restart=("tasks",))  # nothing that was made otherwise stays
+    run.run(configuration(seed=1), root, stages=("sft",), restart=("tasks",))  # nothing that was made otherwise stays
     with pytest.raises(UserError, match="run/sft was made .*config.seed was 1 and is 0"):
-        run.run(RunConfig(), root, stages=("experts",))
+        run.run(configuration(), root, stages=("experts",))
 
 
 def test_restart_with_a_bad_command_moves_nothing(stages, tmp_path):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    run.run(configuration(), root, stages=("tasks", "midtrain"))
     before = _tree(root)
-    for arguments, words in (({"stages": ("tusks",)}, "unknown stage"), ({"config": RunConfig(seed=1)}, "seed was 0"),
+    for arguments, words in (({"stages": ("tusks",)}, "unknown stage"),
+                             ({"config": configuration(seed=1)}, "seed was 0"),
                              ({"restart": ("midtrain", "x")}, "--restart: unknown stage 'x'")):
         with pytest.raises(UserError, match=words):
-            run.run(**{"config": RunConfig(), "workdir": root, "restart": ("midtrain",)} | arguments)
+            run.run(**{"config": configuration(), "workdir": root, "restart": ("midtrain",)} | arguments)
     assert _tree(root) == before
 
 
@@ -317,7 +319,7 @@ def test_restart_with_a_bad_command_moves_nothing(stages, tmp_path):
                                   "(context.workdir / 'journal').write_text('half')"])
 def test_a_refused_start_may_be_corrected(stages, tmp_path, capsys, left):
     root = tmp_path / "run"
-    wrong, right = RunConfig(seed=1), RunConfig(seed=2)
+    wrong, right = configuration(seed=1), configuration(seed=2)
     stages("tasks", f"{left}; from qcn_jax.errors import UserError; raise UserError('seed is odd')")
     for _ in range(2):
         with pytest.raises(UserError, match="seed is odd"):
@@ -341,19 +343,19 @@ def test_work_is_not_moved_aside_for_another_configuration(stages, tmp_path, end
     stages("midtrain", f"(context.workdir / '{folder}').mkdir(parents=True); (context.workdir / '{folder}/x').touch(); "
                        f"from qcn_jax.errors import UserError; {end}")
     with pytest.raises((UserError, RuntimeError)):
-        run.run(RunConfig(), root, stages=("tasks", "midtrain"))
-    with pytest.raises(UserError, match="run/midtrain was made with another configuration: config.init was"):
-        run.run(RunConfig(init="random"), root, stages=("tasks", "midtrain"))
+        run.run(configuration(), root, stages=("tasks", "midtrain"))
+    with pytest.raises(UserError, match="run/midtrain was made with another configuration: config.tokenizer.* was"):
+        run.run(configuration(tokenizer=TokenizerConfig(vocab_size=999)), root, stages=("tasks", "midtrain"))
     assert (root / "midtrain" / folder / "x").exists()
 
 
 def test_half_written_models_are_cleared_up_and_an_old_one_is_put_back(stages, tmp_path):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("tasks",))
+    run.run(configuration(), root, stages=("tasks",))
     for name in ("tasks/.model.abc_1234.tmp/shard", "tasks/x/.model.abc_1234.tmp.old/config.json"):
         (root / name).parent.mkdir(parents=True)
         (root / name).write_text(name)
-    run.run(RunConfig(), root, stages=())
+    run.run(configuration(), root, stages=())
     assert not (root / "tasks/.model.abc_1234.tmp").exists()
     assert [path.name for path in (root / "tasks/x").iterdir()] == ["model"]
 
@@ -365,7 +367,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
 
     monkeypatch.setattr(workdir.fcntl, "lockf", lockf)
     with pytest.raises(UserError, match=f"cannot be locked against a second run: {os.strerror(number)}; choose"):
-        run.run(RunConfig(), tmp_path / "run", stages=())
+        run.run(configuration(), tmp_path / "run", stages=())
 
 
 @pytest.mark.parametrize("path, mode, words", [
@@ -378,20 +380,20 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
     ("midtrain", 0o500, "run/midtrain: cannot be written: no permission to write into "),
     ("midtrain", 0o300, "run/midtrain: cannot be read: Permission denied"),
 ])
-def test_rights_of_an_ordinary_user(stages, path, mode, words):
+def test_rights_of_an_ordinary_user(stages, tmp_path, path, mode, words):
     """Each is one line that names the path, before any stage works."""
     stages("midtrain", "raise RuntimeError('boom')")
-    for name in ("tasks", "midtrain"):
-        importlib.import_module(f"small_{name}")
+    run.run(configuration(), tmp_path / "before", stages=("tasks", "sft"))  # imports while everything may be read
+    importlib.import_module("small_midtrain")
     with ordinary_user() as folder:
         root = folder / "run"
         with pytest.raises(RuntimeError, match="boom"):
-            run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+            run.run(configuration(), root, stages=("tasks", "midtrain"))
         if mode == 0o300:
             (root / path / workdir.START).unlink()
         before = _calls(root)
         (root / path).chmod(mode)
         with pytest.raises(UserError, match=words):
-            run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+            run.run(configuration(), root, stages=("tasks", "midtrain"))
         (root / path).chmod(0o700)
         assert _calls(root) == before

@@ -43,8 +43,10 @@ def configured(stage="midtrain", mesh=None, model=None, **settings):
 
 
 CASES = [
-    ({"tensor": 4}, {"linear_num_value_heads": 2, "linear_num_key_heads": 2}, "model.linear_num_value_heads: 2 ", "tensor 4"),
-    ({"tensor": 4}, {"linear_num_value_heads": 4, "linear_num_key_heads": 2}, "model.linear_num_key_heads: 2 ", "tensor 4"),
+    ({"tensor": 4}, {"linear_num_value_heads": 2, "linear_num_key_heads": 2}, "model.linear_num_value_heads: 2 ",
+     "tensor 4"),
+    ({"tensor": 4}, {"linear_num_value_heads": 4, "linear_num_key_heads": 2}, "model.linear_num_key_heads: 2 ",
+     "tensor 4"),
     ({"tensor": 4}, {"num_attention_heads": 2, "num_key_value_heads": 1}, "model.num_attention_heads: 2 ", "tensor 4"),
     ({"tensor": 2, "context": 4}, {}, "model.num_attention_heads: 4 ", "tensor 2 x context 4"),
     ({"tensor": 2}, {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 66}, None, None),
