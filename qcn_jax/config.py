@@ -3,18 +3,44 @@
 A config file is Python with `get_config()` that returns `to_config_dict(RunConfig(...))`; flags override
 single values (`--config.sft.steps=100`), and `from_config_dict` turns the result back into dataclasses and
 refuses unknown or ill-typed keys by name. ModelConfig carries Hugging Face's field names.
+
+What a field may hold is said in its annotation; config_checks reads that, and holds the rules between fields.
 """
 
 import dataclasses
+import operator
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import ml_collections
 
+from qcn_jax.config_values import Known, OneOf, Within
 from qcn_jax.errors import UserError
 
 T = TypeVar("T")
+
+Count = Annotated[int, Within(at_least=0)]
+Positive = Annotated[int, Within(at_least=1)]
+Amount = Annotated[float, Within(at_least=0)]
+AboveZero = Annotated[float, Within(above=0)]
+Share = Annotated[float, Within(at_least=0, at_most=1)]
+Decay = Annotated[float, Within(at_least=0, below=1)]  # of a running mean
+Parts = Annotated[int, Within(at_least=1, also=(-1,))]
+Dtype = Annotated[str, OneOf("float32", "bfloat16", "float16", "float64")]
+MomentDtype = Annotated[str, OneOf("float32", "bfloat16")]
+# Names that are defined elsewhere.
+RematPolicy = Annotated[str, Known("qcn_jax.layers.remat:POLICIES")]
+MoeBackend = Annotated[str, Known("qcn_jax.moe.experts:BACKENDS")]
+Dispatch = Annotated[str, Known("qcn_jax.moe.dispatch.dispatch:FORMS")]
+BugKind = Annotated[str, Known("qcn_jax.envs.synthesis.inject:KINDS")]
+Packing = Annotated[str, Known("qcn_jax.pipeline.data.packing:METHODS")]
+ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts.domains:DOMAINS")]
+Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]
+Nonfinite = Annotated[str, OneOf("stop", "skip")]
+DistillLoss = Annotated[str, Known("qcn_jax.pipeline.stages.distill:LOSSES")]
+Pool = Annotated[str, Known("qcn_jax.envs.pool.env_pool:POOLS")]
+Template = Annotated[str, Known("qcn_jax.chat.templates:TEMPLATES")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,40 +51,41 @@ class ModelConfig:
     and changes no function of the weights beyond rounding.
     """
 
-    vocab_size: int = 151_936
-    hidden_size: int = 2048
-    num_hidden_layers: int = 48
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 2
-    head_dim: int = 256
-    max_position_embeddings: int = 262_144
-    rope_theta: float = 5_000_000.0
-    partial_rotary_factor: float = 0.25
-    rms_norm_eps: float = 1e-6
-    linear_num_key_heads: int = 16
-    linear_key_head_dim: int = 128
-    linear_num_value_heads: int = 32
-    linear_value_head_dim: int = 128
-    linear_conv_kernel_dim: int = 4
-    num_experts: int = 512
-    num_experts_per_tok: int = 10
+    vocab_size: Positive = 151_936
+    hidden_size: Positive = 2048
+    num_hidden_layers: Positive = 48
+    num_attention_heads: Positive = 16
+    num_key_value_heads: Positive = 2
+    head_dim: Positive = 256
+    max_position_embeddings: Positive = 262_144
+    rope_theta: AboveZero = 5_000_000.0
+    partial_rotary_factor: Share = 0.25
+    rms_norm_eps: AboveZero = 1e-6
+    linear_num_key_heads: Positive = 16
+    linear_key_head_dim: Positive = 128
+    linear_num_value_heads: Positive = 32
+    linear_value_head_dim: Positive = 128
+    linear_conv_kernel_dim: Positive = 4
+    num_experts: Positive = 512
+    num_experts_per_tok: Positive = 10
     norm_topk_prob: bool = True
-    moe_intermediate_size: int = 512
-    shared_expert_intermediate_size: int = 512
-    full_attention_interval: int = 4
-    router_aux_loss_coef: float = 0.001
+    moe_intermediate_size: Positive = 512
+    shared_expert_intermediate_size: Positive = 512
+    full_attention_interval: Positive = 4
+    router_aux_loss_coef: Amount = 0.001
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    num_nextn_predict_layers: int = 0  # 1: the checkpoint holds (or training adds) an MTP block
+    initializer_range: Amount = 0.02
+    num_nextn_predict_layers: Annotated[int, OneOf(0, 1)] = 0  # 1: the checkpoint holds (or training adds) an MTP block
 
-    dtype: str = "bfloat16"  # of activations; decay, router, softmax, norms' insides stay float32
-    param_dtype: str = "float32"
-    remat: str = "none"  # a policy name of layers.remat: none, full, ...
+    dtype: Dtype = "bfloat16"  # of activations; decay, router, softmax, norms' insides stay float32
+    param_dtype: Dtype = "float32"
+    remat: RematPolicy = "none"  # a policy name of layers.remat: none, full, ...
     scan_layers: bool = True  # one compiled layer for all; False: each apart, which saves copies (few layers on a CPU)
-    delta_rule: str = "chunked"  # chunked (XLA), recurrent (one step at a time) or pallas (TPU, NVIDIA GPU)
-    chunk_size: int = 64  # pallas: best 128 on a TPU, at most 64 on a GPU
-    attention: str = "xla"  # xla or splash (TPU)
-    moe: str = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
+    # chunked (XLA), recurrent (one step at a time) or pallas (TPU, NVIDIA GPU)
+    delta_rule: Annotated[str, OneOf("chunked", "recurrent", "pallas")] = "chunked"
+    chunk_size: Positive = 64  # pallas: best 128 on a TPU, at most 64 on a GPU
+    attention: Annotated[str, OneOf("xla", "splash")] = "xla"  # xla or splash (TPU)
+    moe: MoeBackend = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
 
 
 # Fields of ModelConfig that say how the function is computed, not which function it is.
@@ -69,32 +96,32 @@ COMPUTE_FIELDS = ("dtype", "param_dtype", "remat", "scan_layers", "delta_rule", 
 class MeshConfig:
     """Sizes of the named mesh axes, one of which may be -1 (whatever devices are left), and how work crosses them."""
 
-    data: int = 1
-    fsdp: int = -1
-    expert: int = 1
-    tensor: int = 1
-    context: int = 1
+    data: Parts = 1
+    fsdp: Parts = -1
+    expert: Parts = 1
+    tensor: Parts = 1
+    context: Parts = 1
     # How tokens reach experts on other devices: ragged (all-to-all, nothing dropped), capacity (all-to-all of fixed
     # size, overflow dropped and counted) or gather (all-gather and reduce-scatter, nothing dropped).
-    dispatch: str = "ragged"
-    dispatch_buffer: float = 1.25  # rows of a device's experts at a time, of a balanced load; 0: room for any routing
+    dispatch: Dispatch = "ragged"
+    dispatch_buffer: Amount = 1.25  # rows of a device's experts at a time, of a balanced load; 0: room for any routing
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW or Muon with linear warm-up and cosine decay to `final_fraction` of the peak."""
 
-    name: str = "adamw"  # adamw or muon
-    learning_rate: float = 2e-3
-    warmup_steps: int = 20
-    final_fraction: float = 0.1
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8  # above the typical gradient's size, AdamW comes near to plain descent: noise is not blown up
-    clip_norm: float = 1.0
-    mu_dtype: str = "float32"  # of the first moment as it is kept; updates are computed in float32
-    nu_dtype: str = "float32"  # of the second moment (Muon keeps one for what it leaves to AdamW)
+    name: Annotated[str, OneOf("adamw", "muon")] = "adamw"  # adamw or muon
+    learning_rate: Amount = 2e-3
+    warmup_steps: Count = 20
+    final_fraction: Share = 0.1
+    weight_decay: Amount = 0.1
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: AboveZero = 1e-8  # above the typical gradient's size, AdamW comes near to plain descent: noise is not blown up
+    clip_norm: AboveZero = 1.0
+    mu_dtype: MomentDtype = "float32"  # of the first moment as it is kept; updates are computed in float32
+    nu_dtype: MomentDtype = "float32"  # of the second moment (Muon keeps one for what it leaves to AdamW)
     master_copy: bool = False  # float32 parameters in the optimizer's state, for a lower model.param_dtype
     offload: bool = False  # the optimizer's state in host memory between steps, where the device allows it
 
@@ -105,16 +132,16 @@ class TasksConfig:
 
     repos_train: tuple[str, ...] = ()  # PyPI requirements, e.g. "toolz==1.2.0"
     repos_heldout: tuple[str, ...] = ()
-    train: int = 800  # verified tasks wanted
-    heldout: int = 200
-    candidates_per_repo: int = 400  # at most this many are executed
-    max_function_lines: int = 30
-    test_timeout: float = 10.0  # seconds for one candidate's tests
-    reruns: int = 1  # further runs of every kept task that must agree (flakiness)
+    train: Count = 800  # verified tasks wanted
+    heldout: Count = 200
+    candidates_per_repo: Positive = 400  # at most this many are executed
+    max_function_lines: Positive = 30
+    test_timeout: AboveZero = 10.0  # seconds for one candidate's tests
+    reruns: Count = 1  # further runs of every kept task that must agree (flakiness)
     # Names of envs.synthesis.inject.KINDS, all where empty; of the tasks and of mid-training's edit documents.
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[BugKind, ...] = ()
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
-    statement_characters: int = 220  # longest problem statement
+    statement_characters: Positive = 220  # longest problem statement
     at_fault: bool = False  # only tasks whose statement tells of the defective function itself, not of one it misleads
 
 
@@ -125,16 +152,17 @@ class TrainConfig:
     A stage ends after `steps` steps. `rows` rows of `sequence_length` tokens make one step's batch.
     """
 
-    steps: int = 200
-    rows: int = 8
-    sequence_length: int = 1024
-    mtp_coef: float = 0.1
-    mtp_steps: int = 1  # tokens predicted beyond the next; above one the MTP block is fed its own output
-    accumulate: int = 1  # slices of the rows that go through the model one after the other
-    checkpoint_every: int = 100
-    log_every: int = 10
-    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
-    nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
+    steps: Count = 200
+    rows: Positive = 8
+    sequence_length: Positive = 1024
+    mtp_coef: Amount = 0.1
+    mtp_steps: Positive = 1  # tokens predicted beyond the next; above one the MTP block is fed its own output
+    accumulate: Positive = 1  # slices of the rows that go through the model one after the other
+    checkpoint_every: Positive = 100
+    log_every: Positive = 10
+    keep: Positive = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
+    # Stop at a loss or gradient that is not finite, or skip such steps, few in a row.
+    nonfinite: Nonfinite = "stop"
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -143,11 +171,11 @@ class MidtrainConfig:
     """Stage `midtrain`: shares of document kinds in the token stream; they need not sum to one."""
 
     train: TrainConfig = TrainConfig()
-    repository: float = 0.3  # repository-level documents
-    fim: float = 0.2  # fill in the middle, sentinel and search-and-replace forms
-    edits: float = 0.5  # a function, a defect in it, and the edit that mends it
-    packing: str = "best_fit"  # best_fit, restart_last, pad_last or concat
-    corpus_megabytes: float = 3.0  # of source text: the training repositories, then as much of the standard library
+    repository: Amount = 0.3  # repository-level documents
+    fim: Amount = 0.2  # fill in the middle, sentinel and search-and-replace forms
+    edits: Amount = 0.5  # a function, a defect in it, and the edit that mends it
+    packing: Packing = "best_fit"  # best_fit, restart_last, pad_last or concat
+    corpus_megabytes: Amount = 3.0  # of source text: the training repositories, then as much of the standard library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,50 +183,51 @@ class SftConfig:
     """Stage `sft`: trajectories of the scripted solver, verified by execution."""
 
     train: TrainConfig = TrainConfig()
-    trajectories_per_task: int = 2
-    recovery: float = 0.5  # share of trajectories with wrong edits first
-    searches: int = 0  # trajectories per task that look for the defect without knowing it, refuted edits learned too
-    guesses: int = 0  # edits per task sampled from the mid-trained model; recoveries begin with its wrong ones
+    trajectories_per_task: Count = 2
+    recovery: Share = 0.5  # share of trajectories with wrong edits first
+    searches: Count = 0  # trajectories per task that look for the defect without knowing it, refuted edits learned too
+    guesses: Count = 0  # edits per task sampled from the mid-trained model; recoveries begin with its wrong ones
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """How a policy acts: sampling and limits of an episode."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_turns: int = 8
-    max_new_tokens: int = 64  # per turn
-    max_length: int = 1024  # tokens of one episode
-    slots: int = 64  # episodes generated side by side
+    temperature: Amount = 1.0
+    top_p: Annotated[float, Within(above=0, at_most=1)] = 1.0
+    top_k: Count = 0
+    max_turns: Positive = 8
+    max_new_tokens: Positive = 64  # per turn
+    max_length: Positive = 1024  # tokens of one episode
+    slots: Positive = 64  # episodes generated side by side
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
     """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `experts`."""
 
-    names: tuple[str, ...] = ("swe", "single_turn", "tool_format")
-    updates: int = 30
-    prompts: int = 16  # per update
-    group_size: int = 8
-    minibatches: int = 1  # optimizer steps per update; groups are dealt out to them
-    filter_samples: int = 0  # tries of the SFT policy per prompt; always and never solved ones are left out (0: all)
-    greedy_turns: tuple[int, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
-    rows: int = 16
-    sequence_length: int = 1024
-    average: str = "token"  # token (DAPO): every sampled token alike; episode (GRPO): every episode alike
-    negative_weight: float = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl_coef: float = 0.0
-    unfinished_penalty: float = 0.2
-    malformed_penalty: float = 0.2
-    repeat_penalty: float = 0.2  # of turns that come again to files on which the tests have failed
-    checkpoint_every: int = 5  # updates
-    log_every: int = 1  # updates
-    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
-    nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
+    names: tuple[ExpertName, ...] = ("swe", "single_turn", "tool_format")
+    updates: Positive = 30
+    prompts: Positive = 16  # per update
+    group_size: Annotated[int, Within(at_least=2)] = 8
+    minibatches: Positive = 1  # optimizer steps per update; groups are dealt out to them
+    # Tries of the SFT policy per prompt; always and never solved ones are left out (0: all stay).
+    filter_samples: Annotated[int, Within(at_least=2, also=(0,))] = 0
+    greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
+    rows: Positive = 16
+    sequence_length: Positive = 1024
+    average: Average = "token"  # token (DAPO): every sampled token alike; episode (GRPO): every episode alike
+    negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
+    clip_low: Share = 0.2
+    clip_high: Amount = 0.28
+    kl_coef: Amount = 0.0
+    unfinished_penalty: Amount = 0.2
+    malformed_penalty: Amount = 0.2
+    repeat_penalty: Amount = 0.2  # of turns that come again to files on which the tests have failed
+    checkpoint_every: Positive = 5  # updates
+    log_every: Positive = 1  # updates
+    keep: Positive = 2  # checkpoints kept
+    nonfinite: Nonfinite = "stop"  # stop, or skip such updates, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
@@ -207,16 +236,16 @@ class ExpertsConfig:
 class DistillConfig:
     """Stage `distill`: experts into the SFT model by on-policy reverse KL per domain."""
 
-    updates: int = 20
-    prompts: int = 16
-    group_size: int = 4
-    rows: int = 16
-    sequence_length: int = 1024
-    loss: str = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
-    checkpoint_every: int = 5  # updates
-    log_every: int = 1  # updates
-    keep: int = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
-    nonfinite: str = "stop"  # stop at a loss or gradient that is not finite, or skip such steps, few in a row
+    updates: Positive = 20
+    prompts: Positive = 16
+    group_size: Positive = 4
+    rows: Positive = 16
+    sequence_length: Positive = 1024
+    loss: DistillLoss = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
+    checkpoint_every: Positive = 5  # updates
+    log_every: Positive = 1  # updates
+    keep: Positive = 2  # checkpoints kept
+    nonfinite: Nonfinite = "stop"  # stop, or skip such updates, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
@@ -225,10 +254,10 @@ class DistillConfig:
 class EvaluateConfig:
     """Stage `evaluate`: greedy on `tasks` held-out tasks, `samples` samples on `pass_k_tasks` of them."""
 
-    tasks: int = 200
-    pass_k_tasks: int = 100
-    samples: int = 8
-    temperature: float = 0.8
+    tasks: Positive = 200
+    pass_k_tasks: Count = 100
+    samples: Count = 8
+    temperature: AboveZero = 0.8
     sft_control: bool = True  # also train and evaluate the equal-time imitation control
     rollout: RolloutConfig = RolloutConfig()
 
@@ -237,7 +266,7 @@ class EvaluateConfig:
 class TokenizerConfig:
     """The nano tokenizer: byte-level BPE of `vocab_size` entries, trained without held-out repositories."""
 
-    vocab_size: int = 1152
+    vocab_size: Positive = 1152
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,13 +274,13 @@ class RunConfig:
     """Everything `qcn run` reads."""
 
     name: str = "nano"
-    seed: int = 0
+    seed: Annotated[int, Within(at_least=0, below=2**31)] = 0
     init: str = "base"  # base (packaged checkpoint), random, or a Hugging Face folder
-    sandbox: str = "auto"  # auto, docker or local
-    workers: int = 2  # environment workers
-    pool: str = "process"  # where they run: process (this machine) or ray (a cluster)
+    sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"  # auto, docker or local
+    workers: Positive = 2  # environment workers
+    pool: Pool = "process"  # where they run: process (this machine) or ray (a cluster)
     ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine
-    templates: tuple[str, ...] = ()  # tool-call templates of the format domain (chat.templates); all where empty
+    templates: tuple[Template, ...] = ()  # tool-call templates of the format domain (chat.templates); all where empty
     topology: str = ""  # of `qcn compile` where no flag names one
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
@@ -262,6 +291,15 @@ class RunConfig:
     experts: ExpertsConfig = ExpertsConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+
+# Where a training stage's batch shape and optimizer are, within RunConfig.
+TRAINING = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}
+
+
+def training_settings(config: RunConfig, stage: str) -> Any:
+    """The TrainConfig, ExpertsConfig or DistillConfig of a training stage (a key of TRAINING)."""
+    return operator.attrgetter(TRAINING[stage])(config)
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
@@ -283,10 +321,25 @@ def from_config_dict(cls: type[T], values: Any, prefix: str = "config") -> T:
     known = {field.name for field in dataclasses.fields(cls)}
     arguments = {}
     for key in values:
+        name = f"{prefix}.{key}"
+        if new := new_name(name):
+            raise UserError(f"--{name}: is called --{new} now")
         if key not in known:
             raise UserError(f"--{prefix}.{key}: unknown key; allowed: {', '.join(sorted(known))}")
-        arguments[key] = _typed(hints[key], values[key], f"{prefix}.{key}")
+        arguments[key] = _typed(hints[key], values[key], name)
     return cls(**arguments)
+
+
+# Earlier names of keys, the longest first.
+_RENAMED = {"config.rl.experts": "config.experts.names", "config.rl": "config.experts"}
+
+
+def new_name(key: str) -> str | None:
+    """What a key like "config.rl.updates" is called now; None for all that have always had their name."""
+    for old, new in _RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return None
 
 
 def _typed(expected: Any, value: Any, name: str) -> Any:

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import struct
 
 from qcn_jax.config import ModelConfig
+from qcn_jax.config_checks import check_model
 from qcn_jax.errors import UserError
 from qcn_jax.layers.attention import init_attention_cache
 from qcn_jax.layers.cache import Cache, init_cache
@@ -84,7 +85,7 @@ class Qwen3Next(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        _validate(cfg)
+        check_model(cfg, "model")
         dtypes = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
         init = nn.with_logical_partitioning(normal_init(cfg), ("vocab", "embed"))
         self.embed_tokens = nn.Embed(cfg.vocab_size, cfg.hidden_size, embedding_init=init, **dtypes)
@@ -272,30 +273,6 @@ def head_kernel(config: ModelConfig, params: Any) -> Array:
     if config.tie_word_embeddings:
         return params["embed_tokens"]["embedding"].T
     return params["lm_head"]["kernel"]
-
-
-def _validate(cfg: ModelConfig) -> None:
-    """Refuses sizes that do not divide, naming the fields."""
-    for whole, part in (
-        ("num_attention_heads", "num_key_value_heads"),
-        ("linear_num_value_heads", "linear_num_key_heads"),
-    ):
-        if getattr(cfg, whole) % getattr(cfg, part):
-            raise UserError(
-                f"model.{whole}: {getattr(cfg, whole)} is not a multiple of model.{part} {getattr(cfg, part)}"
-            )
-    if not 1 <= cfg.num_experts_per_tok <= cfg.num_experts:
-        raise UserError(f"model.num_experts_per_tok: {cfg.num_experts_per_tok} is not in 1..{cfg.num_experts}")
-    if cfg.num_nextn_predict_layers not in (0, 1):
-        raise UserError(f"model.num_nextn_predict_layers: {cfg.num_nextn_predict_layers}; allowed: 0, 1")
-    if cfg.delta_rule not in ("chunked", "recurrent", "pallas"):
-        raise UserError(f"model.delta_rule: {cfg.delta_rule!r}; allowed: chunked, recurrent, pallas")
-    if cfg.delta_rule == "pallas" and (cfg.chunk_size < 16 or cfg.chunk_size & (cfg.chunk_size - 1)):
-        raise UserError(f"model.chunk_size: {cfg.chunk_size}; with delta_rule pallas a power of two from 16 on")
-    if cfg.attention not in ("xla", "splash"):
-        raise UserError(f"model.attention: {cfg.attention!r}; allowed: xla, splash")
-    if cfg.num_hidden_layers < 1 or cfg.full_attention_interval < 1:
-        raise UserError("model.num_hidden_layers and model.full_attention_interval must be at least 1")
 
 
 def _abstract(config: ModelConfig) -> Any:

@@ -232,11 +232,11 @@ def test_bfloat16_compute_keeps_what_must_be_float32():
 
 
 @pytest.mark.parametrize("change, line", [
-    ({"num_key_value_heads": 3}, "model.num_attention_heads: 4 is not a multiple of model.num_key_value_heads 3"),
-    ({"linear_num_key_heads": 3}, "model.linear_num_value_heads: 4 is not a multiple of model.linear_num_key_heads 3"),
-    ({"num_experts_per_tok": 7}, "model.num_experts_per_tok: 7 is not in 1..6"),
+    ({"num_key_value_heads": 3}, "model.num_attention_heads: 4 is not a multiple of num_key_value_heads, 3"),
+    ({"linear_num_key_heads": 3}, "model.linear_num_value_heads: 4 is not a multiple of linear_num_key_heads, 3"),
+    ({"num_experts_per_tok": 7}, "model.num_experts_per_tok: 7 is more than num_experts, 6"),
     ({"num_nextn_predict_layers": 2}, "model.num_nextn_predict_layers: 2; allowed: 0, 1"),
-    ({"remat": "some"}, "model.remat: unknown policy 'some'; allowed: none, full, dots"),
+    ({"remat": "some"}, "model.remat: 'some'; allowed: none, full, dots"),
 ])
 def test_bad_configurations_name_the_field(change, line):
     with pytest.raises(UserError, match=line):

@@ -133,6 +133,11 @@ class Tokenizer:
         merges = [(_spell(left), _spell(right)) for left, right in _merges(ranks, path)]
         return cls(_assemble(tokenizers.models.BPE(vocab, merges), added_tokens))
 
+    @staticmethod
+    def smallest(added_tokens: Sequence[str]) -> int:
+        """The smallest vocabulary that `train` makes: every byte and the added tokens."""
+        return 256 + len(added_tokens)
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, added_tokens: Sequence[str]) -> "Tokenizer":
         """Trains a byte-level BPE with `vocab_size` ids in all: 256 bytes, merges, then the added tokens.
@@ -143,7 +148,7 @@ class Tokenizer:
         Raises:
           UserError: `vocab_size` has no room for the bytes and the added tokens.
         """
-        smallest = 256 + len(added_tokens)
+        smallest = cls.smallest(added_tokens)
         if vocab_size < smallest:
             raise UserError(f"--config.tokenizer.vocab_size: must be at least {smallest}, got {vocab_size}")
         tokenizer = _assemble(tokenizers.models.BPE(), (), normalizer=None)

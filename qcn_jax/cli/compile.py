@@ -13,17 +13,17 @@ import json
 import math
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from qcn_jax import files
+from qcn_jax import config_checks, files
 from qcn_jax.cli import parsing
-from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.config import TRAINING, RunConfig, from_config_dict, training_settings
 from qcn_jax.errors import UserError
 
-STAGES = ("midtrain", "sft", "experts", "distill")
 DOES_NOT_FIT = 3  # exit status of a program that compiled, or nearly, but is too large
 _GIB = 2**30
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
                         "Default: the config's (config.topology).", flag_values=values)
     flags.DEFINE_integer("slices", 1, "Slices of that topology, joined over the data center network; the mesh's data "
                          "axis must be a multiple.", flag_values=values, lower_bound=1)
-    flags.DEFINE_enum("stage", "midtrain", STAGES, "Whose step to compile.", flag_values=values)
+    flags.DEFINE_enum("stage", "midtrain", list(TRAINING), "Whose step to compile.", flag_values=values)
     flags.DEFINE_string("out", None, "File for the report as JSON.", flag_values=values)
     flags.DEFINE_string("dump", None, "File for the compiled program's text.", flag_values=values)
     parsing.parse(values, "compile", __doc__, argv)
@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     topology = values.topology or settings.topology
     if not topology:
         raise UserError("--topology is required; this config names none")
+    config_checks.check_sizes(settings, [values.stage])
     for flag in ("out", "dump"):
         if values[flag].value:
             files.check_file(values[flag].value, flag)
@@ -72,6 +73,9 @@ def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int =
             answer = json.loads(line)
             if "error" in answer:
                 raise UserError(answer["error"])
+            if "defect" in answer:
+                print(child.stderr, file=sys.stderr)
+                raise UserError(f"the step cannot be built: {answer['defect']}")
             return answer
     ending = (child.stderr.strip().splitlines() or ["no message"])[-1][:300]
     raise UserError(f"the compiling process ended with status {child.returncode}: {ending}")
@@ -113,9 +117,7 @@ def compile_here(job: dict[str, Any]) -> dict[str, Any]:
 def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
     """What to change, with what each change saves per device (GiB), the largest first."""
     memory, kinds = report["memory"], report["memory"]["arguments_by_kind"]
-    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
-    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.experts,
-                "distill": config.distill}[stage]
+    group, settings = TRAINING[stage], training_settings(config, stage)
     optimizer, weights, moments = settings.optimizer, kinds["weights"], kinds["optimizer"]
     temporaries = (memory["total"] or 0) - sum(kinds.values())
     found: list[tuple[float, str]] = []
@@ -204,11 +206,14 @@ def _render_program(report: dict[str, Any]) -> list[str]:
 
 
 def _worker() -> None:
-    """Reads a job from stdin and writes one line of JSON: the report, or {"error": line}."""
+    """Reads a job from stdin and writes one line of JSON: the report, {"error": line} or {"defect": line}."""
     try:
         answer = compile_here(json.load(sys.stdin))
     except UserError as error:
-        answer = {"error": " ".join(str(error).split())}
+        answer = {"error": parsing.one_line(error)}
+    except Exception as error:  # JAX ends its tracebacks with a remark of its own, so the last line says nothing
+        traceback.print_exc()
+        answer = {"defect": f"{type(error).__name__}: {parsing.one_line(error)[:400]}"}
     print(json.dumps(answer), flush=True)
 
 

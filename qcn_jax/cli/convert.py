@@ -63,11 +63,12 @@ def convert(source: files.Path, target: files.Path, dtype: str | None = None) ->
 
 
 def _spread(shapes: dict[tuple[str, ...], tuple[int, ...]]) -> Any:
-    """Shardings that split each array over all local devices, along its longest axis that divides."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
+    """Shardings that split each array over all devices, along its longest axis that divides."""
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mesh = jax.sharding.Mesh(jax.local_devices(), ("devices",))
+    from qcn_jax.sharding import distributed
+
+    mesh = Mesh(distributed.devices(), ("devices",))
     tree: dict[str, Any] = {}
     for path, shape in shapes.items():
         axes: list[str | None] = [None] * len(shape)

@@ -95,8 +95,10 @@ def _jax() -> Finding:
     try:
         import jax
 
-        devices = jax.devices()
-    except Exception as error:  # whatever a broken accelerator driver raises is what the user wants to read
+        from qcn_jax.sharding import distributed
+
+        devices = distributed.devices()
+    except Exception as error:  # a broken installation may raise anything, and that is what the user wants to read
         return Finding("jax", False, parsing.one_line(error), True)
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     return Finding("jax", True, f"{jax.__version__}, {len(devices)} {devices[0].platform} device(s): {kinds}", True)

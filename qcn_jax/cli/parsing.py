@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from qcn_jax.config import RunConfig, from_config_dict, to_config_dict
+from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
+from qcn_jax.config_values import described
 from qcn_jax.errors import UserError
 
 
@@ -112,7 +113,7 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def _arranged(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """`argv` with what its --flagfile=FILE hold in their places, and the last --config, which counts, before the rest."""
+    """`argv` with what --flagfile=FILE hold in their places, and the last --config, which counts, before the rest."""
     try:
         words = iter(values.read_flags_from_files(list(argv), force_gnu=False))
     except flags.Error as error:
@@ -162,6 +163,8 @@ def _check_overrides(argv: Sequence[str]) -> None:
     for override in (m.group(1) for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))):
         if config is None:
             raise UserError(f"--config.{override} was given without --config=FILE")
+        if new := new_name(f"config.{override}"):
+            raise UserError(f"--config.{override}: is called --{new} now")
         group, prefix = config, "config"
         for key in override.split("."):
             allowed = list(group.keys()) if hasattr(group, "keys") else []
@@ -189,4 +192,7 @@ def _help(values: flags.FlagValues, verb: str, explanation: str) -> str:
             note = f" ({' | '.join(choices)}){note}"
         text = textwrap.fill(f"{flag.help}{note}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         lines.append(f"  --{name}\n{text}")
+    if "config" in values:
+        lines += ["", "Keys of the configuration, with their defaults and what is allowed:",
+                  *(f"  {line}" for line in described(RunConfig(), "--config"))]
     return "\n".join(lines)

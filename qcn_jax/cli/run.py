@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from qcn_jax import config_checks
 from qcn_jax.cli import parsing
 
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     from qcn_jax.pipeline import run
     from qcn_jax.sharding import distributed
 
+    settings, stages = config(), tuple(run.STAGES) if values.stages is None else values.stages
+    config_checks.check_sizes(settings, stages)  # before waiting for other processes
     distributed.start(values.coordinator, values.processes, values.process_id)
-    run.run(config(), values.workdir, tuple(run.STAGES) if values.stages is None else values.stages,
-            values.restart or ())
+    run.run(settings, values.workdir, stages, values.restart or ())
     return 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from qcn_jax import files
 from qcn_jax.errors import UserError
 from qcn_jax.compile import hlo
 from qcn_jax.sharding.chips import CHIPS
@@ -131,8 +132,7 @@ def compile_program(program: Program, topology: str, dump: str | None = None) ->
         raise _refusal(str(error)) from error
     seconds, busy = time.perf_counter() - traced, time.process_time() - busy
     if dump:
-        with open(dump, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        files.write_text(dump, text)
     summary = hlo.summarize(text)
     return {
         "memory": _memory(compiled.memory_analysis(), program.kinds, topology),

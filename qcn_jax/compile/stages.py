@@ -5,12 +5,11 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from qcn_jax.config import RunConfig
+from qcn_jax.config import TRAINING, RunConfig
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.train.divisibility import check_stages
 from qcn_jax.pipeline.train.flops import TokenFlops
 from qcn_jax.sharding.parallel import Parallel
-
-STAGES = ("midtrain", "sft", "experts", "distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +44,9 @@ def stage_step(config: RunConfig, stage: str, parallel: Parallel) -> StageStep:
     Raises:
       UserError: an unknown stage, or sizes that the mesh does not divide.
     """
-    if stage not in STAGES:
-        raise UserError(f"--stage={stage}: allowed: {', '.join(STAGES)}")
-    _check_rows(config, stage, parallel)
+    if stage not in TRAINING:
+        raise UserError(f"--stage={stage}: allowed: {', '.join(TRAINING)}")
+    check_stages(config, [stage], parallel)
     trainer = importlib.import_module(f"qcn_jax.pipeline.stages.{stage}").make_trainer(config, parallel)
     state, batch, frozen = trainer.abstract()
     kinds = {"weights": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
@@ -55,17 +54,3 @@ def stage_step(config: RunConfig, stage: str, parallel: Parallel) -> StageStep:
     tokens = shape.rows * shape.length * (1 if shape.padded else shape.slices)
     return StageStep(trainer.step, (state, batch, frozen), {name: tree for name, tree in kinds.items() if tree}, tokens,
                      trainer.flops, trainer.passes)
-
-
-def _check_rows(config: RunConfig, stage: str, parallel: Parallel) -> None:
-    group = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "experts", "distill": "distill"}[stage]
-    settings = {"midtrain": config.midtrain.train, "sft": config.sft.train, "experts": config.experts,
-                "distill": config.distill}[stage]
-    parts = parallel.size("activation_batch") * getattr(settings, "accumulate", 1)
-    if settings.rows % parts:
-        raise UserError(f"--config.{group}.rows: {settings.rows} rows do not divide by {parts}, the mesh's parts of a "
-                        "batch times accumulate")
-    columns = parallel.size("activation_length", "vocab")
-    if settings.sequence_length % columns:
-        raise UserError(f"--config.{group}.sequence_length: {settings.sequence_length} does not divide by the "
-                        f"{columns} parts of mesh axes context and tensor")

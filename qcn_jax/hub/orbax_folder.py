@@ -19,6 +19,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
 from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf, load_config
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.sharding import distributed
 
 PARAMS = "params"
 
@@ -74,7 +75,7 @@ def _abstract(config: ModelConfig, stored: Any, dtype: str | None, shardings: An
         if tuple(found[leaf].shape) != shape:
             raise UserError(f"{path}: {'/'.join(leaf)} has shape {list(found[leaf].shape)}, expected {list(shape)}")
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(distributed.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, stored)
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(

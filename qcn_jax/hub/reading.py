@@ -21,6 +21,7 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import configuration, layout, orbax_folder
 from qcn_jax.hub.stored import Folder, Source
+from qcn_jax.sharding import distributed
 
 PIECE_BYTES = 64 << 20
 STAGED_BYTES = 256 << 20
@@ -180,7 +181,7 @@ def _overlap(box: Box, bounds: tuple[tuple[int, int], ...]) -> tuple[Box, Box] |
 
 def _sharding_lookup(shardings: Any) -> Callable[[layout.Path], jax.sharding.Sharding]:
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(distributed.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
         return lambda leaf: shardings
 

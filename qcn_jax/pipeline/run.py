@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qcn_jax import files
-from qcn_jax.config import RunConfig
+from qcn_jax import config_checks, files
+from qcn_jax.config import TRAINING, RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import workdir as work
 from qcn_jax.pipeline.context import Shared, StageContext
@@ -67,11 +67,12 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
             if name not in STAGES:
                 raise UserError(f"--{flag}: unknown stage {name!r}; stages: {', '.join(STAGES)}")
     root = pathlib.Path(workdir).absolute()
-    shared = Shared(config, root)
-    results = {}
     asked = [name for name in STAGES if name in stages]
     discarded = _with_later(restart)
     _check_hosts(asked)
+    _check_config(config, [name for name in asked if name in discarded or not _finished(root / name)])
+    shared = Shared(config, root)
+    results = {}
     # Of several hosts' processes the first alone locks, cleans and writes down what has been done.
     with work.locked(root) if distributed.is_first() else contextlib.nullcontext(), contextlib.closing(shared):
         refused = _check_folders(config, root, asked, discarded)
@@ -122,6 +123,22 @@ def _discard(root: pathlib.Path, discarded: Sequence[str], restart: Sequence[str
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _finished(folder: pathlib.Path) -> bool:
+    try:
+        return work.is_done(folder)
+    except UserError:  # rights, of which `_check_folders` speaks
+        return False
+
+
+def _check_config(config: RunConfig, pending: Sequence[str]) -> None:
+    """Checks the configuration for the stages that are still to be run, and its mesh for the devices there are."""
+    config_checks.check(config, pending)
+    if {*TRAINING, "evaluate"} & set(pending):
+        from qcn_jax.pipeline.train.divisibility import check_mesh
+
+        check_mesh(config, pending, len(distributed.devices()))
 
 
 def _check_hosts(stages: Sequence[str]) -> None:

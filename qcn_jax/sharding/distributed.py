@@ -53,6 +53,20 @@ def several_tpu_hosts(environment: Mapping[str, str]) -> bool:
     return len(hosts) > 1 or slices not in ("", "1")
 
 
+def devices() -> list[jax.Device]:
+    """The devices of all processes; starts JAX's back end where nothing has yet.
+
+    Raises:
+      UserError: JAX_PLATFORMS names what this machine or this JAX does not have, or a driver fails.
+    """
+    try:
+        return jax.devices()
+    except Exception as error:  # a plugin that is missing is an AssertionError without a word, a driver's anything
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        line = " ".join(str(error).split())[:300] or "this machine has no such device, or JAX no plugin for it"
+        raise UserError(f"JAX_PLATFORMS={asked}: {line}") from error
+
+
 def alone() -> bool:
     """Whether this is the only process; starts no device to find out."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1

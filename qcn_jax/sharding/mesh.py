@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from qcn_jax.config import MeshConfig
 from qcn_jax.errors import UserError
+from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 from qcn_jax.sharding.rules import AxisRules
 
@@ -23,20 +23,21 @@ def axis_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
     Raises:
       UserError: more than one -1, a size below one, or a product that is not the number of devices.
     """
-    sizes = [getattr(config, axis) for axis in AXES]
+    given = {axis: getattr(config, axis) for axis in AXES}
+    sizes = list(given.values())
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"--config.mesh: sizes must be positive, at most one of them -1, got {dict(zip(AXES, sizes))}")
+        raise UserError(f"--config.mesh: sizes must be positive, at most one of them -1, got {given}")
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = devices // rest if devices % rest == 0 else 0
     if math.prod(sizes) != devices:
-        raise UserError(f"--config.mesh: {dict(zip(AXES, sizes))} does not multiply to {devices} devices")
+        raise UserError(f"--config.mesh: {given} does not multiply to {devices} devices")
     return tuple(sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (all of this process group's by default) laid out along the physical torus."""
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(distributed.devices() if devices is None else devices)
     sizes = axis_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:

@@ -75,7 +75,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
 @needs_libtpu
 def test_sizes_that_do_not_divide_are_one_line(capsys):
     assert cli.main(["compile", *REDUCED, "--config.midtrain.train.rows=6"]) == 1
-    assert "--config.midtrain.train.rows: 6 rows do not divide by 8" in capsys.readouterr().err
+    assert "--config.midtrain.train.rows: 6 does not divide by 8 parts (--config.mesh: fsdp 2 x expert 4)" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_says_what_to_change():

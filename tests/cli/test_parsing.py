@@ -164,6 +164,18 @@ def test_a_config_with_a_key_of_its_own_is_refused(tmp_path):
         _parse(f"--config={path}")
 
 
+def test_help_lists_every_key_with_its_default_and_what_is_allowed(capsys):
+    values = flags.FlagValues()
+    parsing.define_config(values, ["--help"])
+    with pytest.raises(parsing.HelpShown):
+        parsing.parse(values, "verb", "Explains.", ["--help"])
+    text = capsys.readouterr().out
+    assert "--config.sft.train.rows=8: int, at least 1\n" in text
+    assert "--config.sandbox=auto: str, one of auto, docker, local\n" in text
+    assert "--config.experts.names=swe,single_turn,tool_format: list of str, a name of qcn_jax." in text
+    assert "--config.evaluate.sft_control=True: bool\n" in text
+
+
 def test_override_without_config(tmp_path):
     with pytest.raises(UserError, match="without --config"):
         _parse("--config.seed=1")

@@ -231,7 +231,7 @@ def get_config():
         sft=SftConfig(train=train, trajectories_per_task=1),
         experts=ExpertsConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                     rollout=rollout),
-        distill=DistillConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
+        distill=DistillConfig(updates=2, prompts=3, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                               rollout=rollout),
         evaluate=EvaluateConfig(tasks=4, pass_k_tasks=2, samples=2, rollout=rollout),
     ))

@@ -13,10 +13,16 @@ import time
 
 import pytest
 
-from qcn_jax.config import RunConfig
+from qcn_jax.config import RunConfig, TasksConfig, TokenizerConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run, workdir
 from tests.rights import ordinary_user
+
+
+def configuration(**changes):
+    """The smallest one that may be run: no tasks wanted, random weights."""
+    return RunConfig(init="random", tasks=TasksConfig(train=0, heldout=0), **changes)
+
 
 STAGE = """
 import errno, pathlib, time
@@ -56,30 +62,30 @@ def _calls(root):
 
 def test_stages_run_in_their_order_and_finished_ones_only_once(stages, tmp_path, capsys):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("sft", "tasks", "midtrain"))
+    run.run(configuration(), root, stages=("sft", "tasks", "midtrain"))
     assert _calls(root) == ["tasks", "midtrain", "sft"]
-    results = run.run(RunConfig(), root, stages=tuple(run.STAGES))
+    results = run.run(configuration(), root, stages=tuple(run.STAGES))
     assert _calls(root)[3:] == ["experts", "distill", "evaluate", "report"]
     assert results["sft"] == {"stage": "sft", "seed": 0}
     lines = capsys.readouterr().out.splitlines()
     assert sum("done in" in line for line in lines) == 7
     assert sum("skipped" in line for line in lines) == 3
-    run.run(RunConfig(), root)
+    run.run(configuration(), root)
     assert _calls(root)[7:] == ["report"]  # a report is cheap and always made from what is there
 
 
 def test_done_json_holds_results_seconds_and_hash(stages, tmp_path):
-    run.run(RunConfig(), tmp_path / "run", stages=("tasks",))
+    run.run(configuration(), tmp_path / "run", stages=("tasks",))
     done = json.loads((tmp_path / "run/tasks/DONE.json").read_text())
     assert done["results"] == {"stage": "tasks", "seed": 0}
-    assert done["config_hash"] == workdir.config_hash(run.stage_config(RunConfig(), "tasks"))
-    assert done["config_hash"] != workdir.config_hash(run.stage_config(RunConfig(seed=1), "tasks"))
+    assert done["config_hash"] == workdir.config_hash(run.stage_config(configuration(), "tasks"))
+    assert done["config_hash"] != workdir.config_hash(run.stage_config(configuration(seed=1), "tasks"))
     assert 0 <= done["seconds"] < 10
 
 
 def test_changed_configuration_is_named_and_restart_makes_it_anew(stages, tmp_path):
     root = tmp_path / "run"
-    first = RunConfig()
+    first = configuration()
     run.run(first, root)
     changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, recovery=0.25))
     with pytest.raises(UserError, match=r"config\.sft\.recovery was 0\.5 and is 0\.25"):
@@ -92,8 +98,8 @@ def test_changed_configuration_is_named_and_restart_makes_it_anew(stages, tmp_pa
 
 
 def test_what_cannot_change_results_may_change(stages, tmp_path):
-    run.run(RunConfig(workers=2, sandbox="auto"), tmp_path / "run")
-    run.run(RunConfig(workers=5, sandbox="local", name="other"), tmp_path / "run")
+    run.run(configuration(workers=2, sandbox="auto"), tmp_path / "run")
+    run.run(configuration(workers=5, sandbox="local", name="other"), tmp_path / "run")
     assert _calls(tmp_path / "run").count("tasks") == 1
 
 
@@ -101,10 +107,10 @@ def test_failed_stage_is_run_again_and_its_time_is_added(stages, tmp_path):
     root = tmp_path / "run"
     stages("sft", "time.sleep(0.3); (context.workdir / 'part').write_text('x'); raise RuntimeError('boom')")
     with pytest.raises(RuntimeError, match="boom"):
-        run.run(RunConfig(), root)
+        run.run(configuration(), root)
     assert not (root / "sft/DONE.json").exists()
     stages("sft", "assert (context.workdir / 'part').exists()")
-    run.run(RunConfig(), root)
+    run.run(configuration(), root)
     assert _calls(root) == ["tasks", "midtrain", "sft", "sft", "experts", "distill", "evaluate", "report"]
     assert json.loads((root / "sft/DONE.json").read_text())["seconds"] >= 0.3
 
@@ -116,7 +122,7 @@ def test_failed_stage_is_run_again_and_its_time_is_added(stages, tmp_path):
 def test_full_disk_is_a_user_error_that_names_stage_and_folder(stages, tmp_path, body):
     stages("midtrain", body)
     with pytest.raises(UserError, match="stage midtrain: no space left on the disk of .*run"):
-        run.run(RunConfig(), tmp_path / "run")
+        run.run(configuration(), tmp_path / "run")
 
 
 def test_full_disk_for_real(stages, tmp_path):
@@ -128,19 +134,19 @@ def test_full_disk_for_real(stages, tmp_path):
     try:
         stages("midtrain", "(context.workdir / 'big').write_bytes(bytes(1 << 20))")
         with pytest.raises(UserError, match="no space left"):
-            run.run(RunConfig(), root)
+            run.run(configuration(), root)
     finally:
         subprocess.run(["umount", root], check=True)
 
 
 def test_unknown_stage_and_unwritable_workdir(stages, tmp_path):
     with pytest.raises(UserError, match="--stages: unknown stage 'stf'; stages: tasks"):
-        run.run(RunConfig(), tmp_path / "run", stages=("stf",))
+        run.run(configuration(), tmp_path / "run", stages=("stf",))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir=.*file/run: cannot be written"):
-        run.run(RunConfig(), tmp_path / "file" / "run")
+        run.run(configuration(), tmp_path / "file" / "run")
     with pytest.raises(UserError, match="--workdir=/proc/run: cannot be written"):
-        run.run(RunConfig(), "/proc/run")
+        run.run(configuration(), "/proc/run")
 
 
 def test_two_runs_do_not_share_a_workdir_and_kill_9_frees_it(tmp_path):
@@ -157,12 +163,12 @@ def test_two_runs_do_not_share_a_workdir_and_kill_9_frees_it(tmp_path):
     assert holder.stdout.readline() == "locked\n"
     try:
         with pytest.raises(UserError, match=rf"in use by another qcn run \(process {holder.pid}\)"):
-            run.run(RunConfig(), root, stages=())
+            run.run(configuration(), root, stages=())
     finally:
         holder.kill()
         holder.wait()
     began = time.monotonic()
-    run.run(RunConfig(), root, stages=())
+    run.run(configuration(), root, stages=())
     assert time.monotonic() - began < 5
 
 
@@ -174,7 +180,7 @@ def test_shared_things_are_closed_even_when_a_stage_fails(stages, tmp_path):
     context.shared.get("thing", Thing)
     raise RuntimeError("boom")""")
     with pytest.raises(RuntimeError):
-        run.run(RunConfig(), tmp_path / "run")
+        run.run(configuration(), tmp_path / "run")
     assert (tmp_path / "run/closed").exists()
 
 
@@ -186,7 +192,7 @@ def test_half_written_files_of_a_killed_run_are_removed_and_the_users_stay(stage
     for path in (left, root / "midtrain/START.json", *users):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
-    run.run(RunConfig(), root, stages=("tasks",))
+    run.run(configuration(), root, stages=("tasks",))
     assert not left.exists() and all(path.exists() for path in users)
 
 
@@ -194,7 +200,7 @@ def test_a_kill_before_start_json_was_there_is_resumed(stages, tmp_path):
     left = tmp_path / "run/tasks/.START.json.abc_1234.tmp"
     left.parent.mkdir(parents=True)
     left.write_text("half")
-    run.run(RunConfig(), tmp_path / "run", stages=("tasks",))
+    run.run(configuration(), tmp_path / "run", stages=("tasks",))
     assert not left.exists() and workdir.is_done(tmp_path / "run/tasks")
 
 
@@ -204,10 +210,10 @@ def _tree(root):
 
 def test_restart_moves_stages_aside_and_says_where(stages, tmp_path, capsys):
     root = tmp_path / "run"
-    run.run(RunConfig(), root)
+    run.run(configuration(), root)
     made = _tree(root)
     capsys.readouterr()
-    run.run(RunConfig(), root, stages=("sft", "experts"), restart=("experts", "sft"))
+    run.run(configuration(), root, stages=("sft", "experts"), restart=("experts", "sft"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("--restart=experts,sft: distill, evaluate, report follow from it and go too")
     (aside,) = (root / "discarded").iterdir()
@@ -221,7 +227,7 @@ def test_restart_moves_stages_aside_and_says_where(stages, tmp_path, capsys):
 def test_restarts_within_a_second_have_folders_of_their_own(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(workdir.time, "strftime", lambda form: "2026-11-28T12-30-05")
     for _ in range(4):
-        run.run(RunConfig(), tmp_path / "run", stages=("tasks",), restart=("tasks",))
+        run.run(configuration(), tmp_path / "run", stages=("tasks",), restart=("tasks",))
     assert sorted(path.name for path in (tmp_path / "run/discarded").iterdir()) == [
         "2026-11-28T12-30-05", "2026-11-28T12-30-05-2", "2026-11-28T12-30-05-3"]
 
@@ -234,29 +240,29 @@ def test_folders_that_no_stage_made_are_never_touched(stages, tmp_path):
     before = _tree(root)
     for arguments in ({"stages": ("midtrain",), "restart": ("tasks",)}, {"stages": (), "restart": tuple(run.STAGES)},
                       {"stages": ("midtrain",), "restart": ("midtrain",)}):
-        run.run(RunConfig(), root, **arguments)
+        run.run(configuration(), root, **arguments)
         assert before.items() <= _tree(root).items()
     with pytest.raises(UserError, match=r"home/tasks: exists and was not made by qcn run .* another --workdir"):
-        run.run(RunConfig(), root)
+        run.run(configuration(), root)
     with pytest.raises(UserError, match="home/report: exists and was not made by qcn run"):
-        run.run(RunConfig(), root, stages=("report",), restart=("report",))
+        run.run(configuration(), root, stages=("report",), restart=("report",))
     assert before.items() <= _tree(root).items()
 
 
 def test_a_stage_on_a_disk_of_its_own_is_not_moved_aside(stages, tmp_path):
     root, disk = tmp_path / "run", tmp_path / "disk"
-    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    run.run(configuration(), root, stages=("tasks", "midtrain"))
     (root / "tasks").rename(disk)
     (root / "tasks").symlink_to(disk)
     before = _tree(root)
     with pytest.raises(UserError, match="run/tasks is a symbolic link"):
-        run.run(RunConfig(), root, restart=("tasks",))
+        run.run(configuration(), root, restart=("tasks",))
     assert _tree(root) == before and not (root / "discarded").exists()
 
 
 def test_a_kill_while_stages_are_moved_leaves_none_without_its_origin(stages, tmp_path, monkeypatch):
     root = tmp_path / "run"
-    run.run(RunConfig(), root)
+    run.run(configuration(), root)
     rename, moved = os.rename, []
 
     def killed(source, target):
@@ -267,43 +273,45 @@ def test_a_kill_while_stages_are_moved_leaves_none_without_its_origin(stages, tm
 
     monkeypatch.setattr(workdir.os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        run.run(RunConfig(), root, restart=("midtrain",))
+        run.run(configuration(), root, restart=("midtrain",))
     assert moved == ["report", "evaluate", "distill"]
 
 
 def test_an_empty_workdir_is_refused(stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--workdir: is empty"):
-        run.run(RunConfig(), "")
+        run.run(configuration(), "")
     assert not (tmp_path / ".lock").exists()
-    run.run(RunConfig(), ".", stages=("tasks",))  # a choice
+    run.run(configuration(), ".", stages=("tasks",))  # a choice
     assert workdir.is_done(tmp_path / "tasks")
 
 
 def test_a_later_stage_alone_is_held_against_what_earlier_ones_were_made_with(stages, tmp_path):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    run.run(configuration(), root, stages=("tasks", "midtrain"))
     before = _tree(root)
-    other = dataclasses.replace(RunConfig(), tokenizer=dataclasses.replace(RunConfig().tokenizer, vocab_size=999))
-    for config, names in ((RunConfig(seed=1), ("sft",)), (RunConfig(seed=1), ("report",)), (other, ("sft", "report"))):
+    other = configuration(tokenizer=TokenizerConfig(vocab_size=999))
+    seeded = configuration(seed=1)
+    for config, names in ((seeded, ("sft",)), (seeded, ("report",)), (other, ("sft", "report"))):
         made_with = "run/tasks was made .*config.seed was 0 and is 1.*--restart=tasks" if config.seed else (
             "run/midtrain was made .*tokenizer.vocab_size was .* and is 999.*--restart=midtrain")
         with pytest.raises(UserError, match=made_with):
             run.run(config, root, stages=names)
     assert _tree(root) == before
-    run.run(RunConfig(seed=1), root, stages=("sft",), restart=("tasks",))  # nothing that was made otherwise stays
+    run.run(configuration(seed=1), root, stages=("sft",), restart=("tasks",))  # nothing that was made otherwise stays
     with pytest.raises(UserError, match="run/sft was made .*config.seed was 1 and is 0"):
-        run.run(RunConfig(), root, stages=("experts",))
+        run.run(configuration(), root, stages=("experts",))
 
 
 def test_restart_with_a_bad_command_moves_nothing(stages, tmp_path):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+    run.run(configuration(), root, stages=("tasks", "midtrain"))
     before = _tree(root)
-    for arguments, words in (({"stages": ("tusks",)}, "unknown stage"), ({"config": RunConfig(seed=1)}, "seed was 0"),
+    for arguments, words in (({"stages": ("tusks",)}, "unknown stage"),
+                             ({"config": configuration(seed=1)}, "seed was 0"),
                              ({"restart": ("midtrain", "x")}, "--restart: unknown stage 'x'")):
         with pytest.raises(UserError, match=words):
-            run.run(**{"config": RunConfig(), "workdir": root, "restart": ("midtrain",)} | arguments)
+            run.run(**{"config": configuration(), "workdir": root, "restart": ("midtrain",)} | arguments)
     assert _tree(root) == before
 
 
@@ -311,7 +319,7 @@ def test_restart_with_a_bad_command_moves_nothing(stages, tmp_path):
                                   "(context.workdir / 'journal').write_text('half')"])
 def test_a_refused_start_may_be_corrected(stages, tmp_path, capsys, left):
     root = tmp_path / "run"
-    wrong, right = RunConfig(seed=1), RunConfig(seed=2)
+    wrong, right = configuration(seed=1), configuration(seed=2)
     stages("tasks", f"{left}; from qcn_jax.errors import UserError; raise UserError('seed is odd')")
     for _ in range(2):
         with pytest.raises(UserError, match="seed is odd"):
@@ -335,19 +343,19 @@ def test_work_is_not_moved_aside_for_another_configuration(stages, tmp_path, end
     stages("midtrain", f"(context.workdir / '{folder}').mkdir(parents=True); (context.workdir / '{folder}/x').touch(); "
                        f"from qcn_jax.errors import UserError; {end}")
     with pytest.raises((UserError, RuntimeError)):
-        run.run(RunConfig(), root, stages=("tasks", "midtrain"))
-    with pytest.raises(UserError, match="run/midtrain was made with another configuration: config.init was"):
-        run.run(RunConfig(init="random"), root, stages=("tasks", "midtrain"))
+        run.run(configuration(), root, stages=("tasks", "midtrain"))
+    with pytest.raises(UserError, match="run/midtrain was made with another configuration: config.tokenizer.* was"):
+        run.run(configuration(tokenizer=TokenizerConfig(vocab_size=999)), root, stages=("tasks", "midtrain"))
     assert (root / "midtrain" / folder / "x").exists()
 
 
 def test_half_written_models_are_cleared_up_and_an_old_one_is_put_back(stages, tmp_path):
     root = tmp_path / "run"
-    run.run(RunConfig(), root, stages=("tasks",))
+    run.run(configuration(), root, stages=("tasks",))
     for name in ("tasks/.model.abc_1234.tmp/shard", "tasks/x/.model.abc_1234.tmp.old/config.json"):
         (root / name).parent.mkdir(parents=True)
         (root / name).write_text(name)
-    run.run(RunConfig(), root, stages=())
+    run.run(configuration(), root, stages=())
     assert not (root / "tasks/.model.abc_1234.tmp").exists()
     assert [path.name for path in (root / "tasks/x").iterdir()] == ["model"]
 
@@ -359,7 +367,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
 
     monkeypatch.setattr(workdir.fcntl, "lockf", lockf)
     with pytest.raises(UserError, match=f"cannot be locked against a second run: {os.strerror(number)}; choose"):
-        run.run(RunConfig(), tmp_path / "run", stages=())
+        run.run(configuration(), tmp_path / "run", stages=())
 
 
 @pytest.mark.parametrize("path, mode, words", [
@@ -372,20 +380,20 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
     ("midtrain", 0o500, "run/midtrain: cannot be written: no permission to write into "),
     ("midtrain", 0o300, "run/midtrain: cannot be read: Permission denied"),
 ])
-def test_rights_of_an_ordinary_user(stages, path, mode, words):
+def test_rights_of_an_ordinary_user(stages, tmp_path, path, mode, words):
     """Each is one line that names the path, before any stage works."""
     stages("midtrain", "raise RuntimeError('boom')")
-    for name in ("tasks", "midtrain"):
-        importlib.import_module(f"small_{name}")
+    run.run(configuration(), tmp_path / "before", stages=("tasks", "sft"))  # imports while everything may be read
+    importlib.import_module("small_midtrain")
     with ordinary_user() as folder:
         root = folder / "run"
         with pytest.raises(RuntimeError, match="boom"):
-            run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+            run.run(configuration(), root, stages=("tasks", "midtrain"))
         if mode == 0o300:
             (root / path / workdir.START).unlink()
         before = _calls(root)
         (root / path).chmod(mode)
         with pytest.raises(UserError, match=words):
-            run.run(RunConfig(), root, stages=("tasks", "midtrain"))
+            run.run(configuration(), root, stages=("tasks", "midtrain"))
         (root / path).chmod(0o700)
         assert _calls(root) == before

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from qcn_jax import files, hub
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
-from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data.splits import split_tasks
-from qcn_jax.pipeline.experts.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts, make_services
+from qcn_jax.pipeline.experts.domains import Prompt, Services, TaskConversation, make_prompts, make_services
 from qcn_jax.pipeline.rl import episodes, learner
-from qcn_jax.pipeline.rl.learner import AVERAGES, Learner
+from qcn_jax.pipeline.rl.learner import Learner
 from qcn_jax.pipeline.rl.rollout import sequence_seed
 from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.metrics import read_metrics
@@ -43,11 +42,6 @@ def run_stage(context: StageContext) -> dict[str, Any]:
       updates, and "mesh".
     """
     config = context.config.experts
-    unknown = set(config.names) - set(DOMAINS)
-    if unknown:
-        raise UserError(f"--config.experts.names: unknown expert {sorted(unknown)[0]!r}; allowed: {', '.join(DOMAINS)}")
-    if config.average not in AVERAGES:
-        raise UserError(f"--config.experts.average: unknown average {config.average!r}; allowed: {', '.join(AVERAGES)}")
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())

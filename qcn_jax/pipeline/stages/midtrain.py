@@ -143,6 +143,24 @@ def initial_folder(config: RunConfig) -> pathlib.Path:
     return folder
 
 
+def check_initial(config: RunConfig) -> None:
+    """Checks that `config.init` can become `config.model`; for asking before any work.
+
+    Raises:
+      UserError: no checkpoint, one of another architecture, or a vocabulary larger than the model's.
+    """
+    if config.init == "random":
+        size, smallest = config.tokenizer.vocab_size, Tokenizer.smallest(ADDED_TOKENS)
+        if size < smallest:
+            raise UserError(f"--config.tokenizer.vocab_size: {size}; allowed: at least {smallest}")
+    else:
+        folder = initial_folder(config)
+        _check_same(config.model, hub.load_config(folder), folder)
+        size = Tokenizer.from_folder(folder).vocab_size
+    if config.model.vocab_size < size:
+        raise UserError(f"--config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's {size}")
+
+
 def prepare_base(context: StageContext, tokenizer: Tokenizer) -> tuple[ModelConfig, Any]:
     """The initial model in the run's configuration, kept in midtrain/base/ (a resumed run reads that).
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qcn_jax import files
-from qcn_jax.config import TasksConfig
+from qcn_jax.config_checks import in_both
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import inject, plan, sources, synthesize
+from qcn_jax.envs.synthesis import plan, sources, synthesize
 from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.recipes.nano import repositories
@@ -27,10 +27,11 @@ def run_stage(context: StageContext) -> dict[str, Any]:
       UserError: no network, a wrong hash, a repository in both splits, or none that can be used.
     """
     config = context.config.tasks
-    _check(config)
     specs = _locate(context, [*config.repos_train, *config.repos_heldout])
-    # Again by name: archives and folders only have one now.
-    _check_disjoint(*([specs[name].name for name in names] for names in (config.repos_train, config.repos_heldout)))
+    # Asked again, by name: archives and folders only have one now.
+    names_of = lambda sources: [specs[source].name for source in sources]
+    for line in in_both(names_of(config.repos_train), names_of(config.repos_heldout)):
+        raise UserError(line)
     results: dict[str, Any] = {"candidates": 0, "yields": {}, "repository_yields": {}, "outcomes": {}, "left_out": {}}
     usable: list[RepositorySpec] = []
     for split, names, target in (
@@ -52,24 +53,6 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     results["line"] = (f"{results['train']} training and {results['heldout']} held-out tasks from "
                        f"{results['candidates']} candidates")
     return results
-
-
-def _check(config: TasksConfig) -> None:
-    _check_disjoint(config.repos_train, config.repos_heldout)
-    for kind in config.kinds:
-        if kind not in inject.KINDS:
-            raise UserError(f"--config.tasks.kinds: unknown {kind!r}; allowed: {', '.join(inject.KINDS)}")
-    for name, wanted, repos in (("train", config.train, config.repos_train),
-                                ("heldout", config.heldout, config.repos_heldout)):  # fmt: skip
-        if wanted < 0 or (wanted and not repos):
-            raise UserError(f"--config.tasks.{name}: {wanted} tasks wanted, but repos_{name} is "
-                            f"{'empty' if not repos else 'fine: give a number of 0 or more'}")
-
-
-def _check_disjoint(train: Sequence[str], heldout: Sequence[str]) -> None:
-    both = sorted({name.split("==")[0] for name in train} & {name.split("==")[0] for name in heldout})
-    if both:
-        raise UserError(f"--config.tasks.repos_heldout: {both[0]} is in repos_train too; the splits must be disjoint")
 
 
 def _locate(context: StageContext, names: Sequence[str]) -> dict[str, RepositorySpec]:

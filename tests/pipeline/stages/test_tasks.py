@@ -71,7 +71,7 @@ def test_refusals(config, tmp_path, monkeypatch):
         return str(caught.value)
 
     assert "must be disjoint" in refused(repos_train=("a==1",), repos_heldout=("a==2",))
-    assert "--config.tasks.kinds: unknown 'nonsense'" in refused(kinds=("nonsense",))
+    assert "--config.tasks.kinds: 'nonsense'; allowed: " in refused(kinds=("nonsense",))
     assert "--config.tasks.heldout: 3 tasks wanted" in refused(repos_heldout=(), train=0, repos_train=())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

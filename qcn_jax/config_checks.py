@@ -1,0 +1,214 @@
+"""Whether a configuration can be run, asked before any work: every field, then the rules between fields.
+
+What a single field may hold stands beside it in config.py. A rule between fields is a function here that yields a line
+for whatever is wrong; add it to `_RULES` with the stages that it concerns. What depends on the devices is in
+pipeline.train.divisibility.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+
+from qcn_jax.config import TRAINING, ModelConfig, RolloutConfig, RunConfig, from_config_dict, to_config_dict, \
+    training_settings
+from qcn_jax.config_values import refusals
+from qcn_jax.errors import UserError
+
+SHOWN = 3  # lines of one refusal that are given whole
+
+
+def check(config: RunConfig, stages: Sequence[str]) -> None:
+    """Checks all fields, and the rules that concern `stages`, the ones that are still to be run.
+
+    Raises:
+      UserError: one line that names what is wrong and what is allowed.
+    """
+    check_sizes(config, stages)
+    _raise_first(_apply(_INPUT_RULES, config, stages))
+
+
+def check_sizes(config: RunConfig, stages: Sequence[str]) -> None:
+    """As `check`, without what only a run needs: the initial model, repositories, a package for its pool."""
+    from_config_dict(RunConfig, to_config_dict(config))  # types, which a config built in Python may not have
+    _raise_first(refusals(config, "--config"))
+    _raise_first(_apply(_SIZE_RULES, config, stages))
+
+
+def check_model(model: ModelConfig, prefix: str = "--config.model") -> None:
+    """Checks a model's fields and the rules between them.
+
+    Raises:
+      UserError: see `check`.
+    """
+    _raise_first(refusals(model, prefix))
+    _raise_first(_model(model, prefix))
+
+
+def _raise_first(lines: Iterator[str]) -> None:
+    found = list(lines)
+    if found:
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise UserError("; ".join(found[:SHOWN]) + more)
+
+
+def _apply(rules: Sequence[tuple[Callable[[RunConfig], Iterator[str]], Sequence[str]]], config: RunConfig,
+           stages: Sequence[str]) -> Iterator[str]:
+    for rule, concerned in rules:
+        if set(concerned) & set(stages):
+            yield from rule(config)
+
+
+def _model(model: ModelConfig, prefix: str) -> Iterator[str]:
+    for whole, part in (("num_attention_heads", "num_key_value_heads"),
+                        ("linear_num_value_heads", "linear_num_key_heads")):
+        if getattr(model, whole) % getattr(model, part):
+            yield f"{prefix}.{whole}: {getattr(model, whole)} is not a multiple of {part}, {getattr(model, part)}"
+    if model.num_experts_per_tok > model.num_experts:
+        yield f"{prefix}.num_experts_per_tok: {model.num_experts_per_tok} is more than num_experts, {model.num_experts}"
+    rotated = int(model.head_dim * model.partial_rotary_factor)
+    if rotated + rotated % 2 > model.head_dim:
+        yield (f"{prefix}.head_dim: {model.head_dim}; with partial_rotary_factor={model.partial_rotary_factor} an even "
+               "number, as channels are rotated in pairs")
+    if model.delta_rule == "pallas" and (model.chunk_size < 16 or model.chunk_size & (model.chunk_size - 1)):
+        yield f"{prefix}.chunk_size: {model.chunk_size}; with delta_rule=pallas a power of two from 16 on"
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    for name in ("dtype", "param_dtype"):
+        if getattr(config.model, name) == "float64":
+            import jax
+
+            if not jax.config.jax_enable_x64:
+                yield f"--config.model.{name}: float64 is float32 to JAX without JAX_ENABLE_X64=1 in the environment"
+
+
+def _mesh(config: RunConfig) -> Iterator[str]:
+    free = [axis for axis in ("data", "fsdp", "expert", "tensor", "context") if getattr(config.mesh, axis) == -1]
+    if len(free) > 1:
+        yield f"--config.mesh.{free[1]}: -1, as is {free[0]}; one axis may take the devices that are left"
+
+
+def _lengths(stage: str) -> Callable[[RunConfig], Iterator[str]]:
+    def rule(config: RunConfig) -> Iterator[str]:
+        length, most = training_settings(config, stage).sequence_length, config.model.max_position_embeddings
+        if length > most:
+            yield (f"--config.{TRAINING[stage]}.sequence_length: {length} is more than "
+                   f"--config.model.max_position_embeddings, {most}")
+
+    return rule
+
+
+def _slices(stage: str) -> Callable[[RunConfig], Iterator[str]]:
+    def rule(config: RunConfig) -> Iterator[str]:
+        train = training_settings(config, stage)
+        if train.rows % train.accumulate:
+            yield f"--config.{TRAINING[stage]}.accumulate: {train.accumulate} does not divide the {train.rows} rows"
+
+    return rule
+
+
+def _shares(config: RunConfig) -> Iterator[str]:
+    if not config.midtrain.repository + config.midtrain.fim + config.midtrain.edits:
+        yield "--config.midtrain.repository: 0, as are fim and edits; one share must be above 0"
+
+
+def _trajectories(config: RunConfig) -> Iterator[str]:
+    if not config.sft.trajectories_per_task + config.sft.searches:
+        yield "--config.sft.trajectories_per_task: 0, as is searches; there would be nothing to learn from"
+
+
+def _rollout(rollout: RolloutConfig, name: str, sequence_length: int | None = None) -> Iterator[str]:
+    if sequence_length is not None and rollout.max_length > sequence_length:
+        yield (f"--config.{name}.rollout.max_length: {rollout.max_length} is more than sequence_length, "
+               f"{sequence_length}; an episode is learned from whole")
+    if rollout.max_new_tokens >= rollout.max_length:
+        yield (f"--config.{name}.rollout.max_new_tokens: {rollout.max_new_tokens} a turn leave nothing of max_length, "
+               f"{rollout.max_length}, for the prompt")
+
+
+def _experts(config: RunConfig) -> Iterator[str]:
+    experts = config.experts
+    yield from _rollout(experts.rollout, "experts", experts.sequence_length)
+    for name, off in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(experts.rollout, name) != off:
+            yield (f"--config.experts.rollout.{name}: {getattr(experts.rollout, name)}; allowed: {off}, as the "
+                   "gradient is of the whole distribution")
+    if not experts.rollout.temperature:
+        yield "--config.experts.rollout.temperature: 0; samples of a prompt must differ to be compared"
+    if experts.minibatches > experts.prompts:
+        yield (f"--config.experts.minibatches: {experts.minibatches} is more than prompts, {experts.prompts}; each "
+               "takes whole groups")
+
+
+def _expert_names(config: RunConfig) -> Iterator[str]:
+    names = config.experts.names
+    if not names:
+        yield "--config.experts.names: is empty; name at least one expert"
+    yield from (f"--config.experts.names: {name!r} is there twice" for name in dict.fromkeys(names)
+                if names.count(name) > 1)
+
+
+def _distill(config: RunConfig) -> Iterator[str]:
+    distill, experts = config.distill, config.experts.names
+    yield from _rollout(distill.rollout, "distill", distill.sequence_length)
+    if distill.prompts < len(experts):
+        yield (f"--config.distill.prompts: {distill.prompts} an update for {len(experts)} experts "
+               f"({', '.join(experts)}); each needs one")
+
+
+def _evaluate(config: RunConfig) -> Iterator[str]:
+    evaluate = config.evaluate
+    yield from _rollout(evaluate.rollout, "evaluate")
+    if evaluate.pass_k_tasks > evaluate.tasks:
+        yield f"--config.evaluate.pass_k_tasks: {evaluate.pass_k_tasks} is more than tasks, {evaluate.tasks}"
+
+
+def _tasks(config: RunConfig) -> Iterator[str]:
+    tasks = config.tasks
+    for name, wanted, repos in (("train", tasks.train, tasks.repos_train),
+                                ("heldout", tasks.heldout, tasks.repos_heldout)):
+        if wanted and not repos:
+            yield f"--config.tasks.{name}: {wanted} tasks wanted, but repos_{name} is empty"
+    yield from in_both(tasks.repos_train, tasks.repos_heldout)
+
+
+def in_both(train: Sequence[str], heldout: Sequence[str]) -> Iterator[str]:
+    """A line for every project of which both splits have a version."""
+    for project in sorted({name.split("==")[0] for name in train} & {name.split("==")[0] for name in heldout}):
+        yield f"--config.tasks.repos_heldout: {project} is in repos_train too; the splits must be disjoint"
+
+
+def _initial_model(config: RunConfig) -> Iterator[str]:
+    from qcn_jax.pipeline.stages import midtrain
+
+    try:
+        midtrain.check_initial(config)
+    except UserError as error:
+        yield str(error)
+
+
+def _pool(config: RunConfig) -> Iterator[str]:
+    if config.pool == "ray" and importlib.util.find_spec("ray") is None:
+        yield "--config.pool=ray: ray is not installed; pip install 'qcn_jax[ray]'"
+    if config.pool != "ray" and config.ray_address:
+        yield f"--config.ray_address: {config.ray_address!r} has no use with --config.pool={config.pool}"
+
+
+_STAGES_WITH_MODEL = (*TRAINING, "evaluate")
+_SIZE_RULES = (
+    (lambda config: _model(config.model, "--config.model"), _STAGES_WITH_MODEL),
+    (_precision, _STAGES_WITH_MODEL),
+    (_mesh, _STAGES_WITH_MODEL),
+    *((_lengths(stage), (stage,)) for stage in TRAINING),
+    *((_slices(stage), (stage,)) for stage in ("midtrain", "sft")),
+    (_experts, ("experts",)),
+    (_expert_names, ("experts", "distill", "evaluate")),
+    (_distill, ("distill",)),
+    (_evaluate, ("evaluate",)),
+)
+_INPUT_RULES = (
+    (_tasks, ("tasks",)),
+    (_initial_model, ("midtrain",)),
+    (_shares, ("midtrain",)),
+    (_trajectories, ("sft",)),
+    (_pool, ("tasks", "sft", "experts", "distill", "evaluate")),
+)
