@@ -251,7 +251,7 @@ def test_every_number_and_choice_has_a_range():
     (Within(below=1), 0.99, 1),
     (Within(at_least=1, also=(-1,)), -1, 0), (OneOf("a", "b"), "b", "c"),
     (Known("qcn_jax.layers.remat:POLICIES"), "full", "half"),  # a collection
-    (Known("qcn_jax.agents.scaffolds:by_name"), "nano", "nonesuch"),  # a function that raises UserError
+    (Known("qcn_jax.agents.scaffolds:SCAFFOLDS"), "nano", "nonesuch"),  # what raises UserError
 ])
 def test_rules_of_values(rule, good, bad):
     assert rule.refusal(good) is None and rule.refusal(bad)
