@@ -59,7 +59,7 @@ def main(argv):
     started, arguments = time.monotonic(), {"kind": _SANDBOX.value, "state_dir": str(out / "sandbox")}
     with EnvPool(_WORKERS.value, arguments) as pool:
         described = pool.describe()["description"]
-        specs = [sources.locate(name, known) for name in known]
+        specs = [sources.locate(f"{name}#sha256={digest}") for name, digest in known.items()]
         result = synthesize.synthesize(pool, specs, settings, out, lambda line: print(line, flush=True))
     wall = time.monotonic() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -36,7 +36,9 @@ def quicker(config):
     """Few tasks of small repositories, few steps; two compiled training shapes instead of four."""
     config.name, config.sandbox = "nano_quick", "local"
     tasks, midtrain, sft, experts, distill = config.tasks, config.midtrain, config.sft, config.experts, config.distill
-    tasks.repos_train, tasks.repos_heldout = ("uritemplate==4.2.0", "munch==4.0.0", "textfsm==2.1.0"), ("xmltodict==1.0.4", "parse==1.22.4")
+    few = lambda hashes, *names: repositories.requirements({name: hashes[name] for name in names})
+    tasks.repos_train = few(repositories.TRAIN, "uritemplate==4.2.0", "munch==4.0.0", "textfsm==2.1.0")
+    tasks.repos_heldout = few(repositories.HELDOUT, "xmltodict==1.0.4", "parse==1.22.4")
     tasks.train, tasks.heldout, tasks.candidates_per_repo = 24, 12, 60
     midtrain.corpus_megabytes, midtrain.train.steps = 0.3, 10
     sft.guesses, sft.trajectories_per_task, sft.train.steps = 0, 1, 30
@@ -75,7 +77,8 @@ def full():
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         tasks=TasksConfig(
-            repos_train=tuple(repositories.TRAIN), repos_heldout=tuple(repositories.HELDOUT), train=300, heldout=110,
+            repos_train=repositories.requirements(repositories.TRAIN),
+            repos_heldout=repositories.requirements(repositories.HELDOUT), train=300, heldout=110,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,

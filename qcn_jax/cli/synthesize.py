@@ -14,27 +14,18 @@ execution: tests that passed now fail, and the fix makes them pass again. Interr
 the same result. Beside OUT stands OUT.yields.json.
 """
 
-import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from qcn_jax import files
 from qcn_jax.chat import endpoint
 from qcn_jax.cli import parsing, task_repositories
-from qcn_jax.envs.sandbox import RepositorySpec, repository
-from qcn_jax.envs.synthesis import inject, plan, quality, sources, statement
-from qcn_jax.envs.tasks.schema import Task, write_tasks
+from qcn_jax.envs.synthesis import inject, make_tasks, plan, quality, statement
+from qcn_jax.envs.synthesis.make_tasks import STRATEGIES
+from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
-from qcn_jax.recipes.nano import repositories
-
-if TYPE_CHECKING:
-    from qcn_jax.envs.pool.env_pool import EnvPool
-
-STRATEGIES = ("inject", "rewrite", "combine", "mine", "build")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,35 +103,14 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
 
 
 def _synthesize(values: flags.FlagValues) -> int:
-    from qcn_jax.envs.pool.env_pool import EnvPool
-    from qcn_jax.envs.synthesis import synthesize
+    from qcn_jax.envs.synthesis.mine import Criteria
 
-    settings = _settings(values)
     out = pathlib.Path(values.out)
-    arguments = {"kind": values.sandbox, "state_dir": str(sources.default_cache().parent / "sandbox")}
-    tasks: list[Task] = []
-    yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
-    specs, foreign = [], []
-    if settings.rules or settings.rewrites_per_repo or "build" in values.strategies:
-        for spec in [_locate(source, out, values.setup) for source in values.repo]:
-            python = "build" not in values.strategies and _language(spec) == "python"
-            (specs if python else foreign).append(spec)
-    if foreign and values.setup:
-        raise UserError(f"--setup: {foreign[0].name} gets its environment by rules or from --endpoint; only Python "
-                        "repositories take it, without strategy build")
-    with EnvPool(values.workers, arguments) as pool:
-        print(f"sandbox: {pool.describe()['description']}", file=sys.stderr)
-        if specs:
-            result = synthesize.synthesize(pool, specs, settings, f"{out}.work", _log)
-            tasks += result.tasks
-            yields = {"kinds": result.yields(), "repositories": result.repository_yields(),
-                      "outcomes": result.outcomes(), "left_out": result.skipped}  # fmt: skip
-        if foreign:
-            tasks += _foreign(values, foreign, settings, yields)
-        if "mine" in values.strategies:
-            tasks += _mine(values, pool, yields)
-    tasks, repeated = quality.without_near_duplicates(tasks, values.near_duplicates)
-    yields |= {"near_duplicates": len(repeated), "held_out": sum(bool(task.held_out_patch) for task in tasks)}
+    mining = Criteria(need_issue=values.need_issue, limit=values.mined_per_repo, timeout=values.timeout,
+                      setup=tuple(values.setup))
+    tasks, yields = make_tasks.make_tasks(make_tasks.Request(
+        values.repo, pathlib.Path(f"{out}.work"), values.strategies, _settings(values), mining, values.issues,
+        values.setup, values.near_duplicates, values.sandbox, values.workers))
     write_tasks(out, tasks)
     files.write_json(f"{out}.yields.json", yields)
     if yields["kinds"]:
@@ -148,79 +118,6 @@ def _synthesize(values: flags.FlagValues) -> int:
         print(f"outcomes: {', '.join(f'{name} {count}' for name, count in yields['outcomes'].items())}")
     print(f"{len(tasks)} verified tasks: {out}")
     return 0
-
-
-def _locate(source: str, out: pathlib.Path, setup: Sequence[str]) -> RepositorySpec:
-    """A repository by name, archive or folder; of a bare clone its newest state; with what installs its needs."""
-    path = pathlib.Path(source)
-    if (path / "HEAD").is_file() and (path / "objects").is_dir():
-        from qcn_jax.envs.synthesis.mine.history import Clone
-
-        clone = Clone(path)
-        spec = clone.archive(clone.head, f"{out}.work/archives")
-    else:
-        spec = sources.locate(source, repositories.SHA256)
-    return dataclasses.replace(spec, setup=tuple(setup))
-
-
-def _language(spec: RepositorySpec) -> str:
-    from qcn_jax.envs.synthesis.build import rules
-
-    try:
-        return rules.plan({name[5:]: member.data.decode("utf-8", "replace")
-                           for name, member in repository.unpack(spec).items() if name.startswith("repo/")}).language
-    except UserError:
-        return "python"  # what is wrong with it is said when its tests are run
-
-
-def _foreign(values: flags.FlagValues, specs: Sequence[RepositorySpec], settings: plan.Settings,
-             yields: dict[str, Any]) -> list[Task]:
-    """Environments, and tasks of repositories in other languages than Python."""
-    from qcn_jax.envs.synthesis import build, synthesize
-    from qcn_jax.envs.synthesis.build.container import engine
-    from qcn_jax.envs.synthesis.languages import factory
-
-    client, tasks, verdicts = engine(), [], []
-    for spec in specs:
-        content = {name[5:]: member.data for name, member in repository.unpack(spec).items()
-                   if name.startswith("repo/")}
-        environment = build.build(content, spec.name, _log, model=settings.model, client=client)
-        folder = pathlib.Path(f"{values.out}.work", "environments", spec.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(folder / "Dockerfile", environment.dockerfile)
-        files.write_json(folder / "environment.json", dataclasses.asdict(environment))
-        print(f"{spec.name}: {len(environment.passing)} tests pass in {environment.seconds:.1f} s by "
-              f"`{environment.recipe.test}`; verifier: {environment.acceptance.states}; {folder / 'Dockerfile'}")
-        if "build" not in values.strategies and environment.recipe.language != "python":
-            made, found = factory.synthesize(client, spec.name, content, environment, settings, f"{values.out}.work",
-                                             _log, values.workers)
-            tasks, verdicts = tasks + made, verdicts + found
-    if verdicts:
-        result = synthesize.Result(tasks, verdicts, list(specs), {})
-        yields["kinds"] = {**yields["kinds"], **{f"{name} (other)": row for name, row in result.yields().items()}}
-        yields["repositories"] |= result.repository_yields()
-        yields["outcomes"] |= {f"{name} (other)": count for name, count in result.outcomes().items()}
-    return tasks
-
-
-def _mine(values: flags.FlagValues, pool: "EnvPool", yields: dict[str, Any]) -> list[Task]:
-    """Tasks from histories; adds to `yields` what became of the commits."""
-    from qcn_jax.envs.synthesis.mine import Criteria, mine
-
-    criteria = Criteria(need_issue=values.need_issue, limit=values.mined_per_repo, timeout=values.timeout,
-                        setup=tuple(values.setup))
-    tasks: list[Task] = []
-    for source in values.repo:
-        mined = mine(pool, source, criteria, f"{values.out}.work", _log, values.issues)
-        yields.setdefault("mined", {})[mined.name] = {"outcomes": mined.outcomes, "details": mined.details}
-        reasons = ", ".join(f"{reason} {count}" for reason, count in mined.outcomes.items())
-        print(f"{mined.name}: {len(mined.tasks)} tasks of {sum(mined.outcomes.values())} changes ({reasons})")
-        tasks += mined.tasks
-    return tasks
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _table(rows: dict[str, dict[str, float]]) -> str:

@@ -9,7 +9,6 @@ from absl import flags
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.recipes.nano import repositories
 
 
 def define(values: flags.FlagValues) -> None:
@@ -35,8 +34,8 @@ def find(values: flags.FlagValues, tasks: Iterable[Task]) -> list[RepositorySpec
     names = sorted({task.repo for task in tasks})
     beside = pathlib.Path(f"{values.tasks}.work", "archives")  # where qcn synthesize leaves those of mined tasks
     mined = [str(path) for name in names if (path := beside / f"{name}.tar.gz").exists()]
-    found = {spec.name: spec for spec in (sources.locate(source, {}) for source in [*values.repo, *mined])}
+    found = {spec.name: spec for spec in (sources.locate(source) for source in [*values.repo, *mined])}
     for name in names:
         if name not in found:
-            found[name] = sources.locate(name, repositories.SHA256)
+            found[name] = sources.locate(name)
     return [dataclasses.replace(spec, setup=tuple(values.setup)) for spec in found.values()]

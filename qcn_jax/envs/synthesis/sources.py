@@ -18,12 +18,12 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
 
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.errors import UserError
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)")
+_HASH = "#sha256="  # as pip writes it in a direct reference
 _ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
 _DOWNLOAD_SECONDS = 300.0
 _INDEX_SECONDS = 30.0  # without a byte, after which pip is tried
@@ -41,12 +41,11 @@ def sha256(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def locate(source: str, known: Mapping[str, str], cache: pathlib.Path | None = None) -> RepositorySpec:
-    """Finds a repository: a requirement `name==version`, a path to an sdist, or a folder.
+def locate(source: str, cache: pathlib.Path | None = None) -> RepositorySpec:
+    """Finds a repository: a requirement `name==version[#sha256=HEX]`, a path to an sdist, or a folder.
 
     Args:
-      source: what the user named.
-      known: SHA-256 by requirement; a requirement that is not in it is trusted on first download.
+      source: what the user named; a requirement without a hash is trusted on first download.
       cache: folder of downloads.
 
     Raises:
@@ -61,10 +60,11 @@ def locate(source: str, known: Mapping[str, str], cache: pathlib.Path | None = N
         digest = "" if path.is_dir() else sha256(path)
         name = f"{pinned[1]}=={pinned[2]}" if pinned and "@" not in name else name
         return RepositorySpec(name, str(path.resolve()), digest)
-    if not _REQUIREMENT.fullmatch(source):
+    requirement, _, digest = source.partition(_HASH)
+    if not _REQUIREMENT.fullmatch(requirement):
         raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version")
-    archive = download(source, known.get(source), cache or default_cache())
-    return RepositorySpec(source, str(archive), sha256(archive))
+    archive = download(requirement, digest or None, cache or default_cache())
+    return RepositorySpec(requirement, str(archive), sha256(archive))
 
 
 def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pathlib.Path:
@@ -75,7 +75,8 @@ def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pat
     """
     folder = cache / requirement.replace("==", "-")
     for archive in _archives(folder):
-        if expected is None or sha256(archive) == expected:
+        recorded = archive.with_name(f"{archive.name}.sha256")  # of the file as it came
+        if sha256(archive) == (expected or (recorded.read_text() if recorded.exists() else sha256(archive))):
             return archive
         archive.unlink()  # damaged by a full disk or an older crash; fetched again below
     try:
@@ -86,6 +87,7 @@ def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pat
             found = sha256(archive)
             if expected is not None and found != expected:
                 raise UserError(f"{requirement}: the downloaded {archive.name} has SHA-256 {found}, expected {expected}")
+            (folder / f"{archive.name}.sha256").write_text(found)
             return pathlib.Path(shutil.move(archive, folder / archive.name))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error

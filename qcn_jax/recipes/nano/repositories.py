@@ -100,4 +100,8 @@ PRETRAIN: dict[str, str] = {
     "zope.interface==7.2": "8b49f1a3d1ee4cdaf5b32d2e738362c7f5e40ac8b46dd7d1a65e82a4872728fe",
 }
 
-SHA256: dict[str, str] = TRAIN | HELDOUT | BASE | PRETRAIN
+
+
+def requirements(hashes: dict[str, str]) -> tuple[str, ...]:
+    """The repositories as a configuration names them, each with the hash of its source distribution."""
+    return tuple(f"{name}#sha256={digest}" for name, digest in hashes.items())

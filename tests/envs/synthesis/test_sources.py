@@ -33,9 +33,9 @@ def archive(tmp_path):
 
 def test_folder_and_archive(archive):
     """Both give the same files; an archive is pinned by its hash."""
-    spec = sources.locate(str(archive), {})
+    spec = sources.locate(str(archive))
     assert spec.name == "numbers_pkg==1.0" and spec.sha256 == hashlib.sha256(archive.read_bytes()).hexdigest()
-    folder = sources.locate(str(archive.parent / "made" / "numbers_pkg-1.0"), {})
+    folder = sources.locate(str(archive.parent / "made" / "numbers_pkg-1.0"))
     assert folder.name == spec.name
     contents = [{path: member.data for path, member in repository.unpack(s).items()} for s in (spec, folder)]
     assert contents[0] == contents[1] and "repo/numbers_pkg/core.py" in contents[0]
@@ -62,7 +62,7 @@ def test_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(UserError) as caught:
-        sources.locate("no-such-thing==1.0", {}, tmp_path)
+        sources.locate("no-such-thing==1.0", tmp_path)
     assert "\n" not in str(caught.value) and "no network or no package index" in str(caught.value)
 
 
@@ -109,4 +109,4 @@ def _copy(archive, folder):
 @pytest.mark.parametrize("source", ["toolz", "no/such/folder", "toolz>=1.0", "-r==1"])
 def test_neither_path_nor_requirement(source):
     with pytest.raises(UserError, match="--repo: .* is neither a folder, an sdist"):
-        sources.locate(source, {})
+        sources.locate(source)
