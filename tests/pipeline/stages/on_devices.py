@@ -1,0 +1,133 @@
+"""All training stages over the devices there are, small: curves, results, and the programs that ran and that compile."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+ROWS, LENGTH, VOCABULARY = 8, 64, 384
+
+
+def make_config():
+    """A run of two steps a stage; more slices than one in SFT, experts and distillation."""
+    import jax
+
+    from qcn_jax.config import (
+        DistillConfig,
+        ExpertsConfig,
+        MeshConfig,
+        MidtrainConfig,
+        OptimizerConfig,
+        RolloutConfig,
+        RunConfig,
+        SftConfig,
+        TokenizerConfig,
+        TrainConfig,
+    )  # fmt: skip
+    from tests.pipeline.micro import MODEL
+
+    rule = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
+    train = TrainConfig(steps=3, rows=ROWS, sequence_length=LENGTH, mtp_coef=0.1, log_every=1, optimizer=rule)
+    acting = {"updates": 2, "group_size": 4, "rows": ROWS, "sequence_length": 16, "optimizer": rule,
+              "rollout": RolloutConfig(slots=16, max_length=16, max_new_tokens=4)}
+    return RunConfig(
+        init="random", model=dataclasses.replace(MODEL, vocab_size=VOCABULARY, num_nextn_predict_layers=1),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+        mesh=MeshConfig(fsdp=-1, expert=min(2, jax.device_count()), context=min(2, jax.device_count())),
+        midtrain=MidtrainConfig(train=train, repository=1.0, fim=0.0, edits=0.0, corpus_megabytes=0.02),
+        sft=SftConfig(train=dataclasses.replace(train, rows=2 * ROWS, accumulate=2)),
+        experts=ExpertsConfig(names=("swe", "single_turn"), prompts=6, kl_coef=0.1, **acting),
+        distill=DistillConfig(prompts=8, **acting),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Parity:
+    """One turn after a prompt; the reward is the share of tokens of the prompt's parity."""
+
+    prompt: int
+    share: float = 0.0
+
+    def opening(self):
+        return [2, 8 + self.prompt]
+
+    def reply(self, tokens, stopped):
+        from qcn_jax.pipeline.rl.rollout import Reply
+
+        self.share = sum(token % 2 == self.prompt % 2 for token in tokens) / len(tokens)
+        return Reply(done=True)
+
+    def outcome(self, truncated):
+        from qcn_jax.pipeline.rl.rollout import Outcome
+
+        return Outcome(self.share, self.share > 0.5, finished=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A prompt of Parity, which takes no sandbox."""
+
+    number: int
+    scaffold = type("Scaffold", (), {"single_turn": True})
+
+
+def fingerprint(lowered) -> str:
+    """Hash of a program's StableHLO text, which has no locations in it."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
+
+
+def main():
+    """Runs the stages in the folder QCN_TEST_DIRECTORY and prints what `run` returns, as JSON."""
+    print(json.dumps(run(pathlib.Path(os.environ["QCN_TEST_DIRECTORY"]))))
+
+
+def run(root: pathlib.Path):
+    """{"ran", "compiles": {stage: hash}, "shapes": {stage: compilations}, "results": {stage: ...}}."""
+    import jax
+    import numpy as np
+
+    from qcn_jax import files
+    from qcn_jax.compile.stages import stage_step
+    from qcn_jax.pipeline.context import Shared, StageContext
+    from qcn_jax.pipeline.stages import distill, experts, midtrain, sft
+    from qcn_jax.pipeline.train import trainer
+    from tests.pipeline.stages.test_midtrain import _context
+
+    config = make_config()
+    ran, steps, make_step = {}, {}, trainer.make_step
+
+    def watched(*arguments):
+        """The step as it is made, whose program is taken down when the stage first calls it."""
+        step = make_step(*arguments)
+
+        def call(*given):
+            if stage not in ran:
+                ran[stage], steps[stage] = fingerprint(step.lower(*given)), step
+            return step(*given)
+
+        return call
+
+    trainer.make_step = watched
+    rng = np.random.default_rng(0)
+    documents = [{"tokens": rng.integers(2, 300, n), "weights": rng.random(n)} for n in rng.integers(8, 30, 64)]
+    sft.collect_trajectories, sft.encode = lambda context: [], lambda *_: (documents, 0)
+    for module in (experts, distill):
+        module.make_services = lambda context: None
+        module.training_prompts = lambda context, name: [Number(n) for n in range(8)]
+        module.TaskConversation = lambda prompt, *_, **__: Parity(prompt.number)
+    results, lines = {}, []
+    for stage, module in (("midtrain", midtrain), ("sft", sft), ("experts", experts), ("distill", distill)):
+        context = _context(root, config, lines) if stage == "midtrain" else StageContext(config, root, stage, Shared(config, root))
+        object.__setattr__(context, "log", lines.append)
+        results[stage] = module.run_stage(context)
+        files.write_json(root / stage / "DONE.json", {"results": results[stage]})
+    trainer.make_step = make_step
+    compiles = {}
+    if jax.device_count() > 1:
+        parallel = trainer.mesh_here(config.mesh)
+        for stage in results:
+            made = stage_step(config, stage, parallel)
+            compiles[stage] = fingerprint(made.function.lower(*made.arguments))
+    return {"ran": ran, "compiles": compiles, "shapes": {stage: step._cache_size() for stage, step in steps.items()},
+            "results": results, "lines": lines}
