@@ -5,12 +5,14 @@ from typing import Any
 
 _LAZY = {
     "load": "qcn_jax.hub.reading",
+    "inspect": "qcn_jax.hub.reading",
+    "identity": "qcn_jax.hub.reading",
     "load_config": "qcn_jax.hub.configuration",
     "config_from_hf": "qcn_jax.hub.configuration",
     "config_to_hf": "qcn_jax.hub.configuration",
     "save": "qcn_jax.hub.writing",
 }
-_MODULES = ("configuration", "layout", "orbax_folder", "reading", "stored", "writing")
+_MODULES = ("configuration", "description", "layout", "orbax_folder", "reading", "slabs", "stored", "writing")
 __all__ = [*_LAZY, *_MODULES]
 
 

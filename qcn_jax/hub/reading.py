@@ -7,7 +7,10 @@ filled in place by donated updates.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +23,7 @@ from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import configuration, layout, orbax_folder
-from qcn_jax.hub.stored import Folder, Source
+from qcn_jax.hub.stored import INDEX_FILE, Folder, Source
 from qcn_jax.sharding import distributed
 
 PIECE_BYTES = 64 << 20
@@ -37,6 +40,23 @@ def inspect(path: files.Path) -> ModelConfig:
     return dataclasses.replace(config, num_nextn_predict_layers=int("mtp.fc.weight" in Folder(path).table))
 
 
+def identity(path: files.Path) -> str:
+    """SHA-256 over config.json, the index, and names and sizes of the files of weights: a few KB, whatever the size.
+
+    Raises:
+      UserError: the folder holds no checkpoint.
+    """
+    path = pathlib.Path(path)
+    if orbax_folder.is_orbax(path):
+        weights = [file for file in (path / orbax_folder.PARAMS).rglob("*") if file.is_file()]
+    else:
+        weights = sorted({source.file for source in Folder(path).table.values()})
+    small = [file for file in (path / configuration.CONFIG_FILE, path / INDEX_FILE) if file.is_file()]
+    sizes = sorted((str(file.relative_to(path)), file.stat().st_size) for file in weights)
+    found = [[file.name, file.read_text(encoding="utf-8")] for file in small], sizes
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allocate: Allocate | None = None,
          progress: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a Hugging Face folder (config.json and safetensors, per-expert or stacked), or one in Orbax form.
@@ -45,7 +65,7 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
       path: the folder.
       dtype: of all parameters, e.g. "bfloat16"; None keeps each as stored (bit for bit).
       shardings: a tree of `jax.sharding.Sharding` like the parameters (or one for all); each process reads what
-        its devices hold. None puts everything on the default device.
+        its devices hold. None puts everything on this process's first device.
       allocate: makes a host array for (path in the tree, shape, dtype), e.g. memory-mapped; the parameters are
         then these arrays. Not for Orbax form.
       progress: show a bar on stderr.
@@ -181,7 +201,7 @@ def _overlap(box: Box, bounds: tuple[tuple[int, int], ...]) -> tuple[Box, Box] |
 
 def _sharding_lookup(shardings: Any) -> Callable[[layout.Path], jax.sharding.Sharding]:
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(distributed.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(distributed.first_device())
     if isinstance(shardings, jax.sharding.Sharding):
         return lambda leaf: shardings
 
