@@ -7,7 +7,7 @@
         --config.init=runs/nano_base_edits/midtrain/model
 
 Held-out repositories are seen neither by the tokenizer nor by the model. Provenance of the packaged weights (what was
-run, time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
+run, time, loss, hashes) is in qcn_jax/recipes/nano/base/README.md.
 """
 
 import pathlib

@@ -15,29 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import qcn_jax
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import COMPUTE_FIELDS, MidtrainConfig, ModelConfig, RunConfig
-from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
-from qcn_jax.pipeline.data.documents import fim, repository
+from qcn_jax.pipeline.data.documents import EDITS, fim, repository
 from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
-from qcn_jax.recipes.nano import edits
+from qcn_jax.registry import Registry, is_path
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
-BASE_FOLDER = pathlib.Path(qcn_jax.__file__).parent / "assets" / "nano_base"
-LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, 65))
-# Order fixes ids; Qwen's names first, then the tags of the native tool-call form and line numbers.
+INITIAL = Registry("initial model", pathlib.Path, {"base": "qcn_jax.recipes.nano.base:FOLDER"})
+# Order fixes ids; Qwen's names first, then the tags of the native tool-call form.
 ADDED_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-    "<function=", "</function>", "<parameter=", "</parameter>", *LINE_TOKENS)
+    "<function=", "</function>", "<parameter=", "</parameter>")
 TOKENIZER_SAMPLE_BYTES = 4_000_000  # of source text; more changes little in a vocabulary this small
 
 Corpus = dict[str, list[repository.Module]]
@@ -123,7 +120,8 @@ def prepare_tokenizer(context: StageContext, groups: Corpus) -> Tokenizer:
             if size < TOKENIZER_SAMPLE_BYTES:
                 texts.append(text)
                 size += len(text)
-        tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size, ADDED_TOKENS)
+        tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size,
+                                    (*ADDED_TOKENS, *context.config.tokenizer.added_tokens))
     else:
         tokenizer = Tokenizer.from_folder(initial_folder(context.config))
     tokenizer.save(context.tokenizer_path)
@@ -136,10 +134,11 @@ def initial_folder(config: RunConfig) -> pathlib.Path:
     Raises:
       UserError: it holds no checkpoint.
     """
-    folder = BASE_FOLDER if config.init == "base" else pathlib.Path(config.init)
+    named = config.init in INITIAL or is_path(config.init)
+    folder = INITIAL.resolve(config.init, "--config.init") if named else pathlib.Path(config.init)
     if not (folder / "config.json").is_file():
-        what = "this installation carries no base checkpoint" if config.init == "base" else "holds no config.json"
-        raise UserError(f"--config.init={config.init}: {folder}: {what}; use random or a Hugging Face folder")
+        raise UserError(f"--config.init={config.init}: {folder}: holds no config.json; use random, a Hugging Face folder, "
+                        f"{', '.join(INITIAL)} or the package.module:OBJECT of one")
     return folder
 
 
@@ -206,12 +205,8 @@ def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) ->
         documents = fim.FimDocuments(modules, tokenizer, seed=config.seed, max_tokens=length)
         sources.append(loader.Source("fim", documents, settings.fim))
     if settings.edits > 0:
-        code = [(path, text) for path, text in modules if not is_test_path(path)]
-        table = edits.function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds,
-                                     seed=config.seed, cache=context.workdir / "data" / "edits.json",
-                                     processes=config.workers)
-        context.log(f"edits: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
-        documents = edits.EditDocuments(table, tokenizer, seed=config.seed, max_tokens=length)
+        make = EDITS.resolve(settings.edit_documents, "--config.midtrain.edit_documents")
+        documents = make(context, modules, tokenizer, length)
         sources.append(loader.Source("edits", documents, settings.edits))
     return sources
 

@@ -14,7 +14,6 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import plan, sources, synthesize
 from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
-from qcn_jax.recipes.nano import repositories
 from qcn_jax.pipeline.context import StageContext
 
 _DOWNLOADS = 4  # at a time
@@ -59,7 +58,7 @@ def _locate(context: StageContext, names: Sequence[str]) -> dict[str, Repository
     """Finds or downloads the repositories, several at a time."""
     cache = sources.default_cache()
     with concurrent.futures.ThreadPoolExecutor(_DOWNLOADS) as executor:
-        found = list(executor.map(lambda name: sources.locate(name, repositories.SHA256, cache), names))
+        found = list(executor.map(lambda name: sources.locate(name, cache), names))
     context.log(f"{len(found)} source distributions, hashes checked, in {cache}")
     return dict(zip(names, found))
 

@@ -100,4 +100,8 @@ PRETRAIN: dict[str, str] = {
     "zope.interface==7.2": "8b49f1a3d1ee4cdaf5b32d2e738362c7f5e40ac8b46dd7d1a65e82a4872728fe",
 }
 
-SHA256: dict[str, str] = TRAIN | HELDOUT | BASE | PRETRAIN
+
+def pinned(*names: str) -> tuple[str, ...]:
+    """Those of the repositories above, with their hashes, as `config.tasks` takes them."""
+    known = TRAIN | HELDOUT | BASE | PRETRAIN
+    return tuple(f"{name}#sha256={known[name]}" for name in names)
