@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
                 seconds = time.monotonic() - started
                 write_tasks(work / f"{mined.name}.jsonl", mined.tasks)
                 # The pool knows the states that were mined; those of the tasks may be others.
-                specs = [sources.locate(str(mined.archives / f"{task.repo}.tar.gz"), {}) for task in mined.tasks]
+                specs = [sources.locate(str(mined.archives / f"{task.repo}.tar.gz")) for task in mined.tasks]
                 pool.register([dataclasses.replace(spec, setup=criteria.setup) for spec in specs])
                 checks = list(verify.verify(pool, mined.tasks, 1))
                 sound, flaky = sum(not check.problems for check in checks), sum(bool(check.flaky) for check in checks)

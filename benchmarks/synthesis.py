@@ -53,13 +53,13 @@ def main(argv):
     """Synthesizes, verifies, prints the tables."""
     del argv
     out = pathlib.Path(_OUT.value)
-    known = repositories.BASE | MORE
+    known = [*repositories.pinned(*repositories.BASE), *(f"{name}#sha256={digest}" for name, digest in MORE.items())]
     settings = plan.Settings(target=_COUNT.value, statement_characters=statement.FULL, tests_may_tell=True,
                              held_out=True, candidates_per_repo=600, combined_per_repo=12)
     started, arguments = time.monotonic(), {"kind": _SANDBOX.value, "state_dir": str(out / "sandbox")}
     with EnvPool(_WORKERS.value, arguments) as pool:
         described = pool.describe()["description"]
-        specs = [sources.locate(name, known) for name in known]
+        specs = [sources.locate(name) for name in known]
         result = synthesize.synthesize(pool, specs, settings, out, lambda line: print(line, flush=True))
     wall = time.monotonic() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

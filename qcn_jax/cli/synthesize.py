@@ -29,7 +29,6 @@ from qcn_jax.envs.sandbox import RepositorySpec, repository
 from qcn_jax.envs.synthesis import inject, plan, quality, sources, statement
 from qcn_jax.envs.tasks.schema import Task, write_tasks
 from qcn_jax.errors import UserError
-from qcn_jax.recipes.nano import repositories
 
 if TYPE_CHECKING:
     from qcn_jax.envs.pool.env_pool import EnvPool
@@ -159,7 +158,7 @@ def _locate(source: str, out: pathlib.Path, setup: Sequence[str]) -> RepositoryS
         clone = Clone(path)
         spec = clone.archive(clone.head, f"{out}.work/archives")
     else:
-        spec = sources.locate(source, repositories.SHA256)
+        spec = sources.locate(source)
     return dataclasses.replace(spec, setup=tuple(setup))
 
 

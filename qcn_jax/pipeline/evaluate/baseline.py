@@ -5,6 +5,7 @@ import dataclasses
 
 from qcn_jax.agents.episode import Episode
 from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.config import RunConfig
 from qcn_jax.registry import Registry
 
 
@@ -30,3 +31,13 @@ class Baseline(abc.ABC):
 
 
 BASELINES = Registry("baseline", Baseline, {"heuristic": "qcn_jax.recipes.nano.heuristic:HEURISTIC"})
+
+
+def baseline_of(config: RunConfig) -> Baseline | None:
+    """The baseline that `config.evaluate.baseline` names, if any.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    name = config.evaluate.baseline
+    return None if not name else BASELINES.resolve(name, "--config.evaluate.baseline")

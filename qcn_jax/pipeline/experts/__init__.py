@@ -4,9 +4,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.experts import metrics
-from qcn_jax.pipeline.experts.expert import Expert
+from qcn_jax.pipeline.experts.expert import Expert, Reward
 from qcn_jax.registry import Registry
 
 EXPERTS = Registry("expert", Expert, {
@@ -14,7 +15,7 @@ EXPERTS = Registry("expert", Expert, {
     "single_turn": "qcn_jax.pipeline.experts.single_turn:SINGLE_TURN",
     "tool_format": "qcn_jax.pipeline.experts.tool_format:TOOL_FORMAT",
 })
-REWARDS: Registry = Registry("reward", None, {})
+REWARDS: Registry[Reward] = Registry("reward", None, {})  # each expert has its own; these are given by path
 _TAKEN = {"sft_control", "messages", "experts", *metrics.greedy([]), *metrics.sampled([])}
 
 
@@ -35,6 +36,15 @@ def experts_of(names: Sequence[str], field: str = "--config.experts.names") -> t
             raise UserError(f"{field}: {expert.name!r} is there twice")
     first = next((index for index, expert in enumerate(experts) if expert.headline), 0)
     return tuple(dataclasses.replace(expert, headline=index == first) for index, expert in enumerate(experts))
+
+
+def reward_of(config: RunConfig) -> Reward | None:
+    """What `config.experts.reward` names; None where each expert's own reward counts.
+
+    Raises:
+      UserError: there is no such thing.
+    """
+    return REWARDS.resolve(config.experts.reward, "--config.experts.reward") if config.experts.reward else None
 
 
 def headline(experts: Sequence[Expert]) -> Expert:

@@ -28,7 +28,8 @@ from qcn_jax.config import DistillConfig, ModelConfig, RunConfig
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.experts.domains import TaskConversation, make_services
+from qcn_jax.pipeline.experts import experts_of
+from qcn_jax.pipeline.experts.services import make_services
 from qcn_jax.pipeline.rl import episodes, objectives
 from qcn_jax.pipeline.rl.rollout import (
     Conversation,
@@ -91,7 +92,7 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
     Raises:
       UserError: rows that the mesh does not divide.
     """
-    settings, names = config.distill, config.experts.names
+    settings, names = config.distill, tuple(expert.name for expert in experts_of(config.experts.names))
     slices = sum(-(-count * settings.group_size // settings.rows) for count in deal(settings.prompts, names).values())
     shape = BatchShape(slices, settings.rows, settings.sequence_length, sections=names, padded=True)
     return Trainer.build(config.model, distill_loss(config.model, settings.loss, parallel), settings.optimizer,
@@ -210,15 +211,15 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
     load = lambda name: hub.load(context.model_path(name), dtype=trainer.model.param_dtype)[1]
-    params, domains = load("sft"), context.config.experts.names
-    teachers = {name: trainer.place_params(load(f"expert_{name}")) for name in domains}
+    params, experts = load("sft"), context.experts()
+    teachers = {expert.name: trainer.place_params(load(expert.model)) for expert in experts}
     judged = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
         engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length),
-        trainer=trainer, teachers=teachers, prompts={name: training_prompts(context, name) for name in domains},
-        converse=lambda prompt: TaskConversation(
-            prompt, encoder, services, max_turns=config.rollout.max_turns, unfinished_penalty=0.0, judged=judged
+        trainer=trainer, teachers=teachers, prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},
+        converse=lambda prompt: prompt.expert.conversation(
+            prompt, encoder, services, max_turns=config.rollout.max_turns, judged=judged
         ),
     )  # fmt: skip
     episodes.say_where(parallel, context.log)

@@ -120,12 +120,20 @@ def prepare_tokenizer(context: StageContext, groups: Corpus) -> Tokenizer:
             if size < TOKENIZER_SAMPLE_BYTES:
                 texts.append(text)
                 size += len(text)
-        tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size,
-                                    (*ADDED_TOKENS, *context.config.tokenizer.added_tokens))
+        tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size, _added_tokens(context.config))
     else:
         tokenizer = Tokenizer.from_folder(initial_folder(context.config))
     tokenizer.save(context.tokenizer_path)
     return context.tokenizer()
+
+
+def _added_tokens(config: RunConfig) -> tuple[str, ...]:
+    added = (*ADDED_TOKENS, *config.tokenizer.added_tokens)
+    twice = next((token for token in added if added.count(token) > 1 or not token), None)
+    if twice is not None:
+        raise UserError(f"--config.tokenizer.added_tokens: {twice!r} is empty or there twice; the templates' own are "
+                        f"{', '.join(ADDED_TOKENS)}")
+    return added
 
 
 def initial_folder(config: RunConfig) -> pathlib.Path:
@@ -149,7 +157,7 @@ def check_initial(config: RunConfig) -> None:
       UserError: no checkpoint, one of another architecture, or a vocabulary larger than the model's.
     """
     if config.init == "random":
-        size, smallest = config.tokenizer.vocab_size, Tokenizer.smallest(ADDED_TOKENS)
+        size, smallest = config.tokenizer.vocab_size, Tokenizer.smallest(_added_tokens(config))
         if size < smallest:
             raise UserError(f"--config.tokenizer.vocab_size: {size}; allowed: at least {smallest}")
     else:

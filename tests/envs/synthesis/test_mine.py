@@ -81,7 +81,7 @@ def test_mining(clone, tmp_path):
     assert task.problem_statement == "mean of nothing\n\n`mean([])` gives None; I expected an error."
     assert "raise ValueError" in task.patch and TEST not in task.patch and TEST in task.test_patch
     with make_provider("local", str(tmp_path / "state")) as provider:
-        provider.prepare(sources.locate(str(mined.archives / f"{task.repo}.tar.gz"), {}))
+        provider.prepare(sources.locate(str(mined.archives / f"{task.repo}.tar.gz")))
         assert verify.verify_task(provider, task).problems == ()
         assert not grading.Grader(provider).grade(task, task.test_patch).resolved
     journal = (tmp_path / "work" / "numbers.mined.jsonl").read_bytes()

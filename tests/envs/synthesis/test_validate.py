@@ -23,7 +23,7 @@ PATH = "numbers_pkg/core.py"
 def place(tmp_path_factory):
     """(provider, spec, survey) of the small repository."""
     folder = tmp_path_factory.mktemp("small")
-    spec = sources.locate(str(write_repository(folder)), {})
+    spec = sources.locate(str(write_repository(folder)))
     with make_provider("local", str(folder / "state")) as provider:
         yield provider, spec, validate.survey(provider, spec)
 
@@ -139,7 +139,7 @@ def test_failing_test_that_leaves_something_behind(tmp_path):
         "tests/test_second.py": head + "def test_up():\n    a.left.append(1)\n    assert a.up(1) == 2\n    a.left.clear()\n\n\n"
                                 "@pytest.mark.parametrize('n', range(4))\ndef test_nothing(n):\n    pass\n",
     })  # fmt: skip
-    spec = sources.locate(str(tmp_path / "repo"), {})
+    spec = sources.locate(str(tmp_path / "repo"))
     with make_provider("local", str(tmp_path / "state")) as provider:
         survey = validate.survey(provider, spec)
         (injection,) = inject.candidates(source, "pkg/a.py", ["change_arithmetic"])
@@ -183,7 +183,7 @@ def test_numbered(pair, other, number):
 def test_listed(pair):
     assert mean([2]) == 2
 """)
-    survey = validate.survey(place[0], sources.locate(str(root), {}))
+    survey = validate.survey(place[0], sources.locate(str(root)))
     assert {name.split("::")[1].split("[")[0] for name in survey.tests} == {"test_told"}
     assert (len(survey.tests), survey.failing, survey.unstable) == (4, 0, 10)
 
@@ -192,7 +192,7 @@ def test_repository_without_passing_tests(place, tmp_path):
     root = write_repository(tmp_path, "failing-1.0")
     (root / "tests/test_core.py").write_text("def test_no():\n    assert False\n")
     with pytest.raises(UserError, match="none of its tests passes before any defect"):
-        validate.survey(place[0], sources.locate(str(root), {}))
+        validate.survey(place[0], sources.locate(str(root)))
 
 
 def test_combined_defects(place):
@@ -223,7 +223,7 @@ def test_combined_in_one_module(tmp_path):
         "tests/test_pkg.py": "import pytest\nfrom pkg import a, b\n\n\ndef test_up():\n    assert a.up(1) == 2\n\n\ndef test_more():\n"
                              "    assert b.more(5) == 6\n\n\n@pytest.mark.parametrize('n', range(4))\ndef test_nothing(n):\n    pass\n",
     })  # fmt: skip
-    spec = sources.locate(str(tmp_path / "repo"), {})
+    spec = sources.locate(str(tmp_path / "repo"))
     with make_provider("local", str(tmp_path / "state")) as provider:
         survey = validate.survey(provider, spec)
         kept = []
