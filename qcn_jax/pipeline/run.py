@@ -18,7 +18,7 @@ from typing import Any
 from qcn_jax import config_checks, files
 from qcn_jax.config import TRAINING, RunConfig
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline import names, workdir as work
+from qcn_jax.pipeline import workdir as work
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.sharding import distributed
 
@@ -68,7 +68,6 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
                 raise UserError(f"--{flag}: unknown stage {name!r}; stages: {', '.join(STAGES)}")
     root = pathlib.Path(workdir).absolute()
     asked = [name for name in STAGES if name in stages]
-    names.check(config, asked)
     discarded = _with_later(restart)
     _check_hosts(asked)
     _check_config(config, [name for name in asked if name in discarded or not _finished(root / name)])
