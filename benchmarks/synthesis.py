@@ -53,7 +53,7 @@ def main(argv):
     """Synthesizes, verifies, prints the tables."""
     del argv
     out = pathlib.Path(_OUT.value)
-    known = repositories.BASE | MORE
+    known = [*repositories.pinned(*repositories.BASE), *(f"{name}#sha256={digest}" for name, digest in MORE.items())]
     settings = plan.Settings(target=_COUNT.value, statement_characters=statement.FULL, tests_may_tell=True,
                              held_out=True, candidates_per_repo=600, combined_per_repo=12)
     started, arguments = time.monotonic(), {"kind": _SANDBOX.value, "state_dir": str(out / "sandbox")}

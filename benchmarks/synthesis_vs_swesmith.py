@@ -185,7 +185,7 @@ def main(argv):
     """Runs both sides and prints the table."""
     del argv
     out, client = pathlib.Path(_OUT.value), docker.from_env()
-    specs = [sources.locate(name) for name in _REPOS.value]
+    specs = [sources.locate(name) for name in repositories.pinned(*_REPOS.value)]
     sides = {"swesmith": theirs(client, specs, out), "qcn_jax": ours(client, specs, out)}
     files.write_json(out / "results.json", sides)
     table = {side: collections.defaultdict(lambda: [0, 0]) for side in sides}

@@ -13,6 +13,7 @@ from qcn_jax.config import (
 )
 from qcn_jax.errors import UserError
 from qcn_jax.recipes.nano import repositories
+from qcn_jax.recipes.nano.spans import LINE_TOKENS
 
 # Kinds whose repair is one short span, which a model of this size can learn to find and to write.
 KINDS = (
@@ -36,12 +37,11 @@ def quicker(config):
     """Few tasks of small repositories, few steps; two compiled training shapes instead of four."""
     config.name, config.sandbox = "nano_quick", "local"
     tasks, midtrain, sft, experts, distill = config.tasks, config.midtrain, config.sft, config.experts, config.distill
-    few = lambda hashes, *names: repositories.requirements({name: hashes[name] for name in names})
-    tasks.repos_train = few(repositories.TRAIN, "uritemplate==4.2.0", "munch==4.0.0", "textfsm==2.1.0")
-    tasks.repos_heldout = few(repositories.HELDOUT, "xmltodict==1.0.4", "parse==1.22.4")
+    tasks.repos_train = repositories.pinned("uritemplate==4.2.0", "munch==4.0.0", "textfsm==2.1.0")
+    tasks.repos_heldout = repositories.pinned("xmltodict==1.0.4", "parse==1.22.4")
     tasks.train, tasks.heldout, tasks.candidates_per_repo = 24, 12, 60
     midtrain.corpus_megabytes, midtrain.train.steps = 0.3, 10
-    sft.guesses, sft.trajectories_per_task, sft.train.steps = 0, 1, 30
+    sft.options.guesses, sft.trajectories_per_task, sft.train.steps = 0, 1, 30
     for stage in (experts, distill):
         stage.updates, stage.prompts, stage.group_size = 2, 3, 4
     experts.greedy_turns = ()
@@ -75,15 +75,15 @@ def full():
         name="nano",
         templates=TEMPLATES,
         model=model,
-        tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
+        tokenizer=TokenizerConfig(vocab_size=model.vocab_size, added_tokens=LINE_TOKENS),
         tasks=TasksConfig(
-            repos_train=repositories.requirements(repositories.TRAIN),
-            repos_heldout=repositories.requirements(repositories.HELDOUT), train=300, heldout=110,
+            repos_train=repositories.pinned(*repositories.TRAIN), repos_heldout=repositories.pinned(*repositories.HELDOUT),
+            train=300, heldout=110,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
             corpus_megabytes=3.0),
-        sft=SftConfig(train=train(300, 1e-3), recovery=0.6, guesses=4),
+        sft=SftConfig(train=train(300, 1e-3), options={"recovery": 0.6, "searches": 0, "guesses": 4}),
         experts=ExpertsConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
                     optimizer=steady(2e-4), rollout=rollout),

@@ -7,7 +7,7 @@
         --config.init=runs/nano_base_edits/midtrain/model
 
 Held-out repositories are seen neither by the tokenizer nor by the model. Provenance of the packaged weights (what was
-run, time, loss, hashes) is in qcn_jax/assets/nano_base/README.md.
+run, time, loss, hashes) is in qcn_jax/recipes/nano/base/README.md.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ def get_config(phase: str = "code"):
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
     config.name, config.init = f"nano_base_{phase}", "random"
     config.model.num_nextn_predict_layers, config.midtrain.train.mtp_coef = 0, 0.0
-    config.tasks.repos_train = repositories.requirements(repositories.BASE)
+    config.tasks.repos_train = repositories.pinned(*repositories.BASE)
     config.tasks.train = config.tasks.heldout = 0  # repositories are downloaded, no tasks are made
     stage = config.midtrain
     stage.corpus_megabytes = 14.0
@@ -38,7 +38,7 @@ def get_config(phase: str = "code"):
         stage.repository, stage.fim, stage.edits = 0.1, 0.05, 0.85
         stage.train.steps, stage.train.optimizer.learning_rate = 1500, 2e-3
     elif phase == "wide":
-        config.tasks.repos_train = repositories.requirements(repositories.BASE | repositories.PRETRAIN)
+        config.tasks.repos_train = repositories.pinned(*repositories.BASE, *repositories.PRETRAIN)
         stage.repository, stage.fim, stage.edits = 0.05, 0.0, 0.95
         stage.train.steps, stage.train.optimizer.learning_rate = 1200, 1.5e-3
     else:

@@ -35,7 +35,14 @@ MoeBackend = Annotated[str, Known("qcn_jax.moe.experts:BACKENDS")]
 Dispatch = Annotated[str, Known("qcn_jax.moe.dispatch.dispatch:FORMS")]
 BugKind = Annotated[str, Known("qcn_jax.envs.synthesis.inject:KINDS")]
 Packing = Annotated[str, Known("qcn_jax.pipeline.data.packing:METHODS")]
-ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts.domains:DOMAINS")]
+# A registered name, or package.module:OBJECT.
+ScaffoldName = Annotated[str, Known("qcn_jax.agents.scaffolds:SCAFFOLDS")]
+ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts:EXPERTS")]
+EditSource = Annotated[str, Known("qcn_jax.pipeline.data.documents:EDITS")]
+TrajectorySource = Annotated[str, Known("qcn_jax.pipeline.data.trajectories:TRAJECTORIES")]
+Objective = Annotated[str, Known("qcn_jax.pipeline.rl.objectives:OBJECTIVES")]
+Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
+Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", also=("",))]
 Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]
 Nonfinite = Annotated[str, OneOf("stop", "skip")]
 DistillLoss = Annotated[str, Known("qcn_jax.pipeline.stages.distill:LOSSES")]
@@ -130,7 +137,8 @@ class OptimizerConfig:
 class TasksConfig:
     """Stage `tasks`: source distributions in, verified tasks out."""
 
-    repos_train: tuple[str, ...] = ()  # PyPI requirements, e.g. "toolz==1.2.0"
+    # PyPI requirements, "toolz==1.2.0" or with a hash "toolz==1.2.0#sha256=9667...", or archives or folders.
+    repos_train: tuple[str, ...] = ()
     repos_heldout: tuple[str, ...] = ()
     train: Count = 800  # verified tasks wanted
     heldout: Count = 200
@@ -173,20 +181,21 @@ class MidtrainConfig:
     train: TrainConfig = TrainConfig()
     repository: Amount = 0.3  # repository-level documents
     fim: Amount = 0.2  # fill in the middle, sentinel and search-and-replace forms
-    edits: Amount = 0.5  # a function, a defect in it, and the edit that mends it
+    edits: Amount = 0.5  # code with a defect, and the edit that fixes it
+    edit_documents: EditSource = "nano"  # where those come from (pipeline.data.documents)
     packing: Packing = "best_fit"  # best_fit, restart_last, pad_last or concat
     corpus_megabytes: Amount = 3.0  # of source text: the training repositories, then as much of the standard library
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Stage `sft`: trajectories of the scripted solver, verified by execution."""
+    """Stage `sft`: trajectories verified by execution."""
 
     train: TrainConfig = TrainConfig()
+    scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds)
+    trajectories: TrajectorySource = "nano"  # where they come from (pipeline.data.trajectories)
     trajectories_per_task: Count = 2
-    recovery: Share = 0.5  # share of trajectories with wrong edits first
-    searches: Count = 0  # trajectories per task that look for the defect without knowing it, refuted edits learned too
-    guesses: Count = 0  # edits per task sampled from the mid-trained model; recoveries begin with its wrong ones
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that source, which says what it knows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +213,12 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `experts`."""
+    """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `names`."""
 
-    names: tuple[ExpertName, ...] = ("swe", "single_turn", "tool_format")
+    names: tuple[ExpertName, ...] = ("swe", "single_turn", "tool_format")  # pipeline.experts
+    scaffold: ScaffoldName = "nano"  # how tasks are presented; without a shell, as rollouts hold no live sandbox
+    objective: Objective = "clipped"  # loss of a token (pipeline.rl.objectives)
+    reward: Reward = ""  # takes the place of each expert's own
     updates: Positive = 30
     prompts: Positive = 16  # per update
     group_size: Annotated[int, Within(at_least=2)] = 8
@@ -236,6 +248,7 @@ class ExpertsConfig:
 class DistillConfig:
     """Stage `distill`: experts into the SFT model by on-policy reverse KL per domain."""
 
+    scaffold: ScaffoldName = "nano"  # see ExpertsConfig
     updates: Positive = 20
     prompts: Positive = 16
     group_size: Positive = 4
@@ -258,15 +271,18 @@ class EvaluateConfig:
     pass_k_tasks: Count = 100
     samples: Count = 8
     temperature: AboveZero = 0.8
+    scaffold: ScaffoldName = "nano"  # see ExpertsConfig
+    baseline: Baseline = "heuristic"  # plays without a model (pipeline.evaluate.baseline); empty: none
     sft_control: bool = True  # also train and evaluate the equal-time imitation control
     rollout: RolloutConfig = RolloutConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """The nano tokenizer: byte-level BPE of `vocab_size` entries, trained without held-out repositories."""
+    """Byte-level BPE of `vocab_size` entries, trained without held-out repositories; for init=random."""
 
     vocab_size: Positive = 1152
+    added_tokens: tuple[str, ...] = ()  # those of the scaffolds, in the order of their ids, behind the templates' own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +291,7 @@ class RunConfig:
 
     name: str = "nano"
     seed: Annotated[int, Within(at_least=0, below=2**31)] = 0
-    init: str = "base"  # base (packaged checkpoint), random, or a Hugging Face folder
+    init: str = "base"  # random, a Hugging Face folder, base (the packaged one) or the package.module:OBJECT of one
     sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"  # auto, docker or local
     workers: Positive = 2  # environment workers
     pool: Pool = "process"  # where they run: process (this machine) or ray (a cluster)
@@ -359,6 +375,10 @@ def _typed(expected: Any, value: Any, name: str) -> Any:
         expected = next(t for t in typing.get_args(expected) if t is not type(None))
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if origin is dict:
+        if not hasattr(value, "items"):
+            raise UserError(f"--{name}: expected a group of keys, got {value!r}")
+        return {key: value[key] for key in value}
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise UserError(f"--{name}: expected {expected.__name__}, got {value!r}")
     return value

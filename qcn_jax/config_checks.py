@@ -111,9 +111,18 @@ def _shares(config: RunConfig) -> Iterator[str]:
         yield "--config.midtrain.repository: 0, as are fim and edits; one share must be above 0"
 
 
-def _trajectories(config: RunConfig) -> Iterator[str]:
-    if not config.sft.trajectories_per_task + config.sft.searches:
-        yield "--config.sft.trajectories_per_task: 0, as is searches; there would be nothing to learn from"
+def _fits(what: str, *arguments: str) -> Callable[[RunConfig], Iterator[str]]:
+    """A rule of pipeline.names: things that are named and meet fit each other."""
+
+    def rule(config: RunConfig) -> Iterator[str]:
+        from qcn_jax.pipeline import names
+
+        try:
+            getattr(names, what)(config, *arguments)
+        except UserError as error:
+            yield str(error)
+
+    return rule
 
 
 def _rollout(rollout: RolloutConfig, name: str, sequence_length: int | None = None) -> Iterator[str]:
@@ -137,14 +146,6 @@ def _experts(config: RunConfig) -> Iterator[str]:
     if experts.minibatches > experts.prompts:
         yield (f"--config.experts.minibatches: {experts.minibatches} is more than prompts, {experts.prompts}; each "
                "takes whole groups")
-
-
-def _expert_names(config: RunConfig) -> Iterator[str]:
-    names = config.experts.names
-    if not names:
-        yield "--config.experts.names: is empty; name at least one expert"
-    yield from (f"--config.experts.names: {name!r} is there twice" for name in dict.fromkeys(names)
-                if names.count(name) > 1)
 
 
 def _distill(config: RunConfig) -> Iterator[str]:
@@ -201,7 +202,7 @@ _SIZE_RULES = (
     *((_lengths(stage), (stage,)) for stage in TRAINING),
     *((_slices(stage), (stage,)) for stage in ("midtrain", "sft")),
     (_experts, ("experts",)),
-    (_expert_names, ("experts", "distill", "evaluate")),
+    (_fits("check_experts"), ("experts", "distill", "evaluate")),
     (_distill, ("distill",)),
     (_evaluate, ("evaluate",)),
 )
@@ -209,6 +210,8 @@ _INPUT_RULES = (
     (_tasks, ("tasks",)),
     (_initial_model, ("midtrain",)),
     (_shares, ("midtrain",)),
-    (_trajectories, ("sft",)),
+    (_fits("check_trajectories"), ("sft",)),
+    *((_fits("check_scaffold", stage), (stage,)) for stage in ("experts", "distill", "evaluate")),
+    (_fits("check_baseline"), ("evaluate",)),
     (_pool, ("tasks", "sft", "experts", "distill", "evaluate")),
 )

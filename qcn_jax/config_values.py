@@ -65,13 +65,17 @@ class OneOf:
 class Known:
     """A name that `where`, "package.module:OBJECT", knows; imported when a value is checked.
 
-    OBJECT is a collection of names, or a function of one name that raises UserError for a name that it does not know.
+    OBJECT is a collection of names, or a function of one name that raises UserError for a name that it does not know;
+    names in `also` are allowed besides.
     """
 
     where: str
+    also: tuple[str, ...] = ()
 
     def refusal(self, value: str) -> str | None:
         """See Allowed."""
+        if value in self.also:
+            return None
         module, name = self.where.split(":")
         known = getattr(importlib.import_module(module), name)
         if not callable(known):

@@ -19,6 +19,7 @@ class Trajectory:
       messages: assistants carry `tool_calls` (name, arguments) and the `template` they are written in.
       wrong_edits: attempts before the right one.
       outcomes: of each test run, in order: passed or not.
+      failed: numbers of the assistant's turns, from 0, that ended in failing tests.
       search: nobody knew the answer; also edits on which tests failed show how to look for a defect.
       tools: schemas that the system turn lists; None where it lists none.
     """
@@ -31,18 +32,18 @@ class Trajectory:
     patch: str
     wrong_edits: int
     outcomes: tuple[bool, ...]
+    failed: tuple[int, ...] = ()
     search: bool = False
     tools: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready row."""
-        row = dataclasses.asdict(self)
-        return row | {"messages": list(self.messages), "outcomes": list(self.outcomes)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Trajectory":
         """Reads what `to_json` gave."""
-        return cls(**row | {"messages": tuple(row["messages"]), "outcomes": tuple(row["outcomes"])})
+        return cls(**row | {key: tuple(row[key]) for key in ("messages", "outcomes", "failed") if key in row})
 
 
 def verified(
@@ -68,7 +69,8 @@ def verified(
         return None
     return Trajectory(
         task.instance_id, task.repo, scaffold.name, scaffold.template, messages_with_calls(episode), result.patch,
-        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs), search=search,
+        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs),
+        failed=tuple(number for number, turn in enumerate(episode.turns) if turn.tests and not turn.passed), search=search,
         tools=scaffold.schemas(),
     )
 

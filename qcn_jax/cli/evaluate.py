@@ -4,7 +4,7 @@
   qcn evaluate --predictions=preds.jsonl --tasks=tasks.jsonl --out=DIR
 
 Predictions are SWE-bench's: one JSON object a line with instance_id, model_name_or_path and model_patch. A checkpoint
-acts with the nano scaffold, greedy, one episode a task; its patches are written to DIR/preds.jsonl and graded in the
+acts with --scaffold, greedy, one episode a task; its patches are written to DIR/preds.jsonl and graded in the
 same way. Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are run in their images and
 graded from their logs by SWE-bench's rules; that needs Docker. Every patch is graded in a fresh sandbox that its author
 never saw. DIR holds SWE-bench's run report (MODEL.qcn.json), a report.json for each task, and summary.json with the
@@ -25,6 +25,7 @@ import tqdm
 from absl import flags
 
 from qcn_jax import files
+from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
@@ -55,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_float("timeout", swebench.TIMEOUT, "Seconds for the tests of a task that has an image of its own.",
                        flag_values=values, lower_bound=1.0)
     flags.DEFINE_integer("workers", 2, "Gradings side by side.", flag_values=values, lower_bound=1)
+    flags.DEFINE_string("scaffold", "nano", "How tasks are shown to the checkpoint: a name or package.module:OBJECT.",
+                        flag_values=values)
     flags.DEFINE_integer("max_turns", 8, "Turns of an episode.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens of a turn.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("max_length", 1024, "Tokens of an episode.", flag_values=values, lower_bound=16)
@@ -62,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
     parsing.parse(values, "evaluate", __doc__, argv)
     if bool(values.checkpoint) == bool(values.predictions):
         raise UserError("give either --checkpoint=DIR or --predictions=FILE")
+    _scaffold(values.scaffold)
     files.check_folder(values.out, "out")
     tasks = {task.instance_id: task for task in formats.read(values.tasks)}
     if not tasks:
@@ -148,6 +152,14 @@ def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[
     return summary
 
 
+def _scaffold(name: str) -> Scaffold:
+    scaffold = SCAFFOLDS.resolve(name, "--scaffold")
+    if scaffold.has_shell:
+        raise UserError(f"--scaffold: {name!r}; runs shell commands, and rollouts hold no live sandbox for them yet; "
+                        "allowed: a scaffold without a shell, such as nano")
+    return scaffold
+
+
 def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec], pool: EnvPool,
          provider_arguments: Mapping[str, Any]) -> list[dict[str, str]]:
     """Lets the checkpoint work on the tasks; returns predictions."""
@@ -156,15 +168,18 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
     from qcn_jax.chat.tokenizer import Tokenizer
     from qcn_jax.config import EvaluateConfig, RolloutConfig
     from qcn_jax.pipeline.evaluate.bench import Bench
-    from qcn_jax.pipeline.experts.domains import pool_services
+    from qcn_jax.pipeline.experts.expert import Expert
+    from qcn_jax.pipeline.experts.services import pool_services
 
+    scaffold = _scaffold(values.scaffold)
     limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,
                            max_length=values.max_length, slots=values.slots)
     encoder = ChatEncoder(Tokenizer.from_folder(values.checkpoint))
     model, params = hub.load(values.checkpoint)
     with contextlib.closing(make_provider(**provider_arguments)) as provider:
         services = pool_services({spec.name: spec for spec in specs}, provider, pool)
-        bench = Bench(tasks, (), EvaluateConfig(rollout=limits), encoder, services, 0, print)
+        bench = Bench(tasks, [Expert("agent", "agent", headline=True)], scaffold, (), EvaluateConfig(rollout=limits), encoder,
+                      services, 0, print)
         patches = bench.patches(model, params)
     return [{"instance_id": task.instance_id, "model_name_or_path": values.checkpoint, "model_patch": patch}
             for task, patch in patches]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from absl import flags
 
+from qcn_jax import files
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks.schema import Task
@@ -32,10 +33,12 @@ def find(values: flags.FlagValues, tasks: Iterable[Task]) -> list[RepositorySpec
       UserError: a given one is no repository, or one cannot be downloaded.
     """
     names = sorted({task.repo for task in tasks})
+    described = pathlib.Path(values.tasks).with_name("repositories.json")  # where qcn run leaves them
+    hashes = {row["name"]: row["sha256"] for row in files.read_json(described)} if described.exists() else {}
     beside = pathlib.Path(f"{values.tasks}.work", "archives")  # where qcn synthesize leaves those of mined tasks
     mined = [str(path) for name in names if (path := beside / f"{name}.tar.gz").exists()]
     found = {spec.name: spec for spec in (sources.locate(source) for source in [*values.repo, *mined])}
     for name in names:
         if name not in found:
-            found[name] = sources.locate(name)
+            found[name] = sources.locate(f"{name}#sha256={hashes[name]}" if hashes.get(name) else name)
     return [dataclasses.replace(spec, setup=tuple(values.setup)) for spec in found.values()]

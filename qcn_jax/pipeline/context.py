@@ -17,19 +17,20 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcn_jax import files
 from qcn_jax.config import RunConfig
 from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
 
-MODEL_FOLDERS = {
+if TYPE_CHECKING:
+    from qcn_jax.agents.scaffolds import Scaffold
+    from qcn_jax.pipeline.experts.expert import Expert
+
+_MODEL_FOLDERS = {
     "midtrain": "midtrain/model",
     "sft": "sft/model",
-    "expert_swe": "experts/swe/model",
-    "expert_single_turn": "experts/single_turn/model",
-    "expert_tool_format": "experts/tool_format/model",
     "unified": "distill/model",
     "sft_control": "evaluate/sft_control/model",
 }
@@ -86,8 +87,21 @@ class StageContext:
         print(f"[{self.stage:>8} {seconds:6.1f}s] {line}", flush=True)
 
     def model_path(self, name: str) -> pathlib.Path:
-        """Folder of the weights of the model called `name` (a key of MODEL_FOLDERS)."""
-        return self.root / MODEL_FOLDERS[name]
+        """Folder of the weights of a model: base, midtrain, sft, expert_NAME, unified or sft_control."""
+        own = _MODEL_FOLDERS.get(name) or f"experts/{name.removeprefix('expert_')}/model"
+        return self.root / own
+
+    def experts(self) -> "tuple[Expert, ...]":
+        """The experts that the configuration names (see pipeline.experts.experts_of)."""
+        from qcn_jax.pipeline.experts import experts_of
+
+        return experts_of(self.config.experts.names)
+
+    def scaffold(self, stage: str) -> "Scaffold":
+        """The scaffold of `stage`: sft, experts, distill or evaluate."""
+        from qcn_jax.agents.scaffolds import SCAFFOLDS
+
+        return SCAFFOLDS.resolve(getattr(self.config, stage).scaffold, f"--config.{stage}.scaffold")
 
     def result(self, stage: str) -> dict[str, Any]:
         """Results of a finished stage.

@@ -12,17 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import qcn_jax
 from qcn_jax import files, hub
 from qcn_jax.config import COMPUTE_FIELDS, ModelConfig, RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.train.layout import param_shardings
+from qcn_jax.registry import Registry, is_path
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
-BASE_FOLDER = pathlib.Path(qcn_jax.__file__).parent / "assets" / "nano_base"
+INITIAL = Registry("initial model", pathlib.Path, {"base": "qcn_jax.recipes.nano.base:FOLDER"})
 # Fields that a checkpoint may have otherwise without being another architecture.
 _FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embeddings", "num_nextn_predict_layers",
                 "initializer_range")
@@ -63,10 +63,11 @@ def initial_folder(config: RunConfig) -> pathlib.Path:
     Raises:
       UserError: it holds no checkpoint.
     """
-    folder = BASE_FOLDER if config.init == "base" else pathlib.Path(config.init)
+    named = config.init in INITIAL or is_path(config.init)
+    folder = INITIAL.resolve(config.init, "--config.init") if named else pathlib.Path(config.init)
     if not (folder / "config.json").is_file():
-        what = "this installation carries no base checkpoint" if config.init == "base" else "holds no config.json"
-        raise UserError(f"--config.init={config.init}: {folder}: {what}; use random or a Hugging Face folder")
+        raise UserError(f"--config.init={config.init}: {folder}: holds no config.json; use random, a Hugging Face folder, "
+                        f"{', '.join(INITIAL)} or the package.module:OBJECT of one")
     return folder
 
 

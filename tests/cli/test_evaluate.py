@@ -111,8 +111,9 @@ def test_a_checkpoint_acts_and_its_patches_are_graded(setting, capsys, tmp_path)
     from qcn_jax.chat.tokenizer import Tokenizer
     from qcn_jax.model import Qwen3Next
     from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
+    from qcn_jax.recipes.nano.spans import LINE_TOKENS
 
-    tokenizer = Tokenizer.train([GOOD] * 3, 400, ADDED_TOKENS)
+    tokenizer = Tokenizer.train([GOOD] * 3, 400, (*ADDED_TOKENS, *LINE_TOKENS))
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
     params = jax.jit(Qwen3Next(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     hub.save(tmp_path / "model", config, jax.device_get(params), tokenizer)

@@ -208,6 +208,7 @@ CONFIG = '''
 from qcn_jax.config import (DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig,
                             RolloutConfig, RunConfig, SftConfig, TasksConfig, TokenizerConfig, TrainConfig,
                             to_config_dict)
+from qcn_jax.recipes.nano.spans import LINE_TOKENS
 
 VOCABULARY = 512
 
@@ -224,7 +225,7 @@ def get_config():
             linear_num_value_heads=2, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=16, shared_expert_intermediate_size=16, num_nextn_predict_layers=1, dtype="float32",
             chunk_size=32),
-        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, added_tokens=LINE_TOKENS),
         tasks=TasksConfig(repos_train=({train!r},), repos_heldout=({heldout!r},), train=12, heldout=6,
                           candidates_per_repo=40, test_timeout=10.0),
         midtrain=MidtrainConfig(train=train, corpus_megabytes=0.2),

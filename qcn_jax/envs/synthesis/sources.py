@@ -22,8 +22,7 @@ import urllib.request
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.errors import UserError
 
-_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)")
-_HASH = "#sha256="  # as pip writes it in a direct reference
+_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+)(?:#sha256=([0-9a-f]{64}))?")
 _ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
 _DOWNLOAD_SECONDS = 300.0
 _INDEX_SECONDS = 30.0  # without a byte, after which pip is tried
@@ -42,10 +41,11 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def locate(source: str, cache: pathlib.Path | None = None) -> RepositorySpec:
-    """Finds a repository: a requirement `name==version[#sha256=HEX]`, a path to an sdist, or a folder.
+    """Finds a repository: a requirement `name==version`, a path to an sdist, or a folder.
 
     Args:
-      source: what the user named; a requirement without a hash is trusted on first download.
+      source: what the user named; a requirement may end with #sha256= and the hash, and is trusted on first download
+        without.
       cache: folder of downloads.
 
     Raises:
@@ -60,11 +60,12 @@ def locate(source: str, cache: pathlib.Path | None = None) -> RepositorySpec:
         digest = "" if path.is_dir() else sha256(path)
         name = f"{pinned[1]}=={pinned[2]}" if pinned and "@" not in name else name
         return RepositorySpec(name, str(path.resolve()), digest)
-    requirement, _, digest = source.partition(_HASH)
-    if not _REQUIREMENT.fullmatch(requirement):
-        raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version")
-    archive = download(requirement, digest or None, cache or default_cache())
-    return RepositorySpec(requirement, str(archive), sha256(archive))
+    asked = _REQUIREMENT.fullmatch(source)
+    if not asked:
+        raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version, "
+                        "which may be followed by #sha256= and 64 hexadecimal digits")
+    archive = download(asked[1], asked[2], cache or default_cache())
+    return RepositorySpec(asked[1], str(archive), sha256(archive))
 
 
 def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pathlib.Path:

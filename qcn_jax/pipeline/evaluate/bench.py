@@ -1,7 +1,7 @@
 """The bench that models are measured on: held-out tasks, one engine whose weights are exchanged, sandboxes.
 
 Used by the stage `evaluate` for every model of a run and by `qcn evaluate` for one checkpoint. Episodes are those of
-training (pipeline.experts.domains), so nothing is measured that the model was not meant to do.
+training (pipeline.experts), so nothing is measured that the model was not meant to do.
 """
 
 import collections
@@ -13,18 +13,20 @@ from typing import Any
 
 import jax
 
+from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import EvaluateConfig, ModelConfig
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import GREEDY, Sampling
-from qcn_jax.pipeline.evaluate import scores
-from qcn_jax.pipeline.experts.domains import DOMAINS, Prompt, Services, TaskConversation, make_prompts
+from qcn_jax.pipeline.evaluate.baseline import Baseline
+from qcn_jax.pipeline.experts import headline, metrics
+from qcn_jax.pipeline.experts.expert import Conversation, Expert, Prompt
+from qcn_jax.pipeline.experts.services import Services
 from qcn_jax.pipeline.rl.episodes import make_engine
 from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, rollout, sequence_seed
-from qcn_jax.recipes.nano import heuristic
 
-HEURISTIC_THREADS = 8  # each waits for a sandbox; the pool decides how many really run
+BASELINE_THREADS = 8  # each waits for a sandbox; the pool decides how many really run
 
 
 @dataclasses.dataclass
@@ -33,7 +35,9 @@ class Bench:
 
     Attributes:
       tasks: held-out tasks in a fixed order.
-      templates: tool-call templates of the format domain.
+      experts: whose episodes are played; one is the headline.
+      scaffold: how tasks are presented.
+      templates: tool-call templates for experts that ask for one.
       config: sampling and limits.
       encoder: text to tokens and back.
       services: sandboxes.
@@ -42,6 +46,8 @@ class Bench:
     """
 
     tasks: Sequence[Task]
+    experts: Sequence[Expert]
+    scaffold: Scaffold
     templates: Sequence[str]
     config: EvaluateConfig
     encoder: ChatEncoder
@@ -55,45 +61,48 @@ class Bench:
 
         Every model must have the same configuration: the compiled functions are shared.
         """
-        engine = self._with_weights(model_config, params)
+        engine, first = self._with_weights(model_config, params), headline(self.experts)
+        others = [expert for expert in self.experts if expert is not first]
         # All at once, the long episodes first: a decoding step costs the same however few of the slots are in use.
-        sampled = make_prompts("swe", self.tasks[: self.config.pass_k_tasks]) if self.config.samples else []
-        played = self._play(engine, [make_prompts(domain, self.tasks, self.templates) for domain in DOMAINS], sampled)
-        (greedy, conversations), (single, _), (form, _), (samples, _) = played
-        result = scores.greedy(greedy)
-        result["single_turn"] = {key: value for key, value in scores.greedy(single).items()
-                                 if key in ("resolved", "attempted", "rate", "ci95", "solved")}
-        result |= scores.format_validity(form) | scores.sampled(samples)
-        result["messages"] = {row["instance_id"]: plain_messages(conversation.episode.messages)
+        sampled = self._prompts(first)[: self.config.pass_k_tasks] if self.config.samples else []
+        (greedy, conversations), *played, (samples, _) = self._play(
+            engine, [self._prompts(expert) for expert in (first, *others)], sampled)
+        result = metrics.greedy(greedy) | metrics.sampled(samples)
+        for expert, (rows, _) in zip(others, played, strict=True):
+            result |= expert.metrics(rows)
+        result["messages"] = {row["instance_id"]: plain_messages(conversation.messages)
                               for row, conversation in zip(greedy, conversations, strict=True)}
-        self.log(f"{name}: {result['resolved']}/{result['attempted']} resolved, single turn "
-                 f"{result['single_turn']['rate']:.1%}, format {result['format_valid']:.1%}")
+        rates = [f"{expert.column or expert.name} {expert.rate(result):.1%}" for expert in others]
+        self.log(", ".join([f"{name}: {result['resolved']}/{result['attempted']} resolved", *rates]))
         return result
 
     def patches(self, model_config: ModelConfig, params: Any) -> list[tuple[Task, str]]:
         """The patch of one greedy episode for each task."""
-        prompts = make_prompts("swe", self.tasks)
+        prompts = self._prompts(headline(self.experts))
         groups = [[self._conversation(prompt)] for prompt in prompts]
         records = rollout(self._with_weights(model_config, params), groups, [[0] for _ in prompts], sampling=GREEDY)
         return [(prompts[record.prompt].task, record.outcome.detail["patch"]) for record in records]
 
-    def heuristic(self) -> dict[str, Any]:
-        """The same numbers for the baseline without a model; what it cannot do (sample, other formats) is absent."""
-        conversations = [self._conversation(prompt) for prompt in make_prompts("swe", self.tasks)]
+    def baseline(self, baseline: Baseline) -> dict[str, Any]:
+        """The same numbers for what plays without a model; what it cannot do (sample, other experts) is absent."""
+        conversations = [self._conversation(prompt) for prompt in self._prompts(headline(self.experts))]
 
-        def play(conversation: TaskConversation) -> Outcome:
-            heuristic.act(conversation.episode)
+        def play(conversation: Any) -> Outcome:
+            baseline.play(conversation.episode)
             return conversation.outcome(False)
 
-        with concurrent.futures.ThreadPoolExecutor(HEURISTIC_THREADS, "heuristic") as threads:
+        with concurrent.futures.ThreadPoolExecutor(BASELINE_THREADS, "baseline") as threads:
             outcomes = list(threads.map(play, conversations))
         rows = [_row(task, outcome, len(conversation.episode.turns), 0, task.kind)
                 for task, conversation, outcome in zip(self.tasks, conversations, outcomes, strict=True)]
-        result = scores.greedy(rows) | {"pass_at_8": None, "format_valid": None}
-        result["messages"] = {task.instance_id: plain_messages(conversation.episode.messages)
+        result = metrics.greedy(rows) | {"pass_at_8": None}
+        result["messages"] = {task.instance_id: plain_messages(conversation.messages)
                               for task, conversation in zip(self.tasks, conversations, strict=True)}
-        self.log(f"heuristic: {result['resolved']}/{result['attempted']} resolved")
+        self.log(f"{baseline.name}: {result['resolved']}/{result['attempted']} resolved")
         return result
+
+    def _prompts(self, expert: Expert) -> list[Prompt]:
+        return expert.prompts(self.tasks, self.scaffold, self.templates)
 
     def _with_weights(self, model_config: ModelConfig, params: Any) -> Engine:
         params = jax.device_put(params)
@@ -102,14 +111,13 @@ class Bench:
         self._engine.params = params
         return self._engine
 
-    def _conversation(self, prompt: Prompt) -> TaskConversation:
+    def _conversation(self, prompt: Prompt) -> Conversation:
         # Rewards are not looked at here, only verdicts, hence no penalty.
-        return TaskConversation(prompt, self.encoder, self.services, max_turns=self.config.rollout.max_turns,
-                                unfinished_penalty=0.0)
+        return prompt.expert.conversation(prompt, self.encoder, self.services, max_turns=self.config.rollout.max_turns)
 
     def _play(
         self, engine: Engine, greedy: Sequence[Sequence[Prompt]], sampled: Sequence[Prompt]
-    ) -> list[tuple[list[dict[str, Any]], list[TaskConversation]]]:  # fmt: skip
+    ) -> list[tuple[list[dict[str, Any]], list[Conversation]]]:  # fmt: skip
         """Rows and conversations of one greedy episode for each prompt, list by list, and of those of `sampled`."""
         samples, drawn = self.config.samples, self.config.rollout
         sampling = Sampling(self.config.temperature, drawn.top_p, drawn.top_k)
@@ -164,7 +172,7 @@ def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
 
 
 def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) -> dict[str, Any]:
-    """An episode as pipeline.evaluate.scores reads it."""
+    """An episode as pipeline.experts.metrics reads it."""
     return {"instance_id": task.instance_id, "kind": kind, "solved": outcome.solved,
             "infrastructure": outcome.infrastructure, "turns": turns, "malformed": malformed,
-            "attempts": outcome.detail["attempts"], "reason": outcome.detail["reason"]}
+            "attempts": outcome.detail.get("attempts", 0), "reason": outcome.detail.get("reason", "unknown")}

@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qcn_jax import files
+from qcn_jax import files, statistics
 from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.evaluate import statistics
 
 
 @dataclasses.dataclass(frozen=True)

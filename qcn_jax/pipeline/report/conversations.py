@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _TAG = re.compile(r"(&lt;/?(?:tool_call|tool_response|function|parameter)(?:=[\w.-]*)?&gt;)")
-_LINE_TOKEN = re.compile(r"&lt;\|(\d+)\|&gt;")
+_TOKEN = re.compile(r"&lt;\|(\w+)\|&gt;")
 _ROLES = {"user": "task", "assistant": "model", "tool": "environment", "system": "system"}
 
 
@@ -36,7 +36,7 @@ def _trajectory(one: Mapping[str, Any], titles: Mapping[str, str], opened: bool)
 
 
 def highlight(text: str) -> str:
-    """Escapes `text`; colours tool-call tags and shows line tokens as line numbers."""
+    """Escapes `text`; colours tool-call tags and shows added tokens by what they hold, numbers aligned."""
     escaped = html.escape(text.strip("\n"), quote=False)
     escaped = _TAG.sub(r'<span class="tag">\1</span>', escaped)
-    return _LINE_TOKEN.sub(lambda match: f'<span class="lineno">{match.group(1):>3} </span>', escaped)
+    return _TOKEN.sub(lambda match: f'<span class="token">{match.group(1):>3} </span>', escaped)

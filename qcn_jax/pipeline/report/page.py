@@ -1,36 +1,62 @@
 """The report's page: sections of HTML from the data that pipeline.stages.report collects. Everything is escaped here."""
 
+import dataclasses
+import functools
 import html
 from collections.abc import Sequence
 from typing import Any
 
+from qcn_jax.pipeline.evaluate.baseline import Baseline
+from qcn_jax.pipeline.experts import headline
+from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import charts
 from qcn_jax.pipeline.report.style import CSS
 from qcn_jax.pipeline.report.conversations import trajectories_section
 
-TITLES = {
-    "heuristic_once": "heuristic, one guess", "heuristic": "heuristic, guessing on",
-    "base": "base", "midtrain": "mid-trained", "sft": "SFT",
-    "sft_control": "SFT control, equal time", "expert_swe": "SWE expert (RL)",
-    "expert_single_turn": "single-turn expert", "expert_tool_format": "format expert", "unified": "unified (distilled)",
-}
-_COLOURS = {"heuristic_once": 7, "heuristic": 7, "base": 7, "midtrain": 7, "sft": 0, "sft_control": 4, "expert_swe": 2,
-            "expert_single_turn": 6, "expert_tool_format": 3, "unified": 1}
-_ATTEMPT_MODELS = ("heuristic", "sft", "sft_control", "expert_swe", "unified")
+_EXPERT_COLOURS = (2, 6, 3, 5)  # of the palette, in turn
 SIGNIFICANT = 0.05
 KEPT = 0.9  # of the best expert in each domain, what the unified model is meant to keep
 
 
-def render(data: dict[str, Any]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """Who the page is about: titles and colours of models in the order they are shown."""
+
+    experts: Sequence[Expert]
+    baseline: Baseline | None
+
+    @property
+    def headline(self) -> Expert:
+        """See pipeline.experts."""
+        return headline(self.experts)
+
+    @functools.cached_property
+    def titles(self) -> dict[str, str]:
+        """By model."""
+        played = {} if self.baseline is None else {
+            f"{self.baseline.name}_once": f"{self.baseline.title}, one guess",
+            self.baseline.name: f"{self.baseline.title}, guessing on"}
+        return played | {
+            "base": "base", "midtrain": "mid-trained", "sft": "SFT", "sft_control": "SFT control, equal time",
+            **{expert.model: expert.title for expert in self.experts}, "unified": "unified (distilled)"}
+
+    @functools.cached_property
+    def colours(self) -> dict[str, int]:
+        """By model; what was not trained for the tasks has one colour."""
+        own = {expert.model: _EXPERT_COLOURS[number % len(_EXPERT_COLOURS)] for number, expert in enumerate(self.experts)}
+        return dict.fromkeys(self.titles, 7) | {"sft": 0, "unified": 1, "sft_control": 4} | own
+
+
+def render(data: dict[str, Any], experts: Sequence[Expert], baseline: Baseline | None) -> str:
     """The whole page. `data` is what `report.collect` returns."""
-    evaluation = data["results"].get("evaluate", {})
+    evaluation, cast = data["results"].get("evaluate", {}), Cast(experts, baseline)
     body = [
-        _header(data), _cards(data), _rates(evaluation),
-        _pair(_attempts(evaluation), _rewards(data)),
+        _header(data), _cards(data, cast), _rates(evaluation, cast),
+        _pair(_attempts(evaluation, cast), _rewards(data, cast)),
         _pair(_losses(data), _distillation(data)),
-        _tests(evaluation), _kinds(evaluation),
+        _tests(evaluation, cast), _kinds(evaluation, cast),
         _pair(_yields(data), _times(data)),
-        trajectories_section(data["trajectories"], TITLES), _footer(data),
+        trajectories_section(data["trajectories"], cast.titles), _footer(data),
     ]
     return ("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
@@ -70,13 +96,14 @@ def _header(data: dict[str, Any]) -> str:
             f"from executing tests in a sandbox.</p>{note}</header>")
 
 
-def _cards(data: dict[str, Any]) -> str:
+def _cards(data: dict[str, Any], cast: Cast) -> str:
     tasks, evaluation = data["results"].get("tasks", {}), data["results"].get("evaluate", {})
     models = evaluation.get("models", {})
     cards = []
-    if "expert_swe" in models:
-        swe = models["expert_swe"]
-        cards.append((f"{swe['rate']:.1%}", f"resolved by the SWE expert, greedy, {swe['attempted']} held-out tasks"))
+    if cast.headline.model in models:
+        best = models[cast.headline.model]
+        cards.append((f"{best['rate']:.1%}", f"resolved by the {_text(cast.headline.title)}, greedy, {best['attempted']} "
+                      "held-out tasks"))
     if "sft" in models:
         cards.append((f"{models['sft']['rate']:.1%}", "resolved by SFT, where reinforcement learning starts"))
     if "unified" in models:
@@ -94,53 +121,53 @@ def _cards(data: dict[str, Any]) -> str:
     return f"<div class=\"cards\">{items}</div>"
 
 
-def _rates(evaluation: dict[str, Any]) -> str:
+def _rates(evaluation: dict[str, Any], cast: Cast) -> str:
     models = evaluation.get("models", {})
-    order = [name for name in TITLES if name in models]
-    bars = [charts.Bar(TITLES[name], models[name]["rate"], *models[name]["ci95"],
-                       note=f"{models[name]['resolved']}/{models[name]['attempted']}", colour=_COLOURS[name],
-                       strong=name in ("expert_swe", "unified")) for name in order]
+    order, others = [name for name in cast.titles if name in models], [e for e in cast.experts if not e.headline]
+    bars = [charts.Bar(cast.titles[name], models[name]["rate"], *models[name]["ci95"],
+                       note=f"{models[name]['resolved']}/{models[name]['attempted']}", colour=cast.colours[name],
+                       strong=name in (cast.headline.model, "unified")) for name in order]
     rows = []
     for name in order:
         model = models[name]
         low, high = model["ci95"]
-        single, outcomes = model.get("single_turn"), model.get("outcomes", {})
+        outcomes = model.get("outcomes", {})
         rows.append([
-            TITLES[name], f"{model['resolved']}/{model['attempted']}", f"{model['rate']:.1%}",
+            _text(cast.titles[name]), f"{model['resolved']}/{model['attempted']}", f"{model['rate']:.1%}",
             f"{low:.1%} – {high:.1%}", _rate_or_dash(model.get("pass_at_1")), _rate_or_dash(model.get("pass_at_8")),
-            _rate_or_dash(single and single["rate"]), _rate_or_dash(model.get("format_valid")),
+            *(_rate_or_dash(expert.rate(model)) for expert in others),
             _number_or_dash(model.get("mean_turns")), str(outcomes.get("infrastructure", 0)),
         ])
-    head = ["model", "resolved", "greedy", "95 % interval", "sampled pass@1", "pass@8", "single-turn", "format valid",
-            "turns", "infra"]
+    head = ["model", "resolved", "greedy", "95 % interval", "sampled pass@1", "pass@8",
+            *(_text(expert.column or expert.name) for expert in others), "turns", "infra"]
     return _section(
         "Resolved rate on repositories never seen in training",
         "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no passing "
-        "test breaks. Whiskers are 95 % Wilson intervals. The heuristic has no model: it mends the most "
-        "suspicious token, once or, with the same tools and turns, until the tests pass. The SFT control had the same "
-        "minutes of more imitation that the SWE expert had of reinforcement learning. Format valid: share of turns whose "
+        "test breaks. Whiskers are 95 % Wilson intervals. A baseline has no model: it guesses, once or, with the same "
+        "tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that the "
+        f"{_text(cast.headline.title)} had of reinforcement learning. Format valid: share of turns whose "
         "tool calls parse, over the templates. Infra: episodes without a verdict, left out of rates.",
-        charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == "expert_swe"])
+        charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == cast.headline.model])
                                       if rows else ""))
 
 
-def _attempts(evaluation: dict[str, Any]) -> str:
+def _attempts(evaluation: dict[str, Any], cast: Cast) -> str:
     models = evaluation.get("models", {})
     series = []
-    for name in _ATTEMPT_MODELS:
+    played = [] if cast.baseline is None else [cast.baseline.name]
+    for name in (*played, "sft", "sft_control", cast.headline.model, "unified"):
         rows = models.get(name, {}).get("attempts", [])
         if rows:
-            series.append(charts.Series(TITLES[name], [row["attempts"] for row in rows], [row["rate"] for row in rows],
-                                        _COLOURS[name]))
+            series.append(charts.Series(cast.titles[name], [row["attempts"] for row in rows],
+                                        [row["rate"] for row in rows], cast.colours[name]))
     return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one the "
                     "agent sees what the tests say.",
                     charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True))
 
 
-def _rewards(data: dict[str, Any]) -> str:
-    titles = (("swe", "SWE expert", 2), ("single_turn", "single-turn expert", 6), ("tool_format", "format expert", 3))
-    series = [_series(data["curves"].get(f"experts/{name}", []), title, colour, ("reward", "solved", "pass_rate"))
-              for name, title, colour in titles]
+def _rewards(data: dict[str, Any], cast: Cast) -> str:
+    series = [_series(data["curves"].get(f"experts/{expert.name}", []), expert.title, cast.colours[expert.model],
+                      ("reward", "solved", "pass_rate")) for expert in cast.experts]
     return _section("Reward during reinforcement learning", "Mean reward of the episodes sampled in each update, on "
                     "training tasks; it comes from executing tests.",
                     charts.line_chart([s for s in series if s], "update", "reward"))
@@ -183,11 +210,12 @@ def _series(rows: Sequence[dict[str, Any]], title: str, colour: int, names: Sequ
     return None
 
 
-def _tests(evaluation: dict[str, Any]) -> str:
+def _tests(evaluation: dict[str, Any], cast: Cast) -> str:
     rows = []
     for test in evaluation.get("tests", {}).values():
         verdict = "good" if test["p_value"] < SIGNIFICANT and test["difference"] > 0 else "quiet"
-        rows.append([f"{TITLES.get(test['first'], test['first'])} against {TITLES.get(test['second'], test['second'])}",
+        first, second = (_text(cast.titles.get(test[side], test[side])) for side in ("first", "second"))
+        rows.append([f"{first} against {second}",
                      _text(test["domain"]), str(test["tasks"]), str(test["only_first"]), str(test["only_second"]),
                      f"{test['difference'] * 100:+.1f} points",
                      f"<span class={verdict}>{_p_value(test['p_value'])}</span>"])
@@ -200,16 +228,16 @@ def _tests(evaluation: dict[str, Any]) -> str:
         content += "<h3>What the unified model keeps of each expert</h3>" + table(
             ["domain", "unified", "best expert", "kept"], retention)
     control = evaluation.get("control")
-    note = (f" The control: {control['steps']} further SFT steps from the SFT checkpoint, as long as the SWE expert's "
+    note = (f" The control: {control['steps']} further SFT steps from the SFT checkpoint, as long as the {cast.headline.title}'s "
             f"{control['target_seconds']:.0f} s of reinforcement learning (it took {control['seconds']:.0f} s)."
             if control else "")
     return _section("Paired comparisons", "The same tasks, the exact McNemar test on those that only one of the two "
                     f"resolves.{_text(note)}", content)
 
 
-def _kinds(evaluation: dict[str, Any]) -> str:
+def _kinds(evaluation: dict[str, Any], cast: Cast) -> str:
     models = evaluation.get("models", {})
-    order = [name for name in TITLES if models.get(name, {}).get("kinds")]
+    order = [name for name in cast.titles if models.get(name, {}).get("kinds")]
     kinds = sorted({kind for name in order for kind in models[name]["kinds"]})
     rows = []
     for kind in kinds:
@@ -218,7 +246,7 @@ def _kinds(evaluation: dict[str, Any]) -> str:
         rows.append([_text(kind), str(attempted), *(_shaded(cell) for cell in cells)])
     return _section("Per kind of bug", "Greedy resolved rate by the transformation that made the bug; held-out tasks are "
                     "balanced over kinds as far as they go.",
-                    table(["kind", "tasks", *(TITLES[name] for name in order)], rows) if rows else "")
+                    table(["kind", "tasks", *(_text(cast.titles[name]) for name in order)], rows) if rows else "")
 
 
 def _shaded(cell: dict[str, Any] | None) -> str:

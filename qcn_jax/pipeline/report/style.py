@@ -49,7 +49,7 @@ details[open] summary { border-bottom:1px solid var(--line); }
 .turn b { font-size:11.5px; color:var(--soft); text-transform:uppercase; letter-spacing:.05em; font-weight:600; }
 pre { margin:2px 0 0; white-space:pre-wrap; overflow-wrap:anywhere;
   font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace; }
-pre .tag { color:var(--c3); } pre .lineno { color:var(--soft); user-select:none; }
+pre .tag { color:var(--c3); } pre .token { color:var(--soft); user-select:none; }
 code { font:12.5px ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace; background:var(--code);
   padding:1px 5px; border-radius:4px; }
 footer { color:var(--soft); font-size:13px; margin-top:22px; }

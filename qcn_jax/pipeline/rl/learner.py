@@ -21,7 +21,7 @@ from qcn_jax.config import ExpertsConfig, ModelConfig
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline.rl import episodes, objectives
-from qcn_jax.pipeline.rl.rewards import informative_groups, summarize, token_advantages
+from qcn_jax.pipeline.rl.advantages import informative_groups, summarize, token_advantages
 from qcn_jax.pipeline.rl.rollout import Conversation, RolloutRecord, Stop, Stopped, never, rollout, sequence_seed
 from qcn_jax.pipeline.train.head import over_vocabulary, project
 from qcn_jax.pipeline.train.loop import Work
@@ -42,6 +42,7 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
     `config.kl_coef` holds the policy to; there is none where that is 0.
     """
     network = Qwen3Next(model, parallel=parallel)
+    objective = objectives.OBJECTIVES.resolve(config.objective, "--config.experts.objective")
     statistics = lambda kernels, hidden, target: objectives.token_statistics(project(hidden, kernels[0]), target)
 
     def logprobs_of(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -55,9 +56,7 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
     def loss(params: Any, batch: dict[str, jax.Array], reference: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         logprobs, entropy = logprobs_of(params, batch)
         weights, old = batch["weights"] / batch["weight_sum"], batch["old_logprobs"]
-        losses, clipped = objectives.clipped_policy_loss(
-            logprobs, old, batch["advantages"], config.clip_low, config.clip_high
-        )
+        losses, clipped = objective(logprobs, old, batch["advantages"], config)
         means = {
             "entropy": jnp.sum(weights * entropy),
             "clipped": jnp.sum(weights * clipped),

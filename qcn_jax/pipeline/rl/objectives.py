@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qcn_jax.config import ExpertsConfig
+from qcn_jax.registry import Registry
+
 STD_FLOOR = 1e-6  # a group whose rewards agree has no advantage, not an infinite one
 
 
@@ -73,6 +76,16 @@ def clipped_policy_loss(
     plain = ratio * advantages
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
     return -jnp.minimum(plain, clipped), clipped < plain
+
+
+def clipped(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, config: ExpertsConfig
+            ) -> tuple[jax.Array, jax.Array]:
+    """`clipped_policy_loss` as an objective, with the configuration's bounds."""
+    return clipped_policy_loss(logprobs, old_logprobs, advantages, config.clip_low, config.clip_high)
+
+
+# (log-probabilities, old ones, advantages, all [...] float32, config.experts) -> (losses [...], clipped or not [...])
+OBJECTIVES: Registry = Registry("objective", None, {"clipped": "qcn_jax.pipeline.rl.objectives:clipped"})
 
 
 def kl_estimate(logprobs: jax.Array, reference: jax.Array) -> jax.Array:

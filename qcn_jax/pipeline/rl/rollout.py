@@ -8,7 +8,7 @@ free ones. What a conversation samples depends on its own seed and tokens, so re
 schedule.
 
 Nothing here knows tasks or text: a conversation is anything that gives tokens and takes tokens
-(pipeline.experts.domains has those that are trained on).
+(pipeline.experts has those that are trained on).
 """
 
 import concurrent.futures

@@ -29,7 +29,8 @@ from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.experts.domains import TaskConversation, make_services
+from qcn_jax.pipeline.experts import experts_of
+from qcn_jax.pipeline.experts.services import make_services
 from qcn_jax.pipeline.rl import episodes, objectives
 from qcn_jax.pipeline.rl.rollout import (
     Conversation,
@@ -92,7 +93,7 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
     Raises:
       UserError: rows that the mesh does not divide.
     """
-    settings, names = config.distill, config.experts.names
+    settings, names = config.distill, tuple(expert.name for expert in experts_of(config.experts.names))
     slices = sum(-(-count * settings.group_size // settings.rows) for count in deal(settings.prompts, names).values())
     shape = BatchShape(slices, settings.rows, settings.sequence_length, sections=names, padded=True)
     return Trainer.build(config.model, distill_loss(config.model, settings.loss, parallel), settings.optimizer,
@@ -210,15 +211,15 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    (_, params), domains = models.load(context, "sft"), context.config.experts.names
-    teachers = {name: models.load(context, f"expert_{name}", parallel)[1] for name in domains}
+    (_, params), experts = models.load(context, "sft"), context.experts()
+    teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}
     judged = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
         engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length),
-        trainer=trainer, teachers=teachers, prompts={name: training_prompts(context, name) for name in domains},
-        converse=lambda prompt: TaskConversation(
-            prompt, encoder, services, max_turns=config.rollout.max_turns, unfinished_penalty=0.0, judged=judged
+        trainer=trainer, teachers=teachers, prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},
+        converse=lambda prompt: prompt.expert.conversation(
+            prompt, encoder, services, max_turns=config.rollout.max_turns, judged=judged
         ),
     )  # fmt: skip
     episodes.say_where(parallel, context.log)

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: every model of the run, the equal-time SFT control and the heuristic, on held-out repositories.
+"""Stage `evaluate`: every model of the run, the equal-time SFT control and the baseline, on held-out repositories.
 
 Each measured model leaves `DIR/evaluate/models/<name>.json`, so a resumed stage measures only what is missing.
 """
@@ -9,7 +9,9 @@ from typing import Any
 from qcn_jax import files
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.evaluate import scores
+from qcn_jax.pipeline.evaluate.baseline import Baseline, baseline_of
 from qcn_jax.pipeline.evaluate.bench import Bench, balanced
+from qcn_jax.pipeline.experts import headline
 from qcn_jax.pipeline.models import load
 from qcn_jax.pipeline.train.metrics import read_metrics
 
@@ -27,54 +29,55 @@ def run_stage(context: StageContext) -> dict[str, Any]:
             files.write_json(path, measure())
         models[name] = files.read_json(path)
 
-    measured("heuristic", bench.heuristic)
-    models["heuristic_once"] = first_guess(models["heuristic"])
+    baseline = baseline_of(context.config)
+    if baseline is not None:
+        measured(baseline.name, lambda: bench.baseline(baseline))
+        models[f"{baseline.name}_once"] = first_guess(models[baseline.name])
     control = train_control(context) if has_control(context) else None
     for name in model_names(context):
         measured(name, lambda name=name: bench.model(name, *load(context, name)))
-    files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench))
+    files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench, baseline))
     for model in models.values():
         model.pop("messages", None)
     results = {
-        "models": models, "tests": scores.comparisons(models),
-        "retention": scores.retention(models),
+        "models": models,
+        "tests": scores.comparisons(models, bench.experts, baseline.name if baseline else ""),
+        "retention": scores.retention(models, bench.experts),
         "sandbox": context.provider().kind, "isolation": context.provider().describe(),
-        "line": _line(models),
+        "line": _line(models, headline(bench.experts).model),
     }
     return results | ({"control": control} if control else {})
 
 
-def first_guess(heuristic: dict[str, Any]) -> dict[str, Any]:
-    """The heuristic's numbers had it submitted its first guess: what needs neither a model nor test feedback."""
-    first = {key: value for key, value in heuristic["attempts"][0].items() if key != "attempts"}
-    return first | {"pass_at_8": None, "format_valid": None}
+def first_guess(baseline: dict[str, Any]) -> dict[str, Any]:
+    """A baseline's numbers had it submitted its first guess: what needs neither a model nor test feedback."""
+    return {key: value for key, value in baseline["attempts"][0].items() if key != "attempts"} | {"pass_at_8": None}
 
 
 def model_names(context: StageContext) -> list[str]:
     """Models that this run trains, in the order of the report."""
-    config = context.config
-    experts = [f"expert_{name}" for name in config.experts.names]
+    experts = [expert.model for expert in context.experts()]
     return ["base", "midtrain", "sft", *(["sft_control"] if has_control(context) else []), *experts, "unified"]
 
 
 def has_control(context: StageContext) -> bool:
-    """Whether there is an equal-time control; its time is the SWE expert's."""
-    return context.config.evaluate.sft_control and "swe" in context.config.experts.names
+    """Whether there is an equal-time control; its time is the headline expert's."""
+    return context.config.evaluate.sft_control
 
 
 def make_bench(context: StageContext) -> Bench:
     """The bench over this run's held-out tasks."""
     from qcn_jax.chat.encoder import ChatEncoder
-    from qcn_jax.pipeline.experts.domains import make_services
+    from qcn_jax.pipeline.experts.services import make_services
 
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
-    return Bench(tasks, context.templates(), config.evaluate, ChatEncoder(context.tokenizer()),
+    return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate, ChatEncoder(context.tokenizer()),
                  make_services(context), config.seed, context.log)
 
 
 def train_control(context: StageContext) -> dict[str, Any]:
-    """Continues SFT for as many steps as take the time that the SWE expert's reinforcement learning took.
+    """Continues SFT for as many steps as take the time that the headline expert's reinforcement learning took.
 
     Both times are without compilation: the median update times the number of updates, and SFT's own median step.
     The number of steps is written down before training, so that a resumed run trains the same number.
@@ -86,7 +89,7 @@ def train_control(context: StageContext) -> dict[str, Any]:
         return files.read_json(done)
     plan_path = context.workdir / "control_plan.json"
     if not plan_path.exists():
-        rows = read_metrics(context.root / "experts" / "swe" / "metrics.jsonl")
+        rows = read_metrics(context.root / "experts" / headline(context.experts()).name / "metrics.jsonl")
         # A process's first update compiles and has no time of its own; acting is the most of it.
         updates = [row["seconds_per_step"] or row["seconds_rollout"] for row in rows]
         target = statistics.median_low(updates) * len(updates)
@@ -100,7 +103,8 @@ def train_control(context: StageContext) -> dict[str, Any]:
     return control
 
 
-def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench) -> list[dict[str, Any]]:
+def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baseline: Baseline | None
+                        ) -> list[dict[str, Any]]:
     """Conversations worth reading: first a recovery, then what reinforcement learning changed, then failures."""
     kinds = {task.instance_id: task.kind for task in bench.tasks}
     picks: list[tuple[str, str]] = []
@@ -108,7 +112,7 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench) -> list
     def turns(model: str, task: str) -> int:
         return sum(message["role"] == "assistant" for message in models[model]["messages"][task])
 
-    best = "expert_swe" if "expert_swe" in models else "unified"
+    best = headline(bench.experts).model
     solved, before = models[best]["solved"], models["sft"]["solved"]
     recovered = sorted((task for task in solved if solved[task]), key=lambda task: (-turns(best, task), task))
     gained = [task for task in recovered if not before.get(task, False)]
@@ -117,12 +121,13 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench) -> list
         picks += [(best, task), ("sft", task)]
     picks += [("unified", task) for task, ok in sorted(models["unified"]["solved"].items()) if ok][:1]
     picks += [(best, task) for task in sorted(solved) if not solved[task]][:2]
-    picks += [("heuristic", task) for task, ok in sorted(models["heuristic"]["solved"].items()) if ok][:1]
+    if baseline is not None:
+        picks += [(baseline.name, task) for task, ok in sorted(models[baseline.name]["solved"].items()) if ok][:1]
     return [{"model": model, "instance_id": task, "kind": kinds[task], "resolved": models[model]["solved"][task],
              "messages": models[model]["messages"][task]}
             for model, task in dict.fromkeys(picks) if task in models[model]["solved"]][:SHOWN]
 
 
-def _line(models: dict[str, dict[str, Any]]) -> str:
-    shown = [name for name in ("midtrain", "sft", "sft_control", "expert_swe", "unified") if name in models]
+def _line(models: dict[str, dict[str, Any]], expert: str) -> str:
+    shown = [name for name in ("midtrain", "sft", "sft_control", expert, "unified") if name in models]
     return "resolved " + ", ".join(f"{name} {models[name]['rate']:.1%}" for name in shown)

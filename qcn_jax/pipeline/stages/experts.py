@@ -16,7 +16,9 @@ from qcn_jax.inference.engine import Engine
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data.splits import split_tasks
-from qcn_jax.pipeline.experts.domains import Prompt, Services, TaskConversation, make_prompts, make_services
+from qcn_jax.pipeline.experts import reward_of
+from qcn_jax.pipeline.experts.expert import Expert, Prompt
+from qcn_jax.pipeline.experts.services import Services, make_services
 from qcn_jax.pipeline.rl import episodes, learner
 from qcn_jax.pipeline.rl.learner import Learner
 from qcn_jax.pipeline.rl.rollout import sequence_seed
@@ -43,6 +45,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
       updates, and "mesh".
     """
     config = context.config.experts
+    experts = context.experts()
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
@@ -50,28 +53,28 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length)
     episodes.say_where(parallel, context.log)
     results = {}
-    for name in config.names:
-        done = context.workdir / name / "DONE.json"
+    for expert in experts:
+        done = context.workdir / expert.name / "DONE.json"
         if not done.exists():
-            files.write_json(done, _train_expert(context, name, params, engine, trainer, encoder, services))
-        results[name] = files.read_json(done)
+            files.write_json(done, _train_expert(context, expert, params, engine, trainer, encoder, services))
+        results[expert.name] = files.read_json(done)
     line = ", ".join(f"{n} {r['first']['pass_rate']:.0%} to {r['last']['pass_rate']:.0%}" for n, r in results.items())
-    return {"experts": results, "mesh": results[config.names[-1]]["mesh"], "line": f"pass rate {line}"}
+    return {"experts": results, "mesh": results[experts[-1].name]["mesh"], "line": f"pass rate {line}"}
 
 
-def _train_expert(context: StageContext, name: str, params: Any, engine: Engine, trainer: Trainer,
+def _train_expert(context: StageContext, expert: Expert, params: Any, engine: Engine, trainer: Trainer,
                   encoder: ChatEncoder, services: Services) -> dict[str, Any]:
-    config, directory = context.config.experts, context.workdir / name
-    log = lambda line: context.log(f"{name}: {line}")
-    prompts = training_prompts(context, name)
+    config, directory, reward = context.config.experts, context.workdir / expert.name, reward_of(context.config)
+    log = lambda line: context.log(f"{expert.name}: {line}")
+    prompts = training_prompts(context, expert, "experts")
     if all(prompt.scaffold.single_turn for prompt in prompts):  # taken greedily, the only turn would teach nothing
         config = dataclasses.replace(config, greedy_turns=())
     feed = Learner(
-        config=config, seed=sequence_seed(context.config.seed, zlib.crc32(name.encode())), engine=engine,
+        config=config, seed=sequence_seed(context.config.seed, zlib.crc32(expert.name.encode())), engine=engine,
         trainer=trainer, prompts=prompts,
-        converse=lambda prompt: TaskConversation(
+        converse=lambda prompt: expert.conversation(
             prompt, encoder, services, max_turns=config.rollout.max_turns,
-            unfinished_penalty=config.unfinished_penalty,
+            unfinished_penalty=config.unfinished_penalty, reward=reward,
         ),
     )  # fmt: skip
     if config.filter_samples:
@@ -110,10 +113,10 @@ def _every_tenth(log: Callable[[str], None]) -> Callable[[int, int], None]:
     return progress
 
 
-def training_prompts(context: StageContext, domain: str) -> list[Prompt]:
-    """Prompts of RL and distillation: tasks that SFT has not seen."""
+def training_prompts(context: StageContext, expert: Expert, stage: str) -> list[Prompt]:
+    """Prompts of `stage`, experts or distill: tasks that SFT has not seen."""
     _, tasks = split_tasks(context.tasks("train"), context.config.seed)
-    return make_prompts(domain, tasks, context.templates())
+    return expert.prompts(tasks, context.scaffold(stage), context.templates())
 
 
 def _line(metrics: dict[str, Any]) -> str:

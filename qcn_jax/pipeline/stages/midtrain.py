@@ -11,26 +11,24 @@ from typing import Any
 
 import numpy as np
 
+from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import MidtrainConfig, RunConfig
-from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
-from qcn_jax.pipeline.data.documents import fim, repository
+from qcn_jax.pipeline.data.documents import EDITS, fim, repository
 from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
-from qcn_jax.recipes.nano import edits
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
-LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, 65))
-# Order fixes ids; Qwen's names first, then the tags of the native tool-call form and line numbers.
+# Order fixes ids; Qwen's names first, then the tags of the native tool-call form.
 ADDED_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-    "<function=", "</function>", "<parameter=", "</parameter>", *LINE_TOKENS)
+    "<function=", "</function>", "<parameter=", "</parameter>")
 TOKENIZER_SAMPLE_BYTES = 4_000_000  # of source text; more changes little in a vocabulary this small
 
 Corpus = dict[str, list[repository.Module]]
@@ -113,11 +111,20 @@ def prepare_tokenizer(context: StageContext, groups: Corpus) -> Tokenizer:
             if size < TOKENIZER_SAMPLE_BYTES:
                 texts.append(text)
                 size += len(text)
-        tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size, ADDED_TOKENS)
+        tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size, _added_tokens(context.config))
     else:
         tokenizer = Tokenizer.from_folder(models.initial_folder(context.config))
     tokenizer.save(context.tokenizer_path)
     return context.tokenizer()
+
+
+def _added_tokens(config: RunConfig) -> tuple[str, ...]:
+    added = (*ADDED_TOKENS, *config.tokenizer.added_tokens)
+    twice = next((token for token in added if added.count(token) > 1 or not token), None)
+    if twice is not None:
+        raise UserError(f"--config.tokenizer.added_tokens: {twice!r} is empty or there twice; the templates' own are "
+                        f"{', '.join(ADDED_TOKENS)}")
+    return added
 
 
 def check_initial(config: RunConfig) -> None:
@@ -127,7 +134,7 @@ def check_initial(config: RunConfig) -> None:
       UserError: no checkpoint, one of another architecture, or a vocabulary larger than the model's.
     """
     if config.init == "random":
-        size, smallest = config.tokenizer.vocab_size, Tokenizer.smallest(ADDED_TOKENS)
+        size, smallest = config.tokenizer.vocab_size, Tokenizer.smallest(_added_tokens(config))
         if size < smallest:
             raise UserError(f"--config.tokenizer.vocab_size: {size}; allowed: at least {smallest}")
     else:
@@ -151,12 +158,8 @@ def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) ->
         documents = fim.FimDocuments(modules, tokenizer, seed=config.seed, max_tokens=length)
         sources.append(loader.Source("fim", documents, settings.fim))
     if settings.edits > 0:
-        code = [(path, text) for path, text in modules if not is_test_path(path)]
-        table = edits.function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds,
-                                     seed=config.seed, cache=context.workdir / "data" / "edits.json",
-                                     processes=config.workers)
-        context.log(f"edits: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
-        documents = edits.EditDocuments(table, tokenizer, seed=config.seed, max_tokens=length)
+        make = EDITS.resolve(settings.edit_documents, "--config.midtrain.edit_documents")
+        documents = make(context, modules, tokenizer, length)
         sources.append(loader.Source("edits", documents, settings.edits))
     return sources
 

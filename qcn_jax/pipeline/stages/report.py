@@ -4,25 +4,27 @@ Only reads what the other stages left; a stage that has not finished leaves its 
 """
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.pipeline.evaluate.baseline import baseline_of
+from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import page
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.run import STAGES
 
-SUMMARY_MODELS = ("base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format", "unified")
-_SUMMARY_FIELDS = ("resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid")
+_SUMMARY_FIELDS = ("resolved", "attempted", "rate", "ci95", "pass_at_8")
 _TASK_FIELDS = ("train", "heldout", "candidates", "repos_train", "repos_heldout")
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Writes the report from what is there; returns where it is."""
     data = collect(context)
-    folder = context.workdir
-    files.write_json(folder / "summary.json", summary(data))
-    files.write_text(folder / "index.html", page.render(data))
+    folder, experts, baseline = context.workdir, context.experts(), baseline_of(context.config)
+    files.write_json(folder / "summary.json", summary(data, experts))
+    files.write_text(folder / "index.html", page.render(data, experts, baseline))
     return {"line": str(folder / "index.html"), "missing_stages": data["missing"]}
 
 
@@ -36,8 +38,8 @@ def collect(context: StageContext) -> dict[str, Any]:
         elif stage != "report":
             missing.append(stage)
     curves = {name: read_metrics(context.root / name / "metrics.jsonl") for name in ("midtrain", "sft", "distill")}
-    for folder in sorted((context.root / "experts").glob("*/metrics.jsonl")):
-        curves[f"experts/{folder.parent.name}"] = read_metrics(folder)
+    for expert in context.experts():
+        curves[f"experts/{expert.name}"] = read_metrics(context.root / "experts" / expert.name / "metrics.jsonl")
     trajectories = context.root / "evaluate" / "trajectories.jsonl"
     return {
         "name": context.config.name,
@@ -51,23 +53,25 @@ def collect(context: StageContext) -> dict[str, Any]:
     }
 
 
-def summary(data: dict[str, Any]) -> dict[str, Any]:
-    """The fixed form of summary.json, with further keys beside the fixed ones.
+def summary(data: dict[str, Any], experts: Sequence[Expert]) -> dict[str, Any]:
+    """The fixed form of summary.json, with further keys beside the fixed ones and one for each further expert.
 
     A model that was not evaluated is absent; `pass_at_8` is null where fewer than 8 samples were drawn.
     """
     results = data["results"]
     tasks, evaluation = results.get("tasks", {}), results.get("evaluate", {})
     models = evaluation.get("models", {})
+    trained = ("base", "midtrain", "sft", *(expert.model for expert in experts), "unified")
+    fields = (*_SUMMARY_FIELDS, *(field for expert in experts for field in expert.summary))
     return {
         "sandbox": evaluation.get("sandbox", tasks.get("sandbox")),
         "wall_seconds": round(sum(data["seconds"].values()), 1),
         "tasks": {field: tasks.get(field, [] if field.startswith("repos") else 0) for field in _TASK_FIELDS},
-        "models": {name: {field: models[name].get(field) for field in _SUMMARY_FIELDS}
-                   for name in SUMMARY_MODELS if name in models},
-        "baselines": {name: {field: model.get(field) for field in _SUMMARY_FIELDS}
-                      for name, model in models.items() if name not in SUMMARY_MODELS},
-        "single_turn": {name: model["single_turn"] for name, model in models.items() if "single_turn" in model},
+        "models": {name: {field: models[name].get(field) for field in fields} for name in trained if name in models},
+        "baselines": {name: {field: model.get(field) for field in fields}
+                      for name, model in models.items() if name not in trained},
+        **{expert.name: {name: model[expert.name] for name, model in models.items() if expert.name in model}
+           for expert in experts if not expert.headline},
         "kinds": {name: model["kinds"] for name, model in models.items() if "kinds" in model},
         "attempts": {name: model["attempts"] for name, model in models.items() if "attempts" in model},
         "tests": evaluation.get("tests", {}),

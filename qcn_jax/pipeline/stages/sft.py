@@ -1,10 +1,10 @@
 """Stage `sft`: imitation of verified trajectories, with loss on the assistant's own tokens.
 
-The scripted solver acts through the same tools in the same sandboxes as the model will; what its tests did not
-confirm is not kept. Tasks are those of the imitation side of pipeline.data.splits, so that reinforcement learning meets
-none of them. Turns whose edit the tests refuted are part of what the model reads and no part of the loss: it learns
-to recover from mistakes, not to make them. Trajectories that look for a defect nobody has told them (`searches`) are
-learned whole: there the refuted edits are the search.
+Whoever made them acted through the same tools in the same sandboxes as the model will; what tests did not confirm is
+not kept. Tasks are those of the imitation side of pipeline.data.splits, so that reinforcement learning meets none of
+them. Turns that ended in failing tests are part of what the model reads and no part of the loss: it learns to recover
+from mistakes, not to make them. Trajectories that look for a defect nobody has told them (`search`) are learned whole:
+there the failed edits are the search.
 """
 
 import dataclasses
@@ -24,11 +24,10 @@ from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.splits import split_tasks
+from qcn_jax.pipeline.data.trajectories import TRAJECTORIES
 from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.train.signals import interrupted, stop_signals
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
-from qcn_jax.recipes.nano import guesses
-from qcn_jax.recipes.nano.trajectories import collect, plan
 from qcn_jax.sharding.parallel import Parallel
 
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order
@@ -85,20 +84,15 @@ def collect_trajectories(context: StageContext) -> list[Trajectory]:
       Interrupted: a signal came; what was solved is in the journal.
       UserError: there is no trajectory at all.
     """
-    settings, seed = context.config.sft, context.config.seed
-    tasks, _ = split_tasks(context.tasks("train"), seed)
-    pool = context.pool()
-    pool.register(context.repositories().values())
-    names = context.templates()
-    guessed = guesses.propose(context, tasks)
-    requests = lambda number, task: plan(task, number, seed, settings.trajectories_per_task, settings.recovery, names,
-                                         guessed.get(task.instance_id, ()), settings.searches)
+    tasks, _ = split_tasks(context.tasks("train"), context.config.seed)
+    source = TRAJECTORIES.resolve(context.config.sft.trajectories, "--config.sft.trajectories")
+    context.pool().register(context.repositories().values())
     with stop_signals() as stop:
-        found = collect(context.root / "sft" / "trajectories.jsonl", tasks, requests, pool, context.log, stop.is_set)
+        found = source.collect(context, tasks, stop.is_set)
         if stop.is_set():
             raise interrupted(stop.number, "while trajectories were collected", context.log)
     if not found:
-        raise UserError(f"stage sft: the solver solved none of {len(tasks)} training tasks; see "
+        raise UserError(f"stage sft: no trajectory of {len(tasks)} training tasks; see "
                         f"{context.root / 'tasks' / 'train.jsonl'}")
     return found
 
@@ -111,23 +105,15 @@ def encode(trajectories: Sequence[Trajectory], encoder: ChatEncoder, max_tokens:
         document = encoder.encode(trajectory.messages, trajectory.tools)
         if len(document["tokens"]) <= max_tokens:
             if not trajectory.search:
-                document["weights"] = document["weights"] * ~_refuted(trajectory, document["weights"])
+                document["weights"] = document["weights"] * ~_failed(trajectory, document["weights"])
             documents.append(document)
     return documents, len(trajectories) - len(documents)
 
 
-def _refuted(trajectory: Trajectory, weights: np.ndarray) -> np.ndarray:
+def _failed(trajectory: Trajectory, weights: np.ndarray) -> np.ndarray:
     """[T] bool: positions whose next token is of an assistant turn that ended in failing tests."""
     turns = np.cumsum(np.diff(weights, prepend=0) > 0) * (weights > 0)  # number of the assistant turn, from 1
-    runs = iter(trajectory.outcomes)
-    refuted, number = [], 0
-    for message in trajectory.messages:
-        if message["role"] == "assistant":
-            number += 1
-            calls = [call["name"] for call in message.get("tool_calls", ())]
-            if "run_tests" in calls and not next(runs):
-                refuted.append(number)
-    return np.isin(turns, refuted)
+    return np.isin(turns, [number + 1 for number in trajectory.failed])
 
 
 def _train(context: StageContext, documents: list[dict[str, np.ndarray]], steps: int, directory: pathlib.Path,

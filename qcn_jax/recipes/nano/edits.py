@@ -1,4 +1,4 @@
-"""Edit documents: a function with injected defects, and the minimal edits that mend it.
+"""Edit documents: a function with injected defects, and the minimal edits that fix it.
 
 Mid-training data of the report's "edits as search-and-replace" kind, for a model far too small to learn copying
 whole lines: the edit names a line and the smallest changed span. A document reads
@@ -26,7 +26,9 @@ import numpy as np
 from qcn_jax import files
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent, line_token, minimal_edit
 from qcn_jax.envs.synthesis.inject import Injection, candidates
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.pipeline.context import StageContext
 
 CODE_WEIGHT = 0.1  # of next-token loss on code lines, which are many; the edit's few tokens have weight 1
 
@@ -111,6 +113,17 @@ def _functions(module: tuple[str, str], max_lines: int, kinds: tuple[str, ...], 
         if defects:
             result.append(FunctionDefects(path, tuple(lines), tuple(dict.fromkeys(defects))))
     return result
+
+
+def documents(context: StageContext, modules: Iterable[tuple[str, str]], tokenizer: Tokenizer, max_tokens: int
+              ) -> "EditDocuments":
+    """Mid-training's edit documents of `modules`, tests left out, with the bug kinds of `config.tasks`."""
+    config = context.config
+    code = [(path, text) for path, text in modules if not is_test_path(path)]
+    table = function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds, seed=config.seed,
+                           cache=context.workdir / "data" / "edits.json", processes=config.workers)
+    context.log(f"edits: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
+    return EditDocuments(table, tokenizer, seed=config.seed, max_tokens=max_tokens)
 
 
 class EditDocuments:

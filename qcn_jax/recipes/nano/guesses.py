@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qcn_jax import files
+from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.workspace import open_overlay
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.experts.domains import make_services
+from qcn_jax.pipeline.experts.services import make_services
 from qcn_jax.pipeline.rl import episodes
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout, sequence_seed
 from qcn_jax.recipes.nano.edits import EditDocuments
-from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent
 
 Guess = tuple[int, str, str]
@@ -43,17 +43,14 @@ class _Proposal:
         return Outcome(0.0, False, True, detail={"edits": self._edits})
 
 
-def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Guess]]:
-    """`config.sft.guesses` sampled answers per task: its id -> distinct (line, old, new), most frequent first.
+def propose(context: StageContext, scaffold: Scaffold, tasks: Sequence[Task], samples: int) -> dict[str, list[Guess]]:
+    """`samples` sampled answers per task: its id -> distinct (line, old, new), most frequent first.
 
     Right ones are among them.
 
     Written to sft/guesses.json, so that a resumed stage goes on with the same.
     """
     path = context.root / "sft" / "guesses.json"
-    samples = context.config.sft.guesses
-    if not samples:
-        return {}
     if not path.exists():
         tokenizer = context.tokenizer()
         model, params = models.load(context, "midtrain")
@@ -61,7 +58,7 @@ def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Gues
         engine = episodes.make_engine(model, params, tokenizer, context.config.experts.rollout)
         documents = EditDocuments([], tokenizer, seed=0, max_tokens=engine.max_length)
         services = make_services(context)
-        prompts = {task.instance_id: _prompt(task, services.files(task.repo), documents) for task in tasks}
+        prompts = {task.instance_id: _prompt(scaffold, task, services.files(task.repo), documents) for task in tasks}
         names = [name for name, prompt in prompts.items() if 0 < len(prompt) < engine.max_length]
         groups = [[_Proposal(documents, prompts[name]) for _ in range(samples)] for name in names]
         seeds = [[sequence_seed(context.config.seed, SEED, number, sample) for sample in range(samples)]
@@ -74,9 +71,9 @@ def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Gues
     return {name: [tuple(edit) for edit in edits] for name, edits in files.read_json(path).items()}
 
 
-def _prompt(task: Task, pristine: dict[str, str], documents: EditDocuments) -> list[int]:
+def _prompt(scaffold: Scaffold, task: Task, pristine: dict[str, str], documents: EditDocuments) -> list[int]:
     """The task's function as an edit document shows it; empty where it is too long for line tokens."""
-    executor = NANO.executor(task, open_overlay(task, pristine, None))
+    executor = scaffold.executor(task, open_overlay(task, pristine, None))
     view = executor.view()
     lines = dedent(executor.workspace.read(view.path).split("\n")[view.start - 1 : view.end])
     return documents.prompt(view.path, lines) if len(lines) <= MAX_LINE_TOKENS else []

@@ -13,7 +13,10 @@ from qcn_jax.agents import python_code
 from qcn_jax.recipes.nano import spans
 from qcn_jax.agents.episode import Episode
 from qcn_jax.agents.trajectory import Trajectory, verified
-from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.evaluate.baseline import Baseline
+from qcn_jax.recipes.nano.scaffold import NanoScaffold
 from qcn_jax.recipes.nano.solver import SpanEdit
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import ToolExecutor
@@ -62,12 +65,30 @@ def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
         _step(episode, [ToolCall("submit")])
 
 
-def search(task: Task, executor: ToolExecutor, guesses: Sequence[SpanEdit] = (), max_turns: int = 8
+class Heuristic(Baseline):
+    """`act` as evaluation's baseline."""
+
+    def check(self, scaffold: Scaffold) -> None:
+        """See Baseline."""
+        if not isinstance(scaffold, NanoScaffold) or scaffold.single_turn:
+            raise UserError(f"baseline {self.name} plays several turns with nano's tools, not scaffold {scaffold.name}")
+
+    def play(self, episode: Episode) -> None:
+        """See Baseline."""
+        act(episode)
+
+
+HEURISTIC = Heuristic("heuristic", "heuristic")
+
+
+def search(task: Task, scaffold: Scaffold, executor: ToolExecutor, guesses: Sequence[SpanEdit] = (), max_turns: int = 8
            ) -> Trajectory | None:
     """A trajectory that looks for the defect without knowing it: guesses first, then suspicions, tests deciding.
 
     Args:
-      task: its starting state is what `executor` (of scaffold nano) must hold, untouched.
+      task: its starting state is what `executor` must hold, untouched.
+      scaffold: nano's, with several turns.
+      executor: of the scaffold's tools.
       guesses: of a model, the likeliest first.
       max_turns: turns in which it must have been found.
 
@@ -77,7 +98,7 @@ def search(task: Task, executor: ToolExecutor, guesses: Sequence[SpanEdit] = (),
     Raises:
       SandboxError: the sandbox failed.
     """
-    episode = Episode(task, NANO, executor, max_turns=max_turns)
+    episode = Episode(task, scaffold, executor, max_turns=max_turns)
     act(episode, guesses)
     return verified(episode, executor, search=True)
 

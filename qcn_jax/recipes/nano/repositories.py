@@ -101,7 +101,7 @@ PRETRAIN: dict[str, str] = {
 }
 
 
-
-def requirements(hashes: dict[str, str]) -> tuple[str, ...]:
-    """The repositories as a configuration names them, each with the hash of its source distribution."""
-    return tuple(f"{name}#sha256={digest}" for name, digest in hashes.items())
+def pinned(*names: str) -> tuple[str, ...]:
+    """Those of the repositories above, with their hashes, as `config.tasks` takes them."""
+    known = TRAIN | HELDOUT | BASE | PRETRAIN
+    return tuple(f"{name}#sha256={known[name]}" for name in names)

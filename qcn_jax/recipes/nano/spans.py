@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from qcn_jax.agents.python_code import occurrences
 
 MAX_LINE_TOKENS = 64  # the tokenizer has <|1|> .. <|64|>
+LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, MAX_LINE_TOKENS + 1))
 
 # Python's tokens, except that strings are taken apart into words: a change inside one stays small.
 _TOKEN = re.compile(
@@ -15,7 +16,7 @@ _TOKEN = re.compile(
 
 def line_token(number: int) -> str:
     """The tokenizer's token for line `number` (1-based) of a function on view."""
-    return f"<|{number}|>"
+    return LINE_TOKENS[number - 1]
 
 
 def dedent(lines: Sequence[str]) -> list[str]:

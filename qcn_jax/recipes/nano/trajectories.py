@@ -1,28 +1,89 @@
-"""Trajectories of the scripted solver over the pool of sandboxes, journalled so that a killed run continues.
-
-One job makes all trajectories of one task in a worker process (this module imports no JAX for its sake). A row of
-the journal is a task's result, written when it is complete; half a row, left by a kill, is forgotten.
-"""
+"""SFT's trajectories: the scripted solver's, with and without mistakes, and searches. Workers import this; it needs no JAX."""
 
 import dataclasses
-import pathlib
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+from qcn_jax.agents import collecting
 from qcn_jax.recipes.nano import heuristic, solver
-from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.base import Provider
-from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.agents.trajectory import Trajectory
-from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data.trajectories import TrajectorySource
+from qcn_jax.recipes.nano.scaffold import NanoScaffold
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
-from qcn_jax.journal import Rows
 
-MAX_WRONG = 3  # edits that the tests refute, in trajectories that show a recovery
-LOG_EVERY = 100  # tasks
+if TYPE_CHECKING:
+    from qcn_jax.pipeline.context import StageContext
+
+MAX_WRONG = 3  # edits on which tests fail, in trajectories that show a recovery
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `config.sft.options` may hold."""
+
+    recovery: float = 0.5  # share of trajectories with wrong edits first
+    searches: int = 0  # trajectories per task that look for the defect without knowing it, failed edits learned too
+    guesses: int = 0  # edits per task sampled from the mid-trained model; recoveries begin with its wrong ones
+
+
+class Scripted(TrajectorySource):
+    """Trajectories of `solver` and `heuristic.search`; the tasks are shown as the configured scaffold shows them."""
+
+    def check(self, config: RunConfig) -> None:
+        """See TrajectorySource."""
+        options(config)
+        scaffold_of(config)
+
+    def collect(
+        self, context: "StageContext", tasks: Sequence[Task], stopped: Callable[[], bool]
+    ) -> list[Trajectory] | None:
+        """See TrajectorySource."""
+        chosen, scaffold, guessed = options(context.config), scaffold_of(context.config), {}
+        if chosen.guesses:
+            from qcn_jax.recipes.nano import guesses
+
+            guessed = guesses.propose(context, scaffold, tasks, chosen.guesses)
+        requests = lambda number, task: plan(
+            task, number, context.config.seed, context.config.sft.trajectories_per_task, chosen, scaffold,
+            context.templates(), guessed.get(task.instance_id, ()))
+        return collecting.collect(context.root / "sft" / "trajectories.jsonl", tasks, act, requests, context.pool(),
+                                  context.log, stopped)
+
+
+SCRIPTED = Scripted()
+
+
+def options(config: RunConfig) -> Options:
+    """Reads `config.sft.options`.
+
+    Raises:
+      UserError: one that is unknown, of another type or out of range.
+    """
+    found = from_config_dict(Options, config.sft.options, "config.sft.options")
+    if not 0 <= found.recovery <= 1:
+        raise UserError(f"--config.sft.options.recovery: {found.recovery}; allowed: 0 to 1")
+    for name in ("searches", "guesses"):
+        if getattr(found, name) < 0:
+            raise UserError(f"--config.sft.options.{name}: {getattr(found, name)}; allowed: at least 0")
+    if not config.sft.trajectories_per_task + found.searches:
+        raise UserError("--config.sft.trajectories_per_task: 0, as is options.searches; there would be nothing to learn "
+                        "from")
+    return found
+
+
+def scaffold_of(config: RunConfig) -> NanoScaffold:
+    """The configured scaffold; raises UserError for one that the solver cannot play."""
+    scaffold = SCAFFOLDS.resolve(config.sft.scaffold, "--config.sft.scaffold")
+    if not isinstance(scaffold, NanoScaffold):
+        raise UserError(f"--config.sft.scaffold: {config.sft.scaffold!r}; trajectories={config.sft.trajectories} plays "
+                        "nano's tools; name nano, or another source in --config.sft.trajectories")
+    return scaffold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,91 +101,49 @@ class Request:
     search: bool = False
 
 
-def plan(task: Task, number: int, seed: int, multi_turn: int, recovery: float, templates: Sequence[str],
-         guesses: Sequence[tuple[int, str, str]] = (), searches: int = 0) -> list[Request]:
+def plan(task: Task, number: int, seed: int, multi_turn: int, chosen: Options, scaffold: NanoScaffold,
+         templates: Sequence[str], guesses: Sequence[tuple[int, str, str]] = ()) -> list[Request]:
     """What is asked of the solver for one task: multi-turn, single-turn, and one tool-call template in turn.
 
     Args:
       task: whose id, with `seed`, decides which of the trajectories recover.
       number: its place in the list of tasks; templates are taken in turn.
+      seed: of the run.
       multi_turn: trajectories with tools and test runs.
-      recovery: share of those with wrong edits first.
+      chosen: how many recover, how many search.
+      scaffold: with several turns.
       templates: of the format scaffold; none leaves it out.
       guesses: edits that a model proposed; each multi-turn trajectory takes its wrong edits from them in another order.
-      searches: trajectories that look for the defect, each trying the guesses in another order.
     """
     rng = random.Random(f"{seed} {task.instance_id}")
     requests = []
     for index in range(multi_turn):
-        wrong = rng.randint(1, MAX_WRONG) if rng.random() < recovery else 0
+        wrong = rng.randint(1, MAX_WRONG) if rng.random() < chosen.recovery else 0
         ours = rng.sample(list(guesses), len(guesses)) if wrong else []
-        requests.append(Request(NANO, seed + index, wrong, tuple(map(tuple, ours))))
-    for index in range(searches):
+        requests.append(Request(scaffold, seed + index, wrong, tuple(map(tuple, ours))))
+    for index in range(chosen.searches):
         ours = rng.sample(list(guesses), len(guesses)) if index else guesses
-        requests.append(Request(NANO, seed + index, guesses=tuple(map(tuple, ours)), search=True))
-    requests.append(Request(NANO.single(), seed))
+        requests.append(Request(scaffold, seed + index, guesses=tuple(map(tuple, ours)), search=True))
+    requests.append(Request(scaffold.single(), seed))
     if templates:
-        requests.append(Request(NANO.in_template(templates[number % len(templates)]), seed))
+        requests.append(Request(scaffold.in_template(templates[number % len(templates)]), seed))
     return requests
 
 
-def act(provider: Provider, task: Task, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Runs in a worker: the trajectories of one task that ended with passing tests, as JSON-ready rows.
+def act(provider: Provider, task: Task, requests: Sequence[Request]) -> list[Trajectory]:
+    """Runs in a worker: the trajectories of one task that ended with passing tests.
 
     The same tests on the same files run once, however many trajectories come to that state.
     """
     runner = Remembering(ProviderRunner(provider, task.repo))
     made = (_make(provider, task, request, runner) for request in requests)
-    return [trajectory.to_json() for trajectory in made if trajectory is not None]
+    return [trajectory for trajectory in made if trajectory is not None]
 
 
 def _make(provider: Provider, task: Task, request: Request, runner: TestRunner) -> Trajectory | None:
     scaffold, guesses = request.scaffold, [solver.SpanEdit(*guess) for guess in request.guesses]
     if request.search:
         workspace = open_overlay(task, provider.files(task.repo), runner)
-        return heuristic.search(task, scaffold.executor(task, workspace), guesses)
+        return heuristic.search(task, scaffold, scaffold.executor(task, workspace), guesses)
     return solver.solve_with(provider, task, scaffold, seed=request.seed, wrong=request.wrong, guesses=guesses,
                              runner=runner)
-
-
-def collect(path: pathlib.Path, tasks: Sequence[Task], requests: Callable[[int, Task], list[Request]], pool: EnvPool,
-            log: Callable[[str], None], stopped: Callable[[], bool]) -> list[Trajectory] | None:
-    """Trajectories of all tasks, in the order of `tasks` whatever was journalled when.
-
-    Args:
-      path: the journal.
-      tasks: their repositories must be registered with `pool`.
-      requests: (number, task) -> what is wanted of it.
-      stopped: asked after every task; True ends the collection.
-    Returns:
-      None when stopped. A task whose sandbox failed again and again gives no trajectories and is tried again
-      by the next run.
-    """
-    journal = Rows(path, durable=True)
-    missing = [(number, task) for number, task in enumerate(tasks) if task.instance_id not in journal.known]
-    if len(missing) < len(tasks):
-        log(f"resumes with {len(tasks) - len(missing)} of {len(tasks)} tasks solved before")
-    failures = 0
-    futures = ((task, pool.submit(act, task, requests(number, task), repository=task.repo))
-               for number, task in missing)
-    try:
-        ahead: list[tuple[Task, Any]] = []
-        for done in range(1, len(missing) + 1):
-            while len(ahead) < 16 and (item := next(futures, None)) is not None:
-                ahead.append(item)
-            task, future = ahead.pop(0)
-            try:
-                journal.add(task.instance_id, future.result())
-            except SandboxError:
-                failures += 1
-            if done % LOG_EVERY == 0 or done == len(missing):
-                count = sum(map(len, journal.known.values()))
-                log(f"solver: {done}/{len(missing)} tasks, {count} trajectories whose tests pass"
-                    + (f", {failures} sandbox failures" if failures else ""))
-            if stopped():
-                pool.cancel_pending()
-                return None
-    finally:
-        journal.close()
-    return [Trajectory.from_json(row) for task in tasks
-            for row in journal.known.get(task.instance_id, ())]

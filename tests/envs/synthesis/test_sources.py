@@ -54,6 +54,12 @@ def test_cache_is_checked(archive, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^numbers_pkg==1.0: cannot be downloaded: .*no network"):
         sources.download("numbers_pkg==1.0", digest, tmp_path / "cache")
     assert not cached.exists() and not list((tmp_path / "cache").glob(".download*"))
+    cached.write_bytes(archive.read_bytes())
+    for source in ("numbers_pkg==1.0", f"numbers_pkg==1.0#sha256={digest}"):
+        spec = sources.locate(source, tmp_path / "cache")
+        assert (spec.name, spec.sha256) == ("numbers_pkg==1.0", digest)
+    with pytest.raises(UserError, match="^numbers_pkg==1.0: cannot be downloaded"):  # another hash: it is not taken
+        sources.locate(f"numbers_pkg==1.0#sha256={'0' * 64}", tmp_path / "cache")
 
 
 def test_no_network(tmp_path, monkeypatch):
@@ -106,7 +112,7 @@ def _copy(archive, folder):
     return folder / archive.name
 
 
-@pytest.mark.parametrize("source", ["toolz", "no/such/folder", "toolz>=1.0", "-r==1"])
+@pytest.mark.parametrize("source", ["toolz", "no/such/folder", "toolz>=1.0", "-r==1", "toolz==1.0#sha256=12", "toolz==1.0#md5=12"])
 def test_neither_path_nor_requirement(source):
     with pytest.raises(UserError, match="--repo: .* is neither a folder, an sdist"):
         sources.locate(source)

@@ -6,7 +6,9 @@ import types
 
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.pipeline.evaluate import bench
+from qcn_jax.pipeline.experts import experts_of
 from qcn_jax.pipeline.stages import evaluate
+from qcn_jax.recipes.nano.heuristic import HEURISTIC
 
 
 def _task(name, kind):
@@ -45,8 +47,8 @@ def test_shown_trajectories_hold_gains_recoveries_and_failures():
     expert = _measured({"a": True, "b": True, "c": False}, {"a": 2, "b": 5, "c": 3})
     sft = _measured({"a": True, "b": False, "c": False}, {"a": 2, "b": 4, "c": 3})
     models = {"heuristic": _measured({"a": True}, {"a": 2}), "sft": sft, "expert_swe": expert, "unified": expert}
-    tasks = types.SimpleNamespace(tasks=[dataclasses.replace(_task(name, "k")) for name in "abc"])
-    shown = evaluate.choose_trajectories(models, tasks)
+    fake = types.SimpleNamespace(tasks=[dataclasses.replace(_task(name, "k")) for name in "abc"], experts=experts_of(["swe"]))
+    shown = evaluate.choose_trajectories(models, fake, HEURISTIC)
     assert (shown[0]["model"], shown[0]["instance_id"]) == ("expert_swe", "b")  # the longest way to a success
     pairs = [(one["model"], one["instance_id"], one["resolved"]) for one in shown]
     assert ("sft", "b", False) in pairs and ("expert_swe", "c", False) in pairs and ("heuristic", "a", True) in pairs

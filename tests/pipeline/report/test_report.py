@@ -14,6 +14,7 @@ from qcn_jax.pipeline.report import charts, conversations
 from qcn_jax.pipeline.stages import report
 from qcn_jax.pipeline.context import Shared, StageContext
 
+MODELS = ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format", "unified"]
 NASTY = "</pre><script>alert(1)</script>"
 
 
@@ -40,7 +41,7 @@ def _context(tmp_path):
     tasks = {"train": 80, "heldout": 40, "candidates": 300, "repos_train": ["toolz==1.2.0"],
              "repos_heldout": ["schema==0.7.8"], "sandbox": "docker",
              "yields": {"delete_not": {"candidates": 200, "kept": 90}, "none_tried": {"candidates": 0, "kept": 0}}}
-    models = {name: _model(index * 4) for index, name in enumerate(report.SUMMARY_MODELS)}
+    models = {name: _model(index * 4) for index, name in enumerate(MODELS)}
     models |= {"sft_control": _model(9), "heuristic": _model(2, pass_at_8=None)}
     evaluation = {
         "sandbox": "docker", "isolation": "network none", "models": models,
@@ -97,8 +98,7 @@ def test_summary_has_exactly_the_fixed_form(context):
     assert summary["sandbox"] == "docker" and summary["wall_seconds"] == 60.0
     assert summary["tasks"] == {"train": 80, "heldout": 40, "candidates": 300, "repos_train": ["toolz==1.2.0"],
                                 "repos_heldout": ["schema==0.7.8"]}
-    assert list(summary["models"]) == ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format",
-                                       "unified"]
+    assert list(summary["models"]) == MODELS and list(summary["single_turn"]) == [*MODELS, "sft_control", "heuristic"]
     for model in summary["models"].values():
         assert list(model) == ["resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid"]
     assert summary["models"]["expert_swe"] == {"resolved": 12, "attempted": 40, "rate": 0.3, "ci95": [0.24, 0.44],
@@ -196,7 +196,7 @@ def test_times_read_well(seconds, text):
     assert charts.format_seconds(seconds) == text
 
 
-def test_line_tokens_become_line_numbers_and_tags_are_marked():
+def test_added_tokens_become_what_they_hold_and_tags_are_marked():
     shown = conversations.highlight("<tool_call>\n<function=edit>\n<|7|>x < y")
-    assert '<span class="lineno">  7 </span>x &lt; y' in shown
+    assert '<span class="token">  7 </span>x &lt; y' in shown
     assert '<span class="tag">&lt;function=edit&gt;</span>' in shown

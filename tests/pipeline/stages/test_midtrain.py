@@ -29,6 +29,7 @@ from qcn_jax.pipeline.stages import midtrain
 from qcn_jax.pipeline.train import trainer
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.step import make_step
+from qcn_jax.recipes.nano.spans import LINE_TOKENS
 from tests.pipeline import chain
 from tests.pipeline.micro import MODEL
 
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.slow
 VOCABULARY, STEPS = 384, 6
 CONFIG = RunConfig(
     init="random", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
-    tokenizer=TokenizerConfig(vocab_size=VOCABULARY), tasks=TasksConfig(),
+    tokenizer=TokenizerConfig(vocab_size=VOCABULARY, added_tokens=LINE_TOKENS), tasks=TasksConfig(),
     midtrain=MidtrainConfig(
         corpus_megabytes=0.03,
         train=TrainConfig(steps=STEPS, rows=2, sequence_length=512, mtp_coef=0.0, checkpoint_every=2, log_every=1,
@@ -103,8 +104,8 @@ def test_tokenizer_and_corpus_know_nothing_of_heldout_repositories(whole):
     text = json.dumps(midtrain.read_corpus(context))
     assert "first_missing" in text and "is_palindrome" not in text
     assert "palindrome" not in (root / "midtrain" / "tokenizer" / "tokenizer.json").read_text()
-    assert [context.tokenizer().id(token) for token in midtrain.ADDED_TOKENS] == list(
-        range(VOCABULARY - len(midtrain.ADDED_TOKENS), VOCABULARY))
+    added = (*midtrain.ADDED_TOKENS, *LINE_TOKENS)
+    assert [context.tokenizer().id(token) for token in added] == list(range(VOCABULARY - len(added), VOCABULARY))
 
 
 def test_a_copy_of_heldout_code_in_a_training_repository_is_left_out(tmp_path):
@@ -138,6 +139,6 @@ def test_the_packaged_base_fits_the_laptop_configurations(name, tmp_path):
     context = StageContext(config, tmp_path, "midtrain", Shared(config, tmp_path))
     midtrain.check_initial(config)
     model, params = models.load(context, "base")
-    _, packaged = hub.load(models.BASE_FOLDER)
+    _, packaged = hub.load(models.INITIAL("base"))
     np.testing.assert_array_equal(params["lm_head"]["kernel"], packaged["lm_head"]["kernel"])
     assert model == config.model and "mtp" in params

@@ -13,6 +13,7 @@ import pytest
 
 from qcn_jax import files, hub
 from qcn_jax.config import OptimizerConfig, RunConfig, SftConfig, TokenizerConfig, TrainConfig
+from qcn_jax.agents import collecting
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.errors import UserError
 from qcn_jax.chat.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ from qcn_jax.recipes.nano import trajectories
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.spans import LINE_TOKENS
 from tests.agents import tiny
 from tests.pipeline.micro import MODEL, micro_params
 
@@ -31,7 +34,7 @@ VOCABULARY, STEPS = 384, 6  # batch shape, steps and optimizer as in test_midtra
 CONFIG = RunConfig(
     sandbox="local", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
     tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-    sft=SftConfig(trajectories_per_task=2, recovery=0.5, train=TrainConfig(
+    sft=SftConfig(trajectories_per_task=2, options={"recovery": 0.5}, train=TrainConfig(
         steps=STEPS, rows=2, sequence_length=768, mtp_coef=0.0, checkpoint_every=2, log_every=1,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2))))
 
@@ -62,7 +65,7 @@ def _context(root, lines=None):
     context = StageContext(CONFIG, root, "sft", Shared(CONFIG, root))
     if not context.tokenizer_path.exists():
         context.tokenizer_path.parent.mkdir(parents=True)
-        Tokenizer.train([tiny.GOOD, tiny.TESTS], VOCABULARY, ADDED_TOKENS).save(context.tokenizer_path)
+        Tokenizer.train([tiny.GOOD, tiny.TESTS], VOCABULARY, (*ADDED_TOKENS, *LINE_TOKENS)).save(context.tokenizer_path)
         params = dict(micro_params())
         keys = jax.random.split(jax.random.key(1))
         shape = (VOCABULARY, MODEL.hidden_size)
@@ -146,7 +149,7 @@ def run_and_die(root, task):
     import os
 
     splits.SFT_SHARE = 1.0
-    add = trajectories.Rows.add
+    add = collecting.Rows.add
 
     def dying(self, key, value):
         if len(self.known) == task:
@@ -155,7 +158,7 @@ def run_and_die(root, task):
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, key, value)
 
-    trajectories.Rows.add = dying
+    collecting.Rows.add = dying
     sft.run_stage(_context(pathlib.Path(root)))
 
 
@@ -195,14 +198,16 @@ def test_the_control_continues_from_sft(whole):
 
 def test_plans_cover_scaffolds_and_templates():
     tasks = [tiny.make_task(instance_id=str(i)) for i in range(60)]
-    plans = [trajectories.plan(task, number, 0, 2, 0.5, ("hermes", "qwen3_coder")) for number, task in enumerate(tasks)]
-    assert plans[7] == trajectories.plan(tasks[7], 7, 0, 2, 0.5, ("hermes", "qwen3_coder"))
+    plan = lambda number, *more, **options: trajectories.plan(
+        tasks[number], number, 0, 2, trajectories.Options(**options), NANO, *more or [("hermes", "qwen3_coder")])
+    plans = [plan(number) for number in range(len(tasks))]
+    assert plans[7] == plan(7)
     names = [[request.scaffold.name for request in requests] for requests in plans]
     assert names[0] == ["nano", "nano", "nano_single", "nano_format:hermes"] and names[1][-1] == "nano_format:qwen3_coder"
     recoveries = np.mean([request.wrong > 0 for requests in plans for request in requests[:2]])
     assert 0.35 < recoveries < 0.65
     guesses = [(1, "a", "b"), (2, "c", "d")]
-    with_search = trajectories.plan(tasks[7], 7, 0, 2, 0.5, (), guesses, searches=2)
+    with_search = plan(7, (), guesses, searches=2)
     assert [request.search for request in with_search] == [False, False, True, True, False]
     assert with_search[2].guesses == tuple(guesses) and set(with_search[3].guesses) == set(guesses)
 
@@ -211,7 +216,7 @@ def test_no_solvable_task_is_one_line(tmp_path):
     context = _context(tmp_path)
     files.write_jsonl(tmp_path / "tasks" / "train.jsonl", [])
     try:
-        with pytest.raises(UserError, match="solved none of 0 training tasks"):
+        with pytest.raises(UserError, match="no trajectory of 0 training tasks"):
             sft.run_stage(context)
     finally:
         context.shared.close()

@@ -94,15 +94,15 @@ def test_a_search_tries_guesses_first_and_is_verified():
     task = tiny.make_task()
     executor = lambda: NANO.executor(task, tiny.overlay(task, tiny.run_tests))
     guesses = [SpanEdit(99, "x", "y"), SpanEdit(3, "<=", ">="), SpanEdit(5, ">", "<"), SpanEdit(3, "<=", "==")]
-    found = heuristic.search(task, executor(), guesses)
+    found = heuristic.search(task, NANO, executor(), guesses)
     assert found.search and found.patch == task.patch and found.outcomes == (False, True) and found.wrong_edits == 1
     edits = [call["arguments"]["line"] for m in found.messages if m["role"] == "assistant"
              for call in m["tool_calls"] if call["name"] == "edit"]
     assert edits == ["<|3|>", "<|5|>"]  # what does not apply is passed over
     assert Trajectory.from_json(found.to_json()) == found
-    alone = heuristic.search(task, executor())
+    alone = heuristic.search(task, NANO, executor())
     assert alone is None or (alone.outcomes[-1] and not any(alone.outcomes[:-1]))
-    assert heuristic.search(task, executor(), guesses[1:2], max_turns=2) is None  # not found in time
+    assert heuristic.search(task, NANO, executor(), guesses[1:2], max_turns=2) is None  # not found in time
 
 
 class _Garbage:

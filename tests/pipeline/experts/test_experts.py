@@ -1,23 +1,26 @@
-"""Domains and rewards: episodes played by hand on a real repository in real sandboxes, judged by its tests."""
+"""Experts: episodes played by hand on a real repository in real sandboxes, rewarded by its tests; and what names find."""
 
 import concurrent.futures
 import dataclasses
-import threading
-import time
 
-import numpy as np
 import pytest
 
-from qcn_jax.config import ExpertsConfig
+from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
+from qcn_jax.errors import UserError
+from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from qcn_jax.chat import templates
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.pipeline.rl import rewards
 from qcn_jax.chat.encoder import ChatEncoder
-from qcn_jax.pipeline.experts.domains import Once, Prompt, Services, TaskConversation, make_prompts, provider_services
-from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, Turn
+from qcn_jax.pipeline.experts import EXPERTS, experts_of, headline
+from qcn_jax.pipeline.experts.expert import Expert
+from qcn_jax.pipeline.experts.services import Services, provider_services
+from qcn_jax.pipeline.experts.single_turn import SINGLE_TURN
+from qcn_jax.pipeline.experts.swe import SWE
+from qcn_jax.pipeline.experts.tool_format import TOOL_FORMAT
+from qcn_jax.pipeline.rl.rollout import Outcome
 from qcn_jax.pipeline.data.splits import split_tasks
 from tests.agents import tiny
 
@@ -40,13 +43,18 @@ def services() -> Services:
     return provider_services(tiny.provider()).remembering()
 
 
-def play(encoder, services, task, turns, *, domain="swe", template="", close=True, truncated=False, max_turns=6):
+def begin(encoder, services, task, expert=SWE, template=templates.NATIVE, **options):
+    """A conversation of `expert` on `task`."""
+    (prompt,) = expert.prompts([task], NANO, [template])
+    return expert.conversation(prompt, encoder, services, **{"max_turns": 6, "unfinished_penalty": 0.25} | options)
+
+
+def play(encoder, services, task, turns, *, expert=SWE, template=templates.NATIVE, close=True, truncated=False, **options):
     """Plays turns (lists of calls, or text) and returns the outcome, the tokens and the malformed flags."""
-    prompt = Prompt(domain, task, template)
-    conversation = TaskConversation(prompt, encoder, services, max_turns=max_turns, unfinished_penalty=0.25)
+    conversation = begin(encoder, services, task, expert, template, **options)
     tokens, flags = conversation.opening(), []
     for turn in turns:
-        text = turn if isinstance(turn, str) else templates.render(template or templates.NATIVE, "", turn)
+        text = turn if isinstance(turn, str) else templates.render(template, "", turn)
         said = [*encoder.tokenizer.encode(text), *([encoder.end] if close else [])]
         reply = conversation.reply(said, close)
         tokens += said + ([] if reply.done else list(reply.tokens))
@@ -99,9 +107,7 @@ def test_malformed_turns_are_flagged_one_by_one(encoder, services) -> None:
 
 
 def test_a_turn_that_was_cut_off_is_not_executed(encoder, services) -> None:
-    conversation = TaskConversation(
-        Prompt("swe", tiny.make_task()), encoder, services, max_turns=6, unfinished_penalty=0.25
-    )
+    conversation = begin(encoder, services, tiny.make_task())
     conversation.opening()
     said = encoder.tokenizer.encode(templates.render(templates.NATIVE, "", [RIGHT, SUBMIT]))
     reply = conversation.reply(said, stopped=False)
@@ -109,25 +115,23 @@ def test_a_turn_that_was_cut_off_is_not_executed(encoder, services) -> None:
     after = conversation.reply([*encoder.tokenizer.encode(templates.render(templates.NATIVE, "", [SUBMIT])),
                                 encoder.end], True)  # fmt: skip
     assert after.done and conversation.outcome(False).detail["outcome"] == "empty_patch"
-    ended = TaskConversation(
-        Prompt("swe", tiny.make_task()), encoder, services, max_turns=6, unfinished_penalty=0.25
-    )
+    ended = begin(encoder, services, tiny.make_task())
     ended.opening()  # the document ends instead of the turn: not an end of the turn either
     assert ended.reply([*said, encoder.tokenizer.id("<|endoftext|>")], True).malformed
 
 
 def test_single_turn(encoder, services) -> None:
     task = tiny.make_task()
-    outcome, tokens, _ = play(encoder, services, task, [[RIGHT]], domain="single_turn")
+    outcome, tokens, _ = play(encoder, services, task, [[RIGHT]], expert=SINGLE_TURN)
     assert outcome.reward == 1.0 and outcome.finished
     assert "<|3|>" in encoder.tokenizer.decode(tokens[: len(tokens) // 2])  # the function is in the prompt
-    outcome, _, _ = play(encoder, services, task, [[WRONG], [RIGHT]], domain="single_turn")
+    outcome, _, _ = play(encoder, services, task, [[WRONG], [RIGHT]], expert=SINGLE_TURN)
     assert outcome.reward == 0.0
 
 
 def test_format_asks_for_its_template_and_still_for_the_tests(encoder, services) -> None:
     task = tiny.make_task()
-    run = lambda turns: play(encoder, services, task, turns, domain="tool_format", template="hermes")[0]
+    run = lambda turns: play(encoder, services, task, turns, expert=TOOL_FORMAT, template="hermes")[0]
     assert run([[RIGHT]]).reward == 1.0
     other = run([[WRONG]])
     assert other.reward == 0.5 and other.solved and not other.detail["resolved"]
@@ -160,77 +164,8 @@ def test_equal_work_is_done_once(encoder) -> None:
     assert calls.count("grade") == 1 and calls.count("tests") == 2  # F2P first, then the rest
 
 
-def test_once() -> None:
-    once, started = Once(keep=lambda value: value >= 0), threading.Event()
-
-    def slow():
-        started.set()
-        time.sleep(0.05)
-        return 5
-
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(lambda _: once.get("key", slow), range(8))) == [5] * 8
-    assert once.computed == 1 and once.get("key", lambda: 6) == 5
-    assert once.get("bad", lambda: -1) == -1 and once.get("bad", lambda: 3) == 3
-
-    def fails():
-        raise RuntimeError("no")
-
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            once.get("error", fails)
-    assert once.get("error", lambda: 1) == 1
-    small = Once(limit=2)
-    assert [small.get(n, lambda n=n: n) for n in (1, 2, 3, 3, 1)] == [1, 2, 3, 3, 1] and small.computed == 4
-
-
-def record(prompt: int, reward: float, solved: bool, infrastructure: bool = False, malformed=(False,)):
-    turns = tuple(Turn(2 + 3 * i, 4 + 3 * i, flag, True) for i, flag in enumerate(malformed))
-    n = 1 + 3 * len(malformed)
-    sampled = np.zeros(n, bool)
-    for turn in turns:
-        sampled[turn.start : turn.stop] = True
-    outcome = Outcome(reward, solved, finished=reward >= 0, infrastructure=infrastructure)
-    return RolloutRecord(prompt, 0, np.arange(n, dtype=np.int32), sampled, np.zeros(n, np.float32), turns, outcome)
-
-
-def test_groups_that_teach() -> None:
-    records = [
-        record(0, 1, True), record(0, -0.2, False), record(1, 1, True), record(1, 1, True), record(2, 0, False),
-        record(2, -0.2, False), record(3, 1, True), record(3, 0, False, infrastructure=True),
-    ]  # fmt: skip
-    assert list(rewards.informative_groups(records)) == [0]
-    summary = rewards.summarize(records)
-    assert summary["infrastructure"] == 1 and summary["episodes"] == 7
-    assert summary["pass_rate"] == pytest.approx(4 / 7) and summary["reward"] == pytest.approx(3.6 / 7)
-    assert rewards.summarize([])["reward"] == 0.0
-
-
-def test_only_the_tokens_of_malformed_turns_are_penalised() -> None:
-    config = ExpertsConfig(malformed_penalty=0.5)
-    got = rewards.token_advantages(record(0, 1, True, malformed=(False, True)), 2.0, config)
-    np.testing.assert_array_equal(got, [0, 0, 2, 2, 0, 1.5, 1.5])
-
-
-def test_refuted_turns_are_never_reinforced() -> None:
-    good, bad = record(0, 1, True, malformed=(False, False)), record(0, 0, False, malformed=(False, False))
-    for episode, advantage, want in ((good, 2.0, [0, 0, 0, 0, 0, 2, 2]), (bad, -1.0, [0, 0, -1, -1, 0, -1, -1])):
-        first, *rest = episode.turns
-        refuted = dataclasses.replace(episode, turns=(dataclasses.replace(first, refuted=True), *rest))
-        np.testing.assert_array_equal(rewards.token_advantages(refuted, advantage, ExpertsConfig()), want)
-
-
-def test_repeating_what_tests_refuted_is_penalised() -> None:
-    episode = record(0, 1, True, malformed=(False, False))
-    first, second = (dataclasses.replace(turn, refuted=True) for turn in episode.turns)
-    episode = dataclasses.replace(episode, turns=(first, dataclasses.replace(second, repeated=True)))
-    got = rewards.token_advantages(episode, 1.0, ExpertsConfig(repeat_penalty=0.5))
-    np.testing.assert_array_equal(got, [0, 0, 0, 0, 0, -0.5, -0.5])
-
-
 def test_failing_tests_refute_a_turn(encoder, services) -> None:
-    prompt = Prompt("swe", tiny.make_task())
-    conversation = TaskConversation(prompt, encoder, services, max_turns=6, unfinished_penalty=0.25)
+    conversation = begin(encoder, services, tiny.make_task())
     conversation.opening()
     say = lambda calls: [*encoder.tokenizer.encode(templates.render(templates.NATIVE, "", calls)), encoder.end]
     undo = ToolCall("undo", {})
@@ -247,6 +182,47 @@ def test_prompts_and_splits() -> None:
     assert len(imitation) + len(reward) == 40 and min(len(imitation), len(reward)) > 8
     assert not {task.function for task in imitation} & {task.function for task in reward}
     assert split_tasks(tasks, 0) == (imitation, reward) != split_tasks(tasks, 1)
-    prompts = make_prompts("tool_format", tasks, ["hermes", "toolace", "react"])
+    prompts = TOOL_FORMAT.prompts(tasks, NANO, ["hermes", "toolace", "react"])
     assert [prompt.template for prompt in prompts[:4]] == ["hermes", "toolace", "react", "hermes"]
-    assert prompts[0].scaffold.template == "hermes" and make_prompts("swe", tasks)[0].scaffold.name == "nano"
+    assert prompts[0].scaffold.template == "hermes" and SWE.prompts(tasks, NANO)[0].scaffold is NANO
+    assert SINGLE_TURN.prompts(tasks, NANO)[0].scaffold == NANO.single()
+    with pytest.raises(UserError, match="swe_agent cannot"):
+        SINGLE_TURN.prompts(tasks, SWE_AGENT)
+
+
+def test_nobody_asks_what_an_unjudged_episode_was_worth(encoder, services) -> None:
+    def graded(*_):
+        raise AssertionError("graded")
+
+    quiet = Services(services.files, services.run_tests, graded)
+    outcome, _, _ = play(encoder, quiet, tiny.make_task(), [[VIEW], [RIGHT], [SUBMIT]], judged=False)
+    assert outcome == Outcome(0.0, False, True)
+
+
+def test_a_reward_of_the_configuration_takes_the_experts_place(encoder, services) -> None:
+    reward = lambda result, verdict, penalty: Outcome(result.turns + penalty, verdict.resolved, True)
+    outcome, _, _ = play(encoder, services, tiny.make_task(), [[VIEW], [RIGHT], [SUBMIT]], reward=reward)
+    assert outcome == Outcome(3.25, True, True)
+
+
+PLAIN, QUIET = Expert("plain", "plain one"), Expert("kinds", "called as a number is")
+
+
+def test_names_find_experts_and_one_is_the_headline() -> None:
+    assert [expert.name for expert in experts_of(EXPERTS)] == list(EXPERTS)
+    assert headline(experts_of(["tool_format", "swe"])).name == "swe"
+    alone = experts_of(["tests.pipeline.experts.test_experts:PLAIN", "single_turn"])
+    assert headline(alone).name == "plain" and [expert.headline for expert in alone] == [True, False]
+    assert alone[0].model == "expert_plain"
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["web"], "'web'; unknown expert; allowed: swe, single_turn, tool_format, package.module:OBJECT"),
+    ([], "is empty"), (["swe", "swe"], "'swe' is there twice"),
+    (["tests.pipeline.experts.test_experts:NANO"], "is a NanoScaffold; expert needs an Expert"),
+    (["tests.pipeline.experts.test_experts:QUIET"], "is called 'kinds'; allowed: a lower-case word"),
+])
+def test_names_that_find_no_expert_are_refused(names, message) -> None:
+    with pytest.raises(UserError) as raised:
+        experts_of(names)
+    assert str(raised.value).startswith("--config.experts.names: ") and message in str(raised.value)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.pipeline.evaluate import statistics
+from qcn_jax import statistics
 
 
 @pytest.mark.parametrize("successes, attempts, low, high", [

@@ -1,54 +1,13 @@
-"""What an episode is worth: decided by execution alone.
+"""From outcomes to what each token earns: groups that teach, advantages and penalties by turn, means for curves.
 
-A verdict comes from a fresh grading sandbox that saw nothing of the episode but its patch. Penalties take away
-from it (no end of its own; turns that break the tool format); nothing but a passed test or an executed call adds.
+Penalties take away from what execution gave (turns that break the tool format or repeat what tests have refused);
+nothing here adds.
 """
 
 import numpy as np
 
 from qcn_jax.config import ExpertsConfig
-from qcn_jax.agents.episode import EndReason, EpisodeResult
-from qcn_jax.envs.tasks.grading import Verdict
-from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord
-
-FORMAT_SHARE = 0.5  # of the format domain's reward for a call that was read and executed; the rest is for the tests
-
-
-def task_outcome(result: EpisodeResult, verdict: Verdict | None, unfinished_penalty: float) -> Outcome:
-    """The reward of the software-engineering and single-turn domains.
-
-    1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself.
-
-    Args:
-      result: the finished episode.
-      verdict: of its patch; None where nothing was graded because the sandbox failed.
-    """
-    if verdict is None or verdict.outcome == "infrastructure":
-        return Outcome(0.0, False, False, infrastructure=True, detail=_detail(result, verdict))
-    finished = result.reason is EndReason.SUBMITTED
-    reward = float(verdict.resolved) - (0.0 if finished else unfinished_penalty)
-    return Outcome(reward, verdict.resolved, finished, detail=_detail(result, verdict))
-
-
-def format_outcome(result: EpisodeResult, verdict: Verdict | None) -> Outcome:
-    """The reward of the tool-format domain.
-
-    Half for an answer in the template asked for whose every call was executed without an error (`solved`), half
-    for resolving the task, which keeps the calls meaningful. An answer that breaks the format earns nothing.
-    """
-    if verdict is None or verdict.outcome == "infrastructure":
-        return Outcome(0.0, False, False, infrastructure=True, detail=_detail(result, verdict))
-    clean = result.reason is EndReason.SUBMITTED and not any(result.malformed)
-    reward = FORMAT_SHARE * clean + (1.0 - FORMAT_SHARE) * (clean and verdict.resolved)
-    return Outcome(reward, clean, clean, detail=_detail(result, verdict))
-
-
-def _detail(result: EpisodeResult, verdict: Verdict | None) -> dict[str, object]:
-    return {
-        "task": result.task_id, "scaffold": result.scaffold, "reason": result.reason.value, "turns": result.turns,
-        "attempts": result.attempts, "blocked": result.blocked, "outcome": "infrastructure" if verdict is None else verdict.outcome,
-        "resolved": bool(verdict and verdict.resolved), "patch": result.patch,
-    }  # fmt: skip
+from qcn_jax.pipeline.rl.rollout import RolloutRecord
 
 
 def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRecord]]:

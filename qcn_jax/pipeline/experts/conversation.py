@@ -1,0 +1,96 @@
+"""An episode on a task as the rollout sees it: tokens in, tokens out.
+
+An episode's files live in memory; only test runs and gradings go to sandboxes, through `Services`. A verdict comes from a
+fresh grading sandbox that saw nothing of the episode but its patch.
+"""
+
+import functools
+from collections.abc import Callable
+
+from qcn_jax.agents.episode import EndReason, Episode, EpisodeResult
+from qcn_jax.agents.guard import Guard
+from qcn_jax.agents.scaffolds import Message, Scaffold
+from qcn_jax.agents.workspace import open_overlay
+from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.envs.tasks.grading import Verdict
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.pipeline.experts.services import Services
+from qcn_jax.pipeline.rl.rollout import Outcome, Reply
+
+Reward = Callable[[EpisodeResult, Verdict], Outcome]
+
+
+class TaskConversation:
+    """An episode on a task, in tokens; see pipeline.rl.rollout.Conversation."""
+
+    def __init__(
+        self, task: Task, scaffold: Scaffold, encoder: ChatEncoder, services: Services, *, max_turns: int,
+        reward: Reward | None,
+    ) -> None:  # fmt: skip
+        """Args:
+          task: what to work on.
+          scaffold: how it is presented.
+          encoder: text to tokens and back.
+          services: sandboxes.
+          max_turns: of the policy, where the scaffold has several turns.
+          reward: says what the episode was worth; None saves the grading where nobody asks: every outcome is then 0.
+        """
+        self._task, self._scaffold, self._encoder, self._services = task, scaffold, encoder, services
+        self._max_turns = 1 if scaffold.single_turn else max_turns
+        self._reward = reward
+        self._refuted: set[str] = set()  # patches on which tests failed
+
+    @functools.cached_property
+    def episode(self) -> Episode:
+        """Made when first needed: a run holds far more prompts than open episodes."""
+        task, scaffold, services = self._task, self._scaffold, self._services
+        runner = functools.partial(services.run_tests, task.repo)
+        workspace = open_overlay(task, services.files(task.repo), runner)
+        executor = scaffold.executor(task, workspace)
+        guard = Guard() if scaffold.has_shell else None
+        return Episode(task, scaffold, executor, max_turns=self._max_turns, guard=guard)
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said so far."""
+        return self.episode.messages
+
+    def opening(self) -> list[int]:
+        """The prompt, up to where the assistant begins."""
+        return self._encoder.encode_prompt(self.episode.messages, self._scaffold.schemas())
+
+    def reply(self, tokens: list[int], stopped: bool) -> Reply:
+        """Executes the turn's calls; a turn that its own end token did not close is not executed."""
+        closed = stopped and tokens[-1] == self._encoder.end
+        text = self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens)
+        observation = self.episode.step(text, complete=closed)
+        run = self.episode.turns[-1].tests
+        refuted = run is not None and not run.passed
+        patch = self.episode.executor.diff() if refuted else ""
+        repeated = refuted and patch in self._refuted
+        self._refuted.add(patch)
+        answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed)
+        return Reply(answer, observation.done, observation.malformed, refuted, repeated)
+
+    def outcome(self, truncated: bool) -> Outcome:
+        """Grades the patch."""
+        if truncated:
+            self.episode.end(EndReason.LENGTH_LIMIT)
+        result = self.episode.result()
+        broken = result.reason is EndReason.INFRASTRUCTURE
+        if self._reward is None:
+            return Outcome(0.0, False, result.reason is EndReason.SUBMITTED, infrastructure=broken)
+        verdict = None if broken else self._services.grade(self._task, result.patch)
+        if verdict is None or verdict.outcome == "infrastructure":
+            return Outcome(0.0, False, False, infrastructure=True, detail=detail_of(result, verdict))
+        return self._reward(result, verdict)
+
+
+def detail_of(result: EpisodeResult, verdict: Verdict | None) -> dict[str, object]:
+    """JSON-ready particulars of an episode; `verdict` is None where nothing was graded because the sandbox failed."""
+    return {
+        "task": result.task_id, "scaffold": result.scaffold, "reason": result.reason.value, "turns": result.turns,
+        "attempts": result.attempts, "blocked": result.blocked,
+        "outcome": "infrastructure" if verdict is None else verdict.outcome,
+        "resolved": bool(verdict and verdict.resolved), "patch": result.patch,
+    }  # fmt: skip

@@ -1,0 +1,129 @@
+"""What an expert is: how tasks become its prompts, what an episode is worth, and how it is measured and shown."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from qcn_jax.agents.episode import EndReason, EpisodeResult
+from qcn_jax.agents.scaffolds import Message, Scaffold
+from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.envs.tasks.grading import Verdict
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.pipeline.experts import metrics
+from qcn_jax.pipeline.experts.conversation import TaskConversation, detail_of
+from qcn_jax.pipeline.experts.services import Services
+from qcn_jax.pipeline.rl import rollout
+
+OWN, BASELINE = "expert", "baseline"  # in comparisons: the expert's own model, and whatever the configuration names
+# Pairs of which the first is hoped to be the better one.
+COMPARISONS = ((OWN, "sft"), ("unified", "sft"))
+
+Reward = Callable[[EpisodeResult, Verdict, float], rollout.Outcome]
+
+
+class Conversation(rollout.Conversation, Protocol):
+    """An episode that can be read."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said so far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A task as one expert presents it; `template` is the tool-call template where the expert asks for one."""
+
+    expert: "Expert"
+    task: Task
+    scaffold: Scaffold
+    template: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+    """One thing that a model is trained to do; by itself, several turns with tools, decided by tests.
+
+    Subclasses override what is different. Everything about an expert stands in one object: the stages `experts`,
+    `distill` and `evaluate` and the report do the same for each that the configuration names.
+
+    Attributes:
+      name: of its folder, metrics and keys: a lower-case word.
+      title: of its model in the report.
+      column: what its rate is called there.
+      headline: its numbers are those of the model as a whole, pass@k included; of several the first's.
+      comparisons: pairs of models that are compared by its episodes.
+      summary: keys of its metrics that stand beside the headline's in summary.json.
+    """
+
+    name: str
+    title: str
+    column: str = ""
+    headline: bool = False
+    comparisons: tuple[tuple[str, str], ...] = COMPARISONS
+    summary: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> str:
+        """Name of the model that it becomes."""
+        return f"expert_{self.name}"
+
+    def present(self, scaffold: Scaffold, template: str = "") -> Scaffold:
+        """The form of `scaffold` in which it presents tasks.
+
+        Raises:
+          UserError: the scaffold has no such form.
+        """
+        return scaffold
+
+    def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = ()) -> list[Prompt]:
+        """One prompt a task.
+
+        Args:
+          tasks: what is to be solved.
+          scaffold: of the stage's configuration.
+          templates: tool-call templates of the run, for experts that ask for one.
+        """
+        presented = self.present(scaffold)
+        return [Prompt(self, task, presented) for task in tasks]
+
+    def conversation(
+        self, prompt: Prompt, encoder: ChatEncoder, services: Services, *, max_turns: int,
+        unfinished_penalty: float = 0.0, reward: Reward | None = None, judged: bool = True,
+    ) -> Conversation:
+        """A fresh episode on `prompt`.
+
+        Args:
+          prompt: one of its own.
+          encoder: text to tokens and back.
+          services: sandboxes.
+          max_turns: of the policy, where the scaffold has several turns.
+          unfinished_penalty: passed on to the reward.
+          reward: takes the place of `outcome`.
+          judged: False where nobody asks for the reward, which saves the grading; every outcome is then 0.
+        """
+        chosen = reward or self.outcome
+        judge = lambda result, verdict: chosen(result, verdict, unfinished_penalty)
+        return TaskConversation(prompt.task, prompt.scaffold, encoder, services, max_turns=max_turns,
+                                reward=judge if judged else None)
+
+    def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> rollout.Outcome:
+        """1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself."""
+        finished = result.reason is EndReason.SUBMITTED
+        reward = float(verdict.resolved) - (0.0 if finished else unfinished_penalty)
+        return rollout.Outcome(reward, verdict.resolved, finished, detail=detail_of(result, verdict))
+
+    def metrics(self, rows: Sequence[metrics.Row]) -> dict[str, Any]:
+        """What evaluation reports of its greedy episodes (see experts.metrics), by keys of a model's numbers."""
+        found = metrics.greedy(rows)
+        return {self.name: {key: found[key] for key in ("resolved", "attempted", "rate", "ci95", "solved")}}
+
+    def rate(self, model: Mapping[str, Any]) -> float | None:
+        """Its rate among a model's numbers; None where it was not measured."""
+        return self._part(model).get("rate")
+
+    def solved(self, model: Mapping[str, Any]) -> Mapping[str, bool]:
+        """Which tasks the model solved in its episodes, by id."""
+        return self._part(model).get("solved", {})
+
+    def _part(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
+        return model if self.headline else model.get(self.name) or {}

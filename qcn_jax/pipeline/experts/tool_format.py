@@ -1,0 +1,65 @@
+"""The tool-format expert: a single-turn answer, written in the tool-call template that the prompt names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qcn_jax.agents.episode import EndReason, EpisodeResult
+from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.chat.templates import NATIVE
+from qcn_jax.envs.tasks.grading import Verdict
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.pipeline.experts import metrics
+from qcn_jax.pipeline.experts.conversation import detail_of
+from qcn_jax.pipeline.experts.expert import OWN, Expert, Prompt
+from qcn_jax.pipeline.rl.rollout import Outcome
+
+FORMAT_SHARE = 0.5  # of the reward for a call that was read and executed; the rest is for the tests
+
+
+class ToolFormat(Expert):
+    """Takes the run's templates in turn; is measured by the share of turns that keep them."""
+
+    def present(self, scaffold: Scaffold, template: str = NATIVE) -> Scaffold:
+        """See Expert.present."""
+        return scaffold.in_template(template)
+
+    def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = ()) -> list[Prompt]:
+        """See Expert.prompts."""
+        presented = {template: self.present(scaffold, template) for template in templates}
+        turn = [templates[index % len(templates)] for index in range(len(tasks))]
+        return [Prompt(self, task, presented[name], name) for task, name in zip(tasks, turn, strict=True)]
+
+    def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> Outcome:
+        """Half for an answer in the template asked for whose every call was executed without an error (`solved`).
+
+        The other half is for resolving the task, which keeps the calls meaningful. An answer that breaks the format
+        earns nothing.
+        """
+        clean = result.reason is EndReason.SUBMITTED and not any(result.malformed)
+        reward = FORMAT_SHARE * clean + (1.0 - FORMAT_SHARE) * (clean and verdict.resolved)
+        return Outcome(reward, clean, clean, detail=detail_of(result, verdict))
+
+    def metrics(self, rows: Sequence[metrics.Row]) -> dict[str, Any]:
+        """Share of turns that keep the demanded tool-call format, in all and per template (the rows' `kind`)."""
+        by_template: dict[str, list[metrics.Row]] = {}
+        for row in rows:
+            by_template.setdefault(row["kind"], []).append(row)
+        turns, broken = sum(row["turns"] for row in rows), sum(row["malformed"] for row in rows)
+        counted = [row for row in rows if not row["infrastructure"]]
+        return {
+            "format_valid": round(1 - broken / turns, 6) if turns else 0.0,
+            self.name: metrics.proportion(sum(bool(row["solved"]) for row in counted), len(counted)) | {
+                "by_template": {name: metrics.proportion(sum(row["turns"] - row["malformed"] for row in group),
+                                                         sum(row["turns"] for row in group))
+                                for name, group in sorted(by_template.items())},
+                "solved": {row["instance_id"]: bool(row["solved"]) for row in counted},
+            },
+        }
+
+    def rate(self, model: Mapping[str, Any]) -> float | None:
+        """See Expert.rate."""
+        return model.get("format_valid")
+
+
+TOOL_FORMAT = ToolFormat("tool_format", "format expert", column="format valid", comparisons=((OWN, "sft"),),
+                         summary=("format_valid",))
