@@ -123,12 +123,13 @@ class OptimizerConfig:
     warmup_steps: Count = 20
     final_fraction: Share = 0.1
     weight_decay: Amount = 0.1
-    b1: Decay = 0.9
+    b1: Decay = 0.9  # of AdamW, as b2 and eps are, also where Muon leaves parameters to it
     b2: Decay = 0.95
     eps: AboveZero = 1e-8  # above the typical gradient's size, AdamW comes near to plain descent: noise is not blown up
     clip_norm: AboveZero = 1.0
-    mu_dtype: MomentDtype = "float32"  # of the first moment as it is kept; updates are computed in float32
-    nu_dtype: MomentDtype = "float32"  # of the second moment (Muon keeps one for what it leaves to AdamW)
+    # Of the moments as they are kept; updates are computed in float32. bfloat16 is rounded at random, without bias.
+    mu_dtype: MomentDtype = "float32"
+    nu_dtype: MomentDtype = "float32"  # Muon keeps a second moment for what it leaves to AdamW
     master_copy: bool = False  # float32 parameters in the optimizer's state, for a lower model.param_dtype
     offload: bool = False  # the optimizer's state in host memory between steps, where the device allows it
 
@@ -165,7 +166,9 @@ class TrainConfig:
     sequence_length: Positive = 1024
     mtp_coef: Amount = 0.1
     mtp_steps: Positive = 1  # tokens predicted beyond the next; above one the MTP block is fed its own output
-    accumulate: Positive = 1  # slices of the rows that go through the model one after the other
+    # Slices of the rows that go through the model one after the other. With a balance loss the experts' loads of all
+    # slices are counted first, which takes one more forward pass; the step is that of the undivided rows.
+    accumulate: Positive = 1
     checkpoint_every: Positive = 100
     log_every: Positive = 10
     keep: Positive = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
@@ -200,7 +203,11 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How a policy acts: sampling and limits of an episode."""
+    """How a policy acts: sampling and limits of an episode.
+
+    What `experts` learns is the policy at this temperature; top_p and top_k must be off there, as the gradient is of the
+    whole distribution. In `distill` all three choose which episodes are looked at: no ratio of probabilities enters.
+    """
 
     temperature: Amount = 1.0
     top_p: Annotated[float, Within(above=0, at_most=1)] = 1.0
@@ -228,7 +235,9 @@ class ExpertsConfig:
     greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
     rows: Positive = 16
     sequence_length: Positive = 1024
-    average: Average = "token"  # token (DAPO): every sampled token alike; episode (GRPO): every episode alike
+    # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes, of
+    # the mean over tokens.
+    average: Average = "token"
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2
     clip_high: Amount = 0.28

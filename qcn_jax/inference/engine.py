@@ -34,12 +34,14 @@ class Generation:
     """One turn of one slot.
 
     `tokens` end with the stop token when `finish` is "stop"; "length" is the limit of new tokens or of the slot;
-    "paused" turns may be continued by the next `generate`. `logprobs` [len(tokens)] float32 are those of the
-    untempered policy, softmax of the model's own logits.
+    "paused" turns may be continued by the next `generate`. `logprobs` [len(tokens)] float32 are the
+    model's own, of softmax(logits); `drawn_logprobs` those of softmax(logits / temperature), which reinforcement
+    learning compares with, and at temperature 0 the same as `logprobs`. Neither knows of top_p and top_k.
     """
 
     tokens: list[int]
     logprobs: np.ndarray
+    drawn_logprobs: np.ndarray
     finish: Literal["stop", "length", "paused"]
 
 
@@ -112,14 +114,14 @@ class Engine:
             return cache_take(cache, source), logits[source]
 
         def decode(params, cache, logits, seeds, positions, limits, enough, draw, stop, key_limit):
-            """Samples up to limits[n] tokens for every slot; returns tokens and logprobs [N, M], counts [N]."""
+            """Samples up to limits[n] tokens for every slot; returns tokens [N, M], logprobs [2, N, M], counts [N]."""
 
             def body(carry):
                 step, cache, logits, active, tokens, logprobs, counts = carry
-                token, logprob = sample(logits, seeds, positions + step, **draw)
+                token, *scores = sample(logits, seeds, positions + step, **draw)
                 token = jnp.where(active, token, 0)
                 tokens = tokens.at[:, step].set(token)
-                logprobs = logprobs.at[:, step].set(logprob)
+                logprobs = logprobs.at[:, :, step].set(jnp.stack(scores))
                 out = model.apply(
                     {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32),
                     key_limit=key_limit,
@@ -130,7 +132,7 @@ class Engine:
                 return step + 1, out.cache, logits, active, tokens, logprobs, counts
 
             shape = (slots, max_new_tokens)
-            start = (0, cache, logits, limits > 0, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+            start = (0, cache, logits, limits > 0, jnp.zeros(shape, jnp.int32), jnp.zeros((2, *shape), jnp.float32))
             carry = jax.lax.while_loop(lambda c: jnp.sum(c[3]) > enough, body, (*start, jnp.zeros(slots, jnp.int32)))
             _, cache, logits, _, tokens, logprobs, counts = carry
             return cache, logits, tokens, logprobs, counts
@@ -260,5 +262,5 @@ class Engine:
             new = tokens[slot, : counts[slot]].tolist()
             ended = "length" if counts[slot] == limits[slot] else "paused"
             finish = "stop" if new and new[-1] in self._stop else ended
-            results.append(Generation(new, logprobs[slot, : counts[slot]].copy(), finish))
+            results.append(Generation(new, *logprobs[:, slot, : counts[slot]].copy(), finish))
         return results

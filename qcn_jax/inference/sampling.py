@@ -55,7 +55,7 @@ def sample(
     temperature: jax.Array,
     top_p: jax.Array,
     top_k: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token a sequence.
 
     Args:
@@ -67,12 +67,14 @@ def sample(
       top_k: [B] int32.
 
     Returns:
-      tokens [B] int32, and their log-probabilities [B] float32 under the policy itself: softmax(logits),
-      before temperature and filters.
+      tokens [B] int32, and their log-probabilities twice, [B] float32: under softmax(logits), the model's own, and
+      under softmax(logits / temperature), which draws them where no filter is on. Both are the former where the
+      temperature is 0.
     """
+    greedily = temperature <= 0
+    scaled = logits / jnp.where(greedily, 1.0, jnp.maximum(temperature, 1e-6))[:, None]
 
     def draw(_: None) -> jax.Array:
-        scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
         filtered = jax.lax.cond(
             jnp.any((top_p < 1.0) | (top_k > 0)),  # sorting the vocabulary costs more than all the rest
             lambda x: filter_logits(x, top_p, top_k),
@@ -84,7 +86,7 @@ def sample(
         return jnp.argmax(filtered + noise, axis=-1)
 
     greedy = jnp.argmax(logits, axis=-1)
-    random = jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, None)
-    tokens = jnp.where(temperature > 0, random, greedy).astype(jnp.int32)
-    logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    return tokens, logprobs
+    random = jax.lax.cond(jnp.all(greedily), lambda _: greedy, draw, None)
+    tokens = jnp.where(greedily, greedy, random).astype(jnp.int32)
+    of = lambda x: jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(x, axis=-1)
+    return tokens, of(logits), of(scaled)

@@ -146,6 +146,10 @@ def test_sampling_is_reproducible_and_logprobs_are_the_policys(engine, logits_of
     assert [g.tokens for g in runs[0]] == [g.tokens for g in runs[1]]
     for generation in runs[0]:
         check(logits_of, prompt(6, 12), generation, greedy=False)
+        tempered = logits_of(prompt(6, 12) + generation.tokens)[11:-1].astype(np.float64) / 0.7
+        scores = tempered - np.log(np.exp(tempered).sum(-1, keepdims=True))
+        chosen = scores[np.arange(len(generation.tokens)), generation.tokens]
+        np.testing.assert_allclose(generation.drawn_logprobs, chosen, atol=3e-4)
 
 
 def test_new_weights_act_at_once_without_compiling(engine, params, logits_of) -> None:

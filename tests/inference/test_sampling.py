@@ -51,30 +51,34 @@ def call(logits: np.ndarray, seeds, positions, temperature=1.0, top_p=1.0, top_k
 def test_frequencies_follow_the_tempered_and_filtered_distribution(temperature, top_p, top_k) -> None:
     row = np.log(np.array([0.4, 0.3, 0.2, 0.08, 0.02]))
     n = 20_000
-    tokens, logprobs = call(np.tile(row, (n, 1)), np.arange(n), 7, temperature, top_p, top_k)
+    tokens, logprobs, drawn = call(np.tile(row, (n, 1)), np.arange(n), 7, temperature, top_p, top_k)
     filtered = np.exp(reference_filter(row / temperature, top_p, top_k))
     want = filtered / filtered.sum()
     got = np.bincount(np.asarray(tokens), minlength=5) / n
     np.testing.assert_allclose(got, want, atol=4 * np.sqrt(0.25 / n))  # four standard errors
     np.testing.assert_allclose(logprobs, row[np.asarray(tokens)], rtol=1e-5)  # of the untempered policy
+    tempered = row / temperature - np.log(np.exp(row / temperature).sum())
+    np.testing.assert_allclose(drawn, tempered[np.asarray(tokens)], rtol=1e-5, atol=1e-6)
 
 
 def test_streams_depend_on_seed_and_position_alone() -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(6, 50))
-    tokens, _ = call(logits, np.arange(6), np.arange(6) + 10)
+    tokens, *_ = call(logits, np.arange(6), np.arange(6) + 10)
     other = rng.normal(size=(6, 50))
     other[4] = logits[2]
-    moved, _ = call(other, [9, 9, 9, 9, 2, 9], [0, 0, 0, 0, 12, 0])
+    moved, *_ = call(other, [9, 9, 9, 9, 2, 9], [0, 0, 0, 0, 12, 0])
     assert moved[4] == tokens[2]
     flat = np.zeros((200, 50))
-    by_seed, _ = call(flat, np.arange(200), 0)
-    by_position, _ = call(flat, 0, np.arange(200))
+    by_seed, *_ = call(flat, np.arange(200), 0)
+    by_position, *_ = call(flat, 0, np.arange(200))
     assert len(set(np.asarray(by_seed).tolist())) > 40 and len(set(np.asarray(by_position).tolist())) > 40
 
 
 def test_temperature_zero_is_argmax_even_beside_sampled_rows() -> None:
     logits = np.random.default_rng(2).normal(size=(4, 30))
-    tokens, _ = call(logits, 0, 0, temperature=[0.0, 1.0, 0.0, 5.0])
+    tokens, logprobs, drawn = call(logits, 0, 0, temperature=[0.0, 1.0, 0.0, 5.0])
     best = logits.argmax(-1)
     assert tokens[0] == best[0] and tokens[2] == best[2]
+    np.testing.assert_array_equal(logprobs[:3], drawn[:3])  # nothing was tempered
+    assert abs(logprobs[3] - drawn[3]) > 0.01

@@ -75,10 +75,10 @@ def test_answers_are_the_engines_own(server, folder) -> None:
     loaded = load_engine(folder, slots=4, max_length=96, max_new_tokens=PIECE)  # the server's shapes, compiled already
     tokens = loaded.tokenizer.encode(rendering.render(HELLO, None, add_generation_prompt=True))
     loaded.engine.extend({0: tokens})
-    want = Generation([], np.zeros(0), "length")
+    want = Generation([], np.zeros(0), np.zeros(0), "length")
     while want.finish != "stop" and len(want.tokens) < 24:
         piece = loaded.engine.generate([0], seeds=[0], sampling=Sampling(0.0))[0]
-        want = Generation(want.tokens + piece.tokens, np.append(want.logprobs, piece.logprobs), piece.finish)
+        want = Generation(want.tokens + piece.tokens, np.append(want.logprobs, piece.logprobs), np.zeros(0), piece.finish)
     stopped = want.finish == "stop"
     text = loaded.tokenizer.decode(want.tokens[: -1 if stopped else None])
     response = post(server, "chat/completions", messages=HELLO, max_tokens=24, temperature=0, logprobs=True)
@@ -233,7 +233,7 @@ def test_an_engine_that_fails_fails_its_requests_and_not_the_server() -> None:
             return 5
 
         def generate(self, slots, **_):
-            return [Generation([1], np.zeros(1, np.float32), "stop") for _ in slots]
+            return [Generation([1], np.zeros(1, np.float32), np.zeros(1, np.float32), "stop") for _ in slots]
 
     scheduler, pieces = Scheduler(Broken(), most_waiting=2), []
     make = lambda: Request([1], Sampling(), 4, 0, pieces.append)

@@ -46,6 +46,26 @@ def test_loss_pools_layers_before_the_product_and_is_top_k_when_balanced():
     np.testing.assert_allclose(max_violation(opposite), [1.0, 1.0])
 
 
+def test_shares_of_parts_add_up_to_the_loss_of_the_whole_batch():
+    """Value and gradient against E * sum f P written out in float64, on parts that load other experts."""
+    x = np.random.default_rng(4).standard_normal((12, 6)) + 3 * np.repeat(np.eye(6)[:3], 4, axis=0)
+    kernel = np.random.default_rng(0).standard_normal((6, 5))
+    p = np.exp(x @ kernel) / np.exp(x @ kernel).sum(1, keepdims=True)
+    f = np.bincount(np.argsort(-p, axis=1)[:, :2].reshape(-1), minlength=5) / 12
+    slope = x.T @ (p * (f - (p * f).sum(1, keepdims=True))) * 5 / 12
+    parts = np.split(x.astype(np.float32), 3)
+    whole = route(x.astype(np.float32))[2]
+
+    def share(kernel, part):
+        return balance_loss(Router(CONFIG).apply({"params": {"kernel": kernel}}, part, None)[2], whole)
+
+    values, slopes = zip(*(jax.value_and_grad(share)(jnp.float32(kernel), part) for part in parts))
+    np.testing.assert_allclose(sum(values), 5 * (f * p.mean(0)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sum(slopes), slope, rtol=1e-4, atol=1e-5 * np.abs(slope).max())
+    apart = np.mean([float(balance_loss(route(part)[2])) for part in parts])
+    assert apart > 1.1 * sum(values)  # a mean of the parts' own losses is another number
+
+
 def test_gradient_reaches_probabilities_and_not_counts():
     x = np.random.default_rng(3).standard_normal((9, 6)).astype(np.float32)
 

@@ -62,16 +62,17 @@ def choose(items: Sequence[T], count: int, update: int, seed: int) -> list[T]:
     return chosen
 
 
-def document(record: RolloutRecord, **per_token: np.ndarray) -> dict[str, np.ndarray]:
+def document(record: RolloutRecord, weight: float = 1.0, **per_token: np.ndarray) -> dict[str, np.ndarray]:
     """An episode as a document for packing, aligned with predicting positions.
 
     Args:
-      record: the episode; weight 1 where the next token is one that the policy chose.
+      record: the episode.
+      weight: in the loss, of the positions whose next token is one that the policy chose; the others have none.
       **per_token: further arrays [n] about each token; shifted to the position that predicts it.
     """
     shift = lambda values: np.append(values[1:], np.zeros(1, values.dtype))
     arrays = {name: shift(np.asarray(values)) for name, values in per_token.items()}
-    return {"tokens": record.tokens, "weights": shift(record.sampled.astype(np.float32)), **arrays}
+    return {"tokens": record.tokens, "weights": shift(np.float32(weight) * record.sampled), **arrays}
 
 
 def pack_rows(documents: Sequence[dict[str, np.ndarray]], length: int, rows: int) -> dict[str, np.ndarray]:

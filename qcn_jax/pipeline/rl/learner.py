@@ -2,10 +2,11 @@
 
 For every update the policy acts several times on each of a few prompts. An episode's advantage is its reward's
 standard score within its prompt's group (GRPO); the loss is DAPO's: clipped with separate bounds, averaged over
-all sampled tokens alike (or over episodes alike: failures are longer, and a small policy that is mostly told what
-not to do loses its format); prompts that are always or never solved are left out; a turn that broke the tool format
-has its own tokens penalised. The router's balance loss plays no part: a few thousand tokens of one domain should
-not be spread evenly over experts.
+all sampled tokens alike (or as GRPO does, over groups, episodes and tokens in turn: failures are longer, and a small
+policy that is mostly told what not to do loses its format); prompts that are always or never solved are left out; a
+turn that broke the tool format has its own tokens penalised. The policy is softmax(logits / temperature) on both sides:
+the one that acted, the one that is moved, and the one it is held to. The router's balance loss plays no part: a few
+thousand tokens of one domain should not be spread evenly over experts.
 """
 
 import dataclasses
@@ -35,15 +36,17 @@ PROBE = 1_000_003  # takes the place of the update's number in the seeds of the 
 
 
 def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | None = None) -> LossFn:
-    """The loss of packed rows, a mean over the tokens of the whole batch.
+    """The loss of packed rows, a weighted mean over the tokens of the whole batch.
 
-    The returned function takes (params, batch, reference) where batch has, besides tokens, segment_ids,
+    All log-probabilities, and so ratio, divergence and entropy, are at the rollouts' temperature. The returned function takes (params, batch, reference) where batch has, besides tokens, segment_ids,
     positions, weights and weight_sum, `advantages` and `old_logprobs` [B, T]. `reference` is the parameter tree that
     `config.kl_coef` holds the policy to; there is none where that is 0.
     """
     network = Qwen3Next(model, parallel=parallel)
     objective = objectives.OBJECTIVES.resolve(config.objective, "--config.experts.objective")
-    statistics = lambda kernels, hidden, target: objectives.token_statistics(project(hidden, kernels[0]), target)
+
+    def statistics(kernels: tuple[jax.Array, ...], hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return objectives.token_statistics(project(hidden, kernels[0]), targets, config.rollout.temperature)
 
     def logprobs_of(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out = network.apply(
@@ -137,18 +140,16 @@ class Learner:
                     summarize(records) | metrics)
 
     def rows(self, groups: Sequence[Sequence[RolloutRecord]]) -> dict[str, np.ndarray]:
-        """Packed rows of the episodes of some groups, with advantages and old log-probabilities."""
+        """Packed rows of the episodes of some groups, with weights, advantages and old log-probabilities."""
         documents = []
-        for group in groups:
+        lengths = [[int(record.sampled.sum()) for record in group] for group in groups]
+        for group, weights in zip(groups, objectives.token_weights(lengths, self.config.average), strict=True):
             rewards = [record.outcome.reward for record in group]
             advantages = objectives.group_advantages(rewards, [0] * len(group), [True] * len(group))
             advantages *= np.where(advantages < 0, self.config.negative_weight, 1.0)
-            if self.config.average == "episode":
-                lengths = np.array([record.sampled.sum() for record in group])  # 0: taken greedily to its end
-                advantages *= lengths[lengths > 0].mean() / np.maximum(lengths, 1) if lengths.any() else 1.0
-            for record, advantage in zip(group, advantages, strict=True):
+            for record, advantage, weight in zip(group, advantages, weights, strict=True):
                 documents.append(episodes.document(
-                    record, advantages=token_advantages(record, float(advantage), self.config),
+                    record, weight, advantages=token_advantages(record, float(advantage), self.config),
                     old_logprobs=record.logprobs,
                 ))  # fmt: skip
         return episodes.pack_rows(documents, self.config.sequence_length, self.config.rows)

@@ -15,6 +15,9 @@ from qcn_jax.config import ExpertsConfig
 from qcn_jax.registry import Registry
 
 STD_FLOOR = 1e-6  # a group whose rewards agree has no advantage, not an infinite one
+# exp of more is no float32 number, and infinity times the weight 0 of a token that does not count would be NaN. A token
+# that counts is never as far off: it was drawn with the probability that the exponent is taken from.
+EXPONENT_LIMIT = 80.0
 
 
 def group_advantages(rewards: Sequence[float], groups: Sequence[int], counted: Sequence[bool]) -> np.ndarray:
@@ -39,22 +42,47 @@ def group_advantages(rewards: Sequence[float], groups: Sequence[int], counted: S
     return advantages
 
 
+def token_weights(lengths: Sequence[Sequence[int]], average: str) -> list[np.ndarray]:
+    """Weight of every token of each episode, such that a weighted mean over tokens is the average asked for.
+
+    "token" gives all tokens the weight 1 (DAPO, Yu et al. 2025). "episode" is GRPO's average (Shao et al. 2024, eq. 3):
+    the mean over a group's episodes of each one's mean over its tokens, and of that the mean over groups; the weight of
+    a token of episode i of group g is proportional to 1 / (episodes in g * tokens of i).
+
+    Args:
+      lengths: sampled tokens of each episode, by group. Episodes and groups without any say nothing and count nowhere.
+      average: "token" or "episode".
+
+    Returns:
+      [episodes] float64 for each group, 0 for episodes without tokens. The mean weight of a token is 1.
+    """
+    groups = [np.asarray(group, np.float64) for group in lengths]
+    if average == "token":
+        return [np.sign(group) for group in groups]
+    tokens, filled = sum(group.sum() for group in groups), sum(group.any() for group in groups)
+    share = lambda group: np.divide(1.0, group, out=np.zeros_like(group), where=group > 0) / max(np.sign(group).sum(), 1)
+    return [share(group) * tokens / max(filled, 1) for group in groups]
+
+
 def log_softmax(logits: jax.Array) -> jax.Array:
     """Log-probabilities in float32, whatever the logits' dtype; [..., V]."""
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 
 
-def token_statistics(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and entropy of each prediction.
+def token_statistics(
+    logits: jax.Array, targets: jax.Array, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target and entropy of each prediction, under softmax(logits / temperature).
 
     Args:
       logits: [..., V].
       targets: [...] int32.
+      temperature: that the tokens were drawn at; above 0.
 
     Returns:
       logprobs [...] and entropy [...], float32; no gradient flows through the entropy.
     """
-    scores = log_softmax(logits)
+    scores = log_softmax(logits.astype(jnp.float32) / temperature)
     logprobs = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
     still = jax.lax.stop_gradient(scores)
     return logprobs, -jnp.sum(jnp.exp(still) * still, axis=-1)
@@ -72,7 +100,7 @@ def clipped_policy_loss(
     Returns:
       losses [...] and whether the clip cut the gradient off [...] (bool).
     """
-    ratio = jnp.exp(logprobs - old_logprobs)
+    ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, EXPONENT_LIMIT))
     plain = ratio * advantages
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
     return -jnp.minimum(plain, clipped), clipped < plain
@@ -90,7 +118,7 @@ OBJECTIVES: Registry = Registry("objective", None, {"clipped": "qcn_jax.pipeline
 
 def kl_estimate(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
     """Schulman's k3 estimate of KL(policy || reference) from sampled tokens; [...], never negative."""
-    difference = reference - logprobs
+    difference = jnp.minimum(reference - logprobs, EXPONENT_LIMIT)
     return jnp.exp(difference) - difference - 1.0
 
 

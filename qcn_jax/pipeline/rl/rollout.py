@@ -94,7 +94,7 @@ class RolloutRecord:
       sample: index among the samples of that prompt.
       tokens: [n] int32, opening, turns and answers.
       sampled: [n] bool, which of them the policy drew; not those of its first turns that it was made to take greedily.
-      logprobs: [n] float32, theirs under the untempered policy when they were chosen; 0 for the rest.
+      logprobs: [n] float32, theirs when they were chosen, at the temperature they were drawn at; 0 for the rest.
       turns: the policy's turns in order.
       outcome: what execution said.
     """
@@ -144,7 +144,7 @@ class _Open:
 
     def generated(self, generation: Generation) -> None:
         self.tokens += generation.tokens
-        self.logprobs += generation.logprobs.tolist()
+        self.logprobs += generation.drawn_logprobs.tolist()
         self.stopped = generation.finish == "stop"
 
     def reply(self) -> Reply:

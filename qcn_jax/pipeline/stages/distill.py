@@ -9,7 +9,9 @@ over sampled tokens:
   rejection_sft  cross entropy on those episodes of the expert that execution says are solved
 
 The report does not say which loss it used; the first is the default because it needs the student to be right only
-where the student goes.
+where the student goes. Divergences are of the models' own distributions, whatever temperature, top_p and top_k the
+episodes were drawn with: these choose where student and expert are compared, and no gradient goes through that choice
+(Agarwal et al. 2024, section 3).
 """
 
 import dataclasses

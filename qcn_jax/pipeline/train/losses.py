@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qcn_jax.model import head_kernel
 from qcn_jax.moe.losses import balance_loss, max_violation, overflow
+from qcn_jax.moe.router import RouterStatistics
 from qcn_jax.pipeline.train.head import over_vocabulary, project
 
 Batch = Mapping[str, jax.Array]
@@ -44,6 +45,24 @@ def mtp_weights(weights: jax.Array, segment_ids: jax.Array, step: int) -> jax.Ar
     return next_tokens(weights, step + 1) * same
 
 
+def _drafts(model: Any, mtp_coef: float, mtp_steps: int) -> int:
+    """Tokens that multi-token prediction is trained to predict ahead; 0 without it."""
+    return mtp_steps if mtp_coef > 0 and model.config.num_nextn_predict_layers > 0 else 0
+
+
+def _apply(model: Any, params: Any, batch: Batch, drafts: int) -> Any:
+    ahead = [next_tokens(batch["tokens"], 1 + step) for step in range(drafts)]
+    return model.apply({"params": params}, batch["tokens"], positions=batch["positions"],
+                       segment_ids=batch["segment_ids"], mtp_tokens=jnp.stack(ahead, axis=-1) if drafts else None,
+                       with_logits=False)
+
+
+def routing(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1) -> Callable[[Any, Batch], RouterStatistics]:
+    """(params, batch) -> how the batch's tokens are routed; the `whole` of train.step.make_step for the loss below."""
+    drafts = _drafts(model, mtp_coef, mtp_steps)
+    return lambda params, batch: _apply(model, params, batch, drafts).aux
+
+
 def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
                         ) -> Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]:
     """Next-token, router-balance and multi-token-prediction loss as the loss of train.step.make_step.
@@ -55,34 +74,35 @@ def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
         when it drafts.
     Returns:
       (params, batch) -> (loss, {ce, accuracy, balance, load_violation, overflow[, mtp]}). ce and mtp are per weighted
-      token of the global batch (`batch["weight_sum"]`); balance equals top-k when the experts are balanced.
+      token of the global batch (`batch["weight_sum"]`); balance equals top-k when the experts are balanced. What
+      depends on routing is that of the global batch where a slice is given its sums (`batch["whole"]`, of `routing`),
+      else a mean over slices.
     """
-    config = model.config
-    with_mtp = mtp_coef > 0 and config.num_nextn_predict_layers > 0
+    config, drafts = model.config, _drafts(model, mtp_coef, mtp_steps)
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         tokens, segments = batch["tokens"], batch["segment_ids"]
         weights = batch["weights"] / batch["weight_sum"]
         targets = next_tokens(tokens)
-        ahead = [next_tokens(tokens, 1 + step) for step in range(mtp_steps)] if with_mtp else None
-        out = model.apply({"params": params}, tokens, positions=batch["positions"], segment_ids=segments,
-                          mtp_tokens=jnp.stack(ahead, axis=-1) if with_mtp else None, with_logits=False)
+        out = _apply(model, params, batch, drafts)
         kernels = (head_kernel(config, params),)
         predict = lambda hidden, targets: over_vocabulary(predicted, kernels, hidden, targets, parallel=model.parallel)
         losses, right = predict(out.hidden, targets)
         ce = jnp.sum(weights * losses)
-        balance = batch["fraction"] * balance_loss(out.aux)
+        whole = batch.get("whole")
+        balance = batch["fraction"] * balance_loss(out.aux) if whole is None else balance_loss(out.aux, whole)
+        routed = out.aux if whole is None else whole
         loss = ce + config.router_aux_loss_coef * balance
         metrics = {
             "ce": ce, "balance": balance, "accuracy": jnp.sum(weights * right),
-            "load_violation": batch["fraction"] * jnp.max(max_violation(out.aux)),
-            "overflow": batch["fraction"] * overflow(out.aux),
+            "load_violation": batch["fraction"] * jnp.max(max_violation(routed)),
+            "overflow": batch["fraction"] * overflow(routed),
         }
-        if with_mtp:
+        if drafts:
             metrics["mtp"] = sum(
                 jnp.sum(mtp_weights(weights, segments, step)
                         * predict(out.mtp_hidden[step], next_tokens(tokens, 2 + step))[0])
-                for step in range(mtp_steps)) / mtp_steps
+                for step in range(drafts)) / drafts
             loss += mtp_coef * metrics["mtp"]
         return loss, metrics
 

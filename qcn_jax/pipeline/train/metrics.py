@@ -1,5 +1,6 @@
 """Curves on disk, one JSON object a line, rewound when a run resumes; speed; profiles on demand."""
 
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from qcn_jax import files, journal
 from qcn_jax.sharding.chips import chip_of
 
 PROFILED_STEPS = 3
+DIGITS = 9  # significant ones, which tell all float32 numbers apart
 
 
 class MetricsLog:
@@ -116,4 +118,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, bool, int, type(None), dict, list)):
         return value
     value = float(value)
-    return round(value, 6) if value - value == 0 else None
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

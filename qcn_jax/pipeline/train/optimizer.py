@@ -1,12 +1,14 @@
 """Optimizers through optax: AdamW, or Muon for matrices with AdamW for the rest, and one schedule.
 
-Updates are computed in float32 whatever the dtypes of parameters, gradients and kept moments.
+Updates are computed in float32 whatever the dtypes of parameters, gradients and kept moments. `eps` and the betas are
+AdamW's, also where Muon takes the matrices: Muon's momentum is 0.95, Nesterov's, and its own eps only guards a division.
 
 Weight decay reaches every matrix and, as the Qwen3-Next blog describes, the zero-centred norm weights (it keeps
 them from growing without bound). It never reaches A_log and dt_bias, whose zero is no natural centre, nor the
 DeltaNet output norm, whose weight is initialised to one and is not zero-centred.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +69,11 @@ def muon_dimensions(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def _muon_labels(params: Params) -> Params:
+    is_leaf = lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)
+    return jax.tree.map(lambda x: "adam" if x is None else "muon", muon_dimensions(params), is_leaf=is_leaf)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer that `config.name` chooses, over `steps` steps.
 
@@ -78,12 +85,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         update = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
                              mask=decay_mask)
     elif config.name == "muon":
+        # optax's own AdamW part of Muon would share Muon's eps and its Nesterov momentum. Both carry the minus sign.
+        muon = contrib.muon(-1.0, consistent_rms=_MUON_RMS, muon_weight_dimension_numbers=muon_dimensions)
+        adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
         update = optax.chain(
-            contrib.muon(1.0, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=_MUON_RMS,
-                         muon_weight_dimension_numbers=muon_dimensions),
-            # Both branches above already carry the minus sign of descent, so decay is subtracted here once.
-            optax.add_decayed_weights(-config.weight_decay, mask=decay_mask),
-            optax.scale_by_schedule(rate))
+            optax.partition({"muon": muon, "adam": adam}, _muon_labels),
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(rate))
     else:
         raise UserError(f"--config.*.optimizer.name: unknown optimizer {config.name!r}; allowed: adamw, muon")
     moments = {"mu": _moment_dtype(config.mu_dtype, "mu_dtype"), "nu": _moment_dtype(config.nu_dtype, "nu_dtype")}
@@ -98,25 +106,44 @@ def _moment_dtype(name: str, field: str) -> jnp.dtype:
 
 
 def in_float32(inner: optax.GradientTransformation, moments: dict[str, jnp.dtype]) -> optax.GradientTransformation:
-    """`inner` computed in float32, its state fields named in `moments` kept in those dtypes between steps."""
+    """`inner` computed in float32, its state fields named in `moments` kept in those dtypes between steps.
+
+    bfloat16 holds 8 binary digits: a moment that decays by 0.1 % a step would be rounded to what it was, for ever. It is
+    rounded up or down at random, with the mean of what is rounded; the bits follow from the optimizer's count of steps.
+    """
     to_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def cast_moments(state: optax.OptState, dtypes: dict[str, jnp.dtype]) -> optax.OptState:
-        def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name in dtypes]
-            return leaf.astype(dtypes[fields[-1]]) if fields else leaf
+    def map_moments(function: Callable[[jax.Array, jnp.dtype, int], jax.Array], state: optax.OptState) -> optax.OptState:
+        """`function` of every moment, the dtype it is kept in, and its number in the tree."""
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        for index, (path, leaf) in enumerate(leaves):
+            fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name in moments]
+            leaves[index] = function(leaf, moments[fields[-1]], index) if fields else leaf
+        return jax.tree.unflatten(tree, leaves)
 
-        return jax.tree_util.tree_map_with_path(cast, state)
+    def kept(state: optax.OptState) -> optax.OptState:
+        step = jax.random.fold_in(jax.random.key(0), optax.tree_utils.tree_get_all_with_path(state, "count")[0][1])
+        return map_moments(lambda leaf, dtype, index: rounded(leaf, dtype, jax.random.fold_in(step, index)), state)
 
     def init(params: Params) -> optax.OptState:
-        return cast_moments(inner.init(to_float32(params)), moments)
+        return map_moments(lambda leaf, dtype, _: leaf.astype(dtype), inner.init(to_float32(params)))
 
     def update(grads: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
-        state = cast_moments(state, dict.fromkeys(moments, jnp.dtype(jnp.float32)))
+        state = map_moments(lambda leaf, *_: leaf.astype(jnp.float32), state)
         updates, state = inner.update(to_float32(grads), state, to_float32(params))
-        return updates, cast_moments(state, moments)
+        return updates, kept(state)
 
     return optax.GradientTransformation(init, update)
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+    """x float32 in `dtype`: to bfloat16, one of the two nearest numbers at random, such that the mean is x."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    # bfloat16 is the upper half of a float32: what is added to the lower half carries with the probability of its size.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16)
+    up = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), up, x.astype(dtype))
 
 
 class MasterCopyState(NamedTuple):

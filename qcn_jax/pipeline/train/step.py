@@ -22,6 +22,7 @@ Batch = Mapping[str, jax.Array]
 # (params, slice) or, where a step has frozen parameters, (params, slice, frozen) -> (loss, metrics): the slice's
 # contributions to the mean over the whole batch, scalars and a dict of scalars.
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+WholeFn = Callable[[Params, Batch], Any]  # (params, slice) -> sums over the slice's tokens, a pytree of float32
 
 SECTION = "section"  # name of the array [S] that says of which section a slice is
 
@@ -83,7 +84,7 @@ class BatchShape:
 
 def make_step(
     loss: LossFn, optimizer: optax.GradientTransformation, shape: BatchShape, shardings: TrainState | None = None,
-    batch_shardings: Mapping[str, jax.sharding.Sharding] | None = None, frozen: int = 0,
+    batch_shardings: Mapping[str, jax.sharding.Sharding] | None = None, frozen: int = 0, whole: WholeFn | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """Compiles one optimizer step.
 
@@ -98,6 +99,8 @@ def make_step(
       batch_shardings: of the batch's arrays, given with `shardings`.
       frozen: how many trees of frozen parameters (a reference, teachers) there are, laid out as the state's. With one,
         all slices are given it; with several, a slice of section i is given the i-th.
+      whole: what the loss of a slice must know of all of them, being no sum over tokens. With several slices its sums
+        over the batch are taken first, and every slice is given them as `whole`, without gradient.
     Returns:
       (state, batch, frozen=()) -> (state, metrics), `state` donated, `frozen` a tuple of trees. metrics holds the
       loss's own, `loss`, `grad_norm` and `finite`; those of sections are means over their own weight. When the loss or
@@ -111,15 +114,23 @@ def make_step(
         live = _live(weights) if shape.padded else shape.slices
         scalars = {"weight_sum": total, "fraction": jnp.float32(1) / live}
 
+        cut = lambda index: {name: array[index] for name, array in batch.items()}
+        if whole is not None and shape.slices > 1:
+            with jax.named_scope("whole"):
+                scalars["whole"] = _summed(lambda index: whole(state.params, cut(index)), live)
+
         def one(index: int | jax.Array) -> tuple[Params, dict[str, jax.Array]]:
             """Gradient and metrics of one slice."""
-            arrays = {name: array[index] for name, array in batch.items()}
+            arrays = cut(index)
             section = arrays.pop(SECTION, None)
             (value, metrics), grads = gradient(state.params, arrays | scalars, *_chosen(frozen, section))
             metrics = metrics | {"loss": value}
             return grads, metrics if section is None else _placed(metrics, section, len(shape.sections))
 
-        grads, metrics = one(0) if shape.slices == 1 else _summed(one, live, shardings)
+        def laid_out(total: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
+            return jax.lax.with_sharding_constraint(total[0], shardings.params), total[1]
+
+        grads, metrics = one(0) if shape.slices == 1 else _summed(one, live, lambda x: x if shardings is None else laid_out(x))
         if shape.sections:
             metrics = _by_section(metrics, shape.sections, weights, batch[SECTION])
         if shardings is not None:
@@ -147,14 +158,11 @@ def _chosen(frozen: tuple[Params, ...], section: jax.Array | None) -> tuple[Para
     return (jax.lax.switch(section, [lambda tree=tree: tree for tree in frozen]),)
 
 
-def _summed(one: Callable, live: int | jax.Array, shardings: TrainState | None) -> Any:
+def _summed(one: Callable, live: int | jax.Array, laid_out: Callable[[Any], Any] = lambda x: x) -> Any:
     """Sums of `one` over the first `live` slices, in float32 whatever the precision of the parts."""
 
     def body(index: jax.Array, total: Any) -> Any:
-        grads, metrics = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, one(index))
-        if shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        return grads, metrics
+        return laid_out(jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, one(index)))
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(0, live, body, zeros)

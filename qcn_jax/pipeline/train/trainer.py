@@ -18,7 +18,7 @@ from qcn_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from qcn_jax.pipeline.train import diagnosis, layout, loop, optimizer
 from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
 from qcn_jax.pipeline.train.layout import Rows
-from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, make_step
+from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_step
 from qcn_jax.sharding.mesh import make_parallel
 from qcn_jax.sharding.parallel import Parallel
 
@@ -54,7 +54,8 @@ class Trainer:
 
     @classmethod
     def build(cls, model: ModelConfig, loss: LossFn, rule: OptimizerConfig, steps: int, shape: BatchShape,
-              parallel: Parallel | None, *, field: str, frozen: int = 0, mtp: bool = False) -> "Trainer":
+              parallel: Parallel | None, *, field: str, frozen: int = 0, mtp: bool = False,
+              whole: WholeFn | None = None) -> "Trainer":
         """Builds the step; nothing is compiled before its first use.
 
         Args:
@@ -63,6 +64,7 @@ class Trainer:
           steps: optimizer steps, over which the learning rate falls.
           field: of the configuration, that errors about rows name.
           mtp: whether the loss takes the multi-token-prediction block too.
+          whole: see train.step.make_step.
 
         Raises:
           UserError: rows that do not divide by the mesh, or an unknown optimizer.
@@ -72,7 +74,7 @@ class Trainer:
         if parallel is not None:
             shardings = layout.state_shardings(model, parallel, update, rule.offload)
             batch = {name: layout.batch_sharding(parallel, len(size)) for name, (size, _) in shape.arrays().items()}
-        step = make_step(loss, update, shape, shardings, batch, frozen)
+        step = make_step(loss, update, shape, shardings, batch, frozen, whole)
         rows = Rows.of(parallel, shape.rows, shape.slices, field)
         flops = token_flops(model, shape.length, mtp)
         rate = optimizer.schedule(rule, steps)

@@ -128,13 +128,81 @@ def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, train
     assert float(sums["clipped"]) == clipped > 0
 
 
-def test_episodes_weigh_alike_and_failures_less(engine, trainer) -> None:
-    group = [make_record(0, [2, 8], [4, 5, 1], [-1.0] * 3, 1.0), make_record(0, [2, 8], [9], [-1.0], 0.0)]
-    plain = make_learner(engine, trainer).rows([group])["advantages"]
-    assert sorted(plain[plain != 0].tolist()) == [-1, 1, 1, 1]
-    config = dataclasses.replace(CONFIG, average="episode", negative_weight=0.25)
-    rows = make_learner(engine, trainer, config).rows([group])["advantages"]
-    np.testing.assert_allclose(sorted(rows[rows != 0].tolist()), [-0.25 * 2, *[2 / 3] * 3], rtol=1e-6)
+def _apply(params, tokens):
+    """Final hidden states [n, D] of one episode on its own, in float64."""
+    padded = np.pad(tokens, (0, 64 - len(tokens)))[None]
+    return np.asarray(_hidden(params, padded).hidden[0, : len(tokens)], np.float64)
+
+
+_hidden = jax.jit(lambda params, tokens: Qwen3Next(MODEL).apply({"params": params}, tokens, with_logits=False))
+
+
+def _published(params, reference, groups, config):
+    """Loss and its gradient by the head's kernel, written out in float64: GRPO's nested means, or DAPO's token mean."""
+    kernel, fixed = (np.asarray(tree["lm_head"]["kernel"], np.float64) for tree in (params, reference))
+    total, slope = 0.0, np.zeros_like(kernel)
+    everything = sum(len(record.tokens) - record.turns[0].start for group in groups for record in group)
+    for group in groups:
+        rewards = np.asarray([record.outcome.reward for record in group])
+        for record, advantage in zip(group, (rewards - rewards.mean()) / rewards.std()):
+            advantage *= config.negative_weight if advantage < 0 else 1.0
+            start, n = record.turns[0].start, len(record.tokens)
+            length = n - start
+            share = 1 / (len(groups) * len(group) * length) if config.average == "episode" else 1 / everything
+            hidden, held = _apply(params, record.tokens), _apply(reference, record.tokens)
+            for t in range(start, n):
+                scores = [_log_softmax(h[t - 1] @ k / config.rollout.temperature)
+                          for h, k in ((hidden, kernel), (held, fixed))]
+                logprob, other = (score[record.tokens[t]] for score in scores)
+                ratio = np.exp(logprob - record.logprobs[t])
+                clipped = np.clip(ratio, 1 - config.clip_low, 1 + config.clip_high) * advantage
+                total += share * (-min(ratio * advantage, clipped)
+                                  + config.kl_coef * (np.exp(other - logprob) - (other - logprob) - 1))
+                by_logprob = 0.0 if clipped < ratio * advantage else -ratio * advantage
+                by_logprob += config.kl_coef * (1 - np.exp(other - logprob))
+                by_logits = np.eye(MODEL.vocab_size)[record.tokens[t]] - np.exp(scores[0])
+                slope += share * by_logprob * np.outer(hidden[t - 1], by_logits) / config.rollout.temperature
+    return total, slope
+
+
+def _log_softmax(logits):
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+@pytest.mark.parametrize("average,temperature,negative", [("episode", 1.0, 1.0), ("episode", 0.6, 0.2), ("token", 1.5, 1.0)])
+def test_gradient_is_that_of_the_published_formulas(params, engine, trainer, average, temperature, negative) -> None:
+    """Shao et al. 2024, eq. 3 (episode) and Yu et al. 2025, eq. 8 (token), on episodes of very unequal length."""
+    rollouts = dataclasses.replace(CONFIG.rollout, temperature=temperature)
+    config = dataclasses.replace(CONFIG, average=average, negative_weight=negative, kl_coef=0.1, rollout=rollouts)
+    rng, groups = np.random.default_rng(1), []
+    for prompt, lengths in enumerate([(5, 50), (3, 1, 9)]):
+        group = []
+        for sample, length in enumerate(lengths):
+            tokens = rng.integers(2, 32, length).tolist()
+            record = make_record(prompt, [2, 8 + prompt], tokens, [0.0] * length, float(sample == 0))
+            hidden = _apply(params, record.tokens)
+            logits = hidden @ np.asarray(params["lm_head"]["kernel"], np.float64) / temperature
+            for t in range(2, length + 2):  # near enough for most ratios to lie within the bounds
+                record.logprobs[t] = _log_softmax(logits[t - 1])[record.tokens[t]] + rng.normal() * 0.2
+            group.append(record)
+        groups.append(group)
+    reference = jax.tree.map(lambda x: x * 0.9, params)
+    rows = make_learner(engine, trainer, config).rows(groups)
+    assert rows["weights"].sum() == pytest.approx(68, rel=1e-6)  # a token weighs 1 on average
+    batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": rows["weights"].sum()}
+    (value, _), slope = jax.jit(jax.value_and_grad(policy_loss(MODEL, config), has_aux=True))(params, batch, reference)
+    want, want_slope = _published(params, reference, groups, config)
+    assert float(value) == pytest.approx(want, abs=1e-5)
+    error = np.linalg.norm(np.asarray(slope["lm_head"]["kernel"], np.float64) - want_slope)
+    assert error < 1e-4 * np.linalg.norm(want_slope)
+
+
+def test_log_probabilities_of_rollouts_are_those_of_training(params, engine) -> None:
+    """Acting and learning agree on the policy at any temperature: before the first step every ratio is one."""
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, temperature=0.5))
+    learner = make_learner(engine, make_trainer(MODEL, config, None), config)
+    _, metrics = advance(learner, 0, fresh(params, learner.trainer))
+    assert metrics["groups"] and metrics["kl_old"] < 1e-6 and metrics["clipped"] == 0
 
 
 def test_kl_term_holds_the_policy_to_its_reference(params, engine, trainer) -> None:

@@ -44,12 +44,33 @@ def test_group_advantages_are_standard_scores_within_a_prompt() -> None:
     assert objectives.group_advantages([1.0, 3.0], [0, 0], [True, False]).tolist() == [0, 0]
 
 
-def test_token_statistics() -> None:
+LENGTHS = [[5, 50], [0, 3, 8, 1], [0, 0]]  # of episodes by group; those of 0 were taken greedily to their end
+
+
+def test_episode_average_is_grpos() -> None:
+    """Weights against the nested means of Shao et al. 2024: over groups, episodes, tokens."""
+    rng = np.random.default_rng(0)
+    losses = [[rng.normal(size=length) for length in group] for group in LENGTHS]
+    weights = objectives.token_weights(LENGTHS, "episode")
+    sums = [sum(w * episode.sum() for w, episode in zip(*pair)) for pair in zip(weights, losses)]
+    total = sum(w * length for ws, group in zip(weights, LENGTHS) for w, length in zip(ws, group))
+    means = [np.mean([episode.mean() for episode in group if len(episode)]) for group in losses if any(map(len, group))]
+    assert sum(sums) / total == pytest.approx(np.mean(means), rel=1e-12)
+    assert total == pytest.approx(67)  # a token weighs 1 on average
+
+
+def test_token_average_is_dapos() -> None:
+    assert [w.tolist() for w in objectives.token_weights(LENGTHS, "token")] == [[1, 1], [0, 1, 1, 1], [0, 0]]
+    assert not any(w.any() for w in objectives.token_weights([[0], []], "episode"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_token_statistics(temperature: float) -> None:
     logits = np.random.default_rng(0).normal(size=(2, 3, 7)) * 3
     targets = np.array([[0, 6, 3], [2, 2, 5]])
-    logprobs, entropy = objectives.token_statistics(jnp.asarray(logits), jnp.asarray(targets))
+    logprobs, entropy = objectives.token_statistics(jnp.asarray(logits), jnp.asarray(targets), temperature)
     for index in np.ndindex(2, 3):
-        p = softmax(logits[index])
+        p = softmax(logits[index] / temperature)
         assert logprobs[index] == pytest.approx(math.log(p[targets[index]]), abs=1e-5)
         assert entropy[index] == pytest.approx(-sum(q * math.log(q) for q in p), abs=1e-5)
     gradient = jax.grad(lambda x: objectives.token_statistics(x, jnp.asarray(targets))[1].sum())(jnp.asarray(logits))
@@ -96,6 +117,28 @@ def test_k3_is_unbiased_and_never_negative() -> None:
     estimate = np.asarray(objectives.kl_estimate(jnp.log(p), jnp.log(q)))
     assert (estimate >= 0).all()
     assert (p * estimate).sum() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("apart", [100.0, -100.0, 1e4, -1e4])
+def test_tokens_that_do_not_count_may_be_anything(apart: float) -> None:
+    """A weight of 0 leaves the value and the gradient of the tokens that count as they are, in float32."""
+    logprobs, other = jnp.float32([-1.0, -1.0 - apart]), jnp.float32([-1.5, -1.0])
+    weights = jnp.float32([1.0, 0.0])
+    for function in (
+        lambda x: objectives.kl_estimate(x, other), lambda x: objectives.kl_estimate(other, x),
+        lambda x: objectives.clipped_policy_loss(x, other, jnp.float32([1.0, 3.0]), 0.2, 0.28)[0],
+        lambda x: objectives.clipped_policy_loss(x, other, jnp.float32([-1.0, -3.0]), 0.2, 0.28)[0],
+    ):  # fmt: skip
+        value, gradient = jax.value_and_grad(lambda x: jnp.sum(weights * function(x)))(logprobs)
+        alone, slope = jax.value_and_grad(lambda x: jnp.sum(function(jnp.append(x, other[1]))[0]))(logprobs[:1])
+        assert value == pytest.approx(float(alone), rel=1e-6) and np.isfinite(value)
+        np.testing.assert_allclose(gradient, [float(slope[0]), 0.0], rtol=1e-6)
+
+
+def test_a_ratio_past_float32_is_clipped_without_gradient() -> None:
+    value, slope = jax.value_and_grad(lambda x: objectives.clipped_policy_loss(x, jnp.float32(-200), 1.0, 0.2, 0.28)[0])(
+        jnp.float32(-1.0))
+    assert value == pytest.approx(-1.28, rel=1e-6) and slope == 0.0
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])

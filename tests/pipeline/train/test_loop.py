@@ -216,6 +216,16 @@ def test_half_a_metrics_line_is_forgotten(whole, tmp_path):
     assert (tmp_path / "m.jsonl").read_text() == ""
 
 
+def test_small_numbers_keep_their_digits(tmp_path):
+    log = metrics.MetricsLog(tmp_path / "m.jsonl")
+    values = {"learning_rate": 1.23456789e-7, "kl": np.float32(3e-12), "tokens_per_second": 123456789.4, "rate": 0.1}
+    log.write(1, values)
+    log.close()
+    row = metrics.read_metrics(tmp_path / "m.jsonl")[0]
+    assert np.float32(row["kl"]) == values["kl"] and row["rate"] == 0.1
+    assert all(row[name] == pytest.approx(float(value), rel=1e-8) for name, value in values.items())
+
+
 def test_accumulated_gradients_equal_the_whole_batch():
     batch = next(batches())
     batch["weights"][0] *= 0.1  # slices of unequal weight

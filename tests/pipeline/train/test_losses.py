@@ -6,12 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from qcn_jax.config import OptimizerConfig, TrainConfig
 from qcn_jax.model import Qwen3Next
 from qcn_jax.moe.losses import balance_loss
 from qcn_jax.pipeline.data import packing
-from qcn_jax.pipeline.train import diagnosis, losses
+from qcn_jax.pipeline.train import diagnosis, fit, losses
 from tests.pipeline.micro import MODEL
 
 CONFIG = dataclasses.replace(MODEL, num_nextn_predict_layers=1, router_aux_loss_coef=0.02, num_hidden_layers=3)
@@ -94,6 +96,38 @@ def _one_a_row():
     rows = [packing.pack([document], 16) for document in _documents()]
     arrays = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
     return arrays | {"weight_sum": np.float32(arrays["weights"].sum())}
+
+
+def test_slices_give_the_step_of_the_undivided_batch():
+    """Rows of one token each load other experts in every slice; the balance loss is all there is but for a little."""
+    config = dataclasses.replace(CONFIG, router_aux_loss_coef=1.0, num_hidden_layers=2)
+    rule, length = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.0, eps=1e3, clip_norm=1e9), 8
+    params = jax.jit(Qwen3Next(config).init)(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    tokens = np.repeat(np.asarray([3, 3, 17, 29], np.int32), length).reshape(4, length)
+    weights = np.where(np.arange(length) < length - 1, [[0.1], [1.0], [0.3], [1.0]], 0).astype(np.float32)
+    batch = {"tokens": tokens, "weights": weights, "segment_ids": np.ones_like(tokens),
+             "positions": np.tile(np.arange(length, dtype=np.int32), (4, 1))}
+    found = []
+    for slices in (1, 2, 4):
+        train = TrainConfig(steps=10, rows=4, sequence_length=length, mtp_coef=0.1, mtp_steps=2, accumulate=slices,
+                            optimizer=rule)
+        trainer = fit.make_trainer(config, train, None, "midtrain.train")
+        state, metrics = trainer.step(trainer.create(jax.tree.map(jnp.copy, params)), trainer.place(batch))
+        found.append((jax.tree.map(lambda a, b: np.asarray(a - b), state.params, params), metrics))
+    (moved, want), size = found[0], float(optax.global_norm(found[0][0]))
+    for parts, got in found[1:]:
+        assert float(optax.global_norm(jax.tree.map(np.subtract, parts, moved))) < 1e-4 * size
+        for name in ("loss", "ce", "mtp", "balance", "load_violation", "accuracy", "grad_norm"):
+            assert float(got[name]) == pytest.approx(float(want[name]), rel=1e-4), name
+    alone = [_evaluate_balance(config, params, {name: array[None, row] for name, array in batch.items()})
+             for row in range(4)]
+    assert np.mean(alone) > 1.1 * float(want["balance"])
+
+
+def _evaluate_balance(config, params, batch):
+    out = Qwen3Next(config).apply({"params": params}, batch["tokens"], positions=batch["positions"],
+                                  segment_ids=batch["segment_ids"], with_logits=False)
+    return float(balance_loss(out.aux))
 
 
 def test_cross_entropy_is_float32_whatever_the_logits_are():

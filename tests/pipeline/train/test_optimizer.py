@@ -75,6 +75,44 @@ def test_muon_updates_are_orthogonal_per_matrix_and_as_large_as_adams():
     assert np.abs(update[0] - update[1]).max() > 1e-4
 
 
+def _adamw(gradients, config):
+    """Loshchilov and Hutter's AdamW in float64, of one parameter from 1.0 at a constant rate: its values by step."""
+    x, m, v, path = np.ones_like(gradients[0]), 0.0, 0.0, []
+    for t, g in enumerate(gradients, 1):
+        m, v = config.b1 * m + (1 - config.b1) * g, config.b2 * v + (1 - config.b2) * g**2
+        step = m / (1 - config.b1**t) / (np.sqrt(v / (1 - config.b2**t)) + config.eps)
+        x = x - config.learning_rate * (step + config.weight_decay * x)
+        path.append(x)
+    return np.stack(path)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.3])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_adamw_takes_follows_the_published_rule(name, eps):
+    """The embedding, which Muon leaves to AdamW, moves alike under both names: with eps, without Nesterov's momentum."""
+    config = dataclasses.replace(CONFIG, name=name, eps=eps, warmup_steps=0, final_fraction=1.0)
+    rule = optimizer.make_optimizer(config, 10)
+    gradients = np.random.default_rng(0).normal(size=(5, 3, 2))
+    params = {"embed_tokens": {"embedding": jnp.ones((3, 2))}, "layer": {"q_proj": {"kernel": jnp.ones((2, 2))}}}
+    state, update = rule.init(params), jax.jit(rule.update)
+    for gradient, want in zip(gradients, _adamw(gradients, config)):
+        grads = {"embed_tokens": {"embedding": jnp.float32(gradient)}, "layer": {"q_proj": {"kernel": jnp.ones((2, 2))}}}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["embed_tokens"]["embedding"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_muons_update_does_not_shrink_with_eps():
+    gradient = {"q_proj": {"kernel": 1e-6 * jax.random.normal(jax.random.key(0), (8, 8))}}
+    sizes = []
+    for eps in (1e-8, 0.3):
+        config = dataclasses.replace(CONFIG, name="muon", eps=eps, warmup_steps=0, weight_decay=0.0)
+        rule = optimizer.make_optimizer(config, 10)
+        updates, _ = rule.update(gradient, rule.init(gradient), gradient)
+        sizes.append(float(jnp.linalg.norm(updates["q_proj"]["kernel"])))
+    assert sizes[0] == sizes[1] > 0
+
+
 def test_clipping_is_by_global_norm():
     config = dataclasses.replace(CONFIG, clip_norm=1.0, warmup_steps=0)
     rule = optimizer.make_optimizer(config, 10)
@@ -137,6 +175,39 @@ def test_moments_are_kept_in_the_dtypes_asked_for(name):
     assert _moments(mixed, "mu") == {"bfloat16"} and _moments(mixed, "nu") == {"float32"}
     with pytest.raises(UserError, match=r"mu_dtype: 'int8'; allowed: float32, bfloat16"):
         optimizer.make_optimizer(dataclasses.replace(config, mu_dtype="int8"), 10)
+
+
+@pytest.mark.parametrize("b2", [0.95, 0.999])
+def test_bfloat16_second_moments_forget_and_learn_as_float32_ones(b2):
+    """Their mean over many entries against the moving average in float64: a burst, then silence, then a small gradient."""
+    config = dataclasses.replace(CONFIG, b2=b2, nu_dtype="bfloat16", mu_dtype="bfloat16", warmup_steps=0)
+    rule, count = optimizer.make_optimizer(config, 10), 4096
+    params, sizes = {"a": jnp.zeros(count)}, np.repeat([1.0, 0.0, 0.3], [3, 400, 400])
+
+    @jax.jit
+    def run(sizes):
+        def step(state, size):
+            _, state = rule.update({"a": jnp.full(count, size)}, state, params)
+            moments = {path[-2].name: leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+                       if isinstance(path[-1], jax.tree_util.DictKey)}
+            return state, [jnp.mean(moments[name].astype(jnp.float32)) for name in ("mu", "nu")]
+        return jax.lax.scan(step, rule.init(params), sizes)[1]
+
+    want = np.zeros(2)
+    for step, (size, *got) in enumerate(zip(sizes, *map(np.asarray, run(jnp.float32(sizes)))), 1):
+        want = want * [config.b1, b2] + np.asarray([size, size**2]) * [1 - config.b1, 1 - b2]
+        # Every rounding is off by 2**-7 at most, without bias: `step` of them add up at random, over `count` entries.
+        np.testing.assert_allclose(got, want, rtol=5 * 2.0**-8 * np.sqrt(step / count) + 1e-4)
+
+
+def test_rounding_to_bfloat16_keeps_what_fits_and_what_is_not_finite():
+    x = jnp.float32([0.0, -0.0, 1.5, -3.0, jnp.inf, -jnp.inf, jnp.nan])
+    kept = optimizer.rounded(x, jnp.dtype(jnp.bfloat16), jax.random.key(1))
+    np.testing.assert_array_equal(np.asarray(kept, np.float32), x)
+    low, high = 1.0, 1.0 + 2.0**-7
+    found = optimizer.rounded(jnp.full(10_000, 1.0 + 2.0**-9), jnp.dtype(jnp.bfloat16), jax.random.key(2))
+    assert set(np.asarray(found, np.float64).tolist()) == {low, high}
+    assert np.mean(np.asarray(found, np.float64) == high) == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_master_copy_collects_steps_that_bfloat16_would_lose():
