@@ -356,7 +356,10 @@ def from_config_dict(cls: type[T], values: Any, prefix: str = "config") -> T:
 
 
 # Earlier names of keys, the longest first.
-_RENAMED = {"config.rl.experts": "config.experts.names", "config.rl": "config.experts"}
+_RENAMED = {
+    "config.rl.experts": "config.experts.names", "config.rl": "config.experts",
+    **{f"config.sft.{name}": f"config.sft.options.{name}" for name in ("recovery", "searches", "guesses")},
+}
 
 
 def new_name(key: str) -> str | None:

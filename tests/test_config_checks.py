@@ -117,8 +117,6 @@ FIELDS = [
     ("midtrain__packing", "first_fit", "best_fit, restart_last"),
     ("midtrain__corpus_megabytes", float("inf"), "at least 0"),
     ("sft__trajectories_per_task", -1, "at least 0"),
-    ("sft__recovery", 1.1, "at most 1"),
-    ("experts__names", ("swe", "web9"), "swe, single_turn, tool_format"),
     ("experts__updates", 0, "at least 1"),
     ("experts__prompts", 0, "at least 1"),
     ("experts__group_size", 1, "at least 2"),
@@ -155,6 +153,8 @@ RULES = [
     (("sft",), {"sft__train__rows": 4, "sft__train__accumulate": 3}, ["sft.train.accumulate: 3", "4 rows"]),
     (("midtrain",), {"midtrain__repository": 0.0, "midtrain__fim": 0.0, "midtrain__edits": 0.0}, ["share", "above 0"]),
     (("sft",), {"sft__trajectories_per_task": 0}, ["trajectories_per_task: 0", "searches"]),
+    (("sft",), {"sft__options": {"recovery": 1.1}}, ["sft.options.recovery: 1.1", "0 to 1"]),
+    (("sft",), {"sft__options": {"depth": 1}}, ["sft.options.depth: unknown key", "guesses, recovery, searches"]),
     (("experts",), {"experts__rollout__max_length": 385}, ["experts.rollout.max_length: 385", "384"]),
     (("distill",), {"distill__rollout__max_length": 385}, ["distill.rollout.max_length: 385", "384"]),
     (("evaluate",), {"evaluate__rollout__max_new_tokens": 384}, ["evaluate.rollout.max_new_tokens: 384", "max_length"]),
@@ -234,7 +234,7 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "added_tokens", "options"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():

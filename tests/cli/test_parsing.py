@@ -127,7 +127,7 @@ def test_get_config_that_returns_something_else(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--config.sft={'recovery': 1.0}", ["--config.sft is a group", "--config.sft.recovery"]),
+    ("--config.sft={'trajectories_per_task': 1}", ["--config.sft is a group", "--config.sft.trajectories_per_task"]),
     ("--config.experts.greedy_turns=a", ["--config.experts.greedy_turns", "expected int, got 'a'"]),
     ("--config.sft.stepz=1", ["--config.sft.stepz", "'stepz'", "trajectories_per_task"]),
     ("--config.sft.train.x.y=1", ["--config.sft.train.x.y", "'x'"]),

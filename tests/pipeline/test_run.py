@@ -87,8 +87,8 @@ def test_changed_configuration_is_named_and_restart_makes_it_anew(stages, tmp_pa
     root = tmp_path / "run"
     first = configuration()
     run.run(first, root)
-    changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, recovery=0.25))
-    with pytest.raises(UserError, match=r"config\.sft\.recovery was 0\.5 and is 0\.25"):
+    changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, trajectories_per_task=3))
+    with pytest.raises(UserError, match=r"config\.sft\.trajectories_per_task was 2 and is 3"):
         run.run(changed, root)
     before = len(_calls(root))
     run.run(changed, root, stages=("tasks", "midtrain"))  # these do not depend on sft
