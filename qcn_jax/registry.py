@@ -62,7 +62,7 @@ class Registry(Generic[T]):
     def _found(self, name: str) -> T:
         path = self.known.get(name, name)
         if not is_path(path):
-            raise UserError(f"unknown {self.what}; allowed: {', '.join([*self.known, 'package.module:OBJECT'])}")
+            raise UserError(f"allowed: {', '.join([*self.known, 'package.module:OBJECT'])}")
         module, _, attributes = path.partition(":")
         try:
             found: Any = importlib.import_module(module)

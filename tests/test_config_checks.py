@@ -12,6 +12,7 @@ import typing
 import pytest
 
 from qcn_jax import config_checks
+from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.config import (
     DistillConfig, ExpertsConfig, ModelConfig, RunConfig, TasksConfig, from_config_dict, to_config_dict,
 )
@@ -21,6 +22,7 @@ from tests.pipeline import chain
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ("tasks", "midtrain", "sft", "experts", "distill", "evaluate", "report")
+TALKER = Scaffold("talker", ())
 
 
 @pytest.fixture(scope="module", name="config")
@@ -117,6 +119,11 @@ FIELDS = [
     ("midtrain__packing", "first_fit", "best_fit, restart_last"),
     ("midtrain__corpus_megabytes", float("inf"), "at least 0"),
     ("sft__trajectories_per_task", -1, "at least 0"),
+    ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, qwen_code, nano, package.module:OBJECT"),
+    ("midtrain__edit_documents", "x", "nano, package.module:OBJECT"),
+    ("experts__objective", "ppo", "clipped, package.module:OBJECT"),
+    ("evaluate__baseline", "best", "heuristic, package.module:OBJECT"),
+    ("experts__names", ("swe", "web9"), "swe, single_turn, tool_format"),
     ("experts__updates", 0, "at least 1"),
     ("experts__prompts", 0, "at least 1"),
     ("experts__group_size", 1, "at least 2"),
@@ -153,8 +160,19 @@ RULES = [
     (("sft",), {"sft__train__rows": 4, "sft__train__accumulate": 3}, ["sft.train.accumulate: 3", "4 rows"]),
     (("midtrain",), {"midtrain__repository": 0.0, "midtrain__fim": 0.0, "midtrain__edits": 0.0}, ["share", "above 0"]),
     (("sft",), {"sft__trajectories_per_task": 0}, ["trajectories_per_task: 0", "searches"]),
-    (("sft",), {"sft__options": {"recovery": 1.1}}, ["sft.options.recovery: 1.1", "0 to 1"]),
-    (("sft",), {"sft__options": {"depth": 1}}, ["sft.options.depth: unknown key", "guesses, recovery, searches"]),
+    (("report",), {"sft__trajectories": "no_such.module:X"},
+     ["--config.sft.trajectories: 'no_such.module:X'; module no_such.module cannot be imported: No module named 'no_such'"]),
+    (("report",), {"experts__reward": "qcn_jax.registry:none"}, ["experts.reward", "module qcn_jax.registry has no none"]),
+    (("report",), {"distill__scaffold": "qcn_jax.registry:is_path"}, ["distill.scaffold", "is a function; scaffold needs a Scaffold"]),
+    (("sft",), {"sft__options": {"recovery": 1.1}}, ["--config.sft.options.recovery: 1.1", "0 to 1"]),
+    (("sft",), {"sft__options": {"guesses": -1}}, ["--config.sft.options.guesses: -1", "at least 0"]),
+    (("sft",), {"sft__options": {"serches": 1}}, ["--config.sft.options.serches: unknown key", "recovery, searches"]),
+    (("sft",), {"sft__scaffold": "swe_agent"}, ["--config.sft.scaffold: 'swe_agent'", "nano"]),
+    (("experts",), {"experts__scaffold": "mini_swe_agent"}, ["--config.experts.scaffold: 'mini_swe_agent'", "live sandbox"]),
+    (("distill",), {"distill__scaffold": f"{__name__}:TALKER"}, ["scaffold talker cannot", "which expert single_turn asks for"]),
+    (("evaluate",), {"evaluate__scaffold": f"{__name__}:TALKER", "experts__names": ("swe",)},
+     ["--config.evaluate.baseline: 'heuristic'", "talker", "leave it empty"]),
+    (("midtrain",), {"tokenizer__added_tokens": ("<tool_call>",)}, ["tokenizer.added_tokens: '<tool_call>'", "twice"]),
     (("experts",), {"experts__rollout__max_length": 385}, ["experts.rollout.max_length: 385", "384"]),
     (("distill",), {"distill__rollout__max_length": 385}, ["distill.rollout.max_length: 385", "384"]),
     (("evaluate",), {"evaluate__rollout__max_new_tokens": 384}, ["evaluate.rollout.max_new_tokens: 384", "max_length"]),
@@ -234,7 +252,7 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "added_tokens", "options"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():

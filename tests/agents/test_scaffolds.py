@@ -176,7 +176,7 @@ def test_swe_agents_editor():
 
 
 def test_unknown_scaffolds_are_refused():
-    with pytest.raises(UserError, match="^--scaffold: 'claude'; unknown scaffold; allowed: mini_swe_agent, .*nano"):
+    with pytest.raises(UserError, match="^--scaffold: 'claude'; allowed: mini_swe_agent, .*nano"):
         SCAFFOLDS.resolve("claude", "--scaffold")
 
 
