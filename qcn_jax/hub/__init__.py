@@ -10,7 +10,7 @@ _LAZY = {
     "config_to_hf": "qcn_jax.hub.configuration",
     "save": "qcn_jax.hub.writing",
 }
-_MODULES = ("configuration", "layout", "orbax_folder", "reading", "stored", "writing")
+_MODULES = ("configuration", "description", "layout", "orbax_folder", "reading", "slabs", "stored", "writing")
 __all__ = [*_LAZY, *_MODULES]
 
 

@@ -1,4 +1,4 @@
-"""Weights in Orbax form: config.json, tokenizer.json and a sharded array store in `params/`.
+"""Weights in Orbax form: a sharded array store in `params/` beside what a Hugging Face folder has.
 
 The store is what large meshes restore fastest: every process reads only its shards, in the parameter tree's own
 layout. `hub.load` reads such a folder like a Hugging Face one.
@@ -17,7 +17,8 @@ from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
-from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf, load_config
+from qcn_jax.hub.configuration import CONFIG_FILE, load_config
+from qcn_jax.hub.description import write_description
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.sharding import distributed
 
@@ -37,9 +38,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
     """
     with files.atomic_directory(path, replaceable=CONFIG_FILE) as folder:
         dtype = jnp.dtype(params["embed_tokens"]["embedding"].dtype).name
-        files.write_json(folder / CONFIG_FILE, config_to_hf(config) | {"dtype": dtype})
-        if tokenizer is not None:
-            tokenizer.save(folder)
+        write_description(folder, config, dtype, tokenizer)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder.absolute() / PARAMS, dict(params))
@@ -75,7 +74,7 @@ def _abstract(config: ModelConfig, stored: Any, dtype: str | None, shardings: An
         if tuple(found[leaf].shape) != shape:
             raise UserError(f"{path}: {'/'.join(leaf)} has shape {list(found[leaf].shape)}, expected {list(shape)}")
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(distributed.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(distributed.first_device())
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, stored)
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(

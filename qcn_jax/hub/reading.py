@@ -45,7 +45,7 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
       path: the folder.
       dtype: of all parameters, e.g. "bfloat16"; None keeps each as stored (bit for bit).
       shardings: a tree of `jax.sharding.Sharding` like the parameters (or one for all); each process reads what
-        its devices hold. None puts everything on the default device.
+        its devices hold. None puts everything on this process's first device.
       allocate: makes a host array for (path in the tree, shape, dtype), e.g. memory-mapped; the parameters are
         then these arrays. Not for Orbax form.
       progress: show a bar on stderr.
@@ -181,7 +181,7 @@ def _overlap(box: Box, bounds: tuple[tuple[int, int], ...]) -> tuple[Box, Box] |
 
 def _sharding_lookup(shardings: Any) -> Callable[[layout.Path], jax.sharding.Sharding]:
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(distributed.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(distributed.first_device())
     if isinstance(shardings, jax.sharding.Sharding):
         return lambda leaf: shardings
 

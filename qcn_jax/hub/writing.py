@@ -1,33 +1,37 @@
-"""Weights out: the parameter tree streamed, piece by piece, into safetensors files with published names.
+"""Weights out: the parameter tree streamed, slab by slab, into safetensors files with published names.
 
-Host memory holds one piece (PIECE_BYTES) and its transposed copy beside the parameters themselves. The folder
-appears under its name only when it is complete.
+Each of several processes writes files of its own. Host memory holds one slab and its transposed copy beside the
+parameters themselves. The folder appears under its name only when it is complete.
 """
 
-import functools
+import collections
+import itertools
 import json
 import math
+import os
 import pathlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub import layout
-from qcn_jax.chat.jinja_template import CHAT_TEMPLATE_FILE, chat_template
-from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf
+from qcn_jax.hub import layout, slabs
+from qcn_jax.hub.configuration import CONFIG_FILE
+from qcn_jax.hub.description import write_description
 from qcn_jax.hub.reading import PIECE_BYTES
 from qcn_jax.hub.stored import DTYPES, INDEX_FILE, SINGLE_FILE
-from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.sharding import distributed
 
 SHARD_BYTES = 5_000_000_000  # as transformers writes by default
+GATHERED_BYTES = 16 << 20  # of a slab that is put together on every device of every host
 _ALIGNMENT = 8  # of the first tensor's bytes, as the safetensors library writes
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -36,44 +40,35 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
          shard_bytes: int = SHARD_BYTES, progress: bool = False) -> None:
     """Writes a Hugging Face folder: config.json, safetensors (with an index where there are several), tokenizer.
 
+    Of several processes every one must call this, with the same arguments and outside of
+    `distributed.first_before_others`. Each writes files of its own into the same folder.
+
     Args:
-      path: the folder; it appears complete or not at all, and replaces an earlier model there.
+      path: the folder, on a disk that all processes share; it appears complete or not at all, and replaces an earlier
+        model there.
       config: the architecture; MTP weights are written where num_nextn_predict_layers says so.
-      params: the tree under "params", of NumPy or JAX arrays (also sharded over processes: every process must
-        call this, the first writes).
+      params: the tree under "params", of NumPy or JAX arrays; these may be spread over processes by NamedShardings.
       tokenizer: also written, with the ids that end a turn.
-      shard_bytes: a file is closed before it would exceed this.
+      shard_bytes: a file is closed before it would exceed this; it is less where there would be fewer files than
+        processes.
       progress: show a bar on stderr.
 
     Raises:
-      UserError: an array is missing, surplus or of a wrong shape or dtype; the folder holds something else; the
-        disk is full.
+      UserError: an array is missing, surplus or of a wrong shape, dtype or layout; the folder holds something else;
+        the disk is full. Where it is one process's alone, the others say that it is another's.
     """
     leaves = _check(config, params)
-    shards = _shards(config, leaves, shard_bytes)
+    processes = 1 if distributed.alone() else jax.process_count()
+    plan = _plan(config, leaves, shard_bytes, processes)
     total = sum(leaf.size for leaf in leaves.values())
-    with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"saving {path}", disable=not progress) as bar:
-        if jax.process_index() == 0:
-            _write_folder(path, config, leaves, shards, tokenizer, bar)
-        else:  # takes part in gathering what is spread over processes
-            for tensors in shards.values():
-                for _ in _rows(tensors, leaves, bar):
-                    pass
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {path}")
-
-
-def _write_folder(path: files.Path, config: ModelConfig, leaves: Mapping[layout.Path, Any],
-                  shards: Mapping[str, list[layout.Tensor]], tokenizer: Tokenizer | None, bar: Any) -> None:
-    with files.atomic_directory(path, replaceable=CONFIG_FILE) as folder:
-        for name, tensors in shards.items():
-            _write_shard(folder / name, tensors, leaves, bar)
-        if SINGLE_FILE not in shards:
-            _write_index(folder, shards, leaves)
-        dtype = np.dtype(leaves["embed_tokens", "embedding"].dtype).name
-        files.write_json(folder / CONFIG_FILE, config_to_hf(config) | {"dtype": dtype} | _token_ids(tokenizer))
-        if tokenizer is not None:
-            _write_tokenizer(folder, tokenizer)
+    with distributed.shared_directory(path, replaceable=CONFIG_FILE) as folder:
+        with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"saving {path}", disable=not progress) as bar:
+            _write_weights(folder, leaves, plan, bar)
+        if distributed.is_first():
+            dtype = np.dtype(leaves["embed_tokens", "embedding"].dtype).name
+            if len(plan) > 1:
+                _write_index(folder, plan, leaves)
+            write_description(folder, config, dtype, tokenizer)
 
 
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, Any]:
@@ -98,102 +93,131 @@ def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, 
         if np.dtype(leaves[path].dtype) not in _CODES:
             supported = ", ".join(dtype.name for dtype in _CODES)
             raise UserError(f"params: {name} has dtype {leaves[path].dtype}, supported: {supported}")
+        sharding = getattr(leaves[path], "sharding", None)
+        if sharding is not None and not isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated:
+            raise UserError(f"params: {name} is split by a {type(sharding).__name__}, supported: NamedSharding")
     surplus = sorted(set(leaves) - set(shapes))
     if surplus:
         raise UserError(f"params: {'/'.join(surplus[0])} is not part of this model")
     return leaves
 
 
-def _shards(config: ModelConfig, leaves: Mapping[layout.Path, Any], limit: int) -> dict[str, list[layout.Tensor]]:
-    """File name -> tensors, in published order."""
+class _File:
+    """One safetensors file, filled in any order; it is closed, and on the disk, when the last byte has come."""
+
+    def __init__(self, name: str, owner: int, tensors: Sequence[layout.Tensor], sizes: Mapping[str, int],
+                 leaves: Mapping[layout.Path, Any]) -> None:
+        self.name, self.owner, self.tensors = name, owner, tensors
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+        self._left = 0
+        for tensor in tensors:
+            end = self._left + sizes[tensor.name]
+            header[tensor.name] = {"dtype": _CODES[np.dtype(leaves[tensor.leaf].dtype)], "shape": list(tensor.shape),
+                                   "data_offsets": [self._left, end]}
+            self._left = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        self._header = struct.pack("<Q", len(text)) + text
+        self._starts = {name: len(self._header) + entry["data_offsets"][0]
+                        for name, entry in header.items() if name != "__metadata__"}
+        self._descriptor: int | None = None
+
+    def write(self, folder: pathlib.Path, tensor: layout.Tensor, row: int, rows: np.ndarray) -> None:
+        """Writes `rows` of `tensor`, as published, from number `row` on; raises OSError."""
+        if self._descriptor is None:
+            self._descriptor = os.open(folder / self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            _write_at(self._descriptor, memoryview(self._header), 0)
+        data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        _write_at(self._descriptor, data, self._starts[tensor.name] + row * (len(data) // len(rows)))
+        self._left -= len(data)
+        if not self._left:
+            os.fsync(self._descriptor)
+            self.close()
+
+    def close(self) -> None:
+        """Gives the file up, complete or not."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _plan(config: ModelConfig, leaves: Mapping[layout.Path, Any], limit: int, processes: int) -> list[_File]:
+    """The files: tensors in published order, owners in turn, no fewer files than processes."""
+    sizes = {tensor.name: math.prod(tensor.shape) * np.dtype(leaves[tensor.leaf].dtype).itemsize
+             for tensor in layout.tensors(config)}
+    limit = min(limit, -(-sum(sizes.values()) // processes))
     groups: list[list[layout.Tensor]] = [[]]
     used = 0
     for tensor in layout.tensors(config):
-        size = _bytes(tensor, leaves)
-        if groups[-1] and used + size > limit:
+        if groups[-1] and used + sizes[tensor.name] > limit:
             groups.append([])
             used = 0
         groups[-1].append(tensor)
-        used += size
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+        used += sizes[tensor.name]
+    name = SINGLE_FILE if len(groups) == 1 else f"model-{{:05d}}-of-{len(groups):05d}.safetensors"
+    return [_File(name.format(number + 1), number % processes, group, sizes, leaves)
+            for number, group in enumerate(groups)]
 
 
-def _bytes(tensor: layout.Tensor, leaves: Mapping[layout.Path, Any]) -> int:
-    return math.prod(tensor.shape) * np.dtype(leaves[tensor.leaf].dtype).itemsize
+def _write_weights(folder: pathlib.Path, leaves: Mapping[layout.Path, Any], plan: Sequence[_File], bar: Any) -> None:
+    """Cuts all parameters into slabs; every process takes part in gathering them and writes those that are its own.
+
+    Raises:
+      OSError: this process could not write, said when all slabs have been gathered: the others wait for its part.
+    """
+    this = 0 if distributed.alone() else jax.process_index()
+    files_of = {tensor.name: file for file in plan for tensor in file.tensors}
+    tensors = {(tensor.leaf, tensor.index): tensor for file in plan for tensor in file.tensors}
+    failure: OSError | None = None
+    try:
+        for wave in _waves(leaves, tensors, files_of):
+            mine = []
+            for slab in wave:
+                wanted = any(files_of[tensors[slab.leaf, index].name].owner == this for _, index in slab.indices())
+                values = slabs.fetch(leaves[slab.leaf], slab, wanted)
+                mine += [(slab, values)] if wanted else []
+                bar.update(math.prod(slab.shape))
+            for slab, values in mine if failure is None else ():
+                try:
+                    for tensor, row, rows in slab.pieces(values, tensors):
+                        if files_of[tensor.name].owner == this:
+                            files_of[tensor.name].write(folder, tensor, row, rows)
+                except OSError as error:
+                    failure = error
+            if failure is not None and distributed.alone():
+                break
+    finally:
+        for file in plan:
+            file.close()
+    if failure is not None:
+        raise failure
 
 
-def _write_shard(path: pathlib.Path, tensors: list[layout.Tensor], leaves: Mapping[layout.Path, Any], bar: Any) -> None:
-    """One safetensors file: length of the header, header, then the tensors' bytes in order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
-    position = 0
-    for tensor in tensors:
-        end = position + _bytes(tensor, leaves)
-        header[tensor.name] = {"dtype": _CODES[np.dtype(leaves[tensor.leaf].dtype)], "shape": list(tensor.shape),
-                               "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    with files.atomic_open(path, "wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for rows in _rows(tensors, leaves, bar):
-            stream.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+def _waves(leaves: Mapping[layout.Path, Any], tensors: slabs.Tensors, files_of: Mapping[str, _File]
+           ) -> Iterator[list[slabs.Slab]]:
+    """All slabs, in published order but for taking one of every owner's at a time: owners write side by side."""
+    order = {key: number for number, key in enumerate(tensors)}
+    first_index = lambda slab: next(slab.indices())[1]
+    found = []
+    for leaf, tensor in {leaf: tensor for (leaf, _), tensor in reversed(tensors.items())}.items():
+        array = leaves[leaf]
+        limit = GATHERED_BYTES if slabs.is_split(array) else PIECE_BYTES
+        found += slabs.cut(array, tensor, limit)
+    found.sort(key=lambda slab: order[slab.leaf, first_index(slab)])
+    queues: dict[int, list[slabs.Slab]] = collections.defaultdict(list)
+    for slab in found:
+        queues[files_of[tensors[slab.leaf, first_index(slab)].name].owner].append(slab)
+    for wave in itertools.zip_longest(*queues.values()):
+        yield [slab for slab in wave if slab is not None]
 
 
-def _rows(tensors: list[layout.Tensor], leaves: Mapping[layout.Path, Any], bar: Any) -> Iterator[np.ndarray]:
-    """The tensors' rows as published, in pieces of at most PIECE_BYTES."""
-    for tensor in tensors:
-        leaf = leaves[tensor.leaf]
-        step = max(1, PIECE_BYTES // max(1, _bytes(tensor, leaves) // tensor.shape[0]))
-        lead = tuple(slice(i, i + 1) for i in tensor.index)
-        for start in range(0, tensor.shape[0], step):
-            box = tensor.box(start, min(start + step, tensor.shape[0]))
-            part = _fetch(leaf, (*lead, *box))
-            bar.update(part.size)
-            yield tensor.body_to_rows(part.reshape(part.shape[len(lead):]))
-
-
-def _fetch(leaf: Any, box: tuple[slice, ...]) -> np.ndarray:
-    """A box of a leaf on the host; a whole leaf is brought over only where it already lies in host memory."""
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf[box])
-    if leaf.is_fully_addressable and len(leaf.sharding.device_set) == 1 and leaf.device.platform == "cpu":
-        return np.asarray(leaf)[box]  # a view, no copy
-    sizes = tuple(part.stop - part.start for part in box)
-    part = _slicer(sizes, leaf.sharding)(leaf, [part.start for part in box])
-    return np.asarray(part.addressable_data(0))
-
-
-@functools.lru_cache(maxsize=256)
-def _slicer(sizes: tuple[int, ...], sharding: jax.sharding.Sharding) -> Any:
-    """Cuts a box out of a sharded array and gives all of it to every device."""
-    whole = sharding if not isinstance(sharding, jax.sharding.NamedSharding) else jax.sharding.NamedSharding(
-        sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.jit(lambda leaf, start: jax.lax.dynamic_slice(leaf, start, sizes), out_shardings=whole)
-
-
-def _write_index(folder: pathlib.Path, shards: Mapping[str, list[layout.Tensor]],
-                 leaves: Mapping[layout.Path, Any]) -> None:
-    total = sum(_bytes(tensor, leaves) for tensors in shards.values() for tensor in tensors)
-    names = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-    files.write_json(folder / INDEX_FILE, index)
-
-
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    """eos and pad as Qwen's instruct models have them."""
-    known = tokenizer.added_tokens if tokenizer is not None else {}
-    pairs = {"eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT, "bos_token_id": END_OF_TEXT}
-    return {name: known[token] for name, token in pairs.items() if token in known}
-
-
-def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """tokenizer.json, the chat template, and the little that transformers' AutoTokenizer wants beside them."""
-    tokenizer.save(folder)
-    files.write_text(folder / CHAT_TEMPLATE_FILE, chat_template())
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, token in (("eos_token", TURN_END), ("pad_token", END_OF_TEXT)):
-        if token in tokenizer.added_tokens:
-            values[name] = token
-    files.write_json(folder / "tokenizer_config.json", values)
+def _write_index(folder: pathlib.Path, plan: Sequence[_File], leaves: Mapping[layout.Path, Any]) -> None:
+    total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+    names = {tensor.name: file.name for file in plan for tensor in file.tensors}
+    files.write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})

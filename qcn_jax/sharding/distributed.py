@@ -1,12 +1,15 @@
-"""Start of a run over several hosts: every process calls `start` before anything touches a device."""
+"""Several hosts: every process calls `start` before anything touches a device; then they wait for one another here."""
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+from qcn_jax import files
 from qcn_jax.errors import UserError
 
 # A process that is silent for this long is taken for dead, and the others end; the same command resumes.
@@ -67,6 +70,12 @@ def devices() -> list[jax.Device]:
         raise UserError(f"JAX_PLATFORMS={asked}: {line}") from error
 
 
+def first_device() -> jax.Device:
+    """This process's first device; raises what `devices` raises."""
+    devices()
+    return jax.local_devices()[0]
+
+
 def alone() -> bool:
     """Whether this is the only process; starts no device to find out."""
     return not jax.distributed.is_initialized() or jax.process_count() == 1
@@ -83,11 +92,84 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def all_agree(fine: bool) -> bool:
+    """Returns whether `fine` is true in every process; every process must call this."""
+    return fine if alone() else bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
+
+
+@contextlib.contextmanager
+def together(name: files.Path) -> Iterator[None]:
+    """A block that every process enters, and that fails in all of them where it fails in one.
+
+    Raises:
+      UserError: the block's own; or, where it was another process's, that it was.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    except OSError as error:
+        failure = UserError(f"{name}: cannot be written: {error.strerror or error}")
+        failure.__cause__ = error
+    fine = all_agree(failure is None)
+    if failure is not None:
+        raise failure
+    if not fine:
+        raise UserError(f"{name}: failed in another process, whose last line says why")
+
+
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
-    """The block runs in process 0, then in the others, which find what it has written."""
-    if not is_first():
-        barrier(name)
-    yield
+    """The block runs in process 0, then in the others, which find what it has written.
+
+    The others do not run it where it failed in process 0. Nothing inside may wait for another process.
+
+    Raises:
+      UserError: it failed in process 0.
+    """
+    if not is_first() and not all_agree(True):
+        raise UserError(f"{name}: failed in the first process, whose last line says why")
+    try:
+        yield
+    except BaseException:
+        if is_first():
+            all_agree(False)
+        raise
     if is_first():
-        barrier(name)
+        all_agree(True)
+
+
+@contextlib.contextmanager
+def shared_directory(path: files.Path, replaceable: str | None = None) -> Iterator[pathlib.Path]:
+    """`files.atomic_directory` for all processes: each fills the same temporary folder, which the first one makes.
+
+    It takes the place of `path` when the block has ended without UserError and OSError in every process, and is there
+    when this returns.
+
+    Args:
+      path, replaceable: see `files.atomic_directory`.
+
+    Raises:
+      UserError: what `files.atomic_directory` and `together` say, or the disk is not one that all hosts see.
+    """
+    path = pathlib.Path(path)
+    with together(path), contextlib.ExitStack() as stack:
+        name = ""
+        with together(path):
+            if is_first():
+                name = stack.enter_context(files.atomic_directory(path, replaceable)).name
+        folder = path.parent / _of_first(name)
+        with together(path):
+            if not folder.is_dir():
+                raise UserError(f"{path}: is not on a disk that all hosts share")
+        with together(path):
+            yield folder
+
+
+def _of_first(name: str) -> str:
+    """The first process's `name`, of a file: at most 255 bytes."""
+    if alone():
+        return name
+    text = np.frombuffer(name.encode().ljust(256, b"\0"), np.uint8)
+    return bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode()

@@ -12,7 +12,7 @@ import safetensors.numpy
 from qcn_jax import files, hub
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub import layout, reading, writing
+from qcn_jax.hub import description, layout, reading, writing
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import abstract_params
 from tests.hub.models import SMALL, TINY, equal, random_params
@@ -196,49 +196,6 @@ def test_sharded_arrays_are_filled_and_saved(run_with_devices):
     assert "same" in run_with_devices(sharded_round_trip, 8)
 
 
-PROCESS = """
-import sys, jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from qcn_jax import hub
-sharding = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec())
-by_first = lambda leaf: NamedSharding(sharding.mesh, PartitionSpec("x") if leaf.shape[0] % 2 == 0 else PartitionSpec())
-config = hub.reading.inspect(sys.argv[3])
-tree = {}
-for path, shape in hub.layout.leaf_shapes(config).items():
-    node = tree
-    for key in path[:-1]:
-        node = node.setdefault(key, {})
-    node[path[-1]] = by_first(np.empty(shape))
-config, params = hub.load(sys.argv[3], shardings=tree)
-assert not params["embed_tokens"]["embedding"].is_fully_addressable
-hub.save(sys.argv[4], config, params)
-"""
-
-
-def test_two_processes_load_their_shards_and_save_together(tmp_path):
-    import socket
-    import subprocess
-    import sys
-
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    params = random_params(TINY)
-    hub.save(tmp_path / "saved", TINY, params)
-    command = [sys.executable, "-c", PROCESS, address]
-    children = [
-        subprocess.Popen([*command, str(i), str(tmp_path / "saved"), str(tmp_path / "m")], stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    for child in children:
-        _, errors = child.communicate(timeout=300)
-        assert child.returncode == 0, errors[-3000:]
-    assert equal(hub.load(tmp_path / "m")[1], params)
-
-
 def test_mtp_is_read_where_present_and_missing_without_complaint(saved, tmp_path):
     config, params = hub.load(saved)
     assert config.num_nextn_predict_layers == 1 and "mtp" in params
@@ -262,7 +219,7 @@ def test_saving_is_atomic_and_guards_other_folders(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "config_to_hf", fail)
+        patch.setattr(description, "config_to_hf", fail)
         with pytest.raises(UserError, match="No space left on device"):
             hub.save(tmp_path / "m", SMALL, random_params(SMALL, seed=1))
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before

@@ -55,9 +55,7 @@ def fit(directory: pathlib.Path, out: pathlib.Path, trainer: Trainer, params: An
       UserError: see train.loop.
     """
     result = trainer.run(directory, params, loop.Stream(batches, trainer.place), config.steps, config, log=log)
-    weights = layout.on_host(result.state.params)
-    if jax.process_index() == 0:
-        hub.save(out, trainer.model, weights, tokenizer)
+    hub.save(out, trainer.model, result.state.params, tokenizer)
     return {
         "steps": config.steps, "tokens": config.steps * config.rows * config.sequence_length,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qcn_jax.config import ModelConfig
@@ -20,8 +19,10 @@ from qcn_jax.sharding.parallel import Parallel
 HOST_MEMORY = "pinned_host"
 
 
-def param_shardings(config: ModelConfig, parallel: Parallel) -> Any:
-    """NamedSharding of every parameter."""
+def param_shardings(config: ModelConfig, parallel: Parallel | None) -> Any:
+    """NamedSharding of every parameter; None where there is no mesh."""
+    if parallel is None:
+        return None
     place = lambda names: NamedSharding(parallel.mesh, parallel.spec(*names))
     return jax.tree.map(place, logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
 
@@ -53,17 +54,14 @@ def abstract_state(
 
 
 def place_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """A fresh state laid out by `shardings`; every process gives the same `params` (arrays of any kind)."""
+    """A fresh state laid out by `shardings`.
+
+    Args:
+      params: laid out so already (and donated), or arrays of any kind that are the same in every process.
+    """
     params = jax.device_put(params, shardings.params)
     create = lambda params: TrainState(jax.numpy.zeros((), jax.numpy.int32), params, optimizer.init(params))
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
-
-
-def on_host(tree: Any) -> Any:
-    """Whole numpy arrays of a tree of arrays that may be spread over processes; every process must call this."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
 def on_one_device(tree: Any) -> Any:
