@@ -5,6 +5,8 @@ from typing import Any
 
 _LAZY = {
     "load": "qcn_jax.hub.reading",
+    "inspect": "qcn_jax.hub.reading",
+    "identity": "qcn_jax.hub.reading",
     "load_config": "qcn_jax.hub.configuration",
     "config_from_hf": "qcn_jax.hub.configuration",
     "config_to_hf": "qcn_jax.hub.configuration",

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qcn_jax import files
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
 from qcn_jax.hub.configuration import CONFIG_FILE, load_config
 from qcn_jax.hub.description import write_description
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.sharding import distributed
 
 PARAMS = "params"

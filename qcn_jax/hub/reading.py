@@ -7,7 +7,10 @@ filled in place by donated updates.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +23,7 @@ from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import configuration, layout, orbax_folder
-from qcn_jax.hub.stored import Folder, Source
+from qcn_jax.hub.stored import INDEX_FILE, Folder, Source
 from qcn_jax.sharding import distributed
 
 PIECE_BYTES = 64 << 20
@@ -35,6 +38,23 @@ def inspect(path: files.Path) -> ModelConfig:
     if orbax_folder.is_orbax(path):
         return config
     return dataclasses.replace(config, num_nextn_predict_layers=int("mtp.fc.weight" in Folder(path).table))
+
+
+def identity(path: files.Path) -> str:
+    """SHA-256 over config.json, the index, and names and sizes of the files of weights: a few KB, whatever the size.
+
+    Raises:
+      UserError: the folder holds no checkpoint.
+    """
+    path = pathlib.Path(path)
+    if orbax_folder.is_orbax(path):
+        weights = [file for file in (path / orbax_folder.PARAMS).rglob("*") if file.is_file()]
+    else:
+        weights = sorted({source.file for source in Folder(path).table.values()})
+    small = [file for file in (path / configuration.CONFIG_FILE, path / INDEX_FILE) if file.is_file()]
+    sizes = sorted((str(file.relative_to(path)), file.stat().st_size) for file in weights)
+    found = [[file.name, file.read_text(encoding="utf-8")] for file in small], sizes
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allocate: Allocate | None = None,

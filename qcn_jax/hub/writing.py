@@ -20,6 +20,7 @@ import tqdm
 from jax.sharding import NamedSharding
 
 from qcn_jax import files
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout, slabs
@@ -27,7 +28,6 @@ from qcn_jax.hub.configuration import CONFIG_FILE
 from qcn_jax.hub.description import write_description
 from qcn_jax.hub.reading import PIECE_BYTES
 from qcn_jax.hub.stored import DTYPES, INDEX_FILE, SINGLE_FILE
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.sharding import distributed
 
 SHARD_BYTES = 5_000_000_000  # as transformers writes by default
@@ -220,4 +220,5 @@ def _waves(leaves: Mapping[layout.Path, Any], tensors: slabs.Tensors, files_of: 
 def _write_index(folder: pathlib.Path, plan: Sequence[_File], leaves: Mapping[layout.Path, Any]) -> None:
     total = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
     names = {tensor.name: file.name for file in plan for tensor in file.tensors}
-    files.write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    files.write_json(folder / INDEX_FILE, index)

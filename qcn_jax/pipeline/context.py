@@ -6,8 +6,9 @@ in `DIR/<stage>/DONE.json`. The layout of a work directory, fixed here and nowhe
   DIR/tasks/{train,heldout}.jsonl      verified tasks (SWE-bench schema)
   DIR/tasks/repositories.json          list of RepositorySpec fields, one per repository
   DIR/midtrain/tokenizer/              tokenizer.json of the run
-  DIR/midtrain/base/, DIR/midtrain/model/, DIR/sft/model/, DIR/experts/<expert>/model/, DIR/distill/model/,
-  DIR/evaluate/sft_control/model/      weights in Hugging Face form
+  DIR/midtrain/init.json               which checkpoint the run starts from (see pipeline.models)
+  DIR/midtrain/model/, DIR/sft/model/, DIR/experts/<expert>/model/, DIR/distill/model/,
+  DIR/evaluate/sft_control/model/      weights in Hugging Face form, with tokenizer, chat template and ids of its ends
   DIR/<stage>/metrics.jsonl, DIR/experts/<expert>/metrics.jsonl     curves, one row per logged step
   DIR/sandbox/                         state of the sandbox provider (prepared repositories), known verdicts
 """
@@ -24,7 +25,6 @@ from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
 
 MODEL_FOLDERS = {
-    "base": "midtrain/base",
     "midtrain": "midtrain/model",
     "sft": "sft/model",
     "expert_swe": "experts/swe/model",

@@ -21,6 +21,8 @@ from qcn_jax.sharding import distributed
 from qcn_jax.sharding.mesh import make_parallel
 from tests.hub.models import TINY, equal, random_params
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dataclasses.replace(TINY, vocab_size=320, num_experts=8, moe_intermediate_size=32, num_nextn_predict_layers=1)
 # Experts on hosts of their own, and two axes at work; every tensor spread over both hosts; all of them on all devices.
 MESHES = {"expert": MeshConfig(fsdp=1, expert=4, tensor=2), "fsdp": MeshConfig(fsdp=8),

@@ -10,12 +10,13 @@ import pytest
 import safetensors.numpy
 
 from qcn_jax import files, hub
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import description, layout, reading, writing
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import abstract_params
 from tests.hub.models import SMALL, TINY, equal, random_params
+
 
 @pytest.mark.parametrize(
     "change",

@@ -139,9 +139,15 @@ def test_weights_are_checkpoints_that_load(finished):
     from qcn_jax import hub
 
     _, workdir, _ = finished
-    for folder in ("midtrain/base", "midtrain/model", "sft/model", "experts/swe/model", "distill/model"):
+    for folder in ("midtrain/model", "sft/model", "experts/swe/model", "distill/model"):
         config, _ = hub.load(workdir / folder)
         assert config.hidden_size == 32
+        assert {"tokenizer.json", "chat_template.jinja"} <= set(os.listdir(workdir / folder)), folder
+        ends = [json.loads((workdir / folder / f"{name}.json").read_text())["eos_token_id"]
+                for name in ("config", "generation_config")]
+        assert ends[0] == ends[1][0]
+    assert sorted(os.listdir(workdir / "midtrain")) == [
+        "DONE.json", "START.json", "checkpoints", "data", "init.json", "metrics.jsonl", "model", "tokenizer"]
 
 
 def test_curves_have_each_step_once_in_spite_of_the_kills(finished):

@@ -33,12 +33,13 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
     """A micro model on all devices there are; returns the parameters on the host."""
     import jax
     import jax.numpy as jnp
+    from jax.experimental import multihost_utils
 
     from qcn_jax.config import MeshConfig, OptimizerConfig
     from qcn_jax.model import Qwen3Next
     from qcn_jax.pipeline.data import loader
-    from qcn_jax.pipeline.train import layout, losses
     from qcn_jax.pipeline.train import loop as training
+    from qcn_jax.pipeline.train import losses
     from qcn_jax.pipeline.train.step import BatchShape
     from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
     from tests.pipeline.micro import MODEL
@@ -60,7 +61,7 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
     result = training.loop(
         pathlib.Path(directory), trainer.create(params), counted, training.Stream(batches, trainer.place), steps,
         log=log, options=training.LoopOptions(checkpoint_every=checkpoint_every, log_every=1))
-    return layout.on_host(result.state.params)
+    return multihost_utils.process_allgather(result.state.params, tiled=True)
 
 
 def _main(directory, port, process, kill):

@@ -27,6 +27,7 @@ from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import DistillConfig, ModelConfig, RunConfig
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
+from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.experts.domains import TaskConversation, make_services
 from qcn_jax.pipeline.rl import episodes, objectives
@@ -209,9 +210,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    load = lambda name: hub.load(context.model_path(name), dtype=trainer.model.param_dtype)[1]
-    params, domains = load("sft"), context.config.experts.names
-    teachers = {name: trainer.place_params(load(f"expert_{name}")) for name in domains}
+    (_, params), domains = models.load(context, "sft"), context.config.experts.names
+    teachers = {name: models.load(context, f"expert_{name}", parallel)[1] for name in domains}
     judged = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
@@ -224,7 +224,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     episodes.say_where(parallel, context.log)
     result = trainer.run(context.workdir, jax.tree.map(jnp.array, params), feed, config.updates, config,
                          log=context.log, line=_line, frozen=tuple(teachers.values())[: trainer.frozen])
-    hub.save(context.workdir / "model", trainer.model, jax.device_get(result.state.params))
+    hub.save(context.model_path("unified"), trainer.model, result.state.params, encoder.tokenizer)
     rows = read_metrics(context.workdir / "metrics.jsonl")
     first, last = rows[0], rows[-1]
     line = f"{config.loss} {first['loss']:.4f} to {last['loss']:.4f}, same choice at {last['agreement']:.1%} of tokens"

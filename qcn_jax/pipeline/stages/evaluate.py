@@ -10,6 +10,7 @@ from qcn_jax import files
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.evaluate import scores
 from qcn_jax.pipeline.evaluate.bench import Bench, balanced
+from qcn_jax.pipeline.models import load
 from qcn_jax.pipeline.train.metrics import read_metrics
 
 SHOWN = 10  # sample trajectories of the report
@@ -17,8 +18,6 @@ SHOWN = 10  # sample trajectories of the report
 
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Measures all models; returns their numbers, paired tests, retention, and what the sandboxes were."""
-    from qcn_jax import hub
-
     bench = make_bench(context)
     models: dict[str, dict[str, Any]] = {}
 
@@ -32,7 +31,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     models["heuristic_once"] = first_guess(models["heuristic"])
     control = train_control(context) if has_control(context) else None
     for name in model_names(context):
-        measured(name, lambda name=name: bench.model(name, *hub.load(context.model_path(name))))
+        measured(name, lambda name=name: bench.model(name, *load(context, name)))
     files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench))
     for model in models.values():
         model.pop("messages", None)

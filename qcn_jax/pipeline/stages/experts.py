@@ -13,6 +13,7 @@ from qcn_jax import files, hub
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
 from qcn_jax.inference.engine import Engine
+from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts.domains import Prompt, Services, TaskConversation, make_prompts, make_services
@@ -45,7 +46,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    model, params = hub.load(context.model_path("sft"), dtype=trainer.model.param_dtype)
+    _, params = models.load(context, "sft")
     engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length)
     episodes.say_where(parallel, context.log)
     results = {}
@@ -78,7 +79,7 @@ def _train_expert(context: StageContext, name: str, params: Any, engine: Engine,
     frozen = (trainer.place_params(params),) * trainer.frozen
     result = trainer.run(directory, jax.tree.map(jnp.array, params), feed, config.updates, config, log=log, line=_line,
                          frozen=frozen)
-    hub.save(directory / "model", trainer.model, jax.device_get(result.state.params), encoder.tokenizer)
+    hub.save(directory / "model", trainer.model, result.state.params, encoder.tokenizer)
     rows = read_metrics(directory / "metrics.jsonl")
     return {
         "seconds": round(sum(max(row["seconds_per_step"], row["seconds_rollout"]) for row in rows), 2),

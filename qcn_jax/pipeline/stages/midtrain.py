@@ -6,22 +6,17 @@ training repositories and the standard library of this Python; held-out reposito
 their code out of it.
 """
 
-import dataclasses
 import itertools
-import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import qcn_jax
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.config import COMPUTE_FIELDS, MidtrainConfig, ModelConfig, RunConfig
+from qcn_jax.config import MidtrainConfig, RunConfig
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
-from qcn_jax.model import Qwen3Next
+from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.documents import fim, repository
@@ -31,7 +26,6 @@ from qcn_jax.recipes.nano import edits
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
-BASE_FOLDER = pathlib.Path(qcn_jax.__file__).parent / "assets" / "nano_base"
 LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, 65))
 # Order fixes ids; Qwen's names first, then the tags of the native tool-call form and line numbers.
 ADDED_TOKENS = (
@@ -41,10 +35,6 @@ ADDED_TOKENS = (
 TOKENIZER_SAMPLE_BYTES = 4_000_000  # of source text; more changes little in a vocabulary this small
 
 Corpus = dict[str, list[repository.Module]]
-
-# Fields that a checkpoint may have otherwise without being another architecture.
-_FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embeddings", "num_nextn_predict_layers",
-                "initializer_range")
 
 
 def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
@@ -57,15 +47,16 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
-    """Trains `config.midtrain`; writes tokenizer, base/ and model/ (see pipeline.context)."""
+    """Trains `config.midtrain`; writes tokenizer, init.json and model/ (see pipeline.context)."""
     settings = context.config.midtrain
     train = settings.train
     trainer = make_trainer(context.config, mesh_here(context.config.mesh))
     with distributed.first_before_others("midtrain's data"):  # what the first process writes, the others read
         groups = read_corpus(context)
         tokenizer = prepare_tokenizer(context, groups)
-        _, params = prepare_base(context, tokenizer)
+        init = models.note_initial(context)
         sources = make_sources(context, groups, tokenizer)
+    _, params = models.initial(context.config, trainer.parallel)
     batches = loader.batches(sources, rows=trainer.rows.count, length=train.sequence_length, seed=context.config.seed,
                              method=settings.packing, shard=trainer.rows.shard)
     results = fit.fit(context.workdir, context.model_path("midtrain"), trainer, params, batches, train,
@@ -73,7 +64,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     shares = {source.name: source.share for source in sources}
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     return results | {
-        "init": context.config.init, "shares": shares, "vocabulary": tokenizer.vocab_size,
+        "init": init, "shares": shares, "vocabulary": tokenizer.vocab_size,
         "corpus_characters": _characters(groups),
         "line": f"{results['tokens']:,} tokens, {ending}, padding {results['packing']['padding']:.2f} %"}
 
@@ -125,22 +116,9 @@ def prepare_tokenizer(context: StageContext, groups: Corpus) -> Tokenizer:
                 size += len(text)
         tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size, ADDED_TOKENS)
     else:
-        tokenizer = Tokenizer.from_folder(initial_folder(context.config))
+        tokenizer = Tokenizer.from_folder(models.initial_folder(context.config))
     tokenizer.save(context.tokenizer_path)
     return context.tokenizer()
-
-
-def initial_folder(config: RunConfig) -> pathlib.Path:
-    """The folder that `config.init` names.
-
-    Raises:
-      UserError: it holds no checkpoint.
-    """
-    folder = BASE_FOLDER if config.init == "base" else pathlib.Path(config.init)
-    if not (folder / "config.json").is_file():
-        what = "this installation carries no base checkpoint" if config.init == "base" else "holds no config.json"
-        raise UserError(f"--config.init={config.init}: {folder}: {what}; use random or a Hugging Face folder")
-    return folder
 
 
 def check_initial(config: RunConfig) -> None:
@@ -154,43 +132,11 @@ def check_initial(config: RunConfig) -> None:
         if size < smallest:
             raise UserError(f"--config.tokenizer.vocab_size: {size}; allowed: at least {smallest}")
     else:
-        folder = initial_folder(config)
-        _check_same(config.model, hub.load_config(folder), folder)
+        folder = models.initial_folder(config)
+        models.check_same(config.model, hub.load_config(folder), folder)
         size = Tokenizer.from_folder(folder).vocab_size
     if config.model.vocab_size < size:
         raise UserError(f"--config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's {size}")
-
-
-def prepare_base(context: StageContext, tokenizer: Tokenizer) -> tuple[ModelConfig, Any]:
-    """The initial model in the run's configuration, kept in midtrain/base/ (a resumed run reads that).
-
-    Weights that the checkpoint lacks, which can only be a multi-token-prediction block, are initialised.
-
-    Raises:
-      UserError: the checkpoint has another architecture than `config.model`, or fewer rows than the vocabulary.
-    """
-    config, out = context.config, context.model_path("base")
-    model = config.model
-    if model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"--config.model.vocab_size: {model.vocab_size} is less than the tokenizer's "
-                        f"{tokenizer.vocab_size}")
-    if not (out / "config.json").exists():
-        tokens = jnp.zeros((1, 4), jnp.int32)
-        if config.init == "random":
-            params = jax.jit(Qwen3Next(model).init)(jax.random.key(config.seed), tokens)["params"]
-        else:
-            folder = initial_folder(config)
-            stored, params = hub.load(folder, dtype=model.param_dtype)
-            _check_same(model, stored, folder)
-            if model.num_nextn_predict_layers and "mtp" not in params:
-                fresh = jax.jit(Qwen3Next(model).init)(jax.random.key(config.seed), tokens)["params"]
-                params = params | {"mtp": fresh["mtp"]}
-            elif not model.num_nextn_predict_layers:
-                params = {name: tree for name, tree in params.items() if name != "mtp"}
-        hub.save(out, model, jax.device_get(params), tokenizer)
-    # Read back, so that a fresh and a resumed run start from the same arrays.
-    _, params = hub.load(out, dtype=model.param_dtype)
-    return model, params
 
 
 def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) -> list[loader.Source]:
@@ -238,12 +184,3 @@ def _repository_store(context: StageContext, groups: Corpus, tokenizer: Tokenize
 
 def _share(settings: MidtrainConfig) -> float:
     return settings.repository / (settings.repository + settings.fim + settings.edits)
-
-
-def _check_same(model: ModelConfig, stored: ModelConfig, folder: pathlib.Path) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in _FREE_FIELDS:
-            continue
-        wanted, found = getattr(model, field.name), getattr(stored, field.name)
-        if wanted != found:
-            raise UserError(f"--config.model.{field.name}: {wanted!r}, but the checkpoint in {folder} has {found!r}")

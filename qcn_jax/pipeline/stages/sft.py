@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from qcn_jax import hub
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.splits import split_tasks
@@ -137,7 +137,7 @@ def _train(context: StageContext, documents: list[dict[str, np.ndarray]], steps:
     if not documents:
         raise UserError(f"--config.sft.train.sequence_length: {train.sequence_length} is shorter than every trajectory")
     trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
-    _, params = hub.load(start, dtype=config.model.param_dtype)
+    _, params = models.read(start, config.model, trainer.parallel)
     batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=trainer.rows.count,
                              length=train.sequence_length, seed=seed, shard=trainer.rows.shard)
     return fit.fit(directory, out, trainer, params, batches, train, tokenizer=context.tokenizer(), log=context.log)

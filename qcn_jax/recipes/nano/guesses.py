@@ -8,10 +8,11 @@ learns to turn away from what the tests refuted.
 from collections import Counter
 from collections.abc import Sequence
 
-from qcn_jax import files, hub
+from qcn_jax import files
 from qcn_jax.agents.workspace import open_overlay
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.sampling import Sampling
+from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.experts.domains import make_services
 from qcn_jax.pipeline.rl import episodes
@@ -55,7 +56,7 @@ def propose(context: StageContext, tasks: Sequence[Task]) -> dict[str, list[Gues
         return {}
     if not path.exists():
         tokenizer = context.tokenizer()
-        model, params = hub.load(context.model_path("midtrain"))
+        model, params = models.load(context, "midtrain")
         # The experts' engine: the same shapes, so that they are compiled once.
         engine = episodes.make_engine(model, params, tokenizer, context.config.experts.rollout)
         documents = EditDocuments([], tokenizer, seed=0, max_tokens=engine.max_length)

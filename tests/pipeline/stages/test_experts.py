@@ -18,6 +18,7 @@ from qcn_jax.config import (
     RunConfig,
 )  # fmt: skip
 from qcn_jax.errors import UserError
+from qcn_jax.inference.checkpoint import load_engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.data.splits import split_tasks
@@ -61,7 +62,7 @@ def root(tmp_path_factory):
     model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
     params = jax.jit(Qwen3Next(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     hub.save(root / "sft" / "model", model, params)
-    return root, make_config(model)
+    return root, make_config(dataclasses.replace(model, dtype="bfloat16", remat="full", chunk_size=16))
 
 
 def context(root, config: RunConfig, stage: str, shared: Shared) -> StageContext:
@@ -70,8 +71,11 @@ def context(root, config: RunConfig, stage: str, shared: Shared) -> StageContext
 
 
 @pytest.mark.slow
-def test_from_sft_to_one_model(root) -> None:
+def test_from_sft_to_one_model(root, monkeypatch) -> None:
     root, config = root
+    computed = set()
+    setup = Qwen3Next.setup
+    monkeypatch.setattr(Qwen3Next, "setup", lambda self: (computed.add(self.config), setup(self))[1])
     shared = Shared(config, root)
     try:
         results = experts.run_stage(context(root, config, "experts", shared))
@@ -93,6 +97,10 @@ def test_from_sft_to_one_model(root) -> None:
     before, after = (hub.load(root / path)[1] for path in ("sft/model", "distill/model"))
     import jax
 
+    assert computed == {config.model}  # neither dtype nor remat is lost on the way through config.json
+    loaded = load_engine(root / "distill" / "model", slots=1, max_length=64, max_new_tokens=4)
+    loaded.engine.extend({0: loaded.tokenizer.encode("clamp")})
+    assert len(loaded.stop_ids) == 2 and loaded.engine.generate([0], seeds=[0])[0].tokens
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 

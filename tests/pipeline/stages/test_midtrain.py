@@ -22,7 +22,7 @@ from qcn_jax.config import (
     from_config_dict,
 )
 from qcn_jax.envs.sandbox.base import RepositorySpec
-from qcn_jax.errors import UserError
+from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.stages import midtrain
 from qcn_jax.pipeline.train import trainer
@@ -90,8 +90,8 @@ def test_results_curves_and_files(whole):
     rows = read_metrics(root / "midtrain" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and rows[-1]["ce"] < rows[0]["ce"]
     config, params = hub.load(root / "midtrain" / "model")
-    _, base = hub.load(root / "midtrain" / "base")
-    assert config.hidden_size == MODEL.hidden_size
+    _, base = models.initial(CONFIG)
+    assert config.hidden_size == MODEL.hidden_size and results["init"] == {"init": "random"}
     assert np.abs(params["norm"]["weight"] - base["norm"]["weight"]).max() > 0
     assert any("left out" in line for line in lines)
 
@@ -130,38 +130,13 @@ def test_killed_and_resumed_gives_the_same_bytes(whole, tmp_path):
     assert same(results) == same(whole[1])
 
 
-def test_starting_from_a_folder_keeps_its_weights_and_adds_mtp(whole, tmp_path):
-    root, _, _ = whole
-    with_mtp = dataclasses.replace(CONFIG.model, num_nextn_predict_layers=1)
-    config = dataclasses.replace(CONFIG, init=str(root / "midtrain" / "model"), model=with_mtp)
-    context = _context(tmp_path, config)
-    tokenizer = midtrain.prepare_tokenizer(context, {})
-    assert tokenizer.vocab_size == VOCABULARY
-    model, params = midtrain.prepare_base(context, tokenizer)
-    _, before = hub.load(root / "midtrain" / "model")
-    np.testing.assert_array_equal(params["embed_tokens"]["embedding"], before["embed_tokens"]["embedding"])
-    assert "mtp" in params and model.num_nextn_predict_layers == 1
-
-
 @pytest.mark.parametrize("name", ["nano", "nano_long"])
 def test_the_packaged_base_fits_the_laptop_configurations(name, tmp_path):
     path = pathlib.Path(__file__).parents[3] / "configs" / f"{name}.py"
     config = from_config_dict(RunConfig, runpy.run_path(str(path))["get_config"]())
     context = StageContext(config, tmp_path, "midtrain", Shared(config, tmp_path))
-    model, params = midtrain.prepare_base(context, midtrain.prepare_tokenizer(context, {}))
-    _, packaged = hub.load(midtrain.BASE_FOLDER)
+    midtrain.check_initial(config)
+    model, params = models.load(context, "base")
+    _, packaged = hub.load(models.BASE_FOLDER)
     np.testing.assert_array_equal(params["lm_head"]["kernel"], packaged["lm_head"]["kernel"])
     assert model == config.model and "mtp" in params
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"init": "/nowhere"}, "--config.init=/nowhere: .*holds no config.json"),
-    ({"hidden_size": 32}, "--config.model.hidden_size: 32, but the checkpoint in .* has 16"),
-    ({"vocab_size": 100}, "--config.model.vocab_size: 100 is less than the tokenizer's 384"),
-])
-def test_unfit_starts_are_one_line(whole, tmp_path, change, message):
-    init = change.pop("init", str(whole[0] / "midtrain" / "model"))
-    config = dataclasses.replace(CONFIG, init=init, model=dataclasses.replace(CONFIG.model, **change))
-    context = _context(tmp_path, config)
-    with pytest.raises(UserError, match=message):
-        midtrain.prepare_base(context, midtrain.prepare_tokenizer(context, {}))

@@ -1,0 +1,143 @@
+"""The models of a run: the one that it starts from and those that its stages leave.
+
+A folder's config.json says what its model is and how it is stored. How it is computed (`COMPUTE_FIELDS`) is the run's
+own affair: every stage takes that from `config.model`, by reading models here and nowhere else.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import qcn_jax
+from qcn_jax import files, hub
+from qcn_jax.config import COMPUTE_FIELDS, ModelConfig, RunConfig
+from qcn_jax.errors import UserError
+from qcn_jax.model import Qwen3Next
+from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.train.layout import param_shardings
+from qcn_jax.sharding import distributed
+from qcn_jax.sharding.parallel import Parallel
+
+BASE_FOLDER = pathlib.Path(qcn_jax.__file__).parent / "assets" / "nano_base"
+# Fields that a checkpoint may have otherwise without being another architecture.
+_FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embeddings", "num_nextn_predict_layers",
+                "initializer_range")
+
+
+def load(context: StageContext, name: str, parallel: Parallel | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a model of the run: `base`, which it starts from, or a key of `context.MODEL_FOLDERS`.
+
+    Args:
+      context: of the stage that wants it.
+      name: which.
+      parallel: the mesh to lay it out on, every process taking its own part; None is one device.
+
+    Returns:
+      The architecture of the checkpoint with `config.model`'s way of computing, and the parameters.
+
+    Raises:
+      UserError: there is no such model, it is damaged, or `config.init` has changed since the run began.
+    """
+    if name == "base":
+        note_initial(context)
+        return initial(context.config, parallel)
+    return read(context.model_path(name), context.config.model, parallel)
+
+
+def read(folder: pathlib.Path, computed: ModelConfig, parallel: Parallel | None = None
+         ) -> tuple[ModelConfig, dict[str, Any]]:
+    """`load` of a folder: its architecture and weights, with the COMPUTE_FIELDS of `computed`."""
+    fields = {name: getattr(computed, name) for name in COMPUTE_FIELDS}
+    model = dataclasses.replace(hub.inspect(folder), **fields)
+    _, params = hub.load(folder, dtype=model.param_dtype, shardings=param_shardings(model, parallel))
+    return model, params
+
+
+def initial_folder(config: RunConfig) -> pathlib.Path:
+    """The folder that `config.init` names.
+
+    Raises:
+      UserError: it holds no checkpoint.
+    """
+    folder = BASE_FOLDER if config.init == "base" else pathlib.Path(config.init)
+    if not (folder / "config.json").is_file():
+        what = "this installation carries no base checkpoint" if config.init == "base" else "holds no config.json"
+        raise UserError(f"--config.init={config.init}: {folder}: {what}; use random or a Hugging Face folder")
+    return folder
+
+
+def initial(config: RunConfig, parallel: Parallel | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads or makes the model that the run starts from, every array where `parallel` wants it.
+
+    Nothing is copied: a checkpoint is read from where it lies, a random model follows from the seed. Weights that the
+    checkpoint lacks, which can only be a multi-token-prediction block, are initialised.
+
+    Returns:
+      `config.model` and its parameters.
+
+    Raises:
+      UserError: the checkpoint has another architecture than `config.model`.
+    """
+    model = config.model
+    if config.init == "random":
+        return model, _initialised(model, config.seed, parallel)
+    folder = initial_folder(config)
+    check_same(model, hub.inspect(folder), folder)
+    _, params = read(folder, model, parallel)
+    if not model.num_nextn_predict_layers:
+        params.pop("mtp", None)
+    elif "mtp" not in params:
+        params |= _initialised(model, config.seed, parallel, ["mtp"])
+    return model, params
+
+
+def _initialised(model: ModelConfig, seed: int, parallel: Parallel | None, names: Sequence[str] | None = None
+                 ) -> dict[str, Any]:
+    """Random parameters, or only the subtrees called `names`; made in place, and the same on every mesh."""
+
+    def make() -> dict[str, Any]:
+        params = Qwen3Next(model).init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+        return {name: params[name] for name in names or params}
+
+    shardings = param_shardings(model, parallel)
+    if names and shardings is not None:
+        shardings = {name: shardings[name] for name in names}
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def note_initial(context: StageContext) -> dict[str, str]:
+    """Notes in midtrain/init.json which checkpoint the run starts from; later, checks that it is still that one.
+
+    Returns:
+      {"init"}, and of a checkpoint "folder" and "sha256" (see `hub.identity`).
+
+    Raises:
+      UserError: there is no checkpoint, or it is another one.
+    """
+    init = context.config.init
+    if init == "random":
+        return {"init": init}
+    folder, path = initial_folder(context.config), context.root / "midtrain" / "init.json"
+    found = {"init": init, "folder": str(folder.absolute()), "sha256": hub.identity(folder)}
+    if path.exists():
+        noted = files.read_json(path)
+        if noted["sha256"] != found["sha256"]:
+            raise UserError(f"--config.init={init}: {folder} is no longer the checkpoint that the run started from; "
+                            "put that back, or --restart=midtrain")
+    elif distributed.is_first():
+        files.write_json(path, found)
+    return found
+
+
+def check_same(model: ModelConfig, stored: ModelConfig, folder: pathlib.Path) -> None:
+    """Raises UserError where a checkpoint's architecture is another one than `model`."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in _FREE_FIELDS:
+            continue
+        wanted, found = getattr(model, field.name), getattr(stored, field.name)
+        if wanted != found:
+            raise UserError(f"--config.model.{field.name}: {wanted!r}, but the checkpoint in {folder} has {found!r}")
