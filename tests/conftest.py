@@ -62,8 +62,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that must share one worker come first: the others then fill the other workers for as long as they take."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """The longest test comes first, so that other workers do the rest meanwhile."""
+    items.sort(key=lambda item: item.name != "test_every_command_works")
 
 
 def pytest_configure(config: pytest.Config) -> None:
