@@ -235,7 +235,7 @@ def test_sizes_alone_ask_for_no_repositories_and_no_weights():
 
 
 @pytest.mark.parametrize("file, stages", [
-    ("nano.py", STAGES), ("nano_long.py", STAGES),
+    ("nano.py", STAGES), ("nano.py:quick", STAGES), ("nano_long.py", STAGES),
     *((f"nano_base.py:{phase}", ("tasks", "midtrain")) for phase in ("code", "edits", "wide")),
     *((f"qwen3_coder_next.py:{pod},{length}", ("sft", "experts", "distill")) for pod in ("v5p-128", "v5e-256")
       for length in ("8k", "262k")),
