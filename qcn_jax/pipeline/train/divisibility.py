@@ -35,7 +35,9 @@ def check_mesh(config: RunConfig, stages: Sequence[str], devices: int) -> None:
     Raises:
       UserError: one line that names the field and both numbers.
     """
-    trained = [stage for stage in TRAINING if stage in stages]
+    # The control that stage evaluate trains goes by sft's settings.
+    asked = {*stages, "sft"} if "evaluate" in stages and config.evaluate.sft_control else stages
+    trained = [stage for stage in TRAINING if stage in asked]
     if trained:
         check_stages(config, trained, Parallel(AbstractMesh(axis_sizes(config.mesh, devices), AXES)))
 

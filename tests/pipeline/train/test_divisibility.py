@@ -100,7 +100,12 @@ def test_a_mesh_of_another_number_of_devices():
 
 
 def test_stages_that_train_nothing_take_any_mesh():
-    divisibility.check_mesh(configured(mesh={"fsdp": 4}), ("tasks", "report"), 1)
+    config = configured(mesh={"fsdp": 4})
+    divisibility.check_mesh(config, ("tasks", "report"), 1)
+    without_control = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, sft_control=False))
+    divisibility.check_mesh(without_control, ("evaluate",), 1)
+    with pytest.raises(UserError, match="does not multiply to 1 devices"):
+        divisibility.check_mesh(config, ("evaluate",), 1)
 
 
 def test_fields_speak_for_every_parameter():
@@ -108,7 +113,7 @@ def test_fields_speak_for_every_parameter():
     draw = random.Random(0)
     pick = lambda *choices: draw.choice(choices)
     passed = 0
-    for _ in range(3):
+    for _ in range(2):
         keys = pick(2, 3, 4)
         model = dataclasses.replace(
             MODEL, vocab_size=pick(64, 60, 63), hidden_size=pick(32, 24, 30), num_attention_heads=pick(4, 6, 8),
