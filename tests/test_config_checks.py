@@ -160,10 +160,6 @@ RULES = [
     (("sft",), {"sft__train__rows": 4, "sft__train__accumulate": 3}, ["sft.train.accumulate: 3", "4 rows"]),
     (("midtrain",), {"midtrain__repository": 0.0, "midtrain__fim": 0.0, "midtrain__edits": 0.0}, ["share", "above 0"]),
     (("sft",), {"sft__trajectories_per_task": 0}, ["trajectories_per_task: 0", "searches"]),
-    (("report",), {"sft__trajectories": "no_such.module:X"},
-     ["--config.sft.trajectories: 'no_such.module:X'; module no_such.module cannot be imported: No module named 'no_such'"]),
-    (("report",), {"experts__reward": "qcn_jax.registry:none"}, ["experts.reward", "module qcn_jax.registry has no none"]),
-    (("report",), {"distill__scaffold": "qcn_jax.registry:is_path"}, ["distill.scaffold", "is a function; scaffold needs a Scaffold"]),
     (("sft",), {"sft__options": {"recovery": 1.1}}, ["--config.sft.options.recovery: 1.1", "0 to 1"]),
     (("sft",), {"sft__options": {"guesses": -1}}, ["--config.sft.options.guesses: -1", "at least 0"]),
     (("sft",), {"sft__options": {"serches": 1}}, ["--config.sft.options.serches: unknown key", "recovery, searches"]),
@@ -220,6 +216,15 @@ def test_several_faults_are_told_at_once(config):
     assert "--config.workers" in line and "--config.seed" in line
     line = refusal(config, workers=0, seed=-1, sandbox="x", pool="y", model__moe="z")
     assert line.endswith("; and 2 more")
+
+
+@pytest.mark.parametrize("key, path, words", [
+    ("sft__trajectories", "no_such.module:X", "module no_such.module cannot be imported: No module named 'no_such'"),
+    ("experts__reward", "qcn_jax.registry:none", "module qcn_jax.registry has no none"),
+    ("distill__scaffold", "qcn_jax.registry:is_path", "is a function; scaffold needs a Scaffold"),
+])
+def test_paths_that_lead_nowhere_are_named(config, key, path, words):
+    assert refusal(config, ("report",), **{key: path}) == f"--config.{key.replace('__', '.')}: {path!r}; {words}"
 
 
 def test_types_are_checked_of_configurations_built_in_python():

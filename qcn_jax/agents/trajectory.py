@@ -38,7 +38,8 @@ class Trajectory:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready row."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        row = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Trajectory":
@@ -70,8 +71,8 @@ def verified(
     return Trajectory(
         task.instance_id, task.repo, scaffold.name, scaffold.template, messages_with_calls(episode), result.patch,
         wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs),
-        failed=tuple(number for number, turn in enumerate(episode.turns) if turn.tests and not turn.passed), search=search,
-        tools=scaffold.schemas(),
+        failed=tuple(number for number, turn in enumerate(episode.turns) if turn.tests and not turn.passed),
+        search=search, tools=scaffold.schemas(),
     )
 
 

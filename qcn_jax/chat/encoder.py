@@ -26,10 +26,10 @@ _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<para
 class ChatEncoder:
     """Encodes conversations with one tokenizer.
 
-    Messages are chat.rendering's, with three further keys: a content part's `special` says that its text is the scaffold's
-    own and that added tokens in it are meant; a tool call's `special` lists arguments of which the same holds for the whole
-    value; `template` names the tool-call template of an assistant's `tool_calls`. An assistant's content without
-    `tool_calls` is what it wrote, byte for byte.
+    Messages are chat.rendering's, with three further keys: a content part's `special` says that its text is the
+    scaffold's own and that added tokens in it are meant; a tool call's `special` lists arguments of which the same
+    holds for the whole value; `template` names the tool-call template of an assistant's `tool_calls`. An assistant's
+    content without `tool_calls` is what it wrote, byte for byte.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -87,7 +87,7 @@ class StageContext:
         print(f"[{self.stage:>8} {seconds:6.1f}s] {line}", flush=True)
 
     def model_path(self, name: str) -> pathlib.Path:
-        """Folder of the weights of a model: base, midtrain, sft, expert_NAME, unified or sft_control."""
+        """Folder of the weights of a model: midtrain, sft, expert_NAME, unified or sft_control."""
         own = _MODEL_FOLDERS.get(name) or f"experts/{name.removeprefix('expert_')}/model"
         return self.root / own
 

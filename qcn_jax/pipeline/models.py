@@ -29,7 +29,7 @@ _FREE_FIELDS = (*COMPUTE_FIELDS, "router_aux_loss_coef", "max_position_embedding
 
 
 def load(context: StageContext, name: str, parallel: Parallel | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a model of the run: `base`, which it starts from, or a key of `context.MODEL_FOLDERS`.
+    """Reads a model of the run: `base`, which it starts from, or one that `context.model_path` knows.
 
     Args:
       context: of the stage that wants it.
@@ -66,8 +66,8 @@ def initial_folder(config: RunConfig) -> pathlib.Path:
     named = config.init in INITIAL or is_path(config.init)
     folder = INITIAL.resolve(config.init, "--config.init") if named else pathlib.Path(config.init)
     if not (folder / "config.json").is_file():
-        raise UserError(f"--config.init={config.init}: {folder}: holds no config.json; use random, a Hugging Face folder, "
-                        f"{', '.join(INITIAL)} or the package.module:OBJECT of one")
+        raise UserError(f"--config.init={config.init}: {folder}: holds no config.json; use random, a Hugging Face "
+                        f"folder, {', '.join(INITIAL)} or the package.module:OBJECT of one")
     return folder
 
 

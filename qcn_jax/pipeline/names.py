@@ -23,8 +23,8 @@ def check_scaffold(config: RunConfig, stage: str) -> None:
     name, field = getattr(config, stage).scaffold, f"--config.{stage}.scaffold"
     scaffold = SCAFFOLDS.resolve(name, field)
     if scaffold.has_shell:
-        raise UserError(f"{field}: {name!r}; runs shell commands, and rollouts hold no live sandbox for them yet; allowed: "
-                        "a scaffold without a shell, such as nano")
+        raise UserError(f"{field}: {name!r}; runs shell commands, and rollouts hold no live sandbox for them yet; "
+                        "allowed: a scaffold without a shell, such as nano")
     for expert in experts_of(config.experts.names):
         try:
             expert.present(scaffold)
@@ -39,4 +39,5 @@ def check_baseline(config: RunConfig) -> None:
         try:
             baseline.check(SCAFFOLDS.resolve(config.evaluate.scaffold, "--config.evaluate.scaffold"))
         except UserError as error:
-            raise UserError(f"--config.evaluate.baseline: {name!r}; {error}; leave it empty, or name another") from error
+            line = f"--config.evaluate.baseline: {name!r}; {error}; leave it empty, or name another"
+            raise UserError(line) from error

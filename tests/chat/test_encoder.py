@@ -178,7 +178,6 @@ def test_argument_values_are_added_tokens_where_the_scaffold_says_so(nano):
     assert ids(["line"]).count(token) == 1 and ids([]).count(token) == 0 and ids(["line"], "on <|2|>").count(token) == 0
     assert ids(["line", "new"], ["<|2|>"]).count(token) == 0
     assert ids(["line"], "<|im_end|>").count(nano.end) == 1 and ids(["line"], "</function>") == ids([], "</function>")
-    task = tiny.make_task()
     edit = ToolCall("edit", {"line": "<|5|>", "old": ">", "new": "<"})
     assert nano.encode_answer(NANO.assistant([edit])).count(nano.tokenizer.id("<|5|>")) == 1
 

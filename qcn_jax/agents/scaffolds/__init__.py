@@ -1,4 +1,4 @@
-"""Scaffolds, one file each. They share the operations of `agents.operations` under names that agents know from elsewhere.
+"""Scaffolds, one file each: the operations of `agents.operations` under names that agents know from elsewhere.
 
 A configuration names one of these, or `package.module:OBJECT`.
 """

@@ -40,7 +40,8 @@ QWEN_CODE = Scaffold(
         ToolSpec(
             "read_file", "Reads a file with line numbers.",
             object_schema("absolute_path", absolute_path="Absolute path.",
-                    offset=field_schema("integer", "Lines to pass over."), limit=field_schema("integer", "Lines to read.")),
+                          offset=field_schema("integer", "Lines to pass over."),
+                          limit=field_schema("integer", "Lines to read.")),
             _read_range,
         ),
         ToolSpec("grep_search", "Lists lines that hold a text.",

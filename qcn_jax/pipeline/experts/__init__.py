@@ -20,7 +20,7 @@ _TAKEN = {"sft_control", "messages", "experts", *metrics.greedy([]), *metrics.sa
 
 
 def experts_of(names: Sequence[str], field: str = "--config.experts.names") -> tuple[Expert, ...]:
-    """The experts that a configuration names, exactly one of them the headline: the first that offers to be, or the first.
+    """The experts that a configuration names, one of them the headline: the first that offers to be, or the first.
 
     Raises:
       UserError: one cannot be found, is there twice, or is called what it cannot be called.

@@ -1,7 +1,7 @@
 """An episode on a task as the rollout sees it: tokens in, tokens out.
 
-An episode's files live in memory; only test runs and gradings go to sandboxes, through `Services`. A verdict comes from a
-fresh grading sandbox that saw nothing of the episode but its patch.
+An episode's files live in memory; only test runs and gradings go to sandboxes, through `Services`. A verdict comes
+from a fresh grading sandbox that saw nothing of the episode but its patch.
 """
 
 import functools

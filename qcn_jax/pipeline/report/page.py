@@ -43,7 +43,8 @@ class Cast:
     @functools.cached_property
     def colours(self) -> dict[str, int]:
         """By model; what was not trained for the tasks has one colour."""
-        own = {expert.model: _EXPERT_COLOURS[number % len(_EXPERT_COLOURS)] for number, expert in enumerate(self.experts)}
+        own = {expert.model: _EXPERT_COLOURS[number % len(_EXPERT_COLOURS)]
+               for number, expert in enumerate(self.experts)}
         return dict.fromkeys(self.titles, 7) | {"sft": 0, "unified": 1, "sft_control": 4} | own
 
 

@@ -219,7 +219,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
         engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length),
-        trainer=trainer, teachers=teachers, prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},
+        trainer=trainer, teachers=teachers,
+        prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},
         converse=lambda prompt: prompt.expert.conversation(
             prompt, encoder, services, max_turns=config.rollout.max_turns, judged=judged
         ),

@@ -48,7 +48,7 @@ def params():
 @pytest.fixture(scope="module")
 def teachers():
     """Models that differ from the student and from each other."""
-    return {"a": micro_params(1), "b": micro_params(2)}
+    return {"swe": micro_params(1), "single_turn": micro_params(2)}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def engine(params):
 
 def make_distiller(engine, teachers, name: str = "reverse_kl") -> Distiller:
     config = dataclasses.replace(CONFIG, loss=name)
-    run = RunConfig(model=MODEL, experts=ExpertsConfig(names=("a", "b")), distill=config)
-    prompts = {"a": [(2, k) for k in range(8, 12)], "b": [(3, k) for k in range(8, 12)]}
+    run = RunConfig(model=MODEL, experts=ExpertsConfig(names=("swe", "single_turn")), distill=config)
+    prompts = {"swe": [(2, k) for k in range(8, 12)], "single_turn": [(3, k) for k in range(8, 12)]}
     return Distiller(config, 0, engine, make_trainer(run, None), teachers, prompts, Ask)
 
 
@@ -77,11 +77,11 @@ def test_losses_token_by_token(name, engine, params, teachers) -> None:
     distiller = make_distiller(engine, teachers, name)
     records = distiller._rollout(params, [(2, 8), (2, 9)], 0, 0)
     rows = episodes.pack_rows([episodes.document(record) for record in records], 64, 4)
-    value, sums = jax.jit(distill_loss(MODEL, name))(params, rows | {"weight_sum": 1.0}, teachers["a"])
+    value, sums = jax.jit(distill_loss(MODEL, name))(params, rows | {"weight_sum": 1.0}, teachers["swe"])
     apply, want, same, count = jax.jit(Qwen3Next(MODEL).apply), 0.0, 0, 0
     for record in records:
         padded = np.pad(record.tokens, (0, 8 - len(record.tokens)))[None]
-        student, teacher = (log_softmax(apply({"params": p}, padded).logits[0]) for p in (params, teachers["a"]))
+        student, teacher = (log_softmax(apply({"params": p}, padded).logits[0]) for p in (params, teachers["swe"]))
         for t in np.flatnonzero(record.sampled):
             p, q = student[t - 1], teacher[t - 1]
             want += {
@@ -103,7 +103,7 @@ def test_one_student_takes_on_both_teachers(engine, params, teachers) -> None:
         work = distiller.next(update, state)
         state, metrics = distiller.trainer.step(state, *work.batches, tuple(teachers.values()))
         curve.append({**work.metrics, **jax.device_get(metrics)})
-    for domain in ("a", "b"):
+    for domain in ("swe", "single_turn"):
         assert np.mean([m[f"loss/{domain}"] for m in curve[-3:]]) < 0.6 * curve[0][f"loss/{domain}"]
     assert 4 <= curve[0]["episodes"] <= 8 and distiller.trainer.step._cache_size() == 1
 
