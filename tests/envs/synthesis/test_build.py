@@ -80,7 +80,7 @@ def test_agent_builds_where_rules_fail(client):
                            turns=6, client=client)  # fmt: skip
     assert len(bodies) == 3 and made.attempts == 2
     assert set(made.outcomes) == {"inside", "below", "above"} and made.acceptance.states == {
-        "mended": "passed", "defective": "failed", "emptied": "failed", "stopped": "failed"}  # fmt: skip
+        "fixed": "passed", "defective": "failed", "emptied": "failed", "stopped": "failed"}  # fmt: skip
     with pytest.raises(UserError, match="no environment by rules"):
         build.build(foreign.encoded(foreign.PYTHON), "calc", lambda _: None, client=client)
 
@@ -92,7 +92,7 @@ def test_agent_builds_where_rules_fail(client):
         ("grep -q 'value < low' calc/core.py", "it reads code and does not run it"),
         ("true", "passes with the sources emptied"),
         ("python3 -c 'import calc.core' || PYTHONPATH=. python3 -c 'import calc.core'", "passes on the defective state"),
-        ("false", "fails on the mended state"),
+        ("false", "fails on the fixed state"),
     ],
 )
 def test_verifiers(client, command, problem):
