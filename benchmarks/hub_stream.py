@@ -1,12 +1,19 @@
 """Claim: weights are streamed; host memory is bounded by a few tensors, not by the model.
 
   python benchmarks/hub_stream.py --folder=/big/disk [--destination=memmap|jax] [--experts=320]
+  python benchmarks/hub_stream.py --folder=/big/disk --processes=2 --experts=128
 
 Writes a synthetic checkpoint of the 80B model's shapes with four layers (9.3 GB in bfloat16 with 320 experts a
 layer) through `hub.save` from arrays that are computed on demand, reads it back through `hub.load` in a process of
 its own into memory-mapped arrays (or JAX arrays), checks every value, and prints the peak of resident memory beyond
 the destination. Needs twice the checkpoint's size on disk, and removes both afterwards. Exit status 1 where a value
 differs or the peak exceeds 2.5 GB.
+
+With --processes=N the second claim: no host holds the model. N processes of four emulated devices each, joined as a
+pod's hosts are, load the checkpoint onto a mesh that splits every large array over all devices (each process's part of
+the "device memory" is its own memory), check every value that they hold, and save it together; every byte that they
+wrote is compared. Exit status 1 where one differs, or where a process's peak, loading or saving, exceeds what it held
+before by more than 1.2 / N of the checkpoint.
 
 How it is measured: a thread samples the process's anonymous resident memory every 10 ms, and every 2 s (walking the
 page tables costs time) the resident pages of all mapped files but the destination's; the peaks are added. For JAX
@@ -23,22 +30,32 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from absl import app, flags
 
-from qcn_jax import hub
-from qcn_jax.config import ModelConfig
-from qcn_jax.hub import layout, reading
+from qcn_jax import files, hub, testing
+from qcn_jax.config import MeshConfig, ModelConfig
+from qcn_jax.hub import layout, reading, stored, writing
+from qcn_jax.pipeline.train.layout import param_shardings
+from qcn_jax.sharding import distributed
+from qcn_jax.sharding.mesh import make_parallel
 
 FOLDER = flags.DEFINE_string(
     "folder", "/tmp/hub_stream", "Where the checkpoint and the destination are put; made and removed."
 )
 DESTINATION = flags.DEFINE_enum("destination", "memmap", ["memmap", "jax"], "What is loaded into.")
 EXPERTS = flags.DEFINE_integer("experts", 320, "Experts a layer (the published model has 512).")
+PROCESSES = flags.DEFINE_integer("processes", 1, "Load and save by this many processes together.", lower_bound=1)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Of a process that this program has started.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of a process that this program has started.")
+DEVICES = 4  # of each process
 LIMIT = 2.5e9
+PART = 1.2  # of a process's even share of the checkpoint
 PUBLISHED = ModelConfig()
 
 
@@ -210,16 +227,127 @@ def report(source: pathlib.Path, config: ModelConfig, saved: dict, loaded: dict)
     print(arithmetic(table_bytes(str(source)), loaded["bytes"] / loaded["cpu"], loaded["before"]))
 
 
+def one_of_several(root: pathlib.Path) -> None:
+    """One process of several: loads its part, checks it, saves; leaves root/<process>.json."""
+    distributed.start(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+    config = hub.inspect(root / "checkpoint")
+    parallel = make_parallel(MeshConfig())
+    distributed.barrier("begin")  # what collectives need is there before anything is measured
+    found = {}
+
+    def measured(name: str, work: Callable[[], Any]) -> Any:
+        sampler = Sampler(str(root))
+        sampler.start()
+        start = time.perf_counter()
+        result = work()
+        found[name] = {"seconds": time.perf_counter() - start}
+        sampler.stop.set()
+        sampler.join()
+        found[name]["peak"] = sampler.peak
+        return result
+
+    measured("before", lambda: None)
+    shardings = param_shardings(config, parallel)
+    load = lambda: jax.block_until_ready(hub.load(root / "checkpoint", shardings=shardings))
+    config, params = measured("load", load)
+    found["held"] = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+    expected = computed_tree(config)
+    found["wrong"] = sum(jax.tree.leaves(jax.tree.map(count_wrong_shards, params, expected)))
+    measured("save", lambda: hub.save(root / "saved", config, params))
+    files.write_json(root / f"{PROCESS_ID.value}.json", found)
+
+
+def count_wrong_shards(leaf: jax.Array, expected: Computed) -> int:
+    """Elements that differ in this process's shards."""
+    wrong = 0
+    for shard in leaf.addressable_shards:
+        first = tuple(part.indices(size)[0] for part, size in zip(shard.index, leaf.shape))
+        wrong += count_wrong(shard.data, Moved(expected, first))
+    return wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A part of a Computed array, whose indices begin at `first`."""
+
+    whole: Computed
+    first: tuple[int, ...]
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        """The values in a box."""
+        return self.whole[tuple(slice(part.start + at, part.stop + at) for part, at in zip(box, self.first))]
+
+
+def different_tensors(one: pathlib.Path, other: pathlib.Path) -> int:
+    """How many tensors are not in both checkpoints, or with other bytes."""
+    first, second = reading.Folder(one).table, reading.Folder(other).table
+
+    def same(a: stored.Source, b: stored.Source) -> bool:
+        pieces = [(row, min(row + 1024, a.shape[0])) for row in range(0, a.shape[0], 1024)]
+        return a.shape == b.shape and all(a.rows(*piece).tobytes() == b.rows(*piece).tobytes() for piece in pieces)
+
+    return len(set(first) ^ set(second)) + sum(not same(first[name], second[name]) for name in set(first) & set(second))
+
+
+def several(root: pathlib.Path) -> bool:
+    """Starts the processes, prints what they found; returns whether the claim holds."""
+    command = [sys.executable, __file__, f"--folder={root}"]
+    with testing.Hosts(command, PROCESSES.value, DEVICES, quick=False) as hosts:
+        hosts.finish()
+    found = [files.read_json(root / f"{number}.json") for number in range(PROCESSES.value)]
+    size = sum(file.stat().st_size for file in (root / "checkpoint").glob("*.safetensors"))
+    different = different_tensors(root / "checkpoint", root / "saved")
+    print(f"checkpoint {size / 1e9:.2f} GB, {PROCESSES.value} processes of {DEVICES} devices; "
+          f"{len(list((root / 'saved').glob('*.safetensors')))} files written, {different} tensors differ\n")
+    heads = ("process", "before, GB", "holds, GB", "load s", "peak beyond, GB", "of all", "save s", "peak beyond, GB",
+             "of all", "wrong values")
+    print("  ".join(heads))
+    limit, fine = PART / PROCESSES.value, different == 0
+    for number, row in enumerate(found):
+        before = row["before"]["peak"]
+        beyond = [row[name]["peak"] - before for name in ("load", "save")]
+        cells = (number, f"{before / 1e9:.2f}", f"{row['held'] / 1e9:.2f}", f"{row['load']['seconds']:.0f}",
+                 f"{beyond[0] / 1e9:.2f}", f"{beyond[0] / size:.3f}", f"{row['save']['seconds']:.0f}",
+                 f"{beyond[1] / 1e9:.2f}", f"{beyond[1] / size:.3f}", row["wrong"])
+        print("  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
+        fine &= max(beyond) <= limit * size and not row["wrong"]
+    print(pod_arithmetic(max(row["before"]["peak"] for row in found), table_bytes(str(root / "checkpoint"))))
+    return fine
+
+
+def pod_arithmetic(before: int, per_tensor: float) -> str:
+    """What a host and a chip of two pods hold of the published checkpoint."""
+    size = 2 * sum(int(np.prod(shape, dtype=np.int64)) for shape in layout.leaf_shapes(PUBLISHED).values())
+    count = sum(1 for _ in layout.tensors(PUBLISHED))
+    table = count * per_tensor
+    load = before + table + 2 * reading.PIECE_BYTES + reading.STAGED_BYTES
+    save = before + table + 2 * writing.GATHERED_BYTES
+    lines = [f"\nThe published checkpoint: {size / 1e9:.1f} GB. A host's memory, however many there are: loading "
+             f"{load / 1e9:.2f} GB, saving {save / 1e9:.2f} GB\n(program {before / 1e9:.2f}, table of tensors "
+             f"{table / 1e9:.2f}; two pieces of {reading.PIECE_BYTES >> 20} MiB and {reading.STAGED_BYTES >> 20} MiB "
+             f"staged; two slabs of {writing.GATHERED_BYTES >> 20} MiB)."]
+    for name, chips in (("v5p-128", 64), ("v6e-256", 256)):
+        hosts = chips // DEVICES
+        lines.append(f"  {name}: {hosts} hosts of {DEVICES} chips; a chip holds {size / chips / 1e9:.2f} GB and one slab, "
+                     f"a host writes {size / hosts / 1e9:.1f} GB")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> None:
     """Writes, reads in a child process, reports."""
     del argv
     root = pathlib.Path(FOLDER.value).absolute()
+    if PROCESS_ID.value is not None:
+        one_of_several(root)
+        return
     if root.exists():
         sys.exit(f"--folder={root}: exists; name a folder that this program may make and remove")
     source, target = root / "checkpoint", root / "destination"
     config = dataclasses.replace(PUBLISHED, num_hidden_layers=4, num_experts=EXPERTS.value, param_dtype="bfloat16")
     try:
         saved = write(source, config)
+        if PROCESSES.value > 1:
+            sys.exit(0 if several(root) else 1)
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
             loaded = child.submit(read, str(source), str(target), DESTINATION.value).result()
         report(source, config, saved, loaded)

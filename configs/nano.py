@@ -69,6 +69,7 @@ def full():
     # The gradients of a few hundred episodes are mostly noise; with a small eps AdamW would take full steps along it,
     # and with momentum a handful of updates would take the first one's steps again: either costs the policy its tool
     # format, or what it does after a test run. In one run at 5e-4 four updates took the agent from 43 to 36 of 100.
+    # This eps fits losses that are weighted means over tokens, as those of both averages are: a token weighs 1 on average.
     steady = lambda rate: OptimizerConfig(
         learning_rate=rate, warmup_steps=0, weight_decay=0.0, b1=0.0, eps=3e-4, clip_norm=0.3)
     return to_config_dict(RunConfig(

@@ -117,11 +117,11 @@ class Tokenizer:
     def from_folder(cls, folder: files.Path) -> "Tokenizer":
         """Reads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt, or qwen.tiktoken."""
         folder = pathlib.Path(folder)
-        if (folder / TOKENIZER_FILE).is_file():
+        if files.is_file(folder / TOKENIZER_FILE):
             return cls.from_file(folder / TOKENIZER_FILE)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if files.is_file(folder / "vocab.json") and files.is_file(folder / "merges.txt"):
             return cls(_from_vocab_and_merges(folder))
-        if (folder / "qwen.tiktoken").is_file():
+        if files.is_file(folder / "qwen.tiktoken"):
             return cls.from_tiktoken(folder / "qwen.tiktoken")
         raise UserError(f"{folder}: holds no tokenizer.json, no vocab.json with merges.txt and no qwen.tiktoken")
 
@@ -208,7 +208,7 @@ def _from_vocab_and_merges(folder: pathlib.Path) -> tokenizers.Tokenizer:
     lines = _read(folder / "merges.txt").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     added: Sequence[str] = QWEN_ADDED
-    if (folder / "tokenizer_config.json").is_file():
+    if files.is_file(folder / "tokenizer_config.json"):
         listed = files.read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         rows = sorted((int(id_), row["content"]) for id_, row in listed.items())
         if rows and rows[0][0] != len(vocab):

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     source, target = pathlib.Path(values["from"].value), pathlib.Path(values["to"].value)
     if source.resolve() == target.resolve():
         raise UserError("--to: is the same folder as --from")
-    if not source.is_dir():
+    if not files.is_dir(source):
         raise UserError(f"--from={source}: there is no such folder")
     files.check_replaceable(target, CONFIG_FILE, "to")
     count, form = convert(source, target, values.dtype)
@@ -49,7 +49,7 @@ def convert(source: files.Path, target: files.Path, dtype: str | None = None) ->
     from qcn_jax.hub import orbax_folder, reading, writing
     from qcn_jax.hub.layout import leaf_shapes
 
-    with_tokenizer = (pathlib.Path(source) / TOKENIZER_FILE).is_file()
+    with_tokenizer = files.is_file(pathlib.Path(source) / TOKENIZER_FILE)
     tokenizer = Tokenizer.from_folder(source) if with_tokenizer else None
     config = reading.inspect(source)
     shardings = _spread(leaf_shapes(config))

@@ -31,6 +31,11 @@ _FINALIZERS = ("__del__", "_xla_gc_callback")
 _AGAIN_SECONDS = 0.02  # until a signal that came during a finalizer is tried again
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended
 
+# What no program can prevent: the user's rights, paths that lead nowhere, full or broken disks.
+_MACHINE_SAYS_NO = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 _QUIET = {  # chatter of libraries on stderr that says nothing about this program
     "TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR", "GLOG_minloglevel": "2",
     "TOKENIZERS_PARALLELISM": "false",
@@ -79,7 +84,7 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
     except UserError as error:
         return _fail(f"qcn {verb}", str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in _MACHINE_SAYS_NO:
             raise
         return _fail(f"qcn {verb}", f"{error.filename or 'disk'}: {error.strerror}")
     except KeyboardInterrupt:

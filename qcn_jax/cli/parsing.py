@@ -9,7 +9,7 @@ A verb's module looks like this:
       parse(values, "verify", __doc__, argv)
 """
 
-import pathlib
+import os
 import re
 import sys
 import textwrap
@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
+from qcn_jax import files
 from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
 from qcn_jax.config_values import described
 from qcn_jax.errors import UserError
@@ -132,8 +133,10 @@ def _arranged(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 def _load(argument: str) -> RunConfig:
     """What get_config() of the file named by --config returns; every failure names the file."""
     path = argument.split(":", 1)[0]
-    if not pathlib.Path(path).is_file():
+    if not files.is_file(path):
         raise UserError(f"--config={argument}: there is no file {path}")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"--config={argument}: cannot be read: no permission to read {path}")
     sys.modules.pop("config_config", None)  # ml_collections loads into this module, on top of an earlier file's names
     try:
         found = config_flags.config_flags.ConfigFileFlagParser("config").parse(argument)

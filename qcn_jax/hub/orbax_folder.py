@@ -27,7 +27,7 @@ PARAMS = "params"
 
 def is_orbax(path: files.Path) -> bool:
     """Whether `path` is a folder that `save` wrote."""
-    return (pathlib.Path(path) / PARAMS / "_METADATA").is_file()
+    return files.is_file(pathlib.Path(path) / PARAMS / "_METADATA")
 
 
 def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
@@ -56,7 +56,10 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None) -> t
     store = pathlib.Path(path).absolute() / PARAMS
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(store).item_metadata.tree
+            metadata = checkpointer.metadata(store).item_metadata
+            if metadata is None:  # Orbax says so of a store without a readable manifest.ocdbt
+                raise UserError(f"{store}: cannot be restored: it is damaged, or this user may not read it")
+            stored = metadata.tree
             abstract = _abstract(config, stored, dtype, shardings, path)
             params = checkpointer.restore(store, abstract)
     except (ValueError, KeyError, OSError) as error:

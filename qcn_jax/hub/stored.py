@@ -53,9 +53,9 @@ class Folder:
         """Raises UserError that names the file: none there, one missing, truncated or damaged."""
         self.path = pathlib.Path(folder)
         self.table: dict[str, Source] = {}
-        if (self.path / INDEX_FILE).is_file():
+        if files.is_file(self.path / INDEX_FILE):
             names = files.read_json(self.path / INDEX_FILE).get("weight_map", {})
-        elif (self.path / SINGLE_FILE).is_file():
+        elif files.is_file(self.path / SINGLE_FILE):
             names = None
         else:
             raise UserError(f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
@@ -101,9 +101,10 @@ class Folder:
 
 def _read_header(path: pathlib.Path) -> dict[str, Source]:
     try:
-        with safetensors.safe_open(path, framework="numpy"):
-            pass  # opening checks header, offsets and length
         with open(path, "rb") as stream:
+            # Opening checks header, offsets and length. The library calls missing what may not be read: it comes second.
+            with safetensors.safe_open(path, framework="numpy"):
+                pass
             length, = struct.unpack("<Q", stream.read(8))
             header: Mapping = json.loads(stream.read(length))
     except FileNotFoundError as error:

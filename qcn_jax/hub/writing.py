@@ -31,7 +31,7 @@ from qcn_jax.hub.stored import DTYPES, INDEX_FILE, SINGLE_FILE
 from qcn_jax.sharding import distributed
 
 SHARD_BYTES = 5_000_000_000  # as transformers writes by default
-GATHERED_BYTES = 16 << 20  # of a slab that is put together on every device of every host
+GATHERED_BYTES = 8 << 20  # of a slab that is put together on every device of every host
 _ALIGNMENT = 8  # of the first tensor's bytes, as the safetensors library writes
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -65,7 +65,7 @@ def initial_folder(config: RunConfig) -> pathlib.Path:
     """
     named = config.init in INITIAL or is_path(config.init)
     folder = INITIAL.resolve(config.init, "--config.init") if named else pathlib.Path(config.init)
-    if not (folder / "config.json").is_file():
+    if not files.is_file(folder / "config.json"):
         raise UserError(f"--config.init={config.init}: {folder}: holds no config.json; use random, a Hugging Face "
                         f"folder, {', '.join(INITIAL)} or the package.module:OBJECT of one")
     return folder

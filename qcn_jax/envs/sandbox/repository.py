@@ -86,7 +86,7 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
                 raise UserError(f"{source}: sha256 is {hashlib.sha256(data).hexdigest()}, expected {spec.sha256}")
             raw = dict(_zip(data) if zipfile.is_zipfile(io.BytesIO(data)) else _tar(data))
     except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or source}: cannot be read: {error.strerror or error}") from error
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{source}: is not a source distribution: {str(error).splitlines()[0]}") from error
     root = spec.root.strip("/")
@@ -140,7 +140,7 @@ def _zip(data: bytes) -> Iterator[tuple[str, Member]]:
 
 def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
     count = total = 0
-    for folder, folders, names in os.walk(source):
+    for folder, folders, names in os.walk(source, onerror=_raise):  # or unreadable folders would be left out in silence
         folders[:] = sorted(name for name in folders if name not in DROPPED_NAMES)
         for name in sorted(names):
             path = pathlib.Path(folder, name)
@@ -151,6 +151,10 @@ def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
                     raise UserError(f"{source}: more than {MAX_FILES} files or {MAX_BYTES} bytes")
                 yield path.relative_to(source).as_posix(), Member(path.read_bytes(), _mode(status.st_mode),
                                                                   int(status.st_mtime))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def pack_folder(source: pathlib.Path, top: str) -> bytes:
@@ -197,7 +201,7 @@ def key(spec: RepositorySpec, fingerprint: str) -> str:
         else:
             content = _file_hash(str(source), source.stat().st_mtime_ns)
     except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or source}: cannot be read: {error.strerror or error}") from error
     facts = [FORMAT, content, spec.sha256, spec.pytest_args, spec.root, spec.python_path, spec.environment, fingerprint]
     facts += [spec.image, spec.setup] if spec.image or spec.setup else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

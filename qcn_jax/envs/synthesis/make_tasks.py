@@ -102,7 +102,7 @@ def _sorted_out(request: Request) -> tuple[list[RepositorySpec], list[Repository
 def _locate(source: str, request: Request) -> RepositorySpec:
     """A repository by name, archive or folder; of a bare clone its newest state; with what installs its needs."""
     path = pathlib.Path(source)
-    if (path / "HEAD").is_file() and (path / "objects").is_dir():
+    if files.is_file(path / "HEAD") and files.is_dir(path / "objects"):
         from qcn_jax.envs.synthesis.mine.history import Clone
 
         clone = Clone(path)

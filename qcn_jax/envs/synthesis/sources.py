@@ -19,6 +19,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 
+from qcn_jax import files
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.errors import UserError
 
@@ -36,8 +37,11 @@ def default_cache() -> pathlib.Path:
 
 
 def sha256(path: pathlib.Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hexadecimal SHA-256 of a file; raises UserError where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def locate(source: str, cache: pathlib.Path | None = None) -> RepositorySpec:
@@ -52,7 +56,7 @@ def locate(source: str, cache: pathlib.Path | None = None) -> RepositorySpec:
       UserError: neither a requirement nor an existing path, no network, or a wrong hash; names `source`.
     """
     path = pathlib.Path(source)
-    if path.is_dir() or (path.is_file() and source.endswith(_ARCHIVES)):
+    if files.is_dir(path) or (files.is_file(path) and source.endswith(_ARCHIVES)):
         name = path.resolve().name
         for suffix in _ARCHIVES:
             name = name.removesuffix(suffix)

@@ -231,9 +231,9 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     hub.save(context.model_path("unified"), trainer.model, result.state.params, encoder.tokenizer)
     rows = read_metrics(context.workdir / "metrics.jsonl")
     first, last = rows[0], rows[-1]
-    line = f"{config.loss} {first['loss']:.4f} to {last['loss']:.4f}, same choice at {last['agreement']:.1%} of tokens"
+    line = f"{config.loss} {first['loss']:.4g} to {last['loss']:.4g}, same choice at {last['agreement']:.1%} of tokens"
     return {"first": first, "last": last, "mesh": layout.mesh_of(result.state), "line": line}
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    return f"loss {metrics['loss']:.4f}  agreement {metrics['agreement']:.1%}  turns {metrics['turns']:.1f}"
+    return f"loss {metrics['loss']:.4g}  agreement {metrics['agreement']:.1%}  turns {metrics['turns']:.1f}"

@@ -104,7 +104,7 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient: the run is broken,
 
 def progress(values: Mapping[str, Any]) -> str:
     """Words a row of metrics.jsonl for the progress line of a supervised stage."""
-    return (f"loss {values['loss']:.3f}  grad {values['grad_norm']:.2f}  "
+    return (f"loss {values['loss']:.4g}  grad {values['grad_norm']:.3g}  "
             f"{values['tokens_per_second']:,.0f} tokens/s")
 
 
