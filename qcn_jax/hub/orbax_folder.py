@@ -58,7 +58,7 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None) -> t
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(store).item_metadata
             if metadata is None:  # Orbax says so of a store without a readable manifest.ocdbt
-                raise UserError(f"{store}: cannot be restored: it is damaged, or this user may not read it")
+                raise UserError(f"{store}/manifest.ocdbt: cannot be read: it is damaged, or this user may not read it")
             stored = metadata.tree
             abstract = _abstract(config, stored, dtype, shardings, path)
             params = checkpointer.restore(store, abstract)
