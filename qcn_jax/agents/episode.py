@@ -116,7 +116,7 @@ class Episode:
     """State of one episode.
 
     Args:
-      task: what is to be mended.
+      task: what is to be repaired.
       scaffold: how the task is presented.
       executor: runs tool calls on the task's starting state.
       max_turns: assistant turns after which the episode ends; the last one's calls still count.

@@ -61,7 +61,7 @@ class ParsedMessage:
 
     @property
     def malformed(self) -> bool:
-        """Whether anything was mended, dropped or left open."""
+        """Whether anything was repaired, dropped or left open."""
         return bool(self.problems)
 
 

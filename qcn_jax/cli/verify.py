@@ -5,7 +5,7 @@
   qcn verify --tasks=tasks.jsonl --reruns=3 --sample=200
 
 Held-out tests are checked like the others. With --reruns every task's tests run so many further times in the defective
-and in the mended state, and flaky ones are named. Repositories named `name==version` are downloaded (or taken
+and in the fixed state, and flaky ones are named. Repositories named `name==version` are downloaded (or taken
 from the cache); archives and folders are given with --repo. Every grading and every unpatched run has a fresh sandbox.
 Exit status 0 means that all tasks are valid.
 """

@@ -38,7 +38,7 @@ class TaskConversation:
         self._task, self._scaffold, self._encoder, self._services = task, scaffold, encoder, services
         self._max_turns = 1 if scaffold.single_turn else max_turns
         self._reward = reward
-        self._refuted: set[str] = set()  # patches on which tests failed
+        self._failing: set[str] = set()  # patches on which tests failed
 
     @functools.cached_property
     def episode(self) -> Episode:
@@ -65,12 +65,12 @@ class TaskConversation:
         text = self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens)
         observation = self.episode.step(text, complete=closed)
         run = self.episode.turns[-1].tests
-        refuted = run is not None and not run.passed
-        patch = self.episode.executor.diff() if refuted else ""
-        repeated = refuted and patch in self._refuted
-        self._refuted.add(patch)
+        failing = run is not None and not run.passed
+        patch = self.episode.executor.diff() if failing else ""
+        repeated = failing and patch in self._failing
+        self._failing.add(patch)
         answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed)
-        return Reply(answer, observation.done, observation.malformed, refuted, repeated)
+        return Reply(answer, observation.done, observation.malformed, failing, repeated)
 
     def outcome(self, truncated: bool) -> Outcome:
         """Grades the patch."""

@@ -88,7 +88,7 @@ class Expert:
 
     def conversation(
         self, prompt: Prompt, encoder: ChatEncoder, services: Services, *, max_turns: int,
-        unfinished_penalty: float = 0.0, reward: Reward | None = None, judged: bool = True,
+        unfinished_penalty: float = 0.0, reward: Reward | None = None, graded: bool = True,
     ) -> Conversation:
         """A fresh episode on `prompt`.
 
@@ -99,12 +99,12 @@ class Expert:
           max_turns: of the policy, where the scaffold has several turns.
           unfinished_penalty: passed on to the reward.
           reward: takes the place of `outcome`.
-          judged: False where nobody asks for the reward, which saves the grading; every outcome is then 0.
+          graded: False where nobody asks for the reward, which saves the grading; every outcome is then 0.
         """
         chosen = reward or self.outcome
-        judge = lambda result, verdict: chosen(result, verdict, unfinished_penalty)
+        score = lambda result, verdict: chosen(result, verdict, unfinished_penalty)
         return TaskConversation(prompt.task, prompt.scaffold, encoder, services, max_turns=max_turns,
-                                reward=judge if judged else None)
+                                reward=score if graded else None)
 
     def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> rollout.Outcome:
         """1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself."""

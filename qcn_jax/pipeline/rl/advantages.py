@@ -29,13 +29,13 @@ def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRe
 def token_advantages(record: RolloutRecord, advantage: float, config: ExpertsConfig) -> np.ndarray:
     """The advantage of each token [n] float32: the episode's, less penalties in the turns that earned them.
 
-    Penalties are for turns that broke the format, and for those that only did again what tests had refuted. A turn that
-    ended in failing tests is never reinforced, however well the episode went on: what its edit claimed has been refuted.
+    Penalties are for turns that broke the format, and for those that only did again what had failed the tests. A turn that
+    ended in failing tests is never reinforced, however well the episode went on: its edit did not do what it claimed.
     Zero where the policy did not choose the token.
     """
     advantages = np.where(record.sampled, np.float32(advantage), np.float32(0.0))
     for turn in record.turns:
-        if turn.refuted:
+        if turn.failing:
             advantages[turn.start : turn.stop] = min(advantage, 0.0)
         if turn.malformed:
             advantages[turn.start : turn.stop] -= config.malformed_penalty

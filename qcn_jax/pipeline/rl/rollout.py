@@ -32,14 +32,14 @@ class Reply:
 
     tokens: what comes before the policy's next turn; of no meaning when `done`.
     malformed: whether the turn broke the format of tool calls.
-    refuted: whether the turn ended in failing tests.
+    failing: whether the turn ended in failing tests.
     repeated: whether those tests had failed on the very same files before, in this conversation.
     """
 
     tokens: Sequence[int] = ()
     done: bool = False
     malformed: bool = False
-    refuted: bool = False
+    failing: bool = False
     repeated: bool = False
 
 
@@ -81,7 +81,7 @@ class Turn:
     stop: int
     malformed: bool
     stopped: bool
-    refuted: bool = False
+    failing: bool = False
     repeated: bool = False
 
 
@@ -153,7 +153,7 @@ class _Open:
 
     def take(self, reply: Reply) -> None:
         self.turns.append(
-            Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.refuted, reply.repeated)
+            Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.failing, reply.repeated)
         )
         if not reply.done:
             self.tokens += reply.tokens

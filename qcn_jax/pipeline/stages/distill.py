@@ -1,6 +1,6 @@
 """Stage `distill`: the experts back into the SFT model, which becomes the one model that does everything.
 
-Every update mixes all domains; each episode is judged by the expert of its own domain. Three losses, all averaged
+Every update mixes all domains; each episode is graded by the expert of its own domain. Three losses, all averaged
 over sampled tokens:
 
   reverse_kl     KL(student || expert) over the whole vocabulary at each token of the student's own episodes
@@ -215,14 +215,14 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
     (_, params), experts = models.load(context, "sft"), context.experts()
     teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}
-    judged = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
+    graded = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
         engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length),
         trainer=trainer, teachers=teachers,
         prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},
         converse=lambda prompt: prompt.expert.conversation(
-            prompt, encoder, services, max_turns=config.rollout.max_turns, judged=judged
+            prompt, encoder, services, max_turns=config.rollout.max_turns, graded=graded
         ),
     )  # fmt: skip
     episodes.say_where(parallel, context.log)

@@ -1,8 +1,8 @@
 """What the mid-trained model takes for the defect: plausible mistakes for the solver's recoveries to begin with.
 
 A recovery from a random exchange of tokens teaches little, because no model would have made it: the right edit was
-likelier all along. After a refuted edit that the model itself believed in, the loss can only fall if the model
-learns to turn away from what the tests refuted.
+likelier all along. After a failing edit that the model itself believed in, the loss can only fall if the model
+learns to turn away from what failed the tests.
 """
 
 from collections import Counter

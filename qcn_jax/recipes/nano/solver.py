@@ -1,6 +1,6 @@
 """The scripted solver: trajectories through the same tools, in the same sandboxes, kept only if the tests pass.
 
-It knows the gold patch and acts it out: view, perhaps plausible wrong edits that the tests refute and that are
+It knows the gold patch and acts it out: view, perhaps plausible wrong edits that fail the tests and that are
 undone, then the smallest right edit, tests, submit. Nothing in a trajectory is made up: every observation comes from
 the tools, and a trajectory whose tests do not pass in the end is not returned.
 """
@@ -91,15 +91,15 @@ def solve(
     edits = None if views is None else gold_edits(task, executor)
     if views is None or edits is None or (scaffold.single_turn and len(views) > 1):
         return None
-    refuted = wrong_edits(task, executor, edits, seed, 0 if scaffold.single_turn else wrong, guesses)
-    episode = Episode(task, scaffold, executor, max_turns=len(views) + len(refuted) + 3)
+    failing = wrong_edits(task, executor, edits, seed, 0 if scaffold.single_turn else wrong, guesses)
+    episode = Episode(task, scaffold, executor, max_turns=len(views) + len(failing) + 3)
     if scaffold.single_turn:
         _act(episode, [edit.call() for edit in edits])
     else:
         for view in views:
             _act(episode, [view])
         undo: list[ToolCall] = []
-        for attempt in [*([edit] for edit in refuted), edits]:
+        for attempt in [*([edit] for edit in failing), edits]:
             _act(episode, [*undo, *(edit.call() for edit in attempt), ToolCall("run_tests")])
             if episode.done or episode.turns[-1].passed:
                 break

@@ -171,7 +171,7 @@ def test_failing_tests_refute_a_turn(encoder, services) -> None:
     undo = ToolCall("undo", {})
     turns = [[VIEW], [WRONG, TESTS], [undo, WRONG, TESTS], [undo, RIGHT, TESTS], [SUBMIT]]
     replies = [conversation.reply(say(calls), True) for calls in turns]
-    assert [reply.refuted for reply in replies] == [False, True, True, False, False]
+    assert [reply.failing for reply in replies] == [False, True, True, False, False]
     assert [reply.repeated for reply in replies] == [False, False, True, False, False]
 
 
@@ -195,7 +195,7 @@ def test_nobody_asks_what_an_unjudged_episode_was_worth(encoder, services) -> No
         raise AssertionError("graded")
 
     quiet = Services(services.files, services.run_tests, graded)
-    outcome, _, _ = play(encoder, quiet, tiny.make_task(), [[VIEW], [RIGHT], [SUBMIT]], judged=False)
+    outcome, _, _ = play(encoder, quiet, tiny.make_task(), [[VIEW], [RIGHT], [SUBMIT]], graded=False)
     assert outcome == Outcome(0.0, False, True)
 
 

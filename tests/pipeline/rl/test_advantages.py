@@ -42,13 +42,13 @@ def test_refuted_turns_are_never_reinforced() -> None:
     good, bad = record(0, 1, True, malformed=(False, False)), record(0, 0, False, malformed=(False, False))
     for episode, advantage, want in ((good, 2.0, [0, 0, 0, 0, 0, 2, 2]), (bad, -1.0, [0, 0, -1, -1, 0, -1, -1])):
         first, *rest = episode.turns
-        refuted = dataclasses.replace(episode, turns=(dataclasses.replace(first, refuted=True), *rest))
-        np.testing.assert_array_equal(advantages.token_advantages(refuted, advantage, ExpertsConfig()), want)
+        failing = dataclasses.replace(episode, turns=(dataclasses.replace(first, failing=True), *rest))
+        np.testing.assert_array_equal(advantages.token_advantages(failing, advantage, ExpertsConfig()), want)
 
 
 def test_repeating_what_tests_refuted_is_penalised() -> None:
     episode = record(0, 1, True, malformed=(False, False))
-    first, second = (dataclasses.replace(turn, refuted=True) for turn in episode.turns)
+    first, second = (dataclasses.replace(turn, failing=True) for turn in episode.turns)
     episode = dataclasses.replace(episode, turns=(first, dataclasses.replace(second, repeated=True)))
     got = advantages.token_advantages(episode, 1.0, ExpertsConfig(repeat_penalty=0.5))
     np.testing.assert_array_equal(got, [0, 0, 0, 0, 0, -0.5, -0.5])

@@ -184,8 +184,8 @@ def test_a_defect_in_another_function_is_looked_up_if_its_name_is_in_sight():
         pristine = tiny.PRISTINE | {"calc/core.py": seen}
 
         def runner(changed, node_ids, timeout, fail_fast, seen=seen):
-            mended = changed.get("calc/core.py", seen) == seen
-            return tiny.TestRun("ok", {"a": "passed" if mended else "failed"}, {}, 0.0, "", 0)
+            repaired = changed.get("calc/core.py", seen) == seen
+            return tiny.TestRun("ok", {"a": "passed" if repaired else "failed"}, {}, 0.0, "", 0)
 
         executor = NANO.executor(task, tiny.open_overlay(task, pristine, runner))
         trajectory = solve(task, executor, wrong=1)
