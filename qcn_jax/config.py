@@ -18,7 +18,10 @@ import ml_collections
 from qcn_jax.config_values import Known, OneOf, Within
 from qcn_jax.errors import UserError
 
-T = TypeVar("T")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 Count = Annotated[int, Within(at_least=0)]
 Positive = Annotated[int, Within(at_least=1)]
@@ -374,7 +377,7 @@ def _typed(expected: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(expected):
         if not hasattr(value, "items"):
             raise UserError(f"--{name}: expected a group of keys, got {value!r}")
-        return from_config_dict(expected, value, name)
+        return from_config_dict(typing.cast("type[DataclassInstance]", expected), value, name)
     origin = typing.get_origin(expected)
     if origin is tuple:
         element = typing.get_args(expected)[0]

@@ -76,7 +76,7 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name}.", suffix=".tmp")
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as stream:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -261,7 +261,8 @@ def recover(folder: pathlib.Path) -> None:
 def _recover(left: Iterable[pathlib.Path], is_abandoned: Callable[[pathlib.Path], bool]) -> None:
     for path in sorted(left, key=lambda path: path.name.endswith(_OLD)):  # what was to replace an old folder goes first
         name = path.name.removesuffix(_OLD)
-        if not is_temporary(name):
+        temporary = _TEMPORARY.fullmatch(name)
+        if temporary is None:
             continue
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
             if not path.is_dir():
@@ -270,5 +271,5 @@ def _recover(left: Iterable[pathlib.Path], is_abandoned: Callable[[pathlib.Path]
                 if is_abandoned(path):
                     shutil.rmtree(path)
             elif not os.path.lexists(path.with_name(name)):
-                target = path.with_name(_TEMPORARY.fullmatch(name).group(1))
+                target = path.with_name(temporary.group(1))
                 shutil.rmtree(path) if os.path.lexists(target) else os.rename(path, target)

@@ -18,7 +18,7 @@ _HF_DEFAULTS = {"max_position_embeddings": 32_768}
 _OWN = {*COMPUTE_FIELDS, "num_nextn_predict_layers"}
 _SPECIAL = {"rope_theta", "partial_rotary_factor", "full_attention_interval"}
 # Options that would change the function computed: the one value of each that this model implements.
-_FIXED = {
+_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None), "attention_dropout": (0, 0.0, None), "hidden_act": ("silu",),
     "mlp_only_layers": ([], None), "decoder_sparse_step": (1,), "rope_scaling": (None,),
     "use_sliding_window": (False, None), "quantization_config": (None,),
@@ -108,9 +108,9 @@ def _rotary(values: Mapping[str, Any], source: str) -> dict[str, float]:
 def _interval(values: Mapping[str, Any], layers: int, source: str) -> int:
     """full_attention_interval, given as such or by `layer_types`; both must agree."""
     interval, types = values.get("full_attention_interval"), values.get("layer_types")
-    if interval is None and types is None:
-        return ModelConfig.full_attention_interval
     if interval is None:
+        if types is None:
+            return ModelConfig.full_attention_interval
         interval = (types.index(FULL) if FULL in types else layers) + 1
     interval = _typed(interval, int, "full_attention_interval", source)
     if interval < 1:

@@ -73,6 +73,8 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     blocks = config.num_hidden_layers // interval
     for layer in range(config.num_hidden_layers):
         block, within = divmod(layer, interval)
+        leaf: Path
+        index: Shape
         if block == blocks:
             kind, leaf, index = "linear", ("tail",), (within,)
         elif within == interval - 1:

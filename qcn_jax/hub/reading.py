@@ -90,6 +90,7 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
     with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"loading {path}", disable=not progress) as bar:
         for leaf, parts in leaves.items():
             kind = wanted or parts[0][1].dtype
+            array: Any
             if allocate is not None:
                 array = allocate(leaf, shapes[leaf], kind)
                 for box, piece in _pieces(parts, kind, bar, lambda box: True):
@@ -155,7 +156,7 @@ def _to_devices(shape: layout.Shape, dtype: np.dtype, sharding: jax.sharding.Sha
     """An array of `shape` under `sharding`, filled from pieces; each piece is read once for all local devices."""
     regions: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         regions.setdefault(bounds, []).append(device)
     sizes = {bounds: tuple(stop - start for start, stop in bounds) for bounds in regions}
     staged = sum(math.prod(size) for size in sizes.values()) * dtype.itemsize <= STAGED_BYTES

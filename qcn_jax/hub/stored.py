@@ -36,7 +36,7 @@ class Source:
         """Rows start .. stop, in memory of their own; raises UserError where the file ends early."""
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         result = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        view, done = memoryview(result.reshape(-1).view(np.uint8)), 0
+        view, done = result.reshape(-1).view(np.uint8).data, 0
         with open(self.file, "rb", buffering=0) as stream:
             while done < len(view):
                 got = os.preadv(stream.fileno(), [view[done:]], self.offset + start * row + done)

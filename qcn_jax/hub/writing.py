@@ -127,7 +127,7 @@ class _File:
         if self._descriptor is None:
             self._descriptor = os.open(folder / self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             _write_at(self._descriptor, memoryview(self._header), 0)
-        data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         _write_at(self._descriptor, data, self._starts[tensor.name] + row * (len(data) // len(rows)))
         self._left -= len(data)
         if not self._left:
@@ -181,7 +181,7 @@ def _write_weights(folder: pathlib.Path, leaves: Mapping[layout.Path, Any], plan
             for slab in wave:
                 wanted = any(files_of[tensors[slab.leaf, index].name].owner == this for _, index in slab.indices())
                 values = slabs.fetch(leaves[slab.leaf], slab, wanted)
-                mine += [(slab, values)] if wanted else []
+                mine += [] if values is None else [(slab, values)]
                 bar.update(math.prod(slab.shape))
             for slab, values in mine if failure is None else ():
                 try:
@@ -204,8 +204,8 @@ def _waves(leaves: Mapping[layout.Path, Any], tensors: slabs.Tensors, files_of: 
     """All slabs, in published order but for taking one of every owner's at a time: owners write side by side."""
     order = {key: number for number, key in enumerate(tensors)}
     first_index = lambda slab: next(slab.indices())[1]
-    found = []
-    for leaf, tensor in {leaf: tensor for (leaf, _), tensor in reversed(tensors.items())}.items():
+    found: list[slabs.Slab] = []
+    for leaf, tensor in {leaf: tensor for (leaf, _), tensor in reversed(list(tensors.items()))}.items():
         array = leaves[leaf]
         limit = GATHERED_BYTES if slabs.is_split(array) else PIECE_BYTES
         found += slabs.cut(array, tensor, limit)

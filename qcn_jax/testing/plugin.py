@@ -1,7 +1,7 @@
 """A pytest plugin: `pytest_plugins = ["qcn_jax.testing.plugin"]` in a conftest.py."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -15,7 +15,7 @@ def _run_with_devices() -> Callable[..., str]:
 
 
 @pytest.fixture(name="hosts")
-def _hosts() -> Callable[..., processes.Hosts]:
+def _hosts() -> Iterator[Callable[..., processes.Hosts]]:
     """Starts `qcn_jax.testing.Hosts` with the given arguments; what still runs when the test ends is killed."""
     started: list[processes.Hosts] = []
 
