@@ -77,7 +77,7 @@ def flops_of_gradient(backend: str) -> float:
         from jax.sharding import SingleDeviceSharding
         from qcn_jax.moe.experts import sorted_experts, sorted_experts_vjp
         from qcn_jax.moe.grouped import ExpertWeights
-        from qcn_jax.sharding.hlo import summarize
+        from qcn_jax.compile.hlo import summarize
 
         rows, width, narrow, experts = 1024, 256, 128, 16
         device = topologies.get_topology_desc(

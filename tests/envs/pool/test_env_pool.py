@@ -136,8 +136,8 @@ def test_order_back_pressure_progress_and_cancellation(pool):
 
 OWNER = """
 import sys
-from qcn_jax.envs.pool import EnvPool
-from qcn_jax.envs.sandbox import RepositorySpec
+from qcn_jax.envs.pool.env_pool import EnvPool
+from qcn_jax.envs.sandbox.repository import RepositorySpec
 spec = RepositorySpec("victim==1.2.3", sys.argv[3])
 pool = EnvPool(2, {"kind": sys.argv[1], "state_dir": sys.argv[2]}, [spec])
 for _ in range(4):
