@@ -27,7 +27,8 @@ def run(folder: pathlib.Path, kind: str, text: str) -> str:
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(ROOT / "configs")
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else [sys.executable, "-c", text]
+    (folder / "block.py").write_text(text)
+    command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else [sys.executable, "block.py"]
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=TIMEOUT,
                           check=False)
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -38,10 +38,13 @@ def run_with_devices(code: str | Callable[[], None], devices: int, timeout: floa
       timeout: seconds.
 
     Raises:
+      ValueError: the function was not read from a file.
       AssertionError: the process did not exit with status 0; holds the end of its output.
     """
     if callable(code):
-        path, name = inspect.getsourcefile(code), code.__name__
+        path, name = inspect.getsourcefile(code) or "", code.__name__
+        if not os.path.isfile(path):
+            raise ValueError(f"code: function {name} comes from no file, where another process could find it")
         code = f"""
             import importlib.util
             spec = importlib.util.spec_from_file_location("child_module", {path!r})
