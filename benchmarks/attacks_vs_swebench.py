@@ -24,10 +24,10 @@ import threading
 from absl import app, flags
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import formats
-from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.sandbox import Limits, RepositorySpec, images, layers
 from qcn_jax.envs.sandbox.docker import DockerProvider
+from qcn_jax.envs.tasks import formats
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.tasks.schema import Task
 
 _OUT = flags.DEFINE_string("out", "", "JSON file for the table")

@@ -33,10 +33,10 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qcn_jax.compile import aot, hlo
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.norm import l2_norm
-from qcn_jax.compile import aot, hlo
 from qcn_jax.sharding.mesh import AXES
 from qcn_jax.sharding.parallel import Parallel
 

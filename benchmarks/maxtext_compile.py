@@ -17,9 +17,8 @@ import subprocess
 import tempfile
 from typing import Any
 
-from absl import app, flags
-
 from _pod_step import COLLECTIVES, collectives, compile_step
+from absl import app, flags
 
 from qcn_jax import files
 from qcn_jax.compile import aot, hlo

@@ -24,11 +24,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from qcn_jax import files
+from qcn_jax.compile.aot import compile_with_text, libtpu_version
+from qcn_jax.compile.hlo import summarize
 from qcn_jax.config import MeshConfig, ModelConfig
 from qcn_jax.moe.dispatch import dispatch_experts
 from qcn_jax.moe.grouped import ExpertWeights
-from qcn_jax.compile.aot import compile_with_text, libtpu_version
-from qcn_jax.compile.hlo import summarize
 from qcn_jax.sharding.mesh import make_parallel
 
 TOKENS = 8192  # per chip

@@ -16,9 +16,8 @@ import pathlib
 import re
 from typing import Any
 
-from absl import app, flags
-
 from _pod_step import COLLECTIVES, collectives, compile_step
+from absl import app, flags
 
 from qcn_jax import files
 from qcn_jax.compile import aot

@@ -27,9 +27,9 @@ import time
 from absl import app, flags
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import formats, swebench
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import RepositorySpec, images, layers, make_provider
+from qcn_jax.envs.tasks import formats, swebench
 from qcn_jax.envs.tasks.schema import Task
 
 KINDS = ["local", "docker", "docker-fresh", "docker-spare", "docker-run", "images", "swebench"]

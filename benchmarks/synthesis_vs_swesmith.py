@@ -16,7 +16,6 @@ out.
 """
 
 import collections
-import json
 import os
 import pathlib
 import resource

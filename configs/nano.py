@@ -8,8 +8,19 @@ Starts from the packaged base checkpoint (configs/nano_base.py made it; `--confi
 """
 
 from qcn_jax.config import (
-    DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RolloutConfig, RunConfig,
-    SftConfig, TasksConfig, TokenizerConfig, TrainConfig, to_config_dict,
+    DistillConfig,
+    EvaluateConfig,
+    ExpertsConfig,
+    MidtrainConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    SftConfig,
+    TasksConfig,
+    TokenizerConfig,
+    TrainConfig,
+    to_config_dict,
 )
 from qcn_jax.errors import UserError
 from qcn_jax.recipes.nano import repositories

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from qcn_jax.agents.guard import Guard
-from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.agents.scaffolds import Message, Scaffold
-from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import RunSummary, ToolResult, skipped
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.tasks.schema import Task
 
 MAX_UNREADABLE = 3  # turns in a row without a readable call that end an episode
 

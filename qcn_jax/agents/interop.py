@@ -10,8 +10,8 @@ from typing import Any
 
 from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.operations import BASH_TIMEOUT, SUBMIT_COMMAND
-from qcn_jax.envs.sandbox.base import Sandbox
 from qcn_jax.agents.workspace import ROOT
+from qcn_jax.envs.sandbox.base import Sandbox
 
 
 class SandboxEnvironment:

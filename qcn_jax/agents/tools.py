@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.agents import python_code
+from qcn_jax.agents.workspace import SandboxWorkspace, Workspace, WorkspaceError, relative_path
+from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.pool.env_pool import Session
 from qcn_jax.envs.sandbox.base import ExecResult, Sandbox, TestRun
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.agents.workspace import SandboxWorkspace, Workspace, WorkspaceError, relative_path
-from qcn_jax.chat.rendering import ToolCall
 
 MAX_CALLS = 16  # calls of one turn that are executed; more than any scaffold needs
 SESSION_DEADLINE = 1800.0  # seconds for one turn's calls in a worker; each is bounded by itself

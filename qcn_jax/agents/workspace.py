@@ -13,9 +13,9 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox.base import ExecResult, Provider, Sandbox, TestRun, sandbox
+from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.envs.tasks.schema import Task
 
 ROOT = "/testbed"  # where agents are told the repository is, as SWE-bench's images have it

@@ -9,10 +9,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat.tool_calls import (
-    ParsedMessage, ToolCall, escape_content, format_value, parse_tool_calls, render_tool_call,
+    ParsedMessage,
+    ToolCall,
+    escape_content,
+    format_value,
+    parse_tool_calls,
+    render_tool_call,
 )
+from qcn_jax.errors import UserError
 
 __all__ = ["ParsedMessage", "Segment", "ToolCall", "parse_tool_calls", "render", "render_assistant",
            "render_tool_call", "segments"]

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, coerce, format_value, parameter_schemas
+from qcn_jax.errors import UserError
 
 IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_.\-]*"
 Schemas = Mapping[str, Mapping[str, Any]]

@@ -7,11 +7,11 @@ native (see `tool_calls`); the others serve to teach and to check that a model f
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat import template_forms
 from qcn_jax.chat.rendering import render_assistant
 from qcn_jax.chat.template_forms import Form, JsonForm, PythonForm, TaggedForm
 from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, parse_tool_calls
+from qcn_jax.errors import UserError
 
 NATIVE = "qwen3_coder"
 

@@ -42,10 +42,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _generate(values: flags.FlagValues) -> None:
+    from qcn_jax.chat.encoder import ChatEncoder
     from qcn_jax.chat.tokenizer import IncrementalDecoder
     from qcn_jax.inference.checkpoint import load_engine
     from qcn_jax.inference.sampling import Sampling
-    from qcn_jax.chat.encoder import ChatEncoder
 
     loaded = load_engine(values.checkpoint, slots=1, max_length=values.max_length, max_new_tokens=PIECE)
     engine = loaded.engine

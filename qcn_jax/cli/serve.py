@@ -54,10 +54,10 @@ def _listen(host: str, port: int) -> socket.socket:
 def _serve(values: flags.FlagValues, listening: socket.socket) -> None:
     import uvicorn
 
+    from qcn_jax.chat.encoder import ChatEncoder
     from qcn_jax.inference.checkpoint import load_engine
     from qcn_jax.inference.scheduler import PIECE, Scheduler
     from qcn_jax.inference.server import Service
-    from qcn_jax.chat.encoder import ChatEncoder
 
     loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE)
     encoder = ChatEncoder(loaded.tokenizer)

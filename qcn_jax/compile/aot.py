@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from qcn_jax import files
-from qcn_jax.errors import UserError
 from qcn_jax.compile import hlo
+from qcn_jax.errors import UserError
 from qcn_jax.sharding.chips import CHIPS
 
 GIB = 2**30

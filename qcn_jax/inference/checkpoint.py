@@ -7,8 +7,8 @@ import pathlib
 import jax
 
 from qcn_jax import hub
-from qcn_jax.errors import UserError
 from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 
 

@@ -17,9 +17,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat.rendering import parse_tool_calls
 from qcn_jax.chat.tokenizer import IncrementalDecoder, Tokenizer
+from qcn_jax.errors import UserError
 from qcn_jax.inference import protocol
 from qcn_jax.inference.protocol import BadRequest, Options
 from qcn_jax.inference.scheduler import Piece, Request, Scheduler

@@ -7,18 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcn_jax.agents.episode import MAX_UNREADABLE, EndReason, Episode
-from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.agents.guard import Guard
-from qcn_jax.envs.pool.env_pool import EnvPool
-from qcn_jax.envs.sandbox.base import sandbox
-from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
-from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.tools import SessionExecutor
 from qcn_jax.agents.workspace import SandboxWorkspace
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.envs.pool.env_pool import EnvPool
+from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.tasks.grading import starting_changes
+from qcn_jax.recipes.nano.scaffold import NANO
 from tests.agents import tiny
 
 VIEW = NANO.render("", [ToolCall("view")])

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import formats, harbor
-from qcn_jax.envs.tasks.grading import Grader, starting_changes
 from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.interop import SandboxEnvironment
-from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
+from qcn_jax.envs import patches
+from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.envs.tasks import formats, harbor
+from qcn_jax.envs.tasks.grading import Grader, starting_changes
 from tests.agents import tiny
 from tests.sandboxes import CALC, FILE, SOURCE, TESTS, make_task
 

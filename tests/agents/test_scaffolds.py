@@ -5,17 +5,17 @@ import json
 import pytest
 
 from qcn_jax.agents.episode import EndReason, Episode
-from qcn_jax.envs.tasks.grading import starting_changes
-from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
-from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.workspace import SandboxWorkspace
-from qcn_jax.errors import UserError
 from qcn_jax.chat import rendering
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.envs.tasks.grading import starting_changes
+from qcn_jax.errors import UserError
+from qcn_jax.recipes.nano.scaffold import NANO
 from tests.agents import tiny
 
 NANO_SINGLE = NANO.single()

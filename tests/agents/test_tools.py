@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcn_jax.agents import operations, tools
-from qcn_jax.envs.sandbox.base import TestRun
-from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.agents.tools import ToolExecutor
-from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.workspace import WorkspaceError, read_tree, relative_path
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.recipes.nano.scaffold import NANO
 from tests.agents import tiny
 
 

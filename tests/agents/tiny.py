@@ -7,12 +7,12 @@ import pathlib
 import shutil
 import tempfile
 
+from qcn_jax.agents.workspace import OverlayWorkspace, ProviderRunner, open_overlay
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.agents.workspace import OverlayWorkspace, ProviderRunner, open_overlay
 
 GOOD = '''\
 """A calculator."""

@@ -13,10 +13,10 @@ import time
 import pytest
 
 from qcn_jax.envs import patches
+from qcn_jax.envs.sandbox import RepositorySpec, local
 from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.grading import Grader
-from qcn_jax.envs.sandbox import RepositorySpec, local
-from tests.sandboxes import BROKEN, CALC, FAILING, FILE, LIMITS, SOURCE, TESTS, make_task, write_repository
+from tests.sandboxes import BROKEN, FILE, LIMITS, SOURCE, TESTS, make_task, write_repository
 
 HOOK = ("import pytest\n@pytest.hookimpl(hookwrapper=True)\ndef pytest_runtest_makereport(item, call):\n    out = yield\n"
         "    report = out.get_result()\n    report.outcome = report.outcome.replace('failed', 'passed')\n")

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
-from qcn_jax.recipes.nano.scaffold import NANO
-from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
-from qcn_jax.recipes.nano.solver import solve
 from qcn_jax.chat import rendering
+from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.pipeline.data.packing import pack
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.solver import solve
+from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from tests import conftest
 from tests.agents import tiny
 

@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat import rendering
+from qcn_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "qwen3_coder_chat.json"
 CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat import templates
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.errors import UserError
 
 CALLS = [ToolCall("edit", {"line": "2", "old": "x", "new": "not x"}), ToolCall("run_tests", {})]
 # Pieces of every template's own syntax, to be mixed into values and words.

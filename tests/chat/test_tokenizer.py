@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat import tokenizer as tokenizer_lib
 from qcn_jax.chat.tokenizer import IncrementalDecoder, Tokenizer
+from qcn_jax.errors import UserError
 
 ADDED = [
     "<|endoftext|>",

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat.rendering import ToolCall, parse_tool_calls, render_assistant, render_tool_call
+from qcn_jax.errors import UserError
 
 PIECES = [
     "<tool_call>",

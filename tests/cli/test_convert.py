@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from qcn_jax import hub
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.cli.main import main
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.model import abstract_params
 
 CONFIG = ModelConfig(

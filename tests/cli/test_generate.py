@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from qcn_jax import hub
-from qcn_jax.cli.main import main
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.cli.main import main
 from qcn_jax.model import Qwen3Next
 from tests.pipeline.micro import MODEL
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from tests.envs.synthesis.answering import serve
 from tests.envs.synthesis.small import write_repository
 

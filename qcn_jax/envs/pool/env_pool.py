@@ -8,7 +8,6 @@ else a job raises is raised unchanged.
 """
 
 import collections
-import dataclasses
 import itertools
 import os
 import threading
@@ -17,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from qcn_jax.envs.tasks.grading import Verdict, VerdictCache, verdict_key
 from qcn_jax.envs.pool.process import Job, ProcessWorker, WorkerLine
 from qcn_jax.envs.sandbox.base import STARVATION, Sandbox, TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.tasks.grading import Verdict, VerdictCache, verdict_key
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 

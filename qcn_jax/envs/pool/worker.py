@@ -13,11 +13,11 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qcn_jax.envs.tasks.grading import Grader, Verdict
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.sandbox.base import Provider, Sandbox, TestRun, sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.tasks.grading import Grader, Verdict
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 

@@ -11,11 +11,11 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from qcn_jax.envs.tasks import grading
-from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.chat import endpoint
+from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, validate
 from qcn_jax.envs.synthesis.inject import rewrite
+from qcn_jax.envs.tasks import grading
 
 WAVE = 192  # candidates of one wave; bounds what is executed beyond the target
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
 
 NEAR = 0.9  # similarity from which two changes of one file count as the same task

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcn_jax.envs import patches
 from qcn_jax.chat import endpoint
+from qcn_jax.envs import patches
 
 SHORT = 220  # characters: at most about 80 tokens of a small BPE
 FULL = 1500

@@ -14,9 +14,9 @@ from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import combine, plan, validate
-from qcn_jax.journal import Rows
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
+from qcn_jax.journal import Rows
 
 SURVEY_SECONDS = 60.0
 _LOG_EVERY = 5.0  # seconds between progress lines

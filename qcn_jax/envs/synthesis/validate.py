@@ -15,12 +15,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qcn_jax.chat import endpoint
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis import heldout, inject, quality, statement
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError

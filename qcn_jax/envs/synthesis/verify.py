@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
 from qcn_jax.envs.synthesis import heldout, quality
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
 
 

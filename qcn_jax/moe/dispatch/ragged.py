@@ -5,7 +5,6 @@ that is sent more rows than its buffer holds takes them in several rounds: unbal
 token. All devices agree on the number of rounds, because each knows all counts.
 """
 
-import math
 
 import jax
 import jax.numpy as jnp

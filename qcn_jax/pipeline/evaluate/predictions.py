@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files, statistics
-from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.pool.env_pool import EnvPool
+from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 

@@ -10,8 +10,8 @@ from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.pipeline.experts import headline
 from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import charts
-from qcn_jax.pipeline.report.style import CSS
 from qcn_jax.pipeline.report.conversations import trajectories_section
+from qcn_jax.pipeline.report.style import CSS
 
 _EXPERT_COLOURS = (2, 6, 3, 5)  # of the palette, in turn
 SIGNIFICANT = 0.05

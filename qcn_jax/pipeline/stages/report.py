@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.evaluate.baseline import baseline_of
 from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import page
-from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.run import STAGES
+from qcn_jax.pipeline.train.metrics import read_metrics
 
 _SUMMARY_FIELDS = ("resolved", "attempted", "rate", "ci95", "pass_at_8")
 _TASK_FIELDS = ("train", "heldout", "candidates", "repos_train", "repos_heldout")

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from qcn_jax import files
-from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent, line_token, minimal_edit
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.envs.synthesis.inject import Injection, candidates
 from qcn_jax.envs.testpaths import is_test_path
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.pipeline.context import StageContext
+from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent, line_token, minimal_edit
 
 CODE_WEIGHT = 0.1  # of next-token loss on code lines, which are many; the edit's few tokens have weight 1
 

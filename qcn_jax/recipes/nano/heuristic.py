@@ -10,17 +10,17 @@ import tokenize
 from collections.abc import Sequence
 
 from qcn_jax.agents import python_code
-from qcn_jax.recipes.nano import spans
 from qcn_jax.agents.episode import Episode
-from qcn_jax.agents.trajectory import Trajectory, verified
 from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.agents.tools import ToolExecutor
+from qcn_jax.agents.trajectory import Trajectory, verified
+from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.evaluate.baseline import Baseline
+from qcn_jax.recipes.nano import spans
 from qcn_jax.recipes.nano.scaffold import NanoScaffold
 from qcn_jax.recipes.nano.solver import SpanEdit
-from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.agents.tools import ToolExecutor
-from qcn_jax.chat.rendering import ToolCall
 
 # Most suspicious first: a rule maps a token to what it is taken to have been. Deleting `not` comes before all.
 RULES: tuple[dict[str, tuple[str, ...]], ...] = (

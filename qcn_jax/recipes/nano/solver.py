@@ -14,18 +14,18 @@ import tokenize
 from collections.abc import Callable, Sequence
 
 from qcn_jax.agents import python_code
-from qcn_jax.recipes.nano import spans
 from qcn_jax.agents.episode import Episode
-from qcn_jax.envs.patches import PatchError, apply_changes
-from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.agents.scaffolds import Scaffold
-from qcn_jax.agents.trajectory import Trajectory, verified
-from qcn_jax.recipes.nano.scaffold import NANO
-from qcn_jax.recipes.nano.spans import minimal_edit
-from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.agents.tools import ToolError, ToolExecutor, hunk_line
+from qcn_jax.agents.trajectory import Trajectory, verified
 from qcn_jax.agents.workspace import ProviderRunner, TestRunner, WorkspaceError, open_overlay
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.envs.patches import PatchError, apply_changes
+from qcn_jax.envs.sandbox.base import Provider
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.recipes.nano import spans
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.spans import minimal_edit
 
 __all__ = [
     "SpanEdit", "find_views", "gold_edits", "minimal_edit", "solve", "solve_with", "span_edits", "wrong_edits",

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qcn_jax.agents import collecting
-from qcn_jax.recipes.nano import heuristic, solver
-from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.agents.trajectory import Trajectory
+from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
 from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.envs.sandbox.base import Provider
+from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.trajectories import TrajectorySource
+from qcn_jax.recipes.nano import heuristic, solver
 from qcn_jax.recipes.nano.scaffold import NanoScaffold
-from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
 
 if TYPE_CHECKING:
     from qcn_jax.pipeline.context import StageContext

@@ -3,15 +3,15 @@
 import json
 
 import pytest
-from tests.envs.synthesis import foreign
-from tests.envs.synthesis.answering import serve
 
-from qcn_jax.envs import patches
 from qcn_jax.chat import endpoint
+from qcn_jax.envs import patches
 from qcn_jax.envs.synthesis import build, plan
 from qcn_jax.envs.synthesis.build import rules, verifier
 from qcn_jax.envs.synthesis.build.container import Container, engine
 from qcn_jax.errors import UserError
+from tests.envs.synthesis import foreign
+from tests.envs.synthesis.answering import serve
 
 ENV = rules.PYTHON
 

@@ -7,16 +7,16 @@ import subprocess
 import threading
 
 import pytest
-from tests.envs.synthesis.small import SOURCE, TESTS, write_repository
 
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.synthesis import sources, verify
 from qcn_jax.envs.synthesis.mine import Criteria, issues, mine
 from qcn_jax.envs.synthesis.mine.history import Clone
 from qcn_jax.envs.synthesis.mine.split import kind_of
+from qcn_jax.envs.tasks import grading
 from qcn_jax.errors import UserError
+from tests.envs.synthesis.small import SOURCE, TESTS, write_repository
 
 CORE, TEST = "numbers_pkg/core.py", "tests/test_core.py"
 MEDIAN = "\n\ndef median(values):\n    return sorted(values)[len(values) // 2]\n"

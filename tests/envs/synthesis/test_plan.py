@@ -4,11 +4,11 @@ import collections
 import dataclasses
 
 import pytest
-from tests.envs.synthesis.small import SOURCE
 
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, plan, validate
 from qcn_jax.envs.tasks.schema import Task
+from tests.envs.synthesis.small import SOURCE
 
 
 def make_plan(settings, names=("a==1", "b==1"), copies=4):

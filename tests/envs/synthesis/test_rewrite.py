@@ -1,13 +1,13 @@
 """Model-driven defects and statements, against an endpoint that answers over HTTP."""
 
 import pytest
-from tests.envs.synthesis.answering import serve
-from tests.envs.synthesis.small import SOURCE
 
 from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis import statement
 from qcn_jax.envs.synthesis.inject import rewrite
 from qcn_jax.errors import UserError
+from tests.envs.synthesis.answering import serve
+from tests.envs.synthesis.small import SOURCE
 
 PATH = "numbers_pkg/core.py"
 

@@ -7,11 +7,11 @@ import tarfile
 import threading
 
 import pytest
-from tests.envs.synthesis.small import write_repository
 
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.errors import UserError
+from tests.envs.synthesis.small import write_repository
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,9 @@ import pytest
 
 pytest.importorskip("tree_sitter_language_pack", reason="tree-sitter-language-pack is not installed")
 
-from tests.envs.synthesis import foreign  # noqa: E402
-
 from qcn_jax.envs.synthesis.inject import treesitter  # noqa: E402
 from qcn_jax.errors import UserError  # noqa: E402
+from tests.envs.synthesis import foreign  # noqa: E402
 
 CASES = [
     ("flip_comparison", "if (a === b) { f(); }", "if (a !== b) { f(); }"),

@@ -6,15 +6,22 @@ import json
 import random
 
 import pytest
-from tests.envs.synthesis.small import SOURCE, write_repository
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.synthesis import (
-    combine, heldout, inject, quality, sources, statement, validate, verify,
+    combine,
+    heldout,
+    inject,
+    quality,
+    sources,
+    statement,
+    validate,
+    verify,
 )  # fmt: skip
+from qcn_jax.envs.tasks import grading
 from qcn_jax.errors import UserError
+from tests.envs.synthesis.small import SOURCE, write_repository
 
 PATH = "numbers_pkg/core.py"
 

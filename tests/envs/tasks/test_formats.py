@@ -9,12 +9,12 @@ import sys
 import tomllib
 
 import pytest
-from tests.envs.synthesis.small import SOURCE, TESTS
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks import formats, harbor
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
+from tests.envs.synthesis.small import SOURCE, TESTS
 
 PRISTINE = {"numbers_pkg/__init__.py": "", "numbers_pkg/core.py": SOURCE, "tests/test_core.py": TESTS.split("@pytest.mark.parametrize(\"name\"")[0]}
 BUGGY = {**PRISTINE, "numbers_pkg/core.py": SOURCE.replace("value > high", "value >= low")}

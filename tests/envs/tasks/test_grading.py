@@ -6,9 +6,9 @@ import json
 import pytest
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks.grading import Grader, Verdict, VerdictCache, allowed, judge, verdict_key, write_reports
 from qcn_jax.envs.sandbox import SandboxError
 from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.tasks.grading import Grader, Verdict, VerdictCache, allowed, judge, verdict_key, write_reports
 from qcn_jax.envs.tasks.schema import Task
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, world  # noqa: F401
 

@@ -6,14 +6,13 @@ import dataclasses
 import pytest
 
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
-from qcn_jax.errors import UserError
-from qcn_jax.recipes.nano.scaffold import NANO
-from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from qcn_jax.chat import templates
+from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import EXPERTS, experts_of, headline
 from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.experts.services import Services, provider_services
@@ -21,7 +20,8 @@ from qcn_jax.pipeline.experts.single_turn import SINGLE_TURN
 from qcn_jax.pipeline.experts.swe import SWE
 from qcn_jax.pipeline.experts.tool_format import TOOL_FORMAT
 from qcn_jax.pipeline.rl.rollout import Outcome
-from qcn_jax.pipeline.data.splits import split_tasks
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from tests.agents import tiny
 
 ADDED = (

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcn_jax.config import RunConfig
+from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.report import charts, conversations
 from qcn_jax.pipeline.stages import report
-from qcn_jax.pipeline.context import Shared, StageContext
 
 MODELS = ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format", "unified"]
 NASTY = "</pre><script>alert(1)</script>"

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from qcn_jax import files, hub
-from qcn_jax.config import OptimizerConfig, RunConfig, SftConfig, TokenizerConfig, TrainConfig
 from qcn_jax.agents import collecting
 from qcn_jax.agents.trajectory import Trajectory
-from qcn_jax.errors import UserError
+from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.config import OptimizerConfig, RunConfig, SftConfig, TokenizerConfig, TrainConfig
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.data import splits
 from qcn_jax.pipeline.stages import sft
-from qcn_jax.recipes.nano import trajectories
-from qcn_jax.pipeline.context import Shared, StageContext
-from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
+from qcn_jax.recipes.nano import trajectories
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import LINE_TOKENS
 from tests.agents import tiny

@@ -3,15 +3,15 @@
 import dataclasses
 
 import pytest
-from tests.envs.synthesis.small import write_repository
 
 from qcn_jax import files
 from qcn_jax.config import RunConfig, TasksConfig
-from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.sandbox import make_provider
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run
 from qcn_jax.pipeline.context import Shared, StageContext
+from tests.envs.synthesis.small import write_repository
 
 
 @pytest.fixture

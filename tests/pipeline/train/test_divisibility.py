@@ -11,7 +11,14 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from qcn_jax.config import (
-    DistillConfig, ExpertsConfig, MeshConfig, MidtrainConfig, ModelConfig, RunConfig, SftConfig, TrainConfig,
+    DistillConfig,
+    ExpertsConfig,
+    MeshConfig,
+    MidtrainConfig,
+    ModelConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
 )
 from qcn_jax.errors import UserError
 from qcn_jax.model import Qwen3Next, abstract_params, logical_axes

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from qcn_jax.compile import hlo
 from qcn_jax.config import ModelConfig
 from qcn_jax.model import Qwen3Next, abstract_params
 from qcn_jax.pipeline.train.flops import token_flops
-from qcn_jax.compile import hlo
 from tests.pipeline.micro import MODEL
 
 

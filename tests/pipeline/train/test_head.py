@@ -77,8 +77,8 @@ def test_bfloat16_gradients_are_as_near_as_rounding_allows():
 def _on_meshes():
     """Runs in a child with 8 devices."""
     from qcn_jax.config import MeshConfig
-    from qcn_jax.sharding.parallel import Parallel
     from qcn_jax.sharding.mesh import make_mesh
+    from qcn_jax.sharding.parallel import Parallel
 
     inputs = _inputs()
     want = _gradients(_whole, inputs)

@@ -9,19 +9,18 @@ import time
 
 import pytest
 
-from qcn_jax.recipes.nano import heuristic
 from qcn_jax.agents import python_code
 from qcn_jax.agents.episode import EndReason, Episode
+from qcn_jax.agents.tools import ToolExecutor
+from qcn_jax.agents.trajectory import Trajectory
+from qcn_jax.agents.workspace import OverlayWorkspace
 from qcn_jax.envs.patches import apply_diff, make_diff
 from qcn_jax.envs.sandbox.base import TestRun
-from qcn_jax.recipes.nano.scaffold import NANO
-from qcn_jax.agents.trajectory import Trajectory
-from qcn_jax.recipes.nano.solver import SpanEdit
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.agents.tools import ToolExecutor
-from qcn_jax.agents.workspace import OverlayWorkspace
-from tests.agents import tiny
 from qcn_jax.recipes.nano import heuristic
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.solver import SpanEdit
+from tests.agents import tiny
 
 FUNCTION = """def f(a, b):
     # not a real `not`

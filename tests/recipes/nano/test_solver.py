@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.recipes.nano import solver
 from qcn_jax.agents.episode import Episode
-from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.agents.trajectory import Trajectory
-from qcn_jax.recipes.nano.solver import SpanEdit, solve, solve_with
 from qcn_jax.agents.workspace import Remembering
 from qcn_jax.chat.templates import TEMPLATES
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.recipes.nano import solver
+from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.solver import SpanEdit, solve, solve_with
 from tests.agents import tiny
 
 

@@ -10,7 +10,6 @@ from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.patches import apply_changes
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.trajectories import TrajectorySource
-
 from terse_recipe.scaffold import SCAFFOLD
 
 

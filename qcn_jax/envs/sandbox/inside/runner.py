@@ -5,6 +5,7 @@ to open descriptors are noticed and void the run. Code under test shares this pr
 to pytest itself is looked for at the end (`tampered`), and cannot be excluded altogether.
 """
 
+import _imp
 import builtins
 import importlib
 import json
@@ -17,7 +18,6 @@ import traceback
 import types
 import unittest
 
-import _imp
 import _pytest.assertion.rewrite
 import _pytest.config
 import _pytest.runner
@@ -163,7 +163,7 @@ class Reporter:
         else:
             outcome = "xpassed" if expected and report.when == "call" else "passed"
         before = self._phases.get(report.nodeid, "passed")
-        if outcome != "passed" and not (before in ("failed", "error")):
+        if outcome != "passed" and before not in ("failed", "error"):
             before = outcome
         self._phases[report.nodeid] = before
         if report.when == "teardown":

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 import docker
 import docker.errors
 
+from qcn_jax.chat import endpoint
 from qcn_jax.envs.sandbox import images, layers
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.chat import endpoint
 from qcn_jax.envs.synthesis.build import agent, rules, verifier
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.build.rules import Recipe

@@ -24,10 +24,10 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.synthesis import inject, plan, quality, statement, validate
 from qcn_jax.envs.synthesis.build import Environment, verifier
 from qcn_jax.envs.synthesis.build.container import ROOT, Container
-from qcn_jax.journal import Rows
 from qcn_jax.envs.synthesis.languages import LANGUAGES
 from qcn_jax.envs.tasks.log_parsers import runner_logs
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.journal import Rows
 
 LEAST_SECONDS = 10.0  # for one run of a candidate's tests; otherwise five times what the pristine state needs
 LISTED = 8  # failing tests that a statement names

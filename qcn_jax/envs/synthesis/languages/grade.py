@@ -7,12 +7,12 @@ import docker
 import docker.errors
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.synthesis.build import verifier
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.languages import LANGUAGES
 from qcn_jax.envs.synthesis.verify import Check
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 

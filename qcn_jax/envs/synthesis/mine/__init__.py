@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import quality
-from qcn_jax.journal import Rows
 from qcn_jax.envs.synthesis.mine import execute, issues
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 from qcn_jax.envs.synthesis.mine.split import Split, size, split
+from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
+from qcn_jax.journal import Rows
 
 ANCHOR_SPAN = 40  # changes that share one prepared state; the others' files are laid over it
 SHORTEST_TEXT = 40  # characters of an issue that can serve as a statement (SWE-bench: 40 words were asked of its users)

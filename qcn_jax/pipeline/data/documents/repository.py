@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qcn_jax.chat.tokenizer import END_OF_TEXT, Tokenizer
 from qcn_jax.envs.sandbox.repository import RepositorySpec, unpack
 from qcn_jax.errors import UserError
-from qcn_jax.chat.tokenizer import END_OF_TEXT, Tokenizer
 
 Module = tuple[str, str]  # path in its repository, source text
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qcn_jax.errors import UserError
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.documents import fim
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.envs.sandbox.base import RepositorySpec
 from qcn_jax.errors import UserError
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.pipeline.data.documents import repository
 
 ADDED = ("<|endoftext|>", "<|repo_name|>", "<|file_sep|>")
