@@ -23,7 +23,7 @@ def get_config():
     config.experts.names = ("swe", "terse_recipe.expert:CAREFUL")
     config.experts.objective = "terse_recipe.expert:plain_gradient"
     config.evaluate.baseline, config.evaluate.sft_control, config.evaluate.samples = "", False, 0
-    config.tokenizer.added_tokens, config.midtrain.edits, config.tasks.train = (), 0.0, 6
+    config.tokenizer.added_tokens, config.midtrain.edits = (), 0.0
     config.midtrain.train.steps = config.sft.train.steps = 2
     config.experts.updates = config.distill.updates = 1
     return config

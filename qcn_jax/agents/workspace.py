@@ -11,12 +11,13 @@ import pathlib
 import posixpath
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox.base import ExecResult, Provider, Sandbox, TestRun, sandbox
 from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.memo import Once
 
 ROOT = "/testbed"  # where agents are told the repository is, as SWE-bench's images have it
 _MAX_FILE_BYTES = 1_000_000
@@ -115,16 +116,13 @@ class Remembering:
     """A TestRunner that runs the same tests on the same files once; for several episodes of one task."""
 
     def __init__(self, runner: TestRunner) -> None:
-        self._runner = runner
-        self._known: dict[tuple[Any, ...], TestRun] = {}
+        self._runner, self._runs = runner, Once()
 
     def __call__(
         self, changed: Mapping[str, str | None], node_ids: Sequence[str] | None, timeout: float, fail_fast: bool
     ) -> TestRun:
         key = (tuple(sorted(changed.items())), None if node_ids is None else tuple(node_ids), timeout, fail_fast)
-        if key not in self._known:
-            self._known[key] = self._runner(changed, node_ids, timeout, fail_fast)
-        return self._known[key]
+        return self._runs.get(key, lambda: self._runner(changed, node_ids, timeout, fail_fast))
 
 
 class SandboxWorkspace:

@@ -1,67 +1,22 @@
 """What episodes need from outside: files, test runs and gradings, each done once however often it is asked for."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from qcn_jax.agents.workspace import ProviderRunner
 from qcn_jax.envs.sandbox.base import Provider, TestRun
 from qcn_jax.envs.tasks.grading import Grader, Verdict
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.memo import Once
 
 if TYPE_CHECKING:
     from qcn_jax.envs.pool.env_pool import EnvPool
     from qcn_jax.envs.sandbox.repository import RepositorySpec
     from qcn_jax.pipeline.context import StageContext
-
-T = TypeVar("T")
-
-
-class Once:
-    """Computes the value of a key once, however many threads ask for it at the same time.
-
-    The samples of a prompt often agree; their tests need to run only once. A value that `keep` refuses (a run
-    that failed for reasons of its own) is given to those who wait for it, and computed again for the next. The
-    oldest values are forgotten where there are more than `limit`.
-    """
-
-    def __init__(self, keep: Callable[[Any], bool] = lambda value: True, limit: int = 4096) -> None:
-        self._keep, self._limit = keep, limit
-        self._lock = threading.Lock()
-        self._values: dict[Any, concurrent.futures.Future[Any]] = {}
-        self.asked = self.computed = 0
-
-    def get(self, key: Any, compute: Callable[[], T]) -> T:
-        """The value of `key`; `compute()` if nobody has, or is about to have, it."""
-        with self._lock:
-            self.asked += 1
-            future = self._values.get(key)
-            mine = future is None
-            if future is None:
-                self.computed += 1
-                future = self._values[key] = concurrent.futures.Future()
-                if len(self._values) > self._limit:
-                    del self._values[next(iter(self._values))]  # whoever waits for it holds the future itself
-        if mine:
-            try:
-                value = compute()
-            except BaseException as error:
-                self._forget(key, future)
-                future.set_exception(error)
-                raise
-            if not self._keep(value):
-                self._forget(key, future)
-            future.set_result(value)
-        return future.result()
-
-    def _forget(self, key: Any, future: concurrent.futures.Future[Any]) -> None:
-        with self._lock:
-            if self._values.get(key) is future:
-                del self._values[key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +34,7 @@ class Services:
 
     def remembering(self) -> "Services":
         """The same services, every test run and grading done once; only clean results are remembered."""
+        # The samples of a prompt often agree; a run that failed for reasons of its own is tried again.
         runs = Once(lambda run: run.status in ("ok", "timeout"))
         verdicts = Once(lambda verdict: verdict.outcome != "infrastructure")
 
