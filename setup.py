@@ -6,7 +6,8 @@ import setuptools
 
 LIBTPU = "libtpu==0.0.42.*"  # ahead-of-time compilation for TPU topologies, no TPU needed; jax 0.10's own pin
 TEST = [
-    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tree-sitter-language-pack>=0.9,<1", "ray>=2.40", "swebench>=5",
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tree-sitter-language-pack>=0.9,<1", "ray>=2.40",
+    "swebench>=5",
     # Parity with the reference implementation: exact versions, because numerics are compared.
     "torch==2.13.0", "transformers>=5.0,<6", "tiktoken>=0.7",
     LIBTPU,  # one reduced step is compiled for a TPU topology

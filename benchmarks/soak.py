@@ -336,7 +336,7 @@ def soak(daemon: Daemon | None, tree: pathlib.Path, state: pathlib.Path, journal
           f"{len(known) - earlier} now in {seconds:.0f} s\n\n| patch | outcome | count |\n|---|---|---|")
     for (kind, outcome), count in sorted(table.items()):
         print(f"| {kind} | {outcome} | {count} |")
-    print(f"\n| fault | count |\n|---|---|\n" + "\n".join(f"| {name} | {count} |" for name, count in
+    print("\n| fault | count |\n|---|---|\n" + "\n".join(f"| {name} | {count} |" for name, count in
                                                           sorted(faults.counts.items())))
     growth = 0.0
     if len(samples) >= 8:

@@ -3,7 +3,7 @@
     qcn run --config=configs/nano.py --workdir=runs/nano
     qcn run --config=configs/nano.py:quick --workdir=runs/quick
 
-`quick` goes through every stage in about four minutes, to show that everything works; what it trains has learned nothing.
+`quick` goes through every stage in about four minutes, to show that everything works; its models have learned nothing.
 Starts from the packaged base checkpoint (configs/nano_base.py made it; `--config.init=random` starts from nothing).
 """
 
@@ -80,7 +80,7 @@ def full():
     # The gradients of a few hundred episodes are mostly noise; with a small eps AdamW would take full steps along it,
     # and with momentum a handful of updates would take the first one's steps again: either costs the policy its tool
     # format, or what it does after a test run. In one run at 5e-4 four updates took the agent from 43 to 36 of 100.
-    # This eps fits losses that are weighted means over tokens, as those of both averages are: a token weighs 1 on average.
+    # This eps fits losses that are weighted means over tokens, as those of both averages are, with a mean weight of 1.
     steady = lambda rate: OptimizerConfig(
         learning_rate=rate, warmup_steps=0, weight_decay=0.0, b1=0.0, eps=3e-4, clip_norm=0.3)
     return to_config_dict(RunConfig(
@@ -89,7 +89,8 @@ def full():
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size, added_tokens=LINE_TOKENS),
         tasks=TasksConfig(
-            repos_train=repositories.pinned(*repositories.TRAIN), repos_heldout=repositories.pinned(*repositories.HELDOUT),
+            repos_train=repositories.pinned(*repositories.TRAIN),
+            repos_heldout=repositories.pinned(*repositories.HELDOUT),
             train=300, heldout=110,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(

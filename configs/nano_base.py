@@ -17,8 +17,9 @@ from qcn_jax.recipes.nano import repositories
 
 
 def get_config(phase: str = "code"):
-    """The configuration `nano` with a long mid-training; `phase` is code (from random weights), edits or wide (each after the one before).
+    """The configuration `nano` with a long mid-training.
 
+    `phase` is code (from random weights), edits or wide, each after the one before.
     `wide` adds the repositories of PRETRAIN: five times as many functions to learn repairs from.
     """
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()

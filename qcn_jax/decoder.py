@@ -29,7 +29,8 @@ class DecoderLayer(nn.Module):
         """x [B, T, D] -> (x, (router statistics, the layer's updated cache or None))."""
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name=name)
-        mixer = GatedDeltaNet(cfg, name="linear_attn") if self.kind == "linear" else GatedAttention(cfg, name="self_attn")
+        mixer = (GatedDeltaNet(cfg, name="linear_attn") if self.kind == "linear"
+                 else GatedAttention(cfg, name="self_attn"))
         mixed, cache = mixer(norm("input_layernorm")(x), context, cache)
         x = _laid_out(x + mixed, context)
         routed, statistics = SparseBlock(cfg, name="mlp")(

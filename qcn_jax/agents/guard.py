@@ -58,7 +58,7 @@ class Guard:
         return Guard((*self.rules, *rules))
 
     def check(self, tool: str, arguments: Mapping[str, object]) -> str | None:
-        """The message for the agent if the call must not be made, else None. All argument values are looked at together."""
+        """The message for the agent if the call must not be made, else None; looks at all argument values together."""
         text = "\n".join([tool, *(str(value) for value in arguments.values())])
         for rule in self.rules:
             if rule.matches(text):

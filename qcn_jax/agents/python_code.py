@@ -36,8 +36,8 @@ def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     """All functions and classes of `source` as (qualified name, first line, last line), 1-based.
 
     The first line is that of `def` or `class`, below decorators, as everywhere here: defects and mid-training
-    documents count lines from it. Names nest with dots (`Class.method`, `outer.inner`); the order is that of the text; a source that does not
-    parse has none.
+    documents count lines from it. Names nest with dots (`Class.method`, `outer.inner`); the order is that of the text;
+    a source that does not parse has none.
     """
     with _PARSING:  # looked up under the lock: samples of one prompt ask for the same module at the same time
         return _function_spans(source)

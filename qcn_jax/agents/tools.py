@@ -301,7 +301,7 @@ def clip_result(result: ToolResult, limit: int) -> ToolResult:
 
 
 def summarize(run: TestRun, ids: Sequence[str] | None, must_pass: set[str], fail_fast: bool) -> RunSummary:
-    """Judges a run as grading does: tests in `must_pass` must pass, the others must not fail or go missing.
+    """Summarizes a run by grading's rule: tests in `must_pass` must pass, the others must not fail or go missing.
 
     After a failure under `fail_fast` the tests that did not run are not counted as missing.
     """

@@ -134,7 +134,8 @@ def _index(timeout: float) -> Finding:
     if not url.startswith("http"):
         return Finding("package index", os.path.isdir(url.removeprefix("file://")), url, True)
     reached = _reach(url.rstrip("/") + "/pip/", timeout)
-    note = "" if reached is None else f"; not reached ({reached}): stage tasks needs it, unless its downloads are cached"
+    note = "" if reached is None else (
+        f"; not reached ({reached}): stage tasks needs it, unless its downloads are cached")
     return Finding("package index", reached is None, f"{url}{note}", True)
 
 

@@ -178,8 +178,8 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
     model, params = hub.load(values.checkpoint)
     with contextlib.closing(make_provider(**provider_arguments)) as provider:
         services = pool_services({spec.name: spec for spec in specs}, provider, pool)
-        bench = Bench(tasks, [Expert("agent", "agent", headline=True)], scaffold, (), EvaluateConfig(rollout=limits), encoder,
-                      services, 0, print)
+        bench = Bench(tasks, [Expert("agent", "agent", headline=True)], scaffold, (), EvaluateConfig(rollout=limits),
+                      encoder, services, 0, print)
         patches = bench.patches(model, params)
     return [{"instance_id": task.instance_id, "model_name_or_path": values.checkpoint, "model_patch": patch}
             for task, patch in patches]

@@ -111,7 +111,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 def _drops_exceptions(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_name in _FINALIZERS or any(frame.f_code is getattr(f, "__code__", None) for f in gc.callbacks):
+        code = frame.f_code
+        if code.co_name in _FINALIZERS or any(code is getattr(f, "__code__", None) for f in gc.callbacks):
             return True
         frame = frame.f_back
     return False

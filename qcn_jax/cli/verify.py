@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     task_repositories.define(values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
-                      "A fresh container for each run, or warm ones with a fresh workspace.", flag_values=values)  # fmt: skip
+                      "A fresh container for each run, or warm ones with a fresh workspace.",
+                      flag_values=values)  # fmt: skip
     flags.DEFINE_integer("reruns", 0, "Further runs in both states, to find flaky tests.", flag_values=values,
                          lower_bound=0)  # fmt: skip
     flags.DEFINE_integer("sample", 0, "Check so many tasks, evenly spread over the file; 0: all.", flag_values=values,
@@ -75,7 +76,8 @@ def main(argv: Sequence[str]) -> int:
     if count < total:
         print(f"a sample of {count} of {total} tasks")
     if values.reruns:
-        print(f"flaky: {flaky_tasks} of {count} tasks ({flaky_tasks / count:.1%}) in {values.reruns} runs of both states")
+        print(f"flaky: {flaky_tasks} of {count} tasks ({flaky_tasks / count:.1%}) in {values.reruns} runs of both "
+              "states")
     print(f"{count - invalid} of {count} tasks are valid: gold patch resolves, empty patch does not")
     return 1 if invalid else 0
 

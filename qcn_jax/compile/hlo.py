@@ -167,7 +167,7 @@ def _calls(
         return  # counted at the start
     trips = (_trip_count(instruction, beside, computations) or 1) if instruction.opcode == "while" else 1
     for attribute, name in _CALLED.findall(instruction.rest):
-        # tpu7x hands collectives to its sparse cores as `call-start`; elsewhere it is the scalar reducer of a reduction.
+        # tpu7x hands collectives to its sparse cores as `call-start`; elsewhere it is a reduction's scalar reducer.
         if attribute == "to_apply" and instruction.opcode not in ("call", "call-start"):
             continue
         yield name, trips

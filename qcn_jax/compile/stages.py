@@ -22,7 +22,7 @@ class StageStep:
       kinds: the arguments by what they are, for an account of memory.
       tokens: that pass through the model; of a stage whose updates differ in rows, those of one slice.
       flops: of the model, per token and forward pass.
-      passes: forward passes' worth of FLOPs per token: 3 with gradient, 1 for a further model that judges.
+      passes: forward passes' worth of FLOPs per token: 3 with gradient, 1 for a frozen reference or teacher.
     """
 
     function: Any

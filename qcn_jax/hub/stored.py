@@ -102,7 +102,7 @@ class Folder:
 def _read_header(path: pathlib.Path) -> dict[str, Source]:
     try:
         with open(path, "rb") as stream:
-            # Opening checks header, offsets and length. The library calls missing what may not be read: it comes second.
+            # Opening checks header, offsets and length. It comes second: to it an unreadable file is a missing one.
             with safetensors.safe_open(path, framework="numpy"):
                 pass
             length, = struct.unpack("<Q", stream.read(8))

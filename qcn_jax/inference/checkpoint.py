@@ -40,7 +40,8 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         )
-    stop_ids = sorted({tokenizer.added_tokens[name] for name in (TURN_END, END_OF_TEXT) if name in tokenizer.added_tokens})
+    added = tokenizer.added_tokens
+    stop_ids = sorted({added[name] for name in (TURN_END, END_OF_TEXT) if name in added})
     engine = Engine(
         config, jax.device_put(params), slots=slots, max_length=min(max_length, config.max_position_embeddings),
         max_new_tokens=max_new_tokens, stop_ids=stop_ids,

@@ -88,7 +88,9 @@ class Service:
         prompt = body.get("prompt")
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, list) and all(isinstance(t, int) and 0 <= t < self.tokenizer.vocab_size for t in prompt):
+        elif isinstance(prompt, list) and all(
+            isinstance(t, int) and 0 <= t < self.tokenizer.vocab_size for t in prompt
+        ):
             tokens = prompt
         else:
             raise BadRequest("prompt: expected a text or a list of token ids", "prompt")
@@ -190,7 +192,8 @@ class _Answer:
         if failed:
             return JSONResponse(protocol.error_body(failed, "server_error"), 500)
         kind = "chat.completion" if self._chat else "text_completion"
-        body = protocol.envelope(self._id, kind, self._service.name, [self._final(i) for i in range(len(self._choices))])
+        choices = [self._final(i) for i in range(len(self._choices))]
+        body = protocol.envelope(self._id, kind, self._service.name, choices)
         return JSONResponse(body | {"usage": self._usage()})
 
     async def stream(self) -> AsyncIterator[str]:
@@ -200,7 +203,8 @@ class _Answer:
         try:
             if self._chat:
                 for index in range(len(self._choices)):
-                    yield event([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+                    delta = {"role": "assistant", "content": ""}
+                    yield event([{"index": index, "delta": delta, "finish_reason": None}])
             while any(choice.finish is None for choice in self._choices):
                 index, piece = await self._queue.get()
                 text, choice = self._take(index, piece), self._choices[index]

@@ -58,7 +58,8 @@ def _inverse(a: Array) -> Array:
 def unit_lower_inverse(a: Array) -> Array:
     """(I + a)^-1 for strictly lower triangular a [..., C, C]; what lies on or above the diagonal is ignored.
 
-    C is best 32 times a power of two, or at most 32; any other even part is merged by products and the rest substituted.
+    C is best 32 times a power of two, or at most 32; of any other C even parts are merged by products, the rest
+    substituted.
     """
     return _inverse(a)
 

@@ -3,7 +3,7 @@
     from qcn_jax import testing
 
     testing.run_with_devices(check, 8)                      # a function in a process of its own with 8 devices
-    with testing.Hosts(["qcn", "run", ...]) as hosts:       # two processes of four devices each, joined as a pod's hosts
+    with testing.Hosts(["qcn", "run", ...]) as hosts:       # two processes of four devices each, as a pod's hosts
         outputs = hosts.finish()
     testing.save_tiny(folder)                               # a Hugging Face folder with random weights and a tokenizer
 

@@ -24,7 +24,8 @@ _TEXT = ("def clamp(value, low, high):\n    return max(low, min(value, high))\n"
 def random_params(config: ModelConfig, seed: int = 0, dtype: str = "float32") -> Any:
     """Returns standard normal numpy arrays in the shapes of `config`'s parameters; no layer's output is degenerate."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(jax.numpy.dtype(dtype)), abstract_params(config))
+    normal = lambda leaf: rng.normal(size=leaf.shape).astype(jax.numpy.dtype(dtype))
+    return jax.tree.map(normal, abstract_params(config))
 
 
 def tiny_tokenizer(vocab_size: int = TINY.vocab_size) -> Tokenizer:

@@ -289,7 +289,7 @@ def test_25_hostile_patches(world, patch):
 
 
 def test_25_hostile_files(world, agent):
-    agent.exec(f"cd victim; rm calc.py; ln -s /etc/passwd calc.py; mkfifo pipe; ln -s / root; ln -s loop loop; "
+    agent.exec("cd victim; rm calc.py; ln -s /etc/passwd calc.py; mkfifo pipe; ln -s / root; ln -s loop loop; "
                "head -c 3000000 /dev/zero > big.bin; mkdir -p a/b; printf 'x\\377' > a/b/latin.py; mkdir d; chmod 0 d")
     changes = agent.changes()
     assert set(changes) <= {SOURCE, "victim/a/b/latin.py"}

@@ -299,7 +299,7 @@ class EnvPool:
             return line
 
     def _attempt(self, index: int, job: Job) -> tuple[str, Any]:
-        """Tries a job until it is done or its attempts are used up; returns ok, error or infrastructure, and a value."""
+        """Tries a job until it is done or out of attempts; returns ok, error or infrastructure, and a value."""
         for attempt in range(job.attempts):
             try:
                 if self._lines[index] is None:

@@ -215,7 +215,7 @@ class Prepared:
 class Provider:
     """Makes sandboxes; safe for use from several threads, which then wait for each other.
 
-    Subclasses start servers (`_start`) and say how they are walled (`describe`).
+    Subclasses start servers (`_start`) and say how they are isolated (`describe`).
     """
 
     kind = ""

@@ -79,8 +79,9 @@ class DockerProvider(Provider):
         image = self._image(prepared)
         limits = self.limits
         options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
-                   "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20, "disk": limits.disk_mb << 20,
-                              "processes": limits.processes, "cpus": limits.cpus, "output": limits.output_bytes}}
+                   "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
+                              "disk": limits.disk_mb << 20, "processes": limits.processes, "cpus": limits.cpus,
+                              "output": limits.output_bytes}}
         memory = f"{limits.memory_mb + limits.disk_mb + 2 * SCRATCH_MB + SERVER_MB}m"
         flags = "rw,exec,nosuid,nodev"
         api = self.client.api
@@ -110,7 +111,7 @@ class DockerProvider(Provider):
     def close(self) -> None:
         super().close()
         for container in list(self._containers):
-            with contextlib.suppress(SandboxError):  # without an engine nothing runs, and its next start finds the label
+            with contextlib.suppress(SandboxError):  # no engine, nothing runs: its next start finds the label
                 remove(self.client, container)
                 self.forget(container)
 

@@ -96,8 +96,8 @@ def runtime_image(client: docker.DockerClient, base: str, system_packages: bool 
         return found
     dockerfile = "\n".join([
         f"FROM {base}", f"LABEL {LABEL}=runtime {PARENT}={base}", "USER root",
-        f"RUN python3 -m venv --without-pip{' --system-site-packages' * system_packages} /opt/qcn && mkdir -p /work /testbed && rmdir /testbed"
-        " && ln -s /work/testbed /testbed",
+        f"RUN python3 -m venv --without-pip{' --system-site-packages' * system_packages} /opt/qcn"
+        " && mkdir -p /work /testbed && rmdir /testbed && ln -s /work/testbed /testbed",
         "COPY packages /tmp/packages", "COPY inside /opt/qcn/inside", "COPY pytest /opt/qcn/bin/pytest",
         "RUN mv /tmp/packages/* $(echo /opt/qcn/lib/python3*/site-packages)/ && chmod 755 /opt/qcn/bin/pytest"
         " && chmod -R go+rX /opt/qcn && /opt/qcn/bin/python -m compileall -q /opt/qcn /usr/lib/python3.11 || true",

@@ -64,7 +64,8 @@ class LocalProvider(Provider):
             except SandboxError as error:
                 self.reason = str(error).removeprefix("the sandbox's server ended: ")
                 if containment == "namespaces":
-                    raise UserError(f"--config.sandbox=local: namespaces are not allowed here ({self.reason})") from error
+                    raise UserError(
+                        f"--config.sandbox=local: namespaces are not allowed here ({self.reason})") from error
                 self.containment = "filters" if filters.landlock_version() else "none"
                 self.commands_allowed = self.containment != "none"
         else:
@@ -125,7 +126,8 @@ class LocalProvider(Provider):
     def _options(self, work: str, separate: bool) -> dict[str, Any]:
         limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.containment == "namespaces")
         mebibyte = 1 << 20
-        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": self.containment == "namespaces",
+        return {"work": work, "separate_users": separate and os.geteuid() == 0,
+                "contained": self.containment == "namespaces",
                 "readable": self._readable() if self.containment == "filters" else None,
                 "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
                            "disk": limits.disk_mb * mebibyte,
@@ -136,7 +138,8 @@ class LocalProvider(Provider):
     def _readable(self) -> list[str]:
         """What filters let tested code read: programs and libraries, not the packages installed beside them."""
         return ["/usr/bin", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/usr/local/lib", "/bin", "/lib", "/lib64",
-                "/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/localtime", "/etc/alternatives", "/etc/mime.types",
+                "/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/localtime", "/etc/alternatives",
+                "/etc/mime.types",
                 self.runtime, os.path.join(os.path.realpath(sys.base_prefix), "bin"),
                 os.path.join(os.path.realpath(sys.base_prefix), "lib")]
 

@@ -1,7 +1,7 @@
 """Several defects at once: tasks that were verified one by one, put together within one file or one module.
 
 A module is a folder of sources. The parts change different functions; each must show by itself beside the others
-(validate.py), so that mending one of them never resolves the task.
+(validate.py), so that fixing one of them never resolves the task.
 """
 
 import collections

@@ -2,9 +2,9 @@
 
 Functions of a module that were seen misbehaving are called with arguments that vary those of the failing test. Calls
 that end differently in the two states become tests that a right fix must pass; some that end alike guard the rest.
-Where no such call can be made (objects for arguments, say) a test file's own tests stand under another name, which patches
-that know the tests by name or place do not expect. They are a second opinion on a patch: no agent sees them, and no
-statement tells of them (`second_opinion`).
+Where no such call can be made (objects for arguments, say) a test file's own tests stand under another name, which
+patches that know the tests by name or place do not expect. They are a second opinion on a patch: no agent sees them,
+and no statement tells of them (`second_opinion`).
 """
 
 import ast

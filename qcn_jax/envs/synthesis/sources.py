@@ -91,7 +91,8 @@ def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pat
             archive = _index_download(requirement, arriving) or _pip_download(requirement, arriving)
             found = sha256(archive)
             if expected is not None and found != expected:
-                raise UserError(f"{requirement}: the downloaded {archive.name} has SHA-256 {found}, expected {expected}")
+                raise UserError(
+                    f"{requirement}: the downloaded {archive.name} has SHA-256 {found}, expected {expected}")
             (folder / f"{archive.name}.sha256").write_text(found)
             return pathlib.Path(shutil.move(archive, folder / archive.name))
     except OSError as error:
@@ -151,7 +152,8 @@ def _pip_download(requirement: str, folder: pathlib.Path) -> pathlib.Path:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{requirement}: download took longer than {_DOWNLOAD_SECONDS:.0f} s; check the network") from None
+        raise UserError(
+            f"{requirement}: download took longer than {_DOWNLOAD_SECONDS:.0f} s; check the network") from None
     archives = _archives(folder)
     if result.returncode == 0 and archives:
         return archives[0]

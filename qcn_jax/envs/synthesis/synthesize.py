@@ -104,7 +104,9 @@ def survey_all(
             log(f"left out: {error}")
             continue
         files.write_json(path(spec), dataclasses.asdict(found))
-        left_out = f", {found.failing} failing and {found.unstable} unstable left out" if found.failing + found.unstable else ""
+        left_out = ""
+        if found.failing + found.unstable:
+            left_out = f", {found.failing} failing and {found.unstable} unstable left out"
         log(f"{spec.name}: {len(found.tests)} passing tests{left_out}; they call {len(found.callers)} functions")
     return surveys, skipped
 

@@ -1,4 +1,4 @@
-"""Candidates to verified tasks, by execution: tests that passed now fail, and the reverse patch mends them.
+"""Candidates to verified tasks, by execution: tests that passed now fail, and the reverse patch fixes them.
 
 `survey` runs a repository's suite once and learns which functions each test calls; `check` then runs, for one
 candidate, only tests that call the function it changes. Everything of the repository runs in sandboxes.
@@ -172,7 +172,8 @@ def callers(known: Survey, path: str, qualname: str) -> tuple[int, ...]:
     if exact is not None:
         return exact
     prefix = f"{path}::{qualname}."
-    return tuple(sorted({number for name, found in known.callers.items() if name.startswith(prefix) for number in found}))
+    callers = (found for name, found in known.callers.items() if name.startswith(prefix))
+    return tuple(sorted({number for found in callers for number in found}))
 
 
 def make_candidate(

@@ -73,7 +73,9 @@ class HarborTask:
     task: Task | None = None
 
 
-def write_folder(folder: str | os.PathLike[str], task: Task, pristine: Mapping[str, str], python_path: str = ".") -> None:
+def write_folder(
+    folder: str | os.PathLike[str], task: Task, pristine: Mapping[str, str], python_path: str = "."
+) -> None:
     """Writes a task as a Harbor folder.
 
     Args:
@@ -105,11 +107,14 @@ def write_folder(folder: str | os.PathLike[str], task: Task, pristine: Mapping[s
 
 
 def _toml(task: Task) -> str:
-    quoted = {name: json.dumps(str(value)) for name, value in
-              (("id", task.instance_id), ("repo", task.repo), ("kind", task.kind), ("strategy", task.strategy))}  # fmt: skip
+    quoted = {
+        name: json.dumps(str(value)) for name, value in
+        (("id", task.instance_id), ("repo", task.repo), ("kind", task.kind), ("strategy", task.strategy))
+    }  # fmt: skip
     return (
         'version = "1.0"\n\n[metadata]\n'
-        f'instance_id = {quoted["id"]}\nrepo = {quoted["repo"]}\nkind = {quoted["kind"]}\nstrategy = {quoted["strategy"]}\n'
+        f'instance_id = {quoted["id"]}\nrepo = {quoted["repo"]}\n'
+        f'kind = {quoted["kind"]}\nstrategy = {quoted["strategy"]}\n'
         'category = "software-engineering"\n\n'
         f"[agent]\ntimeout_sec = {AGENT_SECONDS}\n\n[verifier]\ntimeout_sec = {max(VERIFIER_SECONDS, task.timeout)}\n\n"
         f"[environment]\nbuild_timeout_sec = {BUILD_SECONDS}\ncpus = {CPUS}\nmemory_mb = {MEMORY_MB}\n"

@@ -3,8 +3,8 @@
 A row names an image, a script and a log parser. The patch is applied in a fresh container, the script run there, and
 its output read: that is how these sets are defined, and the verdicts are those of the `swebench` package on the same
 logs. What stands around it is ours: no network, no capabilities, memory, process, time and output limits, and
-containers that a crashed run leaves are found by their label. Tasks of our own are graded by `envs.tasks.grading`, which
-trusts no log.
+containers that a crashed run leaves are found by their label. Tasks of our own are graded by `envs.tasks.grading`,
+which trusts no log.
 """
 
 import concurrent.futures

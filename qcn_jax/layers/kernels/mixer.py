@@ -127,7 +127,8 @@ def _backward(
     d_qkvz = d["d_qkvz"]
     if context:
         # The last rows also receive the gradient from the next shard.
-        from_next = from_neighbour(d["d_before"], context, -1).reshape(*d["d_before"].shape[:2], sizes.heads, sizes.mixed)
+        from_next = from_neighbour(d["d_before"], context, -1)
+        from_next = from_next.reshape(*from_next.shape[:2], sizes.heads, sizes.mixed)
         from_next = jnp.pad(from_next, ((0, 0), (0, 0), (0, 0), (0, sizes.width - sizes.mixed)))
         size = min(SUBLANES, length)
         from_next = from_next.reshape(*from_next.shape[:2], -1)[:, -size:].astype(d_qkvz.dtype)

@@ -4,8 +4,8 @@ Short convolution, SiLU, L2 norm of queries and keys, the gated delta rule and t
 chunks that lie in VMEM: the projection [T, H * (2 dk + 2 R dv)] is read where it lies, and what is written is the
 input of the output projection (in the backward pass the projection's gradient). Nothing is copied, cast, repeated or
 laid out anew in HBM. A chunk needs the last rows of the chunk before it for its convolution: the forward pass keeps
-them in VMEM, the backward pass, which runs from the last chunk to the first, reads them and keeps what its own
-gradient owes them.
+them in VMEM, the backward pass, which runs from the last chunk to the first, reads them and keeps
+their gradient for that chunk.
 
 Every call reads arrays by name and writes arrays by name; mixer_blocks.Blocks says what each of them is.
 
@@ -258,12 +258,12 @@ class _Replay:
         return tuple(gradients)
 
 
-def _backward_kernel(reads: dict, writes: dict, state_ref, owed_ref, *, sizes: Sizes, interpret: bool):
+def _backward_kernel(reads: dict, writes: dict, state_ref, from_next_ref, *, sizes: Sizes, interpret: bool):
     d_qkvz_ref, d_kernel_ref, d_weight_ref = (writes[name] for name in ("d_qkvz", "d_kernel", "d_weight"))
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        for ref in (d_kernel_ref, d_weight_ref, owed_ref):
+        for ref in (d_kernel_ref, d_weight_ref, from_next_ref):
             ref[...] = jnp.zeros_like(ref)
         state_ref[...] = reads["d_state"][0] if "d_state" in reads else jnp.zeros_like(state_ref)
 
@@ -282,20 +282,20 @@ def _backward_kernel(reads: dict, writes: dict, state_ref, owed_ref, *, sizes: S
     for (halo, x, masks, channels, lanes), pullback, d_input in zip(replay.convolutions, replay.pullbacks, d_inputs):
         d_halo, dx, d_kernel = convolution_gradients(
             pullback(d_input)[0], halo, x, reads["kernel"][:, lanes], masks)
-        # The last rows also receive what the chunk after this one owes them.
-        dx = jnp.concatenate([dx[:-SUBLANES], dx[-SUBLANES:] + owed_ref[:, lanes]])
-        owed_ref[:, lanes] = d_halo
+        # The last rows also receive the gradient from the next chunk.
+        dx = jnp.concatenate([dx[:-SUBLANES], dx[-SUBLANES:] + from_next_ref[:, lanes]])
+        from_next_ref[:, lanes] = d_halo
         d_kernel_ref[0, :, lanes] = d_kernel_ref[0, :, lanes] + d_kernel
         d_qkvz_ref[0, :, channels] = dx.astype(d_qkvz_ref.dtype)
     if "d_before" in writes:
 
         @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
         def _():
-            writes["d_before"][0] = owed_ref[...]
+            writes["d_before"][0] = from_next_ref[...]
 
 
-def _first_gradient_kernel(reads: dict, writes: dict, state_ref, owed_ref, *, sizes: Sizes, interpret: bool):
-    del owed_ref
+def _first_gradient_kernel(reads: dict, writes: dict, state_ref, from_next_ref, *, sizes: Sizes, interpret: bool):
+    del from_next_ref
 
     @pl.when(pl.program_id(2) == 0)
     def _():

@@ -20,8 +20,8 @@ def trajectories_section(trajectories: Sequence[Mapping[str, Any]], titles: Mapp
     if not trajectories:
         return ""
     items = "".join(_trajectory(one, titles, index == 0) for index, one in enumerate(trajectories))
-    return ("<section><h2>Sample trajectories</h2><p class=\"sub\">What the models did on held-out tasks, greedy, as it "
-            f"happened; some that worked and some that did not.</p>{items}</section>")
+    return ("<section><h2>Sample trajectories</h2><p class=\"sub\">What the models did on held-out tasks, greedy, as "
+            f"it happened; some that worked and some that did not.</p>{items}</section>")
 
 
 def _trajectory(one: Mapping[str, Any], titles: Mapping[str, str], opened: bool) -> str:

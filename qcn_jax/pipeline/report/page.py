@@ -1,4 +1,4 @@
-"""The report's page: sections of HTML from the data that pipeline.stages.report collects. Everything is escaped here."""
+"""The report's page: sections of HTML from the data that pipeline.stages.report collects. All text is escaped here."""
 
 import dataclasses
 import functools
@@ -92,9 +92,9 @@ def _pair(left: str, right: str) -> str:
 def _header(data: dict[str, Any]) -> str:
     missing = data["missing"]
     note = f"<p class=\"bad\">Not finished: {_text(', '.join(missing))}.</p>" if missing else ""
-    return (f"<header><h1>qcn_jax · {_text(data['name'])}</h1><p>Repositories become verifiable tasks, an agent acts in "
-            "them, what the tests say becomes reward, and reward becomes better weights. Every rate on this page comes "
-            f"from executing tests in a sandbox.</p>{note}</header>")
+    return (f"<header><h1>qcn_jax · {_text(data['name'])}</h1><p>Repositories become verifiable tasks, an agent acts "
+            "in them, what the tests say becomes reward, and reward becomes better weights. Every rate on this page "
+            f"comes from executing tests in a sandbox.</p>{note}</header>")
 
 
 def _cards(data: dict[str, Any], cast: Cast) -> str:
@@ -103,8 +103,8 @@ def _cards(data: dict[str, Any], cast: Cast) -> str:
     cards = []
     if cast.headline.model in models:
         best = models[cast.headline.model]
-        cards.append((f"{best['rate']:.1%}", f"resolved by the {_text(cast.headline.title)}, greedy, {best['attempted']} "
-                      "held-out tasks"))
+        cards.append((f"{best['rate']:.1%}", f"resolved by the {_text(cast.headline.title)}, greedy, "
+                      f"{best['attempted']} held-out tasks"))
     if "sft" in models:
         cards.append((f"{models['sft']['rate']:.1%}", "resolved by SFT, where reinforcement learning starts"))
     if "unified" in models:
@@ -143,10 +143,10 @@ def _rates(evaluation: dict[str, Any], cast: Cast) -> str:
             *(_text(expert.column or expert.name) for expert in others), "turns", "infra"]
     return _section(
         "Resolved rate on repositories never seen in training",
-        "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no passing "
-        "test breaks. Whiskers are 95 % Wilson intervals. A baseline has no model: it guesses, once or, with the same "
-        "tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that the "
-        f"{_text(cast.headline.title)} had of reinforcement learning. Format valid: share of turns whose "
+        "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no "
+        "passing test breaks. Whiskers are 95 % Wilson intervals. A baseline has no model: it guesses, once or, with "
+        "the same tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that "
+        f"the {_text(cast.headline.title)} had of reinforcement learning. Format valid: share of turns whose "
         "tool calls parse, over the templates. Infra: episodes without a verdict, left out of rates.",
         charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == cast.headline.model])
                                       if rows else ""))
@@ -161,8 +161,8 @@ def _attempts(evaluation: dict[str, Any], cast: Cast) -> str:
         if rows:
             series.append(charts.Series(cast.titles[name], [row["attempts"] for row in rows],
                                         [row["rate"] for row in rows], cast.colours[name]))
-    return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one the "
-                    "agent sees what the tests say.",
+    return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one "
+                    "the agent sees what the tests say.",
                     charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True))
 
 
@@ -198,8 +198,8 @@ def _distillation(data: dict[str, Any]) -> str:
     agreement = charts.line_chart(curves("agreement"), "update", "same first choice", percent=True)
     if agreement:
         content += f"<h3>Tokens on which both would choose the same</h3>{agreement}"
-    return _section("Distillation into one model", "The student acts, and the expert of that domain says how likely each "
-                    "token was.", content)
+    return _section("Distillation into one model", "The student acts, and the expert of that domain says how likely "
+                    "each token was.", content)
 
 
 def _series(rows: Sequence[dict[str, Any]], title: str, colour: int, names: Sequence[str]) -> charts.Series | None:
@@ -229,8 +229,9 @@ def _tests(evaluation: dict[str, Any], cast: Cast) -> str:
         content += "<h3>What the unified model keeps of each expert</h3>" + table(
             ["domain", "unified", "best expert", "kept"], retention)
     control = evaluation.get("control")
-    note = (f" The control: {control['steps']} further SFT steps from the SFT checkpoint, as long as the {cast.headline.title}'s "
-            f"{control['target_seconds']:.0f} s of reinforcement learning (it took {control['seconds']:.0f} s)."
+    note = (f" The control: {control['steps']} further SFT steps from the SFT checkpoint, as long as the "
+            f"{cast.headline.title}'s {control['target_seconds']:.0f} s of reinforcement learning (it took "
+            f"{control['seconds']:.0f} s)."
             if control else "")
     return _section("Paired comparisons", "The same tasks, the exact McNemar test on those that only one of the two "
                     f"resolves.{_text(note)}", content)
@@ -245,8 +246,8 @@ def _kinds(evaluation: dict[str, Any], cast: Cast) -> str:
         cells = [models[name]["kinds"].get(kind) for name in order]
         attempted = max(cell["attempted"] for cell in cells if cell)
         rows.append([_text(kind), str(attempted), *(_shaded(cell) for cell in cells)])
-    return _section("Per kind of bug", "Greedy resolved rate by the transformation that made the bug; held-out tasks are "
-                    "balanced over kinds as far as they go.",
+    return _section("Per kind of bug", "Greedy resolved rate by the transformation that made the bug; held-out tasks "
+                    "are balanced over kinds as far as they go.",
                     table(["kind", "tasks", *(_text(cast.titles[name]) for name in order)], rows) if rows else "")
 
 

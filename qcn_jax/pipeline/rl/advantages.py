@@ -29,9 +29,9 @@ def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRe
 def token_advantages(record: RolloutRecord, advantage: float, config: ExpertsConfig) -> np.ndarray:
     """The advantage of each token [n] float32: the episode's, less penalties in the turns that earned them.
 
-    Penalties are for turns that broke the format, and for those that only did again what had failed the tests. A turn that
-    ended in failing tests is never reinforced, however well the episode went on: its edit did not do what it claimed.
-    Zero where the policy did not choose the token.
+    Penalties are for turns that broke the format, and for those that only did again what had failed the tests. A turn
+    that ended in failing tests is never reinforced, however well the episode went on: its edit did not do what it
+    claimed. Zero where the policy did not choose the token.
     """
     advantages = np.where(record.sampled, np.float32(advantage), np.float32(0.0))
     for turn in record.turns:

@@ -38,14 +38,17 @@ PROBE = 1_000_003  # takes the place of the update's number in the seeds of the 
 def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | None = None) -> LossFn:
     """The loss of packed rows, a weighted mean over the tokens of the whole batch.
 
-    All log-probabilities, and so ratio, divergence and entropy, are at the rollouts' temperature. The returned function takes (params, batch, reference) where batch has, besides tokens, segment_ids,
-    positions, weights and weight_sum, `advantages` and `old_logprobs` [B, T]. `reference` is the parameter tree that
-    `config.kl_coef` holds the policy to; there is none where that is 0.
+    All log-probabilities, and so ratio, divergence and entropy, are at the rollouts' temperature. The returned function
+    takes (params, batch, reference) where batch has, besides tokens, segment_ids, positions, weights and weight_sum,
+    `advantages` and `old_logprobs` [B, T]. `reference` is the parameter tree that `config.kl_coef` holds the policy to;
+    there is none where that is 0.
     """
     network = Qwen3Next(model, parallel=parallel)
     objective = objectives.OBJECTIVES.resolve(config.objective, "--config.experts.objective")
 
-    def statistics(kernels: tuple[jax.Array, ...], hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def statistics(
+        kernels: tuple[jax.Array, ...], hidden: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return objectives.token_statistics(project(hidden, kernels[0]), targets, config.rollout.temperature)
 
     def logprobs_of(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +127,7 @@ class Learner:
                        progress=progress, stop=stop)
 
     def next(self, step: int, state: TrainState, stop: Stop = never) -> Work | None:
-        """Acts and judges; see train.loop.Feed. Without an informative group there is nothing to learn from."""
+        """Collects episodes and their rewards; see train.loop.Feed. Without an informative group it has no rows."""
         began = time.perf_counter()
         chosen = episodes.choose(self.prompts, self.config.prompts, step, self.seed)
         try:

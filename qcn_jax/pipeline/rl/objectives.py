@@ -60,7 +60,8 @@ def token_weights(lengths: Sequence[Sequence[int]], average: str) -> list[np.nda
     if average == "token":
         return [np.sign(group) for group in groups]
     tokens, filled = sum(group.sum() for group in groups), sum(group.any() for group in groups)
-    share = lambda group: np.divide(1.0, group, out=np.zeros_like(group), where=group > 0) / max(np.sign(group).sum(), 1)
+    inverse = lambda group: np.divide(1.0, group, out=np.zeros_like(group), where=group > 0)
+    share = lambda group: inverse(group) / max(np.sign(group).sum(), 1)
     return [share(group) * tokens / max(filled, 1) for group in groups]
 
 

@@ -72,8 +72,8 @@ def make_bench(context: StageContext) -> Bench:
 
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
-    return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate, ChatEncoder(context.tokenizer()),
-                 make_services(context), config.seed, context.log)
+    return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate,
+                 ChatEncoder(context.tokenizer()), make_services(context), config.seed, context.log)
 
 
 def train_control(context: StageContext) -> dict[str, Any]:

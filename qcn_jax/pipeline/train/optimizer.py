@@ -1,7 +1,7 @@
 """Optimizers through optax: AdamW, or Muon for matrices with AdamW for the rest, and one schedule.
 
 Updates are computed in float32 whatever the dtypes of parameters, gradients and kept moments. `eps` and the betas are
-AdamW's, also where Muon takes the matrices: Muon's momentum is 0.95, Nesterov's, and its own eps only guards a division.
+AdamW's, also where Muon takes the matrices: Muon's momentum is 0.95, Nesterov's, and its own eps guards a division.
 
 Weight decay reaches every matrix and, as the Qwen3-Next blog describes, the zero-centred norm weights (it keeps
 them from growing without bound). It never reaches A_log and dt_bias, whose zero is no natural centre, nor the
@@ -108,12 +108,14 @@ def _moment_dtype(name: str, field: str) -> jnp.dtype:
 def in_float32(inner: optax.GradientTransformation, moments: dict[str, jnp.dtype]) -> optax.GradientTransformation:
     """`inner` computed in float32, its state fields named in `moments` kept in those dtypes between steps.
 
-    bfloat16 holds 8 binary digits: a moment that decays by 0.1 % a step would be rounded to what it was, for ever. It is
-    rounded up or down at random, with the mean of what is rounded; the bits follow from the optimizer's count of steps.
+    bfloat16 holds 8 binary digits: a moment that decays by 0.1 % a step would be rounded to what it was, for ever. It
+    is rounded up or down at random, so that the mean is exact; the bits follow from the optimizer's count of steps.
     """
     to_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def map_moments(function: Callable[[jax.Array, jnp.dtype, int], jax.Array], state: optax.OptState) -> optax.OptState:
+    def map_moments(
+        function: Callable[[jax.Array, jnp.dtype, int], jax.Array], state: optax.OptState
+    ) -> optax.OptState:
         """`function` of every moment, the dtype it is kept in, and its number in the tree."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(state)
         for index, (path, leaf) in enumerate(leaves):

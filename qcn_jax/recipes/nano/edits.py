@@ -212,7 +212,8 @@ class EditDocuments:
             span = minimal_edit(defect.after, function.lines[defect.line])
             if span is None:
                 return None
-            tokens += [self._line_ids[defect.line], *self._line(span[0]), special("<|fim_suffix|>"), *self._line(span[1])]
+            old, new = map(self._line, span)
+            tokens += [self._line_ids[defect.line], *old, special("<|fim_suffix|>"), *new]
         tokens.append(special("<|endoftext|>"))
         if len(tokens) > self._max_tokens:
             return None

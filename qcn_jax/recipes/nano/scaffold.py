@@ -1,7 +1,7 @@
 """The scaffold of models too small for prose: no system turn, no tool list, few tokens, lines named by tokens.
 
-`NANO` plays several turns with tools; `NANO.single()` shows the function and takes one edit; `NANO.in_template(name)` asks
-for that edit in another tool-call template.
+`NANO` plays several turns with tools; `NANO.single()` shows the function and takes one edit; `NANO.in_template(name)`
+asks for that edit in another tool-call template.
 """
 
 import dataclasses
@@ -124,7 +124,8 @@ class NanoScaffold(Scaffold):
 
     def single(self) -> "NanoScaffold":
         """The function is in the prompt, the answer is one edit."""
-        return dataclasses.replace(self, name=f"{self.name}_single", tools=(_EDIT,), show_function=True, single_turn=True)
+        return dataclasses.replace(
+            self, name=f"{self.name}_single", tools=(_EDIT,), show_function=True, single_turn=True)
 
     def in_template(self, template: str) -> "NanoScaffold":
         """`single`, with the tool-call template in which the answer must be written named in the prompt."""

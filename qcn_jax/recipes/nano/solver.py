@@ -60,7 +60,9 @@ class SpanEdit:
 
         None where nothing changes, the text is not there exactly once, or what comes of it does not parse.
         """
-        if self.old == self.new or not 0 < self.line <= len(lines) or python_code.occurrences(lines[self.line - 1], self.old) != 1:
+        if self.old == self.new or not 0 < self.line <= len(lines):
+            return None
+        if python_code.occurrences(lines[self.line - 1], self.old) != 1:
             return None
         after = lines[self.line - 1].replace(self.old, self.new)
         return after if python_code.parses([*lines[: self.line - 1], after, *lines[self.line :]]) else None

@@ -1,4 +1,4 @@
-"""SFT's trajectories: the scripted solver's, with and without mistakes, and searches. Workers import this; it needs no JAX."""
+"""SFT's trajectories: the scripted solver's, with and without mistakes, and searches. Workers import it: no JAX."""
 
 import dataclasses
 import random
@@ -72,8 +72,8 @@ def options(config: RunConfig) -> Options:
         if getattr(found, name) < 0:
             raise UserError(f"--config.sft.options.{name}: {getattr(found, name)}; allowed: at least 0")
     if not config.sft.trajectories_per_task + found.searches:
-        raise UserError("--config.sft.trajectories_per_task: 0, as is options.searches; there would be nothing to learn "
-                        "from")
+        raise UserError("--config.sft.trajectories_per_task: 0, as is options.searches; there would be nothing to "
+                        "learn from")
     return found
 
 

@@ -32,7 +32,7 @@ _read_pyc = _pytest.assertion.rewrite._read_pyc
 
 
 def preload() -> None:
-    """Imports pytest's built-in plugins and mends the one thing that cached test modules need.
+    """Imports pytest's built-in plugins and fixes the one thing that cached test modules need.
 
     Cached assertion rewriting keeps the file name of the workspace it was made in; the interpreter corrects
     that for ordinary modules (`_fix_co_filename`) but pytest does not for its own.

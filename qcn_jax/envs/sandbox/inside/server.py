@@ -116,8 +116,8 @@ class Server:
         result_read, result_write = os.pipe()
         key = secrets.token_hex(8)
         job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained,
-               "home": workspace.home, "readable": self.readable, "root": workspace.root, "env": self.environment(workspace, job),
-               "sys_path": self.python_path(workspace),
+               "home": workspace.home, "readable": self.readable, "root": workspace.root,
+               "env": self.environment(workspace, job), "sys_path": self.python_path(workspace),
                "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
         self.to_zygote(job, (output_write, result_write))
         os.close(output_write)
@@ -278,7 +278,8 @@ class Server:
                "pytest_args": workspace.tree.settings["pytest_args"]}
         ended, timed_out, output, (found, damaged) = self.run(workspace, job, request["timeout"])
         reply = {"status": "ok", "outcomes": {}, "messages": {}, "tampered": ["records"] if damaged else [],
-                 "seconds": ended["seconds"], "cpu": ended["cpu"], "output": output, "exit_status": exit_code(ended["status"])}
+                 "seconds": ended["seconds"], "cpu": ended["cpu"], "output": output,
+                 "exit_status": exit_code(ended["status"])}
         finished = None
         for record in found:
             if "test" in record:

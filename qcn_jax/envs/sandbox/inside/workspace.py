@@ -239,7 +239,7 @@ class Workspace:
         return found
 
     def shrink(self, limit, shared):
-        """Deletes the largest files until at most `limit` bytes are left, and all in `shared`; returns how many went."""
+        """Deletes the largest files until at most `limit` bytes are left, and all in `shared`; returns their number."""
         sizes = []
         for folder, _, names in os.walk(self.home):
             for name in names:

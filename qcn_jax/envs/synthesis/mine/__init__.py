@@ -167,8 +167,8 @@ def _linked(change: Change, known: issues.Tracker | None) -> tuple[int, ...]:
 
 
 def _execute(
-    pool: EnvPool, clone: Clone, chosen: Sequence[_Candidate], criteria: Criteria, archives: pathlib.Path, journal: Rows,
-    log: Log,
+    pool: EnvPool, clone: Clone, chosen: Sequence[_Candidate], criteria: Criteria, archives: pathlib.Path,
+    journal: Rows, log: Log,
 ) -> Iterator[tuple[_Candidate, execute.Finding]]:
     """(candidate, finding) in order: known findings from the journal, the others from the pool."""
     anchors: dict[str, tuple[RepositorySpec, dict[str, str]]] = {}

@@ -82,12 +82,12 @@ def examine(provider: Provider, item: Item, timeout: float, reruns: int) -> Find
     if failed is not None:
         return broken(failed)
     runs = [result.value for result in results]
-    buggy, again_buggy, again_mended = runs[0], runs[1::2], runs[2::2]
+    buggy, again_buggy, again_fixed = runs[0], runs[1::2], runs[2::2]
 
     def stable(name: str) -> bool:
         failing = buggy["outcomes"].get(name) not in PASSING
         return all((r["outcomes"].get(name) not in PASSING) == failing for r in again_buggy) and all(
-            r["outcomes"].get(name) in PASSING for r in again_mended)
+            r["outcomes"].get(name) in PASSING for r in again_fixed)
 
     failing = [name for name in passing if buggy["outcomes"].get(name) not in PASSING]
     if not failing:

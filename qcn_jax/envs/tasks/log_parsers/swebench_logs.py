@@ -1,8 +1,9 @@
 """Outcomes of tests read from a log, as the parsers that SWE-bench's rows name in `log_parser` read them.
 
 A log is text that the tested code can write into: what is read here is for grading by rules that others publish, and
-our own tasks are graded by records that it cannot forge (`envs.tasks.grading`). Parsers of pytest's, Django's and SymPy's
-reports are here; those of other languages' runners are taken from the `swebench` package where that is installed.
+our own tasks are graded by records that it cannot forge (`envs.tasks.grading`). Parsers of pytest's, Django's and
+SymPy's reports are here; those of other languages' runners are taken from the `swebench` package where that is
+installed.
 """
 
 import re
