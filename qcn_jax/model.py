@@ -21,7 +21,7 @@ from qcn_jax.decoder import Block, DecoderLayer, add_layer_axis, join_layers, li
 from qcn_jax.layers.dense import Kernel, dense, normal_init
 from qcn_jax.layers.embedding import sharded_lookup
 from qcn_jax.layers.norm import RMSNorm
-from qcn_jax.layers.products import einsum_float32
+from qcn_jax.layers.products import accumulator, widened_einsum
 from qcn_jax.layers.remat import rematerialised
 from qcn_jax.layers.rotary import rotary_angles, rotary_dim
 from qcn_jax.moe.router import RouterStatistics
@@ -35,7 +35,7 @@ class Output:
     """What a forward pass gives.
 
     Attributes:
-      logits: [B, T, V] float32, or None when not asked for.
+      logits: [B, T, V] float32 (float64 where config.dtype is), or None when not asked for.
       hidden: [B, T, D], after the final norm: input of the head and of multi-token prediction.
       aux: router statistics of every layer in order, leading axis L (plus one per MTP step).
       cache: the cache after these tokens, or None.
@@ -182,14 +182,14 @@ class Qwen3Next(nn.Module):
 
     @nn.nowrap
     def head(self, params: Any, hidden: Array) -> Array:
-        """Logits [..., V] float32 of hidden [..., D]; params is the tree under "params"."""
+        """Logits [..., V] in float32 at least of hidden [..., D]; params is the tree under "params"."""
         return self._project(hidden, head_kernel(self.config, params))
 
     def _project(self, hidden: Array, kernel: Array) -> Array:
         kernel = kernel.astype(hidden.dtype)
         if self.parallel is not None:
-            return einsum_float32("...d,dv->...v", hidden, kernel)
-        rows = einsum_float32("nd,dv->nv", hidden.reshape(-1, hidden.shape[-1]), kernel)  # as layers.dense.product
+            return widened_einsum("...d,dv->...v", hidden, kernel)
+        rows = widened_einsum("nd,dv->nv", hidden.reshape(-1, hidden.shape[-1]), kernel)  # as layers.dense.product
         return rows.reshape(*hidden.shape[:-1], kernel.shape[1])
 
     def _logits(self, hidden: Array) -> Array:
@@ -226,7 +226,8 @@ class Qwen3Next(nn.Module):
         elif lengths is not None:
             valid = index < lengths[:, None]
         cfg = self.config
-        cos, sin = rotary_angles(positions, rotary_dim(cfg.head_dim, cfg.partial_rotary_factor), cfg.rope_theta)
+        rotated = rotary_dim(cfg.head_dim, cfg.partial_rotary_factor)
+        cos, sin = rotary_angles(positions, rotated, cfg.rope_theta, accumulator(cfg.dtype))
         return TokenContext(cos, sin, segment_ids, valid, start, lengths, key_limit, self.parallel)
 
     def _embed(self, tokens: Array) -> Array:

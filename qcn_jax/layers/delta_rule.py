@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from qcn_jax.layers.products import accumulator
 from qcn_jax.layers.triangular import unit_lower_inverse
 
 Array = jax.Array
@@ -45,9 +46,9 @@ def gated_delta_rule(
     Args:
       q, k: [B, T, H, dk], already normalised (and q scaled).
       v: [B, T, H, R, dv].
-      g: [B, T, H, R] float32 log decay, <= 0.
-      beta: [B, T, H, R] float32 write strength. beta = g = 0 makes a token inert: that is how padding passes.
-      state: [B, H, R, dk, dv] float32, the state before the first token; None is zero.
+      g: [B, T, H, R] log decay, <= 0; float32, or float64 where the others are.
+      beta: [B, T, H, R] write strength, likewise. beta = g = 0 makes a token inert: that is how padding passes.
+      state: [B, H, R, dk, dv], likewise, the state before the first token; None is zero.
       segment_ids: [B, T] or None; the state is zeroed at every change of id. `state` belongs to the
         document of the first token.
       form: "chunked" (C tokens at a time), "recurrent" (one at a time: least work for single tokens) or "pallas"
@@ -55,16 +56,17 @@ def gated_delta_rule(
       chunk_size: C.
 
     Returns:
-      o [B, T, H, R, dv] float32 and the state after the last token.
+      o [B, T, H, R, dv] in g's dtype and the state after the last token.
     """
     batch, length, heads, key_dim = q.shape
+    wide = accumulator(v.dtype, g.dtype)
     if state is None:
-        state = jnp.zeros((batch, heads, v.shape[3], key_dim, v.shape[4]), jnp.float32)
+        state = jnp.zeros((batch, heads, v.shape[3], key_dim, v.shape[4]), wide)
     if form == "pallas" and length > 1:
         from qcn_jax.layers.kernels.delta_rule import delta_rule  # Pallas takes a while to import
 
         return delta_rule(q, k, v, g, beta, state, segment_ids, chunk_size)
-    q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (x.astype(wide) for x in (q, k, v, g, beta))
     if form == "recurrent" or length == 1:
         return _recurrent(q, k, v, g, beta, state, segment_ids)
     return _chunked(q, k, v, g, beta, state, segment_ids, chunk_size)

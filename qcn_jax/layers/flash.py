@@ -9,7 +9,7 @@ Axes: B batch, K key/value heads, R query heads per key/value head, T queries, S
 import jax
 import jax.numpy as jnp
 
-from qcn_jax.layers.products import einsum_float32
+from qcn_jax.layers.products import accumulator, widened, widened_einsum
 
 Array = jax.Array
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
@@ -18,8 +18,8 @@ MAX_BLOCKS = 8
 
 
 def masked_logits(q: Array, k: Array, mask: Array) -> Array:
-    """Scaled logits [B, K, S, R, T] float32 of q [B, K, R, T, H] and k [B, K, S, H] where mask [B | 1, S, T]."""
-    logits = einsum_float32("bksh,bkrth->bksrt", k, q)
+    """Scaled logits [B, K, S, R, T], at least float32, of q [B, K, R, T, H], k [B, K, S, H] and mask [B | 1, S, T]."""
+    logits = widened_einsum("bksh,bkrth->bksrt", k, q)
     return jnp.where(mask[:, None, :, None], logits * q.shape[-1] ** -0.5, MASKED)
 
 
@@ -34,11 +34,11 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
 
 
 def _combine(values: Array, weights: Array) -> Array:
-    """[B, K, R, T, H] float32: values [B, K, S, H] summed by weights [B, K, S, R, T].
+    """[B, K, R, T, H] in float32 at least: values [B, K, S, H] summed by weights [B, K, S, R, T].
 
     The product is formed as [H, R * T], for which the large operand needs no transposition.
     """
-    out = einsum_float32("bksh,bksrt->bkhrt", values, weights)
+    out = widened_einsum("bksh,bksrt->bkhrt", values, weights)
     return jnp.moveaxis(out, 2, -1)
 
 
@@ -95,17 +95,18 @@ def _add_to_first(total: Array, part: Array) -> Array:
 def _backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, segment_ids, out, log_sum = residuals
     scale = q.shape[-1] ** -0.5
-    inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, K, R, T]
-    dk, dv, dq = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), []
+    inner = jnp.sum(widened(cotangent) * widened(out), axis=-1)  # [B, K, R, T]
+    dk, dv = (jnp.zeros(x.shape, accumulator(x.dtype)) for x in (k, v))
+    dq = []
     for begin, end in _blocks(q.shape[3]):
         rows = lambda x: x[:, :, :, begin:end]
         query, key, value, grad = rows(q), k[:, :, :end], v[:, :, :end], rows(cotangent)
         weights = jnp.exp(masked_logits(query, key, _mask(begin, end, segment_ids)) - rows(log_sum)[:, :, None])
-        dweights = einsum_float32("bksh,bkrth->bksrt", value, grad)
+        dweights = widened_einsum("bksh,bkrth->bksrt", value, grad)
         dlogits = (weights * (dweights - rows(inner)[:, :, None]) * scale).astype(q.dtype)
         dq.append(_combine(key, dlogits))
-        dk = _add_to_first(dk, einsum_float32("bksrt,bkrth->bksh", dlogits, query))
-        dv = _add_to_first(dv, einsum_float32("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
+        dk = _add_to_first(dk, widened_einsum("bksrt,bkrth->bksh", dlogits, query))
+        dv = _add_to_first(dv, widened_einsum("bksrt,bkrth->bksh", weights.astype(v.dtype), grad))
     return jnp.concatenate(dq, axis=3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

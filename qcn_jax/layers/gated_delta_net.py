@@ -18,6 +18,7 @@ from qcn_jax.layers.context import TokenContext
 from qcn_jax.layers.delta_rule import gated_delta_rule
 from qcn_jax.layers.dense import Kernel, dense, normal_init, product
 from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
+from qcn_jax.layers.products import accumulator, widened
 from qcn_jax.layers.sharded import sharded_delta_rule, with_halo
 from qcn_jax.sharding.parallel import Parallel
 
@@ -38,11 +39,11 @@ def _conv_width(cfg: ModelConfig) -> int:
 
 
 def init_delta_net_cache(config: ModelConfig, batch: int) -> dict[str, Array]:
-    """Empty convolution window [B, kernel - 1, H, width] and float32 state [B, H, R, dk, dv]."""
+    """Empty convolution window [B, kernel - 1, H, width] and state [B, H, R, dk, dv] in float32 at least."""
     heads, repeats = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
     window = (batch, config.linear_conv_kernel_dim - 1, heads, _conv_width(config))
     state = (batch, heads, repeats, config.linear_key_head_dim, config.linear_value_head_dim)
-    return {"conv": jnp.zeros(window, jnp.dtype(config.dtype)), "state": jnp.zeros(state, jnp.float32)}
+    return {"conv": jnp.zeros(window, jnp.dtype(config.dtype)), "state": jnp.zeros(state, accumulator(config.dtype))}
 
 
 def causal_conv(x: Array, kernel: Array, window: Array | None, segment_ids: Array | None) -> Array:
@@ -168,7 +169,7 @@ class GatedDeltaNet(nn.Module):
         weight = Kernel(cfg, heads * (_conv_width(cfg) + values), axes, name="in_proj_qkvz")(x.shape[-1])
         weight = weight.astype(x.dtype)
         ba = project(heads * 2 * repeats, axes, "in_proj_ba")(x)
-        ba = ba.reshape(batch, length, heads, 2 * repeats).astype(jnp.float32)
+        ba = widened(ba.reshape(batch, length, heads, 2 * repeats))
         beta, g = self._gates(ba[..., :repeats], ba[..., repeats:], context.valid)
 
         kernel = _ConvKernel(cfg, name="conv1d")()
@@ -223,10 +224,11 @@ class GatedDeltaNet(nn.Module):
         return qkv, q, k, v, z
 
     def _gates(self, b: Array, a: Array, valid: Array | None) -> tuple[Array, Array]:
-        """beta and g [B, T, H, R] float32, both zero at padding, which makes it inert."""
+        """beta and g [B, T, H, R] in float32 at least, both zero at padding, which makes it inert."""
         cfg = self.config
-        shape, dtype = (cfg.linear_num_value_heads,), jnp.float32  # whatever param_dtype is: they act in exponents
-        grouped = lambda w: w.astype(jnp.float32).reshape(cfg.linear_num_key_heads, -1)
+        # Never narrower than float32, whatever param_dtype is: they act in exponents.
+        shape, dtype = (cfg.linear_num_value_heads,), accumulator(cfg.param_dtype)
+        grouped = lambda w: w.astype(a.dtype).reshape(cfg.linear_num_key_heads, -1)
         a_log = grouped(self.param("A_log", nn.with_logical_partitioning(_decay_init, ("heads",)), shape, dtype))
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
         dt_bias = grouped(self.param("dt_bias", ones, shape, dtype))

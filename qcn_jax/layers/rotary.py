@@ -11,10 +11,12 @@ def rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
     return int(head_dim * partial_rotary_factor)
 
 
-def rotary_angles(positions: Array, dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin, each [B, T, dim / 2] float32, for `positions` [B, T]."""
-    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
+def rotary_angles(
+    positions: Array, dim: int, theta: float, dtype: jnp.dtype = jnp.float32
+) -> tuple[Array, Array]:
+    """cos and sin, each [B, T, dim / 2] in `dtype`, for `positions` [B, T]."""
+    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=dtype) / dim)
+    angle = positions.astype(dtype)[..., None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -140,13 +140,13 @@ def _local_delta_rule(
     # The columns of a state evolve apart. Beside the values from a zero state, columns without values from the
     # identity give, for an incoming state S, the maps S -> o_t (a row of `reach`) and S -> A S.
     zeros = jnp.zeros((*v.shape[:-1], key_dim), v.dtype)
-    state = jnp.concatenate([jnp.zeros((key_dim, value_dim)), jnp.eye(key_dim)], axis=1)
+    state = jnp.concatenate([jnp.zeros((key_dim, value_dim), g.dtype), jnp.eye(key_dim, dtype=g.dtype)], axis=1)
     state = jnp.broadcast_to(state, (batch, heads, repeats, *state.shape))
     o, state = gated_delta_rule(
         q, k, jnp.concatenate([v, zeros], axis=-1), g, beta, state, segment_ids, form, chunk_size)
     o, reach = o[..., :value_dim], o[..., value_dim:]
     added, carried = state[..., :value_dim], state[..., value_dim:]
-    continues = jnp.ones((batch,)) if segment_ids is None else continuing(segment_ids, context)
+    continues = jnp.ones(batch, g.dtype) if segment_ids is None else continuing(segment_ids, context).astype(g.dtype)
     incoming = received_states(carried, added, continues, context)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return o + product("bthrk,bhrkv->bthrv", reach, incoming)

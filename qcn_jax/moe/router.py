@@ -1,4 +1,4 @@
-"""Top-k softmax router in float32, and the statistics that balance losses need."""
+"""Top-k softmax router in float32 at least, and the statistics that balance losses need."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from flax import struct
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.dense import normal_init
+from qcn_jax.layers.products import widened
 
 Array = jax.Array
 
@@ -15,13 +16,14 @@ Array = jax.Array
 class RouterStatistics:
     """Sums over the real tokens of a batch, per layer (leading axes) and expert.
 
-    Sums, not means: those of several batches, layers or devices may be added before a loss is formed.
+    In float32, or float64 where the model is. Sums, not means: those of several batches, layers or devices may be added
+    before a loss is formed.
 
     Attributes:
-      counts: [..., E] float32, assignments of tokens to each expert (top-k of them per token); no gradient.
-      probabilities: [..., E] float32, summed router probabilities.
-      tokens: [...] float32, number of tokens.
-      dropped: [...] float32, assignments that found no room on the way to their expert (see moe.dispatch).
+      counts: [..., E], assignments of tokens to each expert (top-k of them per token); no gradient.
+      probabilities: [..., E], summed router probabilities.
+      tokens: [...], number of tokens.
+      dropped: [...], assignments that found no room on the way to their expert (see moe.dispatch).
     """
 
     counts: Array
@@ -40,20 +42,21 @@ class Router(nn.Module):
         """Routes x [N, D] or [B, T, D]; N below stands for all leading axes.
 
         Returns:
-          weights [N, k] float32, experts [N, k] int32, and the statistics over tokens with `valid` [N].
+          weights [N, k], experts [N, k] int32, and the statistics over tokens with `valid` [N].
         """
         cfg = self.config
         init = nn.with_logical_partitioning(normal_init(cfg), ("embed", "router"))
         kernel = self.param("kernel", init, (x.shape[-1], cfg.num_experts), jnp.dtype(cfg.param_dtype))
-        logits = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+        x = widened(x)
+        logits = x @ kernel.astype(x.dtype)
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, experts = jax.lax.top_k(probabilities, cfg.num_experts_per_tok)
         if cfg.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        real = jnp.ones(x.shape[:-1]) if valid is None else valid.astype(jnp.float32)
-        chosen = jnp.sum(jax.nn.one_hot(experts, cfg.num_experts, dtype=jnp.float32), axis=-2)
+        real = jnp.ones(x.shape[:-1], x.dtype) if valid is None else valid.astype(x.dtype)
+        chosen = jnp.sum(jax.nn.one_hot(experts, cfg.num_experts, dtype=x.dtype), axis=-2)
         summed = lambda values: jnp.tensordot(real, values, axes=real.ndim)
         statistics = RouterStatistics(
-            jax.lax.stop_gradient(summed(chosen)), summed(probabilities), jnp.sum(real), jnp.zeros(())
+            jax.lax.stop_gradient(summed(chosen)), summed(probabilities), jnp.sum(real), jnp.zeros((), x.dtype)
         )
         return weights, experts, statistics

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from qcn_jax.sharding.parallel import Parallel
-from qcn_jax.layers.products import einsum_float32
+from qcn_jax.layers.products import widened_einsum
 
 Array = jax.Array
 # (kernels, *arrays [n, ...]) -> pytree of [n] float32
@@ -31,7 +31,7 @@ _TILE = 256  # a large chunk is a multiple of this many tokens, whole tiles of a
 @jax.custom_vjp
 def project(hidden: Array, kernel: Array) -> Array:
     """Logits [n, V] float32 of hidden [n, D] and kernel [D, V], multiplied in hidden's dtype in both directions."""
-    return einsum_float32("nd,dv->nv", hidden, kernel.astype(hidden.dtype))
+    return widened_einsum("nd,dv->nv", hidden, kernel.astype(hidden.dtype))
 
 
 def _project_forward(hidden: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -41,8 +41,8 @@ def _project_forward(hidden: Array, kernel: Array) -> tuple[Array, tuple[Array, 
 def _project_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     hidden, kernel = residuals
     cotangent = cotangent.astype(hidden.dtype)
-    d_hidden = einsum_float32("nv,dv->nd", cotangent, kernel.astype(hidden.dtype))
-    d_kernel = einsum_float32("nd,nv->dv", hidden, cotangent)
+    d_hidden = widened_einsum("nv,dv->nd", cotangent, kernel.astype(hidden.dtype))
+    d_kernel = widened_einsum("nd,nv->dv", hidden, cotangent)
     return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype)
 
 
