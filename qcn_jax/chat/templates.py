@@ -7,9 +7,9 @@ native (see `tool_calls`); the others serve to teach and to check that a model f
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcn_jax.chat import template_forms
+from qcn_jax.chat import call_syntax
 from qcn_jax.chat.rendering import render_assistant
-from qcn_jax.chat.template_forms import Form, JsonForm, PythonForm, TaggedForm
+from qcn_jax.chat.call_syntax import Form, JsonForm, PythonForm, TaggedForm
 from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, parse_tool_calls
 from qcn_jax.errors import UserError
 
@@ -56,7 +56,7 @@ def render(name: str, content: str, calls: Sequence[ToolCall]) -> str:
     Raises:
       UserError: no such template, or a call that it cannot express.
     """
-    return render_assistant(content, calls) if name == NATIVE else template_forms.render(_form(name), content, calls)
+    return render_assistant(content, calls) if name == NATIVE else call_syntax.render(_form(name), content, calls)
 
 
 def parse(name: str, text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> ParsedMessage:
@@ -65,7 +65,7 @@ def parse(name: str, text: str, tools: Sequence[Mapping[str, Any]] | None = None
     Raises:
       UserError: no such template.
     """
-    return parse_tool_calls(text, tools) if name == NATIVE else template_forms.parse(_form(name), text, tools)
+    return parse_tool_calls(text, tools) if name == NATIVE else call_syntax.parse(_form(name), text, tools)
 
 
 def render_call(name: str, call: ToolCall) -> str:

@@ -2,7 +2,7 @@
 
 import libcst as cst
 
-from qcn_jax.envs.synthesis.inject.operators import BOUNDARY, EQUALITY, OPPOSITE, PYTHON_ARITHMETIC, PYTHON_AUGMENTED
+from qcn_jax.envs.synthesis.inject.swapped_operators import BOUNDARY, EQUALITY, OPPOSITE, PYTHON_ARITHMETIC, PYTHON_AUGMENTED
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site, parenthesized
 
 # What `not` may be put before without parentheses: it binds looser than all of these.
