@@ -2,8 +2,14 @@
 
 import libcst as cst
 
-from qcn_jax.envs.synthesis.inject.swapped_operators import BOUNDARY, EQUALITY, OPPOSITE, PYTHON_ARITHMETIC, PYTHON_AUGMENTED
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site, parenthesized
+from qcn_jax.envs.synthesis.inject.swapped_operators import (
+    BOUNDARY,
+    EQUALITY,
+    OPPOSITE,
+    PYTHON_ARITHMETIC,
+    PYTHON_AUGMENTED,
+)  # fmt: skip
 
 # What `not` may be put before without parentheses: it binds looser than all of these.
 _TIGHTER_THAN_NOT = (

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from qcn_jax.envs.synthesis.inject import Injection
-from qcn_jax.envs.synthesis.inject.swapped_operators import ARITHMETIC, AUGMENTED, BOUNDARY, OPPOSITE
 from qcn_jax.envs.synthesis.inject.site import Edit
+from qcn_jax.envs.synthesis.inject.swapped_operators import ARITHMETIC, AUGMENTED, BOUNDARY, OPPOSITE
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
