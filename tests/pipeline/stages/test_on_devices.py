@@ -41,7 +41,7 @@ def test_losses_are_those_of_one_device(runs):
 def test_parameters_move_as_on_one_device(runs):
     for name in ("sft", "experts/swe", "distill"):
         many, one = (hub.load(root / name / "model")[1] for root, _ in (runs[8], runs[1]))
-        _, start = hub.load(runs[1][0] / "midtrain" / "base")
+        _, start = hub.load(runs[1][0] / "midtrain" / "model")
         moved = _norm(one, start)
         assert moved > 0.1 and _norm(many, one) < 1e-3 * moved, name
 
