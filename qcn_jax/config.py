@@ -181,10 +181,26 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """A phase of mid-training: so many steps with a batch shape, mesh and mixture of their own; 0 is the stage's value.
+
+    mesh: overrides of config.mesh's fields; shares: of repository, fim and edits.
+    """
+
+    steps: Positive = 1
+    sequence_length: Count = 0
+    rows: Count = 0
+    accumulate: Count = 0
+    mesh: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shares: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class MidtrainConfig:
     """Stage `midtrain`: shares of document kinds in the token stream; they need not sum to one."""
 
     train: TrainConfig = TrainConfig()
+    phases: tuple[PhaseConfig, ...] = ()  # one after the other, train.steps in all; one of all steps where empty
     repository: Amount = 0.3  # repository-level documents
     fim: Amount = 0.2  # fill in the middle, sentinel and search-and-replace forms
     edits: Amount = 0.5  # code with a defect, and the edit that fixes it
@@ -330,12 +346,58 @@ def training_settings(config: RunConfig, stage: str) -> Any:
     return operator.attrgetter(TRAINING[stage])(config)
 
 
+def midtrain_phases(config: RunConfig) -> list[tuple[int, RunConfig]]:
+    """(last step, the run's configuration as it is in that phase, without phases) of every phase of mid-training.
+
+    Steps count from the stage's beginning, and `midtrain.train.steps` stays that of the whole stage, over which the
+    learning rate falls.
+
+    Raises:
+      UserError: a phase overrides what is no field of the mesh, or no share.
+    """
+    stage, found, last = config.midtrain, [], 0
+    if not stage.phases:
+        return [(stage.train.steps, config)]
+    for number, phase in enumerate(stage.phases, 1):
+        last += phase.steps
+        name = f"config.midtrain.phases[{number}]"
+        shape = {field: getattr(phase, field) for field in ("sequence_length", "rows", "accumulate")}
+        shape = {field: value for field, value in shape.items() if value}
+        mesh = from_config_dict(MeshConfig, {**dataclasses.asdict(config.mesh), **phase.mesh}, f"{name}.mesh")
+        own = from_config_dict(_Shares, phase.shares, f"{name}.shares")
+        shares = {field: value for field, value in dataclasses.asdict(own).items() if field in phase.shares}
+        midtrain = dataclasses.replace(stage, phases=(), train=dataclasses.replace(stage.train, **shape), **shares)
+        found.append((last, dataclasses.replace(config, mesh=mesh, midtrain=midtrain)))
+    return found
+
+
+def of_phase(config: RunConfig, stage: str, phase: int) -> RunConfig:
+    """The run's configuration as it is in a phase of `stage`, from 1; only mid-training may have several.
+
+    Raises:
+      UserError: there is no such phase.
+    """
+    phases = midtrain_phases(config) if stage == "midtrain" else [(0, config)]
+    if phase > len(phases):
+        raise UserError(f"--phase={phase}: stage {stage} has {len(phases)}")
+    return phases[phase - 1][1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    repository: float = 0.0
+    fim: float = 0.0
+    edits: float = 0.0
+
+
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A dataclass as a ConfigDict, which absl flags can override key by key."""
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            values[field.name] = tuple(to_config_dict(item) for item in value)
     return ml_collections.ConfigDict(values)
 
 

@@ -146,8 +146,8 @@ def _check_config(config: RunConfig, pending: Sequence[str]) -> None:
 def _check_hosts(stages: Sequence[str]) -> None:
     alone = [name for name in stages if not STAGES[name].hosts]
     if alone and not distributed.alone():
-        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain,sft after tasks "
-                        "has finished in the same workdir")
+        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain,sft after "
+                        "tasks has finished in the same workdir")
 
 
 def stage_config(config: RunConfig, name: str) -> dict[str, Any]:

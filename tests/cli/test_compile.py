@@ -66,6 +66,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         ([*base, "--topology=v5p"], ["GENERATION:AxBxC"]),
         (["--config=" + str(CONFIG.with_name("nano.py"))], ["--topology is required"]),
         ([*base, "--stage=evaluate"], ["--stage", "midtrain"]),
+        ([*base, "--phase=3"], ["--phase=3", "midtrain has 2"]),
     ):
         assert cli.main(["compile", *arguments]) == 1
         line = capsys.readouterr().err.strip()

@@ -139,7 +139,8 @@ def _train(context: StageContext, documents: loader.TokenStore, steps: int, dire
     config = context.config
     train = dataclasses.replace(config.sft.train, steps=steps)
     trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
-    _, params = models.read(start, config.model, trainer.parallel)
-    batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=trainer.rows.count,
-                             length=train.sequence_length, seed=seed, shard=trainer.rows.shard)
-    return fit.fit(directory, out, trainer, params, batches, train, tokenizer=context.tokenizer(), log=context.log)
+    batches = lambda: loader.batches([loader.Source("trajectories", documents, 1.0)], rows=train.rows,
+                                     length=train.sequence_length, seed=seed)
+    return fit.fit(directory, out, [fit.Phase(trainer, batches, train, 0, steps)],
+                   lambda parallel: models.read(start, config.model, parallel)[1], tokenizer=context.tokenizer(),
+                   log=context.log)
