@@ -119,7 +119,7 @@ def _each_phase(rule: Callable[[RunConfig], Iterator[str]]) -> Callable[[RunConf
 
     def of_all(config: RunConfig) -> Iterator[str]:
         for number, (_, phase) in enumerate(midtrain_phases(config), 1):
-            name = f" (in --config.midtrain.phases, number {number})" if config.midtrain.phases else ""
+            name = f" (number {number} of --config.midtrain.phases)" if config.midtrain.phases else ""
             yield from (line + name for line in rule(phase))
 
     return of_all
@@ -127,6 +127,8 @@ def _each_phase(rule: Callable[[RunConfig], Iterator[str]]) -> Callable[[RunConf
 
 def _phases(config: RunConfig) -> Iterator[str]:
     steps = sum(phase.steps for phase in config.midtrain.phases)
+    if config.midtrain.phases:
+        yield from _each_phase(lambda phase: refusals(phase, "--config"))(config)
     if config.midtrain.phases and steps != config.midtrain.train.steps:
         yield f"--config.midtrain.train.steps: {config.midtrain.train.steps}, but its phases have {steps} together"
 
