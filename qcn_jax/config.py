@@ -358,9 +358,9 @@ def midtrain_phases(config: RunConfig) -> list[tuple[int, RunConfig]]:
     stage, found, last = config.midtrain, [], 0
     if not stage.phases:
         return [(stage.train.steps, config)]
-    for number, phase in enumerate(stage.phases, 1):
+    for number, phase in enumerate(stage.phases):
         last += phase.steps
-        name = f"config.midtrain.phases[{number}]"
+        name = f"config.midtrain.phases[{number}]"  # as in an override
         shape = {field: getattr(phase, field) for field in ("sequence_length", "rows", "accumulate")}
         shape = {field: value for field, value in shape.items() if value}
         mesh = from_config_dict(MeshConfig, {**dataclasses.asdict(config.mesh), **phase.mesh}, f"{name}.mesh")

@@ -162,7 +162,7 @@ RULES = [
     (("midtrain",), {"midtrain__phases": ({"steps": 1}, {"steps": 3, "sequence_length": 512})},
      ["midtrain.train.sequence_length: 512", "384", "number 2 of --config.midtrain.phases"]),
     (("midtrain",), {"midtrain__phases": ({"steps": 4, "accumulate": 4},)}, ["accumulate: 4", "2 rows", "number 1"]),
-    (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"fsp": 2}},)}, ["phases[1].mesh.fsp", "unknown key"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"fsp": 2}},)}, ["phases[0].mesh.fsp", "unknown key"]),
     (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"dispatch": "post"}},)}, ["mesh.dispatch: 'post'"]),
     (("midtrain",), {"midtrain__phases": ({"steps": 4, "shares": {"fim": -1.0}},)}, ["midtrain.fim: -1.0", "number 1"]),
     (STAGES, {"midtrain__phases": ({"steps": 0},)}, ["phases.steps: 0", "at least 1"]),

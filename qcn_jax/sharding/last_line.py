@@ -16,6 +16,8 @@ LOST = ("qcn run: another process of this run has ended or cannot be reached; it
         "processes the same command again: it resumes")
 # XLA's messages on the way to the abort, and the abort itself.
 _NOISE = re.compile(rb"^(\[Gloo\]|[IWE]\d{4} .*(coordination_service|preemption|distributed_runtime))")
+# Where a message of XLA's that went over several lines is over.
+_ANEW = re.compile(rb"^([IWEF]\d{4} |\[|qcn |Traceback )")
 _ABORT = re.compile(rb"^F\d{4} .*distributed service detected fatal errors")
 # Errors that Python sees of a connection to a process that is gone.
 _TRANSPORT = re.compile(r"Gloo|Connection (closed|reset)|Socket closed|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|"
@@ -41,9 +43,10 @@ def filter_stderr() -> None:
 
 def run(source: BinaryIO, target: BinaryIO) -> None:
     """Copies lines from `source` to `target` until its end; behind XLA's abort nothing but one line."""
-    over = False
+    over = noise = False
     for line in source:
-        if over or _NOISE.match(line):
+        noise = bool(_NOISE.match(line)) or (noise and not _ANEW.match(line))
+        if over or noise:
             continue
         over = bool(_ABORT.match(line)) or line.startswith(LOST.encode())
         target.write(LOST.encode() + b"\n" if over else line)

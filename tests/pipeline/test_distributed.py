@@ -45,7 +45,7 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
     def counted(state, batch):
         before_step(len(calls))
         calls.append(1)
-        return trainer.step(state, batch)
+        return trainer.step(state, batch, ())
 
     result = training.loop(
         pathlib.Path(directory), trainer.create(params), counted, training.Stream(batches, trainer.place), steps,

@@ -11,7 +11,9 @@ from qcn_jax.sharding import last_line
 
 # As XLA prints them, shortened.
 ABORT = b"""\
-E1128 14:00:37.211398   30699 coordination_service_agent.cc:289] Polled an error from coordination service.
+E1128 14:00:37.211398   30699 coordination_service_agent.cc:289] Polled an error from coordination service. The following tasks are unhealthy:
+1
+The tasks have crashed. Check the task logs for an earlier error, or scheduler events to debug further.
 F1128 14:00:37.211398   30699 client.h:80] Terminating process because the JAX distributed service detected fatal \
 errors. This most likely indicates that another task died; see the other task logs. absl::Status: UNAVAILABLE: Failed
 Additional GRPC error information from remote target coordination_service while calling PollForError:

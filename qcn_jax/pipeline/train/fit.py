@@ -92,6 +92,7 @@ def fit(directory: pathlib.Path, out: pathlib.Path, phases: Sequence[Phase],
                 f"of {phase.config.sequence_length} tokens")
         trainer, batches = phase.trainer, phase.batches()
         start = params(trainer.parallel) if phase is phases[0] else None
+        result = None  # the devices do not hold the state of the phase before beside its own from the disk
         result = trainer.run(directory, start, loop.Stream(batches, trainer.place), phase.last, phase.config, log=log,
                              first=phase.first)
     hub.save(out, trainer.model, result.state.params, tokenizer)

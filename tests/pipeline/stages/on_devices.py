@@ -120,7 +120,7 @@ def run(root: pathlib.Path):
     sft.collect_trajectories, sft.encode = lambda context: [], lambda *_: (documents, 0)
     for module in (experts, distill):
         module.make_services = lambda context: None
-        module.training_prompts = lambda context, name: [Number(n) for n in range(8)]
+        module.training_prompts = lambda context, expert, stage: [Number(n) for n in range(8)]
         module.TaskConversation = lambda prompt, *_, **__: Parity(prompt.number)
     results, lines = {}, []
     for stage, module in (("midtrain", midtrain), ("sft", sft), ("experts", experts), ("distill", distill)):

@@ -137,7 +137,7 @@ def test_kill_resumes_bit_for_bit(whole, tmp_path):
 
 def test_a_damaged_checkpoint_costs_steps_and_nothing_else(whole, tmp_path):
     options = dataclasses.replace(OPTIONS, keep=2)
-    again = lambda log: loop.loop(tmp_path, fresh(), STEP, batches(), STEPS, log=log, options=options,
+    again = lambda log: loop.loop(tmp_path, fresh(), STEP, feed(), STEPS, log=log, options=options,
                                   schedule=optimizer.schedule(CONFIG, STEPS))
     again(lambda line: None)
     stored = max((tmp_path / "checkpoints/24/state").rglob("d/*"), key=lambda path: path.stat().st_size)
