@@ -14,10 +14,10 @@ from qcn_jax.config import (
     RolloutConfig,
     RunConfig,
     from_config_dict,
-    midtrain_phases,
     to_config_dict,
     training_settings,
 )
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
 

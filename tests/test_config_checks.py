@@ -14,7 +14,13 @@ import pytest
 from qcn_jax import config_checks
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.config import (
-    DistillConfig, ExpertsConfig, ModelConfig, RunConfig, TasksConfig, from_config_dict, to_config_dict,
+    DistillConfig,
+    ExpertsConfig,
+    ModelConfig,
+    RunConfig,
+    TasksConfig,
+    from_config_dict,
+    to_config_dict,
 )
 from qcn_jax.config_values import Known, OneOf, Within
 from qcn_jax.errors import UserError

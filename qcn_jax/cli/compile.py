@@ -22,7 +22,8 @@ from absl import flags
 
 from qcn_jax import config_checks, files
 from qcn_jax.cli import parsing
-from qcn_jax.config import TRAINING, RunConfig, from_config_dict, of_phase, training_settings
+from qcn_jax.config import TRAINING, RunConfig, from_config_dict, training_settings
+from qcn_jax.config_phases import of_phase
 from qcn_jax.errors import UserError
 
 DOES_NOT_FIT = 3  # exit status of a program that compiled, or nearly, but is too large

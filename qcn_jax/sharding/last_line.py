@@ -16,7 +16,8 @@ LOST = ("qcn run: another process of this run has ended or cannot be reached; it
         "processes the same command again: it resumes")
 # XLA's messages on the way to the abort, and the abort itself.
 _NOISE = re.compile(rb"^(\[Gloo\]|[IWE]\d{4} .*(coordination_service|preemption|distributed_runtime))")
-# Where a message of XLA's that went over several lines is over.
+# Its message of another process's end goes over several lines, until one that begins anew.
+_LONG = re.compile(rb"^E\d{4} .*coordination_service")
 _ANEW = re.compile(rb"^([IWEF]\d{4} |\[|qcn |Traceback )")
 _ABORT = re.compile(rb"^F\d{4} .*distributed service detected fatal errors")
 # Errors that Python sees of a connection to a process that is gone.
@@ -43,10 +44,10 @@ def filter_stderr() -> None:
 
 def run(source: BinaryIO, target: BinaryIO) -> None:
     """Copies lines from `source` to `target` until its end; behind XLA's abort nothing but one line."""
-    over = noise = False
+    over = inside = False
     for line in source:
-        noise = bool(_NOISE.match(line)) or (noise and not _ANEW.match(line))
-        if over or noise:
+        inside = bool(_LONG.match(line)) or (inside and not _ANEW.match(line))
+        if over or inside or _NOISE.match(line):
             continue
         over = bool(_ABORT.match(line)) or line.startswith(LOST.encode())
         target.write(LOST.encode() + b"\n" if over else line)

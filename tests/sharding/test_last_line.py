@@ -34,6 +34,8 @@ def test_an_abort_becomes_one_line_and_the_rest_passes() -> None:
     assert filtered(b"a warning\nlast words without an end") == b"a warning\nlast words without an end"
     assert filtered(b"a warning\n[Gloo] Rank 1 is connected to 1 peer ranks\n" + ABORT) == b"a warning\n" + line
     assert filtered(line + ABORT) == line  # Python saw it first
+    assert filtered(b"[Gloo] Rank 0 is connected\na warning\n") == b"a warning\n"
+    assert filtered(b"".join(ABORT.splitlines(keepends=True)[:3]) + line) == line  # and XLA did not abort
 
 
 def test_the_errors_of_a_lost_connection_are_known() -> None:

@@ -16,7 +16,8 @@ import numpy as np
 
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.config import MidtrainConfig, RunConfig, midtrain_phases
+from qcn_jax.config import MidtrainConfig, RunConfig
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from jax.sharding import AbstractMesh
 
-from qcn_jax.config import TRAINING, ModelConfig, RunConfig, midtrain_phases, training_settings
+from qcn_jax.config import TRAINING, ModelConfig, RunConfig, training_settings
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.errors import UserError
 from qcn_jax.sharding.mesh import AXES, axis_sizes
 from qcn_jax.sharding.parallel import Parallel

@@ -9,7 +9,6 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data import loader
 
 
-
 class _Made:
     """An endless source: document i is i % 5 + 3 tokens of marker 9."""
 

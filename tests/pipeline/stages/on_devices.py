@@ -92,7 +92,7 @@ def run(root: pathlib.Path):
 
     from qcn_jax import files
     from qcn_jax.compile.stages import stage_step
-    from qcn_jax.config import of_phase
+    from qcn_jax.config_phases import of_phase
     from qcn_jax.pipeline.context import Shared, StageContext
     from qcn_jax.pipeline.stages import distill, experts, midtrain, sft
     from qcn_jax.pipeline.train import trainer
