@@ -1,12 +1,13 @@
 """Qwen3-Coder-Next as published, 79,674,391,296 parameters of which 3.9B act on a token, on TPU pods.
 
     qcn compile --config=configs/qwen3_coder_next.py:v5p-128
-    qcn compile --config=configs/qwen3_coder_next.py:v5p-512,262k --stage=midtrain
+    qcn compile --config=configs/qwen3_coder_next.py:v5p-512 --stage=midtrain --phase=2
     qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
 `qcn run` is given on every host of the pod, with a workdir that all of them see. The argument is a pod, named by its
 cores (v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a comma mid-training's length: 8k,
-32k (default) or 262k. benchmarks/pod_compile.py says which of them have been compiled, and what they take.
+32k, 262k, or 32k-262k (default): a phase of each, as in the report. benchmarks/pod_compile.py says which of them have
+been compiled, and what they take.
 """
 
 import dataclasses
@@ -14,8 +15,17 @@ import dataclasses
 import ml_collections
 
 from qcn_jax.config import (
-    DistillConfig, MeshConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig, RunConfig, SftConfig,
-    TrainConfig, to_config_dict,
+    DistillConfig,
+    ExpertsConfig,
+    MeshConfig,
+    MidtrainConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+    to_config_dict,
 )
 from qcn_jax.errors import UserError
 
@@ -33,14 +43,14 @@ EXPERT = 16
 LENGTHS = {"8k": (8192, 1), "32k": (32_768, 4), "262k": (262_144, 16)}
 
 
-def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
-    """The configuration for `POD[,LENGTH]`."""
-    pod, _, length = argument.partition(",")
-    length = length or "32k"
-    if pod not in PODS or length not in LENGTHS:
-        raise UserError(f"--config: {argument!r} is not POD[,LENGTH] with a pod of {', '.join(PODS)} and a length of "
-                        f"{', '.join(LENGTHS)}")
-    topology, devices = PODS[pod]
+# The last steps of mid-training are those on the longest rows.
+STEPS, LONG_STEPS = 10_000, 1000
+_PHASES = "32k-262k"
+
+
+def _spread(pod: str, length: str) -> tuple[int, int, int, MeshConfig]:
+    """Of rows of `length` on `pod`: tokens, rows, tokens that a device holds, and the mesh."""
+    _, devices = PODS[pod]
     tokens, context = LENGTHS[length]
     share = 8192  # tokens of a device, where a row is not longer than that on each of its devices
     if pod.startswith("v5e") and 1 < context < 16:  # half of them on chips of 16 GiB
@@ -49,20 +59,35 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
     # The compiler has no ragged all-to-all for v5e ("not supported in limited ICI routing settings").
     dispatch = "gather" if pod.startswith("v5e") else "ragged"
     mesh = MeshConfig(fsdp=devices // expert // context, expert=expert, context=context, dispatch=dispatch)
-    rows = devices // context
+    # Stages behind mid-training take rows of as many tokens as a device holds of mid-training's, or a whole row.
+    return tokens, devices // context, max(share, tokens // context) * context, mesh
+
+
+def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
+    """The configuration for `POD[,LENGTH]`."""
+    pod, _, length = argument.partition(",")
+    length = length or _PHASES
+    if pod not in PODS or length not in (*LENGTHS, _PHASES):
+        raise UserError(f"--config: {argument!r} is not POD[,LENGTH] with a pod of {', '.join(PODS)} and a length of "
+                        f"{', '.join([*LENGTHS, _PHASES])}")
+    tokens, rows, short, mesh = _spread(pod, length.split("-")[0])
+    phases = ()
+    if length == _PHASES:
+        longest, fewer, _, split = _spread(pod, "262k")
+        phases = (PhaseConfig(steps=STEPS - LONG_STEPS),
+                  PhaseConfig(steps=LONG_STEPS, sequence_length=longest, rows=fewer,
+                              mesh={"fsdp": split.fsdp, "expert": split.expert, "context": split.context}))
     optimizer = OptimizerConfig(learning_rate=3e-5, warmup_steps=500, master_copy=True)
     gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)
     train = lambda steps, rows, length, optimizer: TrainConfig(
         steps=steps, rows=rows, sequence_length=length, mtp_coef=0.0, checkpoint_every=250, keep=3, optimizer=optimizer)
-    # Stages behind mid-training take rows of as many tokens as a device holds of mid-training's, or a whole row.
-    short = max(share, tokens // context) * context
     return to_config_dict(RunConfig(
         name="qwen3_coder_next",
-        topology=topology,
+        topology=PODS[pod][0],
         model=ModelConfig(
             param_dtype="bfloat16", remat="full", attention="splash", delta_rule="pallas", chunk_size=128),
         mesh=mesh,
-        midtrain=MidtrainConfig(train=train(10_000, rows, tokens, optimizer)),
+        midtrain=MidtrainConfig(train=train(STEPS, rows, tokens, optimizer), phases=phases),
         sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),
         experts=ExpertsConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle),
         distill=DistillConfig(updates=300, rows=rows, sequence_length=short, optimizer=gentle),

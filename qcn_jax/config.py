@@ -181,10 +181,26 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """A phase of mid-training: so many steps with a batch shape, mesh and mixture of their own; 0 is the stage's value.
+
+    mesh: overrides of config.mesh's fields; shares: of repository, fim and edits.
+    """
+
+    steps: Positive = 1
+    sequence_length: Count = 0
+    rows: Count = 0
+    accumulate: Count = 0
+    mesh: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shares: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class MidtrainConfig:
     """Stage `midtrain`: shares of document kinds in the token stream; they need not sum to one."""
 
     train: TrainConfig = TrainConfig()
+    phases: tuple[PhaseConfig, ...] = ()  # one after the other, train.steps in all; one of all steps where empty
     repository: Amount = 0.3  # repository-level documents
     fim: Amount = 0.2  # fill in the middle, sentinel and search-and-replace forms
     edits: Amount = 0.5  # code with a defect, and the edit that fixes it
@@ -336,6 +352,8 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            values[field.name] = tuple(to_config_dict(item) for item in value)
     return ml_collections.ConfigDict(values)
 
 

@@ -8,8 +8,16 @@ pipeline.train.divisibility.
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
-from qcn_jax.config import TRAINING, ModelConfig, RolloutConfig, RunConfig, from_config_dict, to_config_dict, \
-    training_settings
+from qcn_jax.config import (
+    TRAINING,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    from_config_dict,
+    to_config_dict,
+    training_settings,
+)
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
 
@@ -106,6 +114,25 @@ def _slices(stage: str) -> Callable[[RunConfig], Iterator[str]]:
     return rule
 
 
+def _each_phase(rule: Callable[[RunConfig], Iterator[str]]) -> Callable[[RunConfig], Iterator[str]]:
+    """`rule` of mid-training, held against every phase."""
+
+    def of_all(config: RunConfig) -> Iterator[str]:
+        for number, (_, phase) in enumerate(midtrain_phases(config), 1):
+            name = f" (number {number} of --config.midtrain.phases)" if config.midtrain.phases else ""
+            yield from (line + name for line in rule(phase))
+
+    return of_all
+
+
+def _phases(config: RunConfig) -> Iterator[str]:
+    steps = sum(phase.steps for phase in config.midtrain.phases)
+    if config.midtrain.phases:
+        yield from _each_phase(lambda phase: refusals(phase, "--config"))(config)
+    if config.midtrain.phases and steps != config.midtrain.train.steps:
+        yield f"--config.midtrain.train.steps: {config.midtrain.train.steps}, but its phases have {steps} together"
+
+
 def _shares(config: RunConfig) -> Iterator[str]:
     if not config.midtrain.repository + config.midtrain.fim + config.midtrain.edits:
         yield "--config.midtrain.repository: 0, as are fim and edits; one share must be above 0"
@@ -199,8 +226,10 @@ _SIZE_RULES = (
     (lambda config: _model(config.model, "--config.model"), _STAGES_WITH_MODEL),
     (_precision, _STAGES_WITH_MODEL),
     (_mesh, _STAGES_WITH_MODEL),
-    *((_lengths(stage), (stage,)) for stage in TRAINING),
-    *((_slices(stage), (stage,)) for stage in ("midtrain", "sft")),
+    (_phases, ("midtrain",)),
+    *((_each_phase(rule("midtrain")), ("midtrain",)) for rule in (_lengths, _slices)),
+    *((_lengths(stage), (stage,)) for stage in TRAINING if stage != "midtrain"),
+    (_slices("sft"), ("sft",)),
     (_experts, ("experts",)),
     (_fits("check_experts"), ("experts", "distill", "evaluate")),
     (_distill, ("distill",)),
@@ -209,7 +238,7 @@ _SIZE_RULES = (
 _INPUT_RULES = (
     (_tasks, ("tasks",)),
     (_initial_model, ("midtrain",)),
-    (_shares, ("midtrain",)),
+    (_each_phase(_shares), ("midtrain",)),
     (_fits("check_trajectories"), ("sft",)),
     *((_fits("check_scaffold", stage), (stage,)) for stage in ("experts", "distill", "evaluate")),
     (_fits("check_baseline"), ("evaluate",)),

@@ -14,7 +14,13 @@ import pytest
 from qcn_jax import config_checks
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.config import (
-    DistillConfig, ExpertsConfig, ModelConfig, RunConfig, TasksConfig, from_config_dict, to_config_dict,
+    DistillConfig,
+    ExpertsConfig,
+    ModelConfig,
+    RunConfig,
+    TasksConfig,
+    from_config_dict,
+    to_config_dict,
 )
 from qcn_jax.config_values import Known, OneOf, Within
 from qcn_jax.errors import UserError
@@ -158,6 +164,14 @@ RULES = [
     (("midtrain",), {"midtrain__train__sequence_length": 512}, ["midtrain.train.sequence_length: 512", "384"]),
     (("distill",), {"distill__sequence_length": 512}, ["distill.sequence_length: 512", "max_position_embeddings, 384"]),
     (("sft",), {"sft__train__rows": 4, "sft__train__accumulate": 3}, ["sft.train.accumulate: 3", "4 rows"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 3}, {"steps": 4})}, ["midtrain.train.steps: 4", "7 together"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 1}, {"steps": 3, "sequence_length": 512})},
+     ["midtrain.train.sequence_length: 512", "384", "number 2 of --config.midtrain.phases"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "accumulate": 4},)}, ["accumulate: 4", "2 rows", "number 1"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"fsp": 2}},)}, ["phases[0].mesh.fsp", "unknown key"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"dispatch": "post"}},)}, ["mesh.dispatch: 'post'"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "shares": {"fim": -1.0}},)}, ["midtrain.fim: -1.0", "number 1"]),
+    (STAGES, {"midtrain__phases": ({"steps": 0},)}, ["phases.steps: 0", "at least 1"]),
     (("midtrain",), {"midtrain__repository": 0.0, "midtrain__fim": 0.0, "midtrain__edits": 0.0}, ["share", "above 0"]),
     (("sft",), {"sft__trajectories_per_task": 0}, ["trajectories_per_task: 0", "searches"]),
     (("sft",), {"sft__options": {"recovery": 1.1}}, ["--config.sft.options.recovery: 1.1", "0 to 1"]),
@@ -257,12 +271,13 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-            if dataclasses.is_dataclass(hint):
-                yield from unguarded(hint)
+            element = next(iter(typing.get_args(hint)), None)
+            if dataclasses.is_dataclass(hint) or dataclasses.is_dataclass(element):
+                yield from unguarded(hint if dataclasses.is_dataclass(hint) else element)
             elif hint is not bool and name not in free and "Annotated" not in str(hint):
                 yield f"{cls.__name__}.{name}"
 

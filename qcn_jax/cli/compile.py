@@ -5,6 +5,7 @@ parameters take some 8 GB of memory and a few minutes. Nothing here is a time: w
 
   qcn compile --config=configs/qwen3_coder_next.py:v5p-128
   qcn compile --config=configs/qwen3_coder_next.py:v5p-128 --topology=v5p:4x4x4 --stage=sft --out=sft.json
+  qcn compile --config=configs/qwen3_coder_next.py:v5p-512,32k-262k --stage=midtrain --phase=2
   qcn compile --config=configs/qwen3_coder_next.py:v5e-256 --config.midtrain.train.optimizer.mu_dtype=bfloat16
 """
 
@@ -22,6 +23,7 @@ from absl import flags
 from qcn_jax import config_checks, files
 from qcn_jax.cli import parsing
 from qcn_jax.config import TRAINING, RunConfig, from_config_dict, training_settings
+from qcn_jax.config_phases import of_phase
 from qcn_jax.errors import UserError
 
 DOES_NOT_FIT = 3  # exit status of a program that compiled, or nearly, but is too large
@@ -37,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("slices", 1, "Slices of that topology, joined over the data center network; the mesh's data "
                          "axis must be a multiple.", flag_values=values, lower_bound=1)
     flags.DEFINE_enum("stage", "midtrain", list(TRAINING), "Whose step to compile.", flag_values=values)
+    flags.DEFINE_integer("phase", 1, "Which of mid-training's phases (config.midtrain.phases), from 1.",
+                         flag_values=values, lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report as JSON.", flag_values=values)
     flags.DEFINE_string("dump", None, "File for the compiled program's text.", flag_values=values)
     parsing.parse(values, "compile", __doc__, argv)
@@ -45,18 +49,19 @@ def main(argv: Sequence[str]) -> int:
     if not topology:
         raise UserError("--topology is required; this config names none")
     config_checks.check_sizes(settings, [values.stage])
+    of_phase(settings, values.stage, values.phase)
     for flag in ("out", "dump"):
         if values[flag].value:
             files.check_file(values[flag].value, flag)
-    report = compile_in_child(settings, values.stage, topology, values.slices, values.dump)
+    report = compile_in_child(settings, values.stage, topology, values.slices, values.dump, values.phase)
     if values.out:
         files.write_json(values.out, report)
     print(render(report))
     return 0 if report["memory"]["fits"] else DOES_NOT_FIT
 
 
-def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int = 1, dump: str | None = None
-                     ) -> dict[str, Any]:
+def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int = 1, dump: str | None = None,
+                     phase: int = 1) -> dict[str, Any]:
     """The report of `compile_here`, from a process with libtpu's environment.
 
     Raises:
@@ -65,7 +70,8 @@ def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int =
     from qcn_jax.compile import aot
 
     aot.generation(topology)
-    job = {"config": dataclasses.asdict(config), "stage": stage, "topology": topology, "slices": slices, "dump": dump}
+    job = {"config": dataclasses.asdict(config), "stage": stage, "topology": topology, "slices": slices, "dump": dump,
+           "phase": phase}
     child = subprocess.run([sys.executable, "-m", "qcn_jax.cli.compile"], input=json.dumps(job), capture_output=True,
                            text=True, env=aot.worker_environment(), check=False)
     for line in reversed(child.stdout.splitlines()):
@@ -88,13 +94,14 @@ def compile_here(job: dict[str, Any]) -> dict[str, Any]:
     from qcn_jax.model import parameter_count
     from qcn_jax.sharding.mesh import make_parallel
 
-    config = from_config_dict(RunConfig, job["config"])
+    config = of_phase(from_config_dict(RunConfig, job["config"]), job["stage"], job["phase"])
     devices = aot.topology_devices(job["topology"], job["slices"])
     parallel = make_parallel(config.mesh, devices)
     step = stage_step(config, job["stage"], parallel)
     head = {
-        "config": config.name, "stage": job["stage"], "topology": job["topology"], "slices": job["slices"],
-        "devices": len(devices), "mesh": {axis: size for axis, size in parallel.mesh.shape.items() if size > 1},
+        "config": config.name, "stage": job["stage"], "phase": job["phase"], "topology": job["topology"],
+        "slices": job["slices"], "devices": len(devices),
+        "mesh": {axis: size for axis, size in parallel.mesh.shape.items() if size > 1},
         "parameters": parameter_count(config.model), "tokens_per_device": step.tokens / len(devices),
         "model_flops_per_device": step.model_flops / len(devices),
         "model_flops_by_part": {name: step.passes * step.tokens / len(devices) * value

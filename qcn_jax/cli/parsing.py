@@ -169,15 +169,22 @@ def _check_overrides(argv: Sequence[str]) -> None:
         if new := new_name(f"config.{override}"):
             raise UserError(f"--config.{override}: is called --{new} now")
         group, prefix = config, "config"
-        for key in override.split("."):
-            allowed = list(group.keys()) if hasattr(group, "keys") else []
+        for key in re.findall(r"\[\d+\]|[^.\[]+|\[", override):  # midtrain.phases[0].steps
+            allowed = _members(group)
             if key not in allowed:
                 choice = f"allowed: {', '.join(sorted(allowed))}" if allowed else f"{prefix} is a single value"
                 raise UserError(f"--config.{override}: unknown key {key!r} in {prefix}; {choice}")
-            group, prefix = group[key], f"{prefix}.{key}"
+            group, prefix = allowed[key], f"{prefix}{key}" if key.startswith("[") else f"{prefix}.{key}"
         if hasattr(group, "keys"):  # the keys that the value leaves out would silently get their defaults
             raise UserError(f"--config.{override} is a group; give its keys: "
                             f"{', '.join(f'--config.{override}.{key}' for key in sorted(group))}")
+
+
+def _members(group: Any) -> dict[str, Any]:
+    """What a group, or a tuple of groups, holds, by the key that an override gives."""
+    if isinstance(group, tuple):
+        return {f"[{index}]": item for index, item in enumerate(group) if hasattr(item, "keys")}
+    return dict(group.items()) if hasattr(group, "keys") else {}
 
 
 def _unknown_flag(values: flags.FlagValues, verb: str, name: str) -> str:

@@ -8,7 +8,8 @@ is WORKDIR/report/index.html, its numbers WORKDIR/report/summary.json.
   qcn run --config=configs/nano.py --workdir=runs/other --config.sft.train.steps=300 --config.sandbox=local
 
 On several hosts give every process the same command, with a WORKDIR that all see, and on TPU pods nothing more;
-elsewhere --coordinator=HOST:PORT --processes=N --process_id=I. Stages that execute code run on one host.
+elsewhere --coordinator=HOST:PORT --processes=N --process_id=I. Stages midtrain and sft run on several hosts, the others
+on one. Where a process ends, so do all, within some 90 seconds; the same command given to all again resumes.
 """
 
 import os
@@ -45,5 +46,6 @@ def main(argv: Sequence[str]) -> int:
     settings, stages = config(), tuple(run.STAGES) if values.stages is None else values.stages
     config_checks.check_sizes(settings, stages)  # before waiting for other processes
     distributed.start(values.coordinator, values.processes, values.process_id)
-    run.run(settings, values.workdir, stages, values.restart or ())
+    with distributed.ends_at_once("qcn run"):
+        run.run(settings, values.workdir, stages, values.restart or ())
     return 0

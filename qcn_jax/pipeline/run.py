@@ -33,12 +33,14 @@ class Stage:
     module: str
     reads: tuple[str, ...]
     sandbox: bool  # whether it executes code in sandboxes
+    hosts: bool = False  # whether it runs on several hosts
 
 
 STAGES = {
     "tasks": Stage("qcn_jax.pipeline.stages.tasks", ("seed", "tasks"), sandbox=True),
-    "midtrain": Stage("qcn_jax.pipeline.stages.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False),
-    "sft": Stage("qcn_jax.pipeline.stages.sft", ("templates", "sft"), sandbox=True),
+    "midtrain": Stage("qcn_jax.pipeline.stages.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False,
+                      hosts=True),
+    "sft": Stage("qcn_jax.pipeline.stages.sft", ("templates", "sft"), sandbox=True, hosts=True),
     "experts": Stage("qcn_jax.pipeline.stages.experts", ("experts",), sandbox=True),
     "distill": Stage("qcn_jax.pipeline.stages.distill", ("distill",), sandbox=True),
     "evaluate": Stage("qcn_jax.pipeline.stages.evaluate", ("evaluate",), sandbox=True),
@@ -142,10 +144,10 @@ def _check_config(config: RunConfig, pending: Sequence[str]) -> None:
 
 
 def _check_hosts(stages: Sequence[str]) -> None:
-    alone = [name for name in stages if STAGES[name].sandbox or name == "report"]
+    alone = [name for name in stages if not STAGES[name].hosts]
     if alone and not distributed.alone():
-        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain after tasks "
-                        "has finished in the same workdir")
+        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain,sft after "
+                        "tasks has finished in the same workdir")
 
 
 def stage_config(config: RunConfig, name: str) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
     with distributed.first_before_others(f"start of {name}"):
         spent = work.record_start(folder, settings, anew=name == "report") if distributed.is_first() else None
     context.log("starts" if spent is None else f"resumes after {spent:.1f} s of an earlier attempt")
-    if STAGES[name].sandbox:
+    if STAGES[name].sandbox and distributed.is_first():
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
     try:
         stage_results = importlib.import_module(STAGES[name].module).run_stage(context)

@@ -1,8 +1,12 @@
 """Several hosts: every process calls `start` before anything touches a device; then they wait for one another here."""
 
 import contextlib
+import itertools
 import os
 import pathlib
+import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -11,10 +15,15 @@ from jax.experimental import multihost_utils
 
 from qcn_jax import files
 from qcn_jax.errors import UserError
+from qcn_jax.sharding import last_line
 
 # A process that is silent for this long is taken for dead, and the others end; the same command resumes.
 HEARTBEAT_SECONDS = 60
+# Processes wait for one another as long as one of them works, be it on trajectories for days; one that dies is noticed.
+PATIENCE_SECONDS = 30 * 24 * 3600
+FAREWELL_SECONDS = 2.0  # for which the first process, without which no other can live, lets the others say theirs
 AUTO = "auto"
+_meetings = itertools.count()
 
 
 def start(coordinator: str | None, processes: int | None = None, process_id: int | None = None,
@@ -41,8 +50,10 @@ def start(coordinator: str | None, processes: int | None = None, process_id: int
     if coordinator is None and not several_tpu_hosts(environment):
         return False
     arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
+    last_line.filter_stderr()
     try:
-        jax.distributed.initialize(**(arguments if explicit else {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**(arguments if explicit else {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                                   shutdown_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())[:300]
         raise UserError(f"--coordinator={coordinator or AUTO}: the processes do not come together: {line}") from error
@@ -86,15 +97,44 @@ def is_first() -> bool:
     return alone() or jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def ends_at_once(who: str) -> Iterator[None]:
+    """A block after which this process, one of several, ends at once where the block fails.
+
+    Left alone, it would wait for the others to leave in order, and they may be gone or wait for this one. What ends it
+    is said in one line; a fault of the program itself with its traceback. Alone, and where signals end the block in all
+    processes together, nothing is different.
+    """
+    try:
+        yield
+    except Exception as error:
+        if alone():
+            raise
+        lost = last_line.is_lost(error)
+        if lost or isinstance(error, UserError):
+            print(last_line.LOST if lost else f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        if is_first() and not lost:
+            time.sleep(FAREWELL_SECONDS)
+        os._exit(1)
+
+
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has come here, however long that takes; without a device's help."""
     if not alone():
-        multihost_utils.sync_global_devices(name)
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=f"{name} {next(_meetings)}", timeout_ms=PATIENCE_SECONDS * 1000)
 
 
 def all_agree(fine: bool) -> bool:
     """Returns whether `fine` is true in every process; every process must call this."""
-    return fine if alone() else bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
+    if alone():
+        return fine
+    barrier("agreement")  # a collective of devices would not wait as long
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
 
 
 @contextlib.contextmanager

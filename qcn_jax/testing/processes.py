@@ -3,6 +3,7 @@
 import inspect
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -127,16 +128,17 @@ class Hosts:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"process {number} runs on:\n{self.output(number)[-3000:]}") from None
 
-    def until(self, number: int, text: str, timeout: float = TIMEOUT) -> None:
-        """Waits until process `number` has printed `text`.
+    def until(self, number: int, text: str | re.Pattern[str], timeout: float = TIMEOUT) -> None:
+        """Waits until process `number` has printed `text`, or what matches it where it is a pattern.
 
         Raises:
           AssertionError: it ended without, or `timeout` seconds have passed.
         """
         deadline = time.monotonic() + timeout
-        while text not in self.output(number):
+        pattern = re.compile(re.escape(text)) if isinstance(text, str) else text
+        while not pattern.search(self.output(number)):
             ended = self._processes[number].poll() is not None
-            if (ended and text not in self.output(number)) or time.monotonic() > deadline:
+            if (ended and not pattern.search(self.output(number))) or time.monotonic() > deadline:
                 raise AssertionError(f"process {number} has not printed {text!r}:\n{self.output(number)[-3000:]}")
             time.sleep(0.05)
 

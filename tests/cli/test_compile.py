@@ -7,8 +7,8 @@ import pytest
 
 from qcn_jax.cli import compile as qcn_compile
 from qcn_jax.cli import main as cli
-from qcn_jax.config import MidtrainConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from qcn_jax.compile import aot
+from qcn_jax.config import MidtrainConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "qwen3_coder_next.py"
 # One block of 80B's layers with fewer and narrower experts and a small vocabulary, on 8 devices.
@@ -66,6 +66,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         ([*base, "--topology=v5p"], ["GENERATION:AxBxC"]),
         (["--config=" + str(CONFIG.with_name("nano.py"))], ["--topology is required"]),
         ([*base, "--stage=evaluate"], ["--stage", "midtrain"]),
+        ([*base, "--phase=3"], ["--phase=3", "midtrain has 2"]),
     ):
         assert cli.main(["compile", *arguments]) == 1
         line = capsys.readouterr().err.strip()

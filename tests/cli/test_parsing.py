@@ -1,6 +1,7 @@
 """Config files and overrides: what reaches RunConfig, and how wrong ones are refused."""
 
 import importlib
+import re
 
 import pytest
 from absl import flags
@@ -109,6 +110,18 @@ def test_get_config_may_return_a_run_config_or_plain_dict(tmp_path):
     for text in ("RunConfig(seed=8)", "{'seed': 8}"):
         path.write_text(f"from qcn_jax.config import RunConfig\ndef get_config():\n    return {text}\n")
         assert _parse(f"--config={path}", "--config.workers=3") == RunConfig(seed=8, workers=3)
+
+
+def test_an_override_reaches_into_a_list_of_groups(tmp_path):
+    path = tmp_path / "phases.py"
+    path.write_text("def get_config():\n    return {'midtrain': {'phases': ({'steps': 1}, {'steps': 2})}}\n")
+    found = _parse(f"--config={path}", "--config.midtrain.phases[1].steps=5").midtrain.phases
+    assert [phase.steps for phase in found] == [1, 5]
+    for key, words in (("[2].steps", "unknown key '[2]' in config.midtrain.phases; allowed: [0], [1]"),
+                       (".steps", "unknown key 'steps' in config.midtrain.phases"), ("[0]", "is a group"),
+                       ("[0].rose", "unknown key 'rose' in config.midtrain.phases[0]")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            _parse(f"--config={path}", f"--config.midtrain.phases{key}=1")
 
 
 @pytest.mark.parametrize("text, words", [

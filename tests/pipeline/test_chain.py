@@ -147,7 +147,7 @@ def test_weights_are_checkpoints_that_load(finished):
                 for name in ("config", "generation_config")]
         assert ends[0] == ends[1][0]
     assert sorted(os.listdir(workdir / "midtrain")) == [
-        "DONE.json", "START.json", "checkpoints", "data", "init.json", "metrics.jsonl", "model", "tokenizer"]
+        "DONE.json", "START.json", "checkpoints", "data", "metrics.jsonl", "model", "tokenizer"]
 
 
 def test_curves_have_each_step_once_in_spite_of_the_kills(finished):

@@ -86,15 +86,14 @@ class TokenStore:
 
 
 def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, method: str = "best_fit",
-            overlong: str = "split", shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
+            overlong: str = "split") -> grain.DatasetIterator:
     """An endless, checkpointable iterator of packed batches.
 
     Args:
       sources: those with a share of zero are left out; finite ones are shuffled anew every epoch.
-      rows, length: shape of a batch (of this process).
+      rows, length: shape of a batch, the same in every process: what is learned does not depend on their number.
       seed: decides order, mixture and every later epoch.
       method, overlong: see `packing.plan`.
-      shard: (index, count) of this process among those that read disjoint documents.
     Returns:
       Iterator of {tokens, segment_ids, positions, weights}: [rows, length], see `packing.pack`.
     Raises:
@@ -105,7 +104,7 @@ def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, met
         raise UserError("the data mixture is empty: every share is 0")
     streams, document_shares, means = [], [], []
     for number, source in enumerate(used):
-        streams.append(_stream(source, seed + 7919 * number, shard))
+        streams.append(_stream(source, seed + 7919 * number))
         means.append(_mean_length(source))
         # Grain mixes documents, not tokens.
         document_shares.append(source.share / means[-1])
@@ -142,13 +141,12 @@ class _Endless(grain.MapDataset):
         return self._documents[int(index)]
 
 
-def _stream(source: Source, seed: int, shard: tuple[int, int]) -> grain.MapDataset:
-    index, count = shard
+def _stream(source: Source, seed: int) -> grain.MapDataset:
     if not hasattr(source.documents, "__len__"):
-        return _Endless(source.documents)[index::count]
-    if len(source.documents) < count:
-        raise UserError(f"data source {source.name}: {len(source.documents)} documents for {count} processes")
-    return grain.MapDataset.source(source.documents)[index::count].seed(seed).shuffle().repeat()
+        return _Endless(source.documents)
+    if not len(source.documents):
+        raise UserError(f"data source {source.name}: 0 documents")
+    return grain.MapDataset.source(source.documents).seed(seed).shuffle().repeat()
 
 
 def _mean_length(source: Source) -> float:

@@ -6,14 +6,18 @@ training repositories and the standard library of this Python; held-out reposito
 their code out of it.
 """
 
+import dataclasses
+import functools
 import itertools
 from typing import Any
 
+import grain
 import numpy as np
 
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import MidtrainConfig, RunConfig
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
@@ -31,6 +35,8 @@ ADDED_TOKENS = (
     "<function=", "</function>", "<parameter=", "</parameter>")
 TOKENIZER_SAMPLE_BYTES = 4_000_000  # of source text; more changes little in a vocabulary this small
 
+PHASE_SEED = 104_729  # apart from the next, so that no phase sees the order of another
+
 Corpus = dict[str, list[repository.Module]]
 
 
@@ -45,25 +51,32 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
 
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Trains `config.midtrain`; writes tokenizer, init.json and model/ (see pipeline.context)."""
-    settings = context.config.midtrain
-    train = settings.train
-    trainer = make_trainer(context.config, mesh_here(context.config.mesh))
+    phases = midtrain_phases(context.config)
+    trainers = [make_trainer(config, mesh_here(config.mesh)) for _, config in phases]
     with distributed.first_before_others("midtrain's data"):  # what the first process writes, the others read
         groups = read_corpus(context)
         tokenizer = prepare_tokenizer(context, groups)
         init = models.note_initial(context)
-        sources = make_sources(context, groups, tokenizer)
-    _, params = models.initial(context.config, trainer.parallel)
-    batches = loader.batches(sources, rows=trainer.rows.count, length=train.sequence_length, seed=context.config.seed,
-                             method=settings.packing, shard=trainer.rows.shard)
-    results = fit.fit(context.workdir, context.model_path("midtrain"), trainer, params, batches, train,
-                      tokenizer=tokenizer, log=context.log)
-    shares = {source.name: source.share for source in sources}
+        sources = [make_sources(dataclasses.replace(context, config=config), groups, tokenizer, number)
+                   for number, (_, config) in enumerate(phases)]
+    firsts = [0, *(last for last, _ in phases)]
+    results = fit.fit(
+        context.workdir, context.model_path("midtrain"),
+        [fit.Phase(trainer, functools.partial(_batches, config, mixture, number), config.midtrain.train, first, last)
+         for number, (trainer, mixture, first, (last, config)) in enumerate(zip(trainers, sources, firsts, phases))],
+        lambda parallel: models.initial(context.config, parallel)[1], tokenizer=tokenizer, log=context.log)
+    shares = {source.name: source.share for source in sources[-1]}
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     return results | {
         "init": init, "shares": shares, "vocabulary": tokenizer.vocab_size,
         "corpus_characters": _characters(groups),
         "line": f"{results['tokens']:,} tokens, {ending}, padding {results['packing']['padding']:.2f} %"}
+
+
+def _batches(config: RunConfig, sources: list[loader.Source], phase: int) -> grain.DatasetIterator:
+    train = config.midtrain.train
+    return loader.batches(sources, rows=train.rows, length=train.sequence_length, seed=config.seed + PHASE_SEED * phase,
+                          method=config.midtrain.packing)
 
 
 def read_corpus(context: StageContext) -> Corpus:
@@ -145,14 +158,14 @@ def check_initial(config: RunConfig) -> None:
         raise UserError(f"--config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's {size}")
 
 
-def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) -> list[loader.Source]:
-    """The three kinds of documents with their shares."""
+def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer, phase: int = 0) -> list[loader.Source]:
+    """The three kinds of documents with their shares, as long as rows of the phase are."""
     config, settings = context.config, context.config.midtrain
     length = settings.train.sequence_length
     modules = list(itertools.chain.from_iterable(groups.values()))
     sources = []
     if settings.repository > 0:
-        store = _repository_store(context, groups, tokenizer, length)
+        store = _repository_store(context, groups, tokenizer, phase)
         sources.append(loader.Source("repository", store, settings.repository))
     if settings.fim > 0:
         documents = fim.FimDocuments(modules, tokenizer, seed=config.seed, max_tokens=length)
@@ -164,14 +177,14 @@ def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer) ->
     return sources
 
 
-def _repository_store(context: StageContext, groups: Corpus, tokenizer: Tokenizer,
-                      length: int) -> loader.TokenStore:
+def _repository_store(context: StageContext, groups: Corpus, tokenizer: Tokenizer, phase: int) -> loader.TokenStore:
     """Repository documents, tokenised once, as many as the stage will read."""
-    folder = context.workdir / "data" / "repository"
+    folder = context.workdir / "data" / ("repository" if phase == 0 else f"repository_{phase + 1}")
     if loader.TokenStore.exists(folder):
         return loader.TokenStore(folder)
     settings = context.config.midtrain
     train = settings.train
+    length = train.sequence_length
     wanted = train.steps * train.rows * length * _share(settings)
     reader = repository.RepositoryDocuments(tokenizer, length)
     documents: list[dict[str, np.ndarray]] = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from qcn_jax import files
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
@@ -28,8 +29,10 @@ from qcn_jax.pipeline.data.trajectories import TRAJECTORIES
 from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.train.signals import interrupted, stop_signals
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
+from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
+DOCUMENTS, SUMMARY = "data", "summary.json"  # in the stage's folder: what is learned from, for all processes alike
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order
 
 
@@ -44,21 +47,37 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
 
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Collects trajectories, trains the mid-trained model on them, writes sft/model/."""
-    began = time.monotonic()
-    trajectories = collect_trajectories(context)
-    collecting = time.monotonic() - began
-    documents, dropped = encode(trajectories, ChatEncoder(context.tokenizer()),
-                                context.config.sft.train.sequence_length)
+    folder = context.workdir / DOCUMENTS
+    with distributed.first_before_others("trajectories"):  # the first process has the sandboxes, the others read
+        if distributed.is_first():
+            write_documents(context, folder)
+        documents, summary = loader.TokenStore(folder), files.read_json(folder / SUMMARY)
     results = _train(context, documents, context.config.sft.train.steps, context.workdir,
                      context.model_path("midtrain"), context.model_path("sft"), context.config.seed)
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
-    return results | {
+    line = f"{summary['trajectories']} verified trajectories, {results['steps']} steps, {ending}"
+    return results | summary | {"line": line}
+
+
+def write_documents(context: StageContext, folder: pathlib.Path) -> None:
+    """Collects trajectories and writes them, tokenised, as a `loader.TokenStore` with a summary beside it.
+
+    Raises:
+      UserError: every trajectory is longer than a row; see also `collect_trajectories`.
+    """
+    began, length = time.monotonic(), context.config.sft.train.sequence_length
+    trajectories = collect_trajectories(context)
+    collecting = time.monotonic() - began
+    documents, dropped = encode(trajectories, ChatEncoder(context.tokenizer()), length)
+    if not documents:
+        raise UserError(f"--config.sft.train.sequence_length: {length} is shorter than every trajectory")
+    loader.TokenStore.write(folder, documents)
+    files.write_json(folder / SUMMARY, {
         "trajectories": len(documents), "dropped_too_long": dropped, "collecting_seconds": round(collecting, 1),
         "scaffolds": dict(Counter(trajectory.scaffold.split(":")[0] for trajectory in trajectories)),
         "recoveries": sum(trajectory.wrong_edits > 0 for trajectory in trajectories),
         "document_tokens": sum(len(document["tokens"]) for document in documents),
-        "loss_tokens": int(sum(document["weights"].sum() for document in documents)),
-        "line": f"{len(documents)} verified trajectories, {results['steps']} steps, {ending}"}
+        "loss_tokens": int(sum(document["weights"].sum() for document in documents))})
 
 
 def train_control(context: StageContext, steps: int, directory: pathlib.Path) -> dict[str, Any]:
@@ -70,8 +89,7 @@ def train_control(context: StageContext, steps: int, directory: pathlib.Path) ->
     Returns:
       fit's results and `seconds`, of steps alone.
     """
-    documents, _ = encode(collect_trajectories(context), ChatEncoder(context.tokenizer()),
-                          context.config.sft.train.sequence_length)
+    documents = loader.TokenStore(context.root / "sft" / DOCUMENTS)
     results = _train(context, documents, steps, directory, context.model_path("sft"),
                      context.model_path("sft_control"), context.config.seed + CONTROL_SEED)
     return results | {"seconds": results["seconds_per_step"] * steps}
@@ -116,14 +134,13 @@ def _failed(trajectory: Trajectory, weights: np.ndarray) -> np.ndarray:
     return np.isin(turns, [number + 1 for number in trajectory.failed])
 
 
-def _train(context: StageContext, documents: list[dict[str, np.ndarray]], steps: int, directory: pathlib.Path,
+def _train(context: StageContext, documents: loader.TokenStore, steps: int, directory: pathlib.Path,
            start: pathlib.Path, out: pathlib.Path, seed: int) -> dict[str, Any]:
     config = context.config
     train = dataclasses.replace(config.sft.train, steps=steps)
-    if not documents:
-        raise UserError(f"--config.sft.train.sequence_length: {train.sequence_length} is shorter than every trajectory")
     trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
-    _, params = models.read(start, config.model, trainer.parallel)
-    batches = loader.batches([loader.Source("trajectories", documents, 1.0)], rows=trainer.rows.count,
-                             length=train.sequence_length, seed=seed, shard=trainer.rows.shard)
-    return fit.fit(directory, out, trainer, params, batches, train, tokenizer=context.tokenizer(), log=context.log)
+    batches = lambda: loader.batches([loader.Source("trajectories", documents, 1.0)], rows=train.rows,
+                                     length=train.sequence_length, seed=seed)
+    return fit.fit(directory, out, [fit.Phase(trainer, batches, train, 0, steps)],
+                   lambda parallel: models.read(start, config.model, parallel)[1], tokenizer=context.tokenizer(),
+                   log=context.log)

@@ -103,8 +103,17 @@ class Checkpoints:
             error, self._unsealed = self._unsealed, None
             raise self._unwritable(error) from error
 
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint that is not damaged; None where there is none."""
+        good = (step for step in sorted(self._manager.all_steps(), reverse=True) if self._damage(step) is None)
+        return next(good, None)
+
+    def _damage(self, step: int) -> str | None:
+        return _agreed(checksums.damage(self._directory / str(step), jax.process_index(), jax.process_count()))
+
     def restore(self, state: Any, data: grain.DatasetIterator | None = None,
-                log: Callable[[str], None] = lambda line: None) -> tuple[int, Any, dict[str, Any]] | None:
+                log: Callable[[str], None] = lambda line: None, data_after: int = 0
+                ) -> tuple[int, Any, dict[str, Any]] | None:
         """Restores the newest checkpoint that is not damaged; damaged ones are moved aside, and said.
 
         Args:
@@ -113,6 +122,7 @@ class Checkpoints:
             a device never holds two states.
           data: Grain iterator to move to the saved position.
           log: takes one line about each checkpoint that is not used or not checked.
+          data_after: `data` is left at its beginning where the checkpoint is not of a later step.
         Returns:
           (step, state, extra), or None where there is no checkpoint.
         Raises:
@@ -123,11 +133,11 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self._directory / str(step)
-            words = _agreed(checksums.damage(folder, jax.process_index(), jax.process_count()))
+            words = self._damage(step)
             if words is None:
                 checked = checksums.are_complete(folder)
                 try:
-                    restored = self._restore_one(step, abstract, state, data)
+                    restored = self._restore_one(step, abstract, state, data if step > data_after else None)
                 except UserError:
                     raise
                 except Exception as error:  # whatever Orbax, TensorStore and Grain raise over what they find

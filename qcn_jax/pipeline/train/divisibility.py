@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from jax.sharding import AbstractMesh
 
 from qcn_jax.config import TRAINING, ModelConfig, RunConfig, training_settings
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.errors import UserError
 from qcn_jax.sharding.mesh import AXES, axis_sizes
 from qcn_jax.sharding.parallel import Parallel
@@ -37,9 +38,9 @@ def check_mesh(config: RunConfig, stages: Sequence[str], devices: int) -> None:
     """
     # The control that stage evaluate trains goes by sft's settings.
     asked = {*stages, "sft"} if "evaluate" in stages and config.evaluate.sft_control else stages
-    trained = [stage for stage in TRAINING if stage in asked]
-    if trained:
-        check_stages(config, trained, Parallel(AbstractMesh(axis_sizes(config.mesh, devices), AXES)))
+    for stage in [stage for stage in TRAINING if stage in asked]:
+        for _, phase in midtrain_phases(config) if stage == "midtrain" else [(0, config)]:
+            check_stages(phase, [stage], Parallel(AbstractMesh(axis_sizes(phase.mesh, devices), AXES)))
 
 
 def check_stages(config: RunConfig, stages: Sequence[str], parallel: Parallel) -> None:

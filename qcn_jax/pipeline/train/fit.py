@@ -1,7 +1,8 @@
 """Next-token training of one model on one stream of batches: what midtrain, sft and the control share."""
 
+import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -14,6 +15,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.train import layout, loop, losses
+from qcn_jax.pipeline.train.checkpoints import Checkpoints
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.step import BatchShape
 from qcn_jax.pipeline.train.trainer import Trainer
@@ -39,31 +41,77 @@ def make_trainer(model: ModelConfig, config: TrainConfig, parallel: Parallel | N
                          mtp=config.mtp_coef > 0, whole=whole)
 
 
-def fit(directory: pathlib.Path, out: pathlib.Path, trainer: Trainer, params: Any, batches: grain.DatasetIterator,
-        config: TrainConfig, *, tokenizer: Tokenizer, log: Callable[[str], None]) -> dict[str, Any]:
-    """Trains until `config.steps` and writes the weights to `out`; resumes from `directory`'s checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one batch shape, mesh and mixture.
+
+    Attributes:
+      trainer: see `make_trainer`.
+      batches: makes the iterator of its batches (data.loader), from their beginning.
+      config: batch shape and rhythm.
+      first, last: steps done before it and after it.
+    """
+
+    trainer: Trainer
+    batches: Callable[[], grain.DatasetIterator]
+    config: TrainConfig
+    first: int
+    last: int
+
+    def results(self) -> dict[str, Any]:
+        """Returns what it is, JSON-ready."""
+        return {"steps": self.last - self.first, "rows": self.config.rows,
+                "sequence_length": self.config.sequence_length}
+
+
+def fit(directory: pathlib.Path, out: pathlib.Path, phases: Sequence[Phase],
+        params: Callable[[Parallel | None], Any], *, tokenizer: Tokenizer, log: Callable[[str], None]
+        ) -> dict[str, Any]:
+    """Trains through all phases and writes the weights to `out`; resumes from `directory`'s checkpoint.
+
+    A phase takes up the state that the one before it has saved, laid out anew where its mesh is another one; so it
+    goes on alike whether the process is the same or a new one.
 
     Args:
       directory: metrics.jsonl and checkpoints/.
       out: folder of the final weights, in Hugging Face form with `tokenizer`.
-      trainer: see `make_trainer`.
-      params: the initial parameters; donated.
-      batches: from data.loader, of `trainer.rows`; its position is part of the checkpoint.
-      config: steps and rhythm.
+      phases: in order; the position in the batches of the one under way is part of the checkpoint.
+      params: mesh -> the initial parameters laid out on it; donated.
     Returns:
       JSON-ready results: steps, tokens, loss and its parts at the end, seconds_per_step (without
-      compilation), packing statistics, the mesh.
+      compilation), packing statistics and the mesh of the last phase, and the phases where there are several.
     Raises:
       UserError: see train.loop.
     """
-    result = trainer.run(directory, params, loop.Stream(batches, trainer.place), config.steps, config, log=log)
+    done = _done(directory) if len(phases) > 1 else 0
+    for number, phase in enumerate(phases, 1):
+        if phase.last <= done and phase is not phases[-1]:
+            continue
+        if len(phases) > 1:
+            log(f"phase {number} of {len(phases)}: steps {phase.first + 1} to {phase.last}, {phase.config.rows} rows "
+                f"of {phase.config.sequence_length} tokens")
+        trainer, batches = phase.trainer, phase.batches()
+        start = params(trainer.parallel) if phase is phases[0] else None
+        result = None  # the devices do not hold the state of the phase before beside its own from the disk
+        result = trainer.run(directory, start, loop.Stream(batches, trainer.place), phase.last, phase.config, log=log,
+                             first=phase.first)
     hub.save(out, trainer.model, result.state.params, tokenizer)
+    shapes = [phase.results() for phase in phases]
     return {
-        "steps": config.steps, "tokens": config.steps * config.rows * config.sequence_length,
+        "steps": phases[-1].last,
+        "tokens": sum(shape["steps"] * shape["rows"] * shape["sequence_length"] for shape in shapes),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
         **_recorded(directory), "packing": loader.statistics(batches).as_dict(),
-        "mesh": layout.mesh_of(result.state),
+        "mesh": layout.mesh_of(result.state), **({"phases": shapes} if len(phases) > 1 else {}),
     }
+
+
+def _done(directory: pathlib.Path) -> int:
+    checkpoints = Checkpoints(directory / "checkpoints")
+    try:
+        return checkpoints.newest() or 0
+    finally:
+        checkpoints.close()
 
 
 def _recorded(directory: pathlib.Path) -> dict[str, float]:

@@ -1,6 +1,5 @@
-"""Where training state and batches lie on a mesh, and how a process's rows become its part of a batch."""
+"""Where training state and batches lie on a mesh."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qcn_jax.config import ModelConfig
-from qcn_jax.errors import UserError
 from qcn_jax.model import abstract_params, logical_axes
 from qcn_jax.pipeline.train.optimizer import state_like
 from qcn_jax.pipeline.train.step import TrainState
@@ -84,86 +82,14 @@ def batch_sharding(parallel: Parallel, dimensions: int = 3) -> NamedSharding:
     return NamedSharding(parallel.mesh, parallel.spec(None, "activation_batch", "activation_length"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Which rows of a batch this process brings, and how they become a global batch of [slices, rows, T] arrays.
+def place_batch(parallel: Parallel | None, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts a batch on the devices.
 
-    Processes that hold different columns of the same rows read the same documents and keep their own columns.
-
-    Attributes:
-      parallel: the mesh; None is one device, which reads all rows.
-      total: rows of a slice.
-      slices: of a batch.
-      shard: (index, count) for data.loader: which of the groups of processes that read different documents.
-      first: this process's parts of a slice's rows, in order, and where each begins among the rows that it reads.
+    Args:
+      parallel: the mesh; None is one device.
+      arrays: [slices, rows, T] or [slices], the same in every process; each sends its own devices' part.
     """
-
-    parallel: Parallel | None
-    total: int
-    slices: int = 1
-    shard: tuple[int, int] = (0, 1)
-    first: Mapping[int, int] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, parallel: Parallel | None, total: int, slices: int = 1, field: str = "*.train") -> "Rows":
-        """Finds this process's rows.
-
-        Raises:
-          UserError: the rows of a slice do not divide, or processes' rows overlap in part; the line names `field`.
-        """
-        if parallel is None:
-            return cls(None, total, slices)
-        where, parts = _row_parts(parallel), parallel.size("activation_batch")
-        if total % parts:
-            raise UserError(f"--config.{field}.rows: {total} rows of a slice do not divide by the {parts} parts of "
-                            f"--config.mesh ({' x '.join(parallel.axes('activation_batch'))})")
-        held: dict[int, set[int]] = {}
-        for device, part in where.items():
-            held.setdefault(device.process_index, set()).add(part)
-        groups = sorted({tuple(sorted(rows)) for rows in held.values()})
-        if sum(map(len, groups)) != parts:
-            raise UserError("--config.mesh: some processes share some of their rows, but not all; choose axes whose "
-                            "product is a multiple of a process's devices")
-        # A process without a device of the mesh (a topology that is not here) brings none.
-        mine = tuple(sorted(held.get(jax.process_index(), groups[0])))
-        size = total // parts
-        shard = (groups.index(mine), len(groups))
-        return cls(parallel, total, slices, shard, {part: i * size for i, part in enumerate(mine)})
-
-    @property
-    def count(self) -> int:
-        """Rows that this process reads for a batch, those of all slices."""
-        return self.slices * self.total // self.shard[1]
-
-    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Returns global [slices, total, T] arrays.
-
-        Args:
-          batch: [n, T] this process's rows, by slice; zeros are added up to `count`.
-        """
-        arrays = {name: self._slices(np.asarray(array)) for name, array in batch.items()}
-        if self.parallel is None:
-            return jax.device_put(arrays)
-        sharding, size = batch_sharding(self.parallel), self.total // self.parallel.size("activation_batch")
-
-        def globally(array: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                begin = self.first[(index[1].start or 0) // size]
-                return array[:, begin : begin + size, index[2]]
-
-            return jax.make_array_from_callback((self.slices, self.total, array.shape[2]), sharding, part)
-
-        return {name: globally(array) for name, array in arrays.items()}
-
-    def _slices(self, array: np.ndarray) -> np.ndarray:
-        """[n, T] as [slices, rows of this process, T], with zeros behind."""
-        if len(array) < self.count:
-            array = np.concatenate([array, np.zeros((self.count - len(array), array.shape[1]), array.dtype)])
-        return array.reshape(self.slices, -1, array.shape[1])
-
-
-def _row_parts(parallel: Parallel) -> dict[jax.Device, int]:
-    """Which part of a batch's rows each device holds."""
-    sharding = NamedSharding(parallel.mesh, parallel.spec("activation_batch"))
-    index = sharding.devices_indices_map((parallel.size("activation_batch"),))
-    return {device: rows[0].start or 0 for device, rows in index.items()}
+    if parallel is None:
+        return jax.device_put(dict(arrays))
+    return {name: jax.make_array_from_callback(array.shape, batch_sharding(parallel, array.ndim), array.__getitem__)
+            for name, array in arrays.items()}

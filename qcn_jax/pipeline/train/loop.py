@@ -110,7 +110,7 @@ def progress(values: Mapping[str, Any]) -> str:
 
 def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, feed: Feed, steps: int, *,
          log: Callable[[str], None], line: Callable[[Mapping[str, Any]], str] = progress,
-         schedule: optax.Schedule | None = None, options: LoopOptions = LoopOptions(),
+         schedule: optax.Schedule | None = None, first: int = 0, options: LoopOptions = LoopOptions(),
          explain: Callable[[Params, Batch], str] | None = None) -> LoopResult:
     """Runs `step_fn` until `steps` steps are done, continuing from the newest checkpoint.
 
@@ -118,12 +118,14 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, feed: Fe
 
     Args:
       directory: holds metrics.jsonl and checkpoints/.
-      state: the initial state (donated), used where there is no checkpoint, and for the layout of one.
+      state: the initial state (donated), used where there is no checkpoint, and for the layout of one; where there
+        must be one, ShapeDtypeStructs will do.
       step_fn: (state, batch) -> (state, metrics), see train.step.make_step.
       feed: see Feed.
       steps: total number of steps, those before a resume included.
       log: takes one progress line.
       line: words a row of metrics for `log`.
+      first: steps that other feeds have done before; this one's stream begins behind them.
       schedule: learning rate by move of the optimizer, to be logged.
       options: see LoopOptions.
       explain: (params, batch) -> where a non-finite value began, called when there is one.
@@ -134,7 +136,7 @@ def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, feed: Fe
     if options.nonfinite not in ("stop", "skip"):
         raise UserError(f"--config.*.train.nonfinite: {options.nonfinite!r}; allowed: stop, skip")
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
-    restored = checkpoints.restore(state, feed.stream, log)
+    restored = checkpoints.restore(state, feed.stream, log, first)
     done = 0
     if restored is not None:
         done, state, _ = restored

@@ -128,9 +128,11 @@ def make_step(
             return grads, metrics if section is None else _placed(metrics, section, len(shape.sections))
 
         def laid_out(total: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
+            if shardings is None:
+                return total
             return jax.lax.with_sharding_constraint(total[0], shardings.params), total[1]
 
-        grads, metrics = one(0) if shape.slices == 1 else _summed(one, live, lambda x: x if shardings is None else laid_out(x))
+        grads, metrics = one(0) if shape.slices == 1 else _summed(one, live, laid_out)
         if shape.sections:
             metrics = _by_section(metrics, shape.sections, weights, batch[SECTION])
         if shardings is not None:

@@ -15,10 +15,11 @@ import numpy as np
 import optax
 
 from qcn_jax.config import MeshConfig, ModelConfig, OptimizerConfig
+from qcn_jax.errors import UserError
 from qcn_jax.pipeline.train import diagnosis, layout, loop, optimizer
 from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
-from qcn_jax.pipeline.train.layout import Rows
 from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_step
+from qcn_jax.sharding import distributed
 from qcn_jax.sharding.mesh import make_parallel
 from qcn_jax.sharding.parallel import Parallel
 
@@ -37,7 +38,6 @@ class Trainer:
       frozen: how many trees of frozen parameters `step` takes.
       flops: of the model, per token and forward pass.
       step: the jitted (state, batch, frozen) -> (state, metrics), see train.step.make_step.
-      rows: which rows of a batch this process brings.
     """
 
     model: ModelConfig
@@ -50,7 +50,6 @@ class Trainer:
     frozen: int
     flops: TokenFlops
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    rows: Rows
 
     @classmethod
     def build(cls, model: ModelConfig, loss: LossFn, rule: OptimizerConfig, steps: int, shape: BatchShape,
@@ -72,13 +71,16 @@ class Trainer:
         update = optimizer.make_optimizer(rule, steps)
         shardings, batch = None, None
         if parallel is not None:
+            if shape.rows % (parts := parallel.size("activation_batch")):
+                axes = " x ".join(parallel.axes("activation_batch"))
+                raise UserError(f"--config.{field}.rows: {shape.rows} rows of a slice do not divide by the {parts} "
+                                f"parts of --config.mesh ({axes})")
             shardings = layout.state_shardings(model, parallel, update, rule.offload)
             batch = {name: layout.batch_sharding(parallel, len(size)) for name, (size, _) in shape.arrays().items()}
         step = make_step(loss, update, shape, shardings, batch, frozen, whole)
-        rows = Rows.of(parallel, shape.rows, shape.slices, field)
         flops = token_flops(model, shape.length, mtp)
         rate = optimizer.schedule(rule, steps)
-        return cls(model, loss, update, rate, shape, parallel, shardings, frozen, flops, step, rows)
+        return cls(model, loss, update, rate, shape, parallel, shardings, frozen, flops, step)
 
     @property
     def passes(self) -> int:
@@ -103,47 +105,61 @@ class Trainer:
         return jax.device_put(params, self.shardings.params)
 
     def place(self, arrays: Mapping[str, np.ndarray], sections: Sequence[int] = ()) -> Batch:
-        """Returns the global batch of this process's rows.
+        """Puts a batch on the devices; every process is given the same rows and sends those of its devices.
 
         Args:
-          arrays: [n, T], by slice and row; as many as this process brings, or fewer where the shape is padded.
+          arrays: [n, T], by slice and row; fewer than the shape's where that is padded.
           sections: of the slices that `arrays` fill, where the shape has sections.
         """
-        placed = self.rows.place(arrays)
+        padded = {name: _filled(array, self.shape.slices * self.shape.rows).reshape(
+            self.shape.slices, self.shape.rows, -1) for name, array in arrays.items()}
         if self.shape.sections:
-            padded = np.zeros(self.shape.slices, np.int32)
-            padded[: len(sections)] = sections
-            where = None if self.parallel is None else layout.batch_sharding(self.parallel, 1)
-            placed[SECTION] = jax.device_put(padded, where)
-        return placed
+            padded[SECTION] = _filled(np.asarray(sections, np.int32), self.shape.slices)
+        return layout.place_batch(self.parallel, padded)
 
     def abstract(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], tuple[Any, ...]]:
         """Returns the step's arguments as ShapeDtypeStructs: state, batch, frozen parameters; allocates nothing."""
-        state = layout.abstract_state(self.model, self.optimizer, self.shardings)
+        state = self._abstract_state()
         where = lambda size: None if self.parallel is None else layout.batch_sharding(self.parallel, len(size))
         batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=where(size))
                  for name, (size, dtype) in self.shape.arrays().items()}
         return state, batch, (state.params,) * self.frozen
 
+    def _abstract_state(self) -> TrainState:
+        state = layout.abstract_state(self.model, self.optimizer, self.shardings)
+        if self.parallel is not None:
+            return state
+        here = jax.sharding.SingleDeviceSharding(distributed.first_device())
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state)
+
     def run(self, directory: pathlib.Path, params: Any, feed: loop.Feed, steps: int, settings: Any, *,
             log: Callable[[str], None], line: Callable[[Mapping[str, Any]], str] = loop.progress,
-            frozen: tuple[Any, ...] = ()) -> loop.LoopResult:
+            frozen: tuple[Any, ...] = (), first: int = 0) -> loop.LoopResult:
         """Trains for `steps` steps of the loop, or resumes from `directory`'s checkpoint.
 
         Args:
-          directory, feed, log, line: see train.loop.
-          params: the initial parameters; donated.
+          directory, feed, log, line, first: see train.loop.
+          params: the initial parameters; donated. None where a checkpoint must be there.
           settings: checkpoint_every, log_every, keep and nonfinite, of a stage's configuration.
           frozen: trees that the step is given beside each batch.
 
         Raises:
           UserError: see train.loop.
         """
+        state = self._abstract_state() if params is None else self.create(params)
         return loop.loop(
-            directory, self.create(params), lambda state, batch: self.step(state, batch, frozen), feed, steps, log=log,
-            line=line, schedule=self.schedule, explain=diagnosis.explain(self.model, self.loss, self.parallel, frozen),
+            directory, state, lambda state, batch: self.step(state, batch, frozen), feed, steps, log=log,
+            line=line, schedule=self.schedule, first=first,
+            explain=diagnosis.explain(self.model, self.loss, self.parallel, frozen),
             options=loop.LoopOptions(settings.checkpoint_every, settings.log_every, settings.keep, settings.nonfinite,
                                      self.passes * self.flops.forward))
+
+
+def _filled(array: np.ndarray, count: int) -> np.ndarray:
+    """`array` with zeros behind, `count` entries in all."""
+    if len(array) == count:
+        return array
+    return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
 
 
 def mesh_here(config: MeshConfig) -> Parallel | None:

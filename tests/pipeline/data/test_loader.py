@@ -9,7 +9,6 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data import loader
 
 
-
 class _Made:
     """An endless source: document i is i % 5 + 3 tokens of marker 9."""
 
@@ -68,15 +67,6 @@ def test_padding_is_small_and_reported():
     assert padding < 0.02
     assert loader.statistics(iterator).padding < 2 and loader.statistics(iterator).fragmentation == 0
     assert loader.statistics(iterator).documents > 100
-
-
-def test_shards_are_disjoint_and_cover():
-    documents = [{"tokens": np.full(8, 10 + i)} for i in range(12)]
-    seen = []
-    for index in range(2):
-        iterator = loader.batches([loader.Source("only", documents, 1.0)], rows=6, length=8, seed=0, shard=(index, 2))
-        seen.append({int(token) for batch in _take(iterator, 10) for token in batch["tokens"][:, 0]})
-    assert len(seen[0]) == len(seen[1]) == 6 and seen[0] | seen[1] == set(range(10, 22))
 
 
 def test_token_store_round_trip(tmp_path):

@@ -19,6 +19,7 @@ def make_config():
         MeshConfig,
         MidtrainConfig,
         OptimizerConfig,
+        PhaseConfig,
         RolloutConfig,
         RunConfig,
         SftConfig,
@@ -31,11 +32,13 @@ def make_config():
     train = TrainConfig(steps=3, rows=ROWS, sequence_length=LENGTH, mtp_coef=0.1, log_every=1, optimizer=rule)
     acting = {"updates": 2, "group_size": 4, "rows": ROWS, "sequence_length": 16, "optimizer": rule,
               "rollout": RolloutConfig(slots=16, max_length=16, max_new_tokens=4)}
+    few = min(2, jax.device_count())
+    phases = (PhaseConfig(steps=2), PhaseConfig(steps=2, sequence_length=2 * LENGTH, mesh={"context": 1, "expert": few}))
     return RunConfig(
         init="random", model=dataclasses.replace(MODEL, vocab_size=VOCABULARY, num_nextn_predict_layers=1),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-        mesh=MeshConfig(fsdp=-1, expert=min(2, jax.device_count()), context=min(2, jax.device_count())),
-        midtrain=MidtrainConfig(train=train, repository=1.0, fim=0.0, edits=0.0, corpus_megabytes=0.02),
+        mesh=MeshConfig(fsdp=-1, expert=few, context=few),
+        midtrain=MidtrainConfig(train=dataclasses.replace(train, steps=4), phases=phases, repository=1.0, fim=0.0, edits=0.0, corpus_megabytes=0.02),
         sft=SftConfig(train=dataclasses.replace(train, rows=2 * ROWS, accumulate=2)),
         experts=ExpertsConfig(names=("swe", "single_turn"), prompts=6, kl_coef=0.1, **acting),
         distill=DistillConfig(prompts=8, **acting),
@@ -83,29 +86,32 @@ def main():
 
 
 def run(root: pathlib.Path):
-    """{"ran", "compiles": {stage: hash}, "shapes": {stage: compilations}, "results": {stage: ...}}."""
+    """{"ran", "compiles": {"stage number of its step": hash}, "shapes": {same: compilations}, "results": {stage: ...}}."""
     import jax
     import numpy as np
 
     from qcn_jax import files
     from qcn_jax.compile.stages import stage_step
+    from qcn_jax.config_phases import of_phase
     from qcn_jax.pipeline.context import Shared, StageContext
     from qcn_jax.pipeline.stages import distill, experts, midtrain, sft
     from qcn_jax.pipeline.train import trainer
     from tests.pipeline.stages.test_midtrain import _context
 
     config = make_config()
-    ran, steps, make_step = {}, {}, trainer.make_step
+    ran, steps, made, make_step = {}, {}, [], trainer.make_step
 
     def watched(*arguments):
         """The step as it is made, whose program is taken down when the stage first calls it."""
         step = make_step(*arguments)
 
         def call(*given):
-            if stage not in ran:
-                ran[stage], steps[stage] = fingerprint(step.lower(*given)), step
+            if name not in ran:
+                ran[name], steps[name] = fingerprint(step.lower(*given)), step
             return step(*given)
 
+        name = f"{stage} {sum(other.startswith(stage) for other in made) + 1}"
+        made.append(name)
         return call
 
     trainer.make_step = watched
@@ -114,7 +120,7 @@ def run(root: pathlib.Path):
     sft.collect_trajectories, sft.encode = lambda context: [], lambda *_: (documents, 0)
     for module in (experts, distill):
         module.make_services = lambda context: None
-        module.training_prompts = lambda context, name: [Number(n) for n in range(8)]
+        module.training_prompts = lambda context, expert, stage: [Number(n) for n in range(8)]
         module.TaskConversation = lambda prompt, *_, **__: Parity(prompt.number)
     results, lines = {}, []
     for stage, module in (("midtrain", midtrain), ("sft", sft), ("experts", experts), ("distill", distill)):
@@ -125,9 +131,10 @@ def run(root: pathlib.Path):
     trainer.make_step = make_step
     compiles = {}
     if jax.device_count() > 1:
-        parallel = trainer.mesh_here(config.mesh)
-        for stage in results:
-            made = stage_step(config, stage, parallel)
-            compiles[stage] = fingerprint(made.function.lower(*made.arguments))
+        for name in made:
+            stage, number = name.split()
+            own = of_phase(config, stage, int(number))
+            found = stage_step(own, stage, trainer.mesh_here(own.mesh))
+            compiles[name] = fingerprint(found.function.lower(*found.arguments))
     return {"ran": ran, "compiles": compiles, "shapes": {stage: step._cache_size() for stage, step in steps.items()},
             "results": results, "lines": lines}

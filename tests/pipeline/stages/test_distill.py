@@ -118,13 +118,13 @@ def test_rejection_learns_from_solved_episodes_of_the_teachers_alone(engine, par
 
     distiller._rollout = watched
     work = distiller.next(0, distiller.trainer.create(jax.tree.map(jnp.copy, params)))
-    assert [weights is teachers[d] for (weights, *_), d in zip(acted, "ab")] == [True, True]
+    assert [weights is teachers[d] for (weights, *_), d in zip(acted, teachers, strict=True)] == [True, True]
     assert all(prompt[0] == opening for (_, prompts, _), opening in zip(acted, (2, 3)) for prompt in prompts)
     kept = [[r for r in records if r.outcome.solved and not r.outcome.infrastructure] for _, _, records in acted]
     assert 0 < sum(map(len, kept)) < 8
     (batch,) = work.batches
     live = np.asarray(batch["weights"].sum((1, 2)) > 0)
-    for section, (name, episodes_of) in enumerate(zip("ab", kept)):
+    for section, (name, episodes_of) in enumerate(zip(teachers, kept, strict=True)):
         own = live & (np.asarray(batch["section"]) == section)
         assert batch["weights"][own].sum() == sum(record.sampled.sum() for record in episodes_of)
         assert batch["segment_ids"][own].max(2).sum() == len(episodes_of)

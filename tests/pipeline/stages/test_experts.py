@@ -25,8 +25,8 @@ from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.stages import distill, experts
 from qcn_jax.pipeline.train.metrics import read_metrics
 from tests.agents import tiny
-from tests.pipeline.micro import MODEL
 from tests.pipeline.experts.test_experts import ADDED
+from tests.pipeline.micro import MODEL
 
 ROLLOUT = RolloutConfig(slots=8, max_length=256, max_new_tokens=8, max_turns=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)

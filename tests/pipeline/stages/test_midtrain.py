@@ -15,6 +15,7 @@ from qcn_jax import files, hub
 from qcn_jax.config import (
     MidtrainConfig,
     OptimizerConfig,
+    PhaseConfig,
     RunConfig,
     TasksConfig,
     TokenizerConfig,
@@ -22,7 +23,6 @@ from qcn_jax.config import (
     from_config_dict,
 )
 from qcn_jax.envs.sandbox.base import RepositorySpec
-from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.stages import midtrain
@@ -58,14 +58,18 @@ def _context(root, config=CONFIG, lines=None):
     return context
 
 
-def run_and_die(root, calls):
-    """Called in a child process: a stage that is killed before its step number `calls`."""
+def run_and_die(root, calls, config=CONFIG, phase=1):
+    """Called in a child process: a stage that is killed before step number `calls` that it does of a phase."""
+    made = []
+
     def dying(*arguments):
         step, seen = make_step(*arguments), []
+        made.append(step)
+        number = len(made)
 
         def count(state, batch, frozen):
             seen.append(1)
-            if len(seen) == calls:
+            if len(seen) == calls and number == phase:
                 import os
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(state, batch, frozen)
@@ -73,7 +77,7 @@ def run_and_die(root, calls):
         return count
 
     trainer.make_step = dying
-    midtrain.run_stage(_context(pathlib.Path(root)))
+    midtrain.run_stage(_context(pathlib.Path(root), config))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,38 @@ def test_killed_and_resumed_gives_the_same_bytes(whole, tmp_path):
     assert weights(tmp_path) == weights(whole[0])
     same = lambda values: {k: v for k, v in values.items() if k != "seconds_per_step"}
     assert same(results) == same(whole[1])
+
+
+# Rows grow from 512 tokens to 1024, as the mixture changes.
+PHASED = dataclasses.replace(CONFIG, midtrain=dataclasses.replace(CONFIG.midtrain, phases=(
+    PhaseConfig(steps=3), PhaseConfig(steps=3, sequence_length=1024, rows=1, shares={"repository": 0.8}))))
+
+
+def test_phases_follow_one_another_and_a_resume_across_the_boundary_changes_nothing(tmp_path):
+    (tmp_path / "whole").mkdir()
+    lines = []
+    whole = midtrain.run_stage(_context(tmp_path / "whole", PHASED, lines))
+    assert whole["steps"] == STEPS and whole["tokens"] == STEPS * 1024 and whole["shares"]["repository"] == 0.8
+    assert whole["phases"] == [{"steps": 3, "rows": 2, "sequence_length": 512},
+                               {"steps": 3, "rows": 1, "sequence_length": 1024}]
+    assert any(line.startswith("phase 2 of 2: steps 4 to 6") for line in lines)
+    # Killed in the first phase, at the first step of the second, and in it.
+    for phase, calls in ((1, 2), (2, 1), (2, 3)):
+        code = (f"import sys; sys.path[:0] = [{str(pathlib.Path(__file__).parents[3])!r}]\n"
+                "from tests.pipeline.stages import test_midtrain as t\n"
+                f"t.run_and_die({str(tmp_path / 'killed')!r}, {calls}, t.PHASED, {phase})")
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+        assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    lines = []
+    results = midtrain.run_stage(_context(tmp_path / "killed", PHASED, lines))
+    assert any(line.startswith(("resumes at step 3", "resumes at step 4")) for line in lines)
+    weights = lambda name: (tmp_path / name / "midtrain" / "model" / "model.safetensors").read_bytes()
+    assert weights("killed") == weights("whole")
+    same = lambda values: {k: v for k, v in values.items() if k != "seconds_per_step"}
+    assert same(results) == same(whole)
+    curve = lambda name: [(row["step"], row["loss"], row["learning_rate"])
+                          for row in read_metrics(tmp_path / name / "midtrain" / "metrics.jsonl")]
+    assert curve("killed") == curve("whole") and [step for step, *_ in curve("whole")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("name", ["nano", "nano_long"])

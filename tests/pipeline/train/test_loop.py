@@ -20,7 +20,6 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.train import loop, metrics, optimizer, signals
 from qcn_jax.pipeline.train.checkpoints import Checkpoints
-from qcn_jax.pipeline.train.layout import Rows
 from qcn_jax.pipeline.train.step import BatchShape, TrainState, make_step
 
 STEPS, ROWS, LENGTH = 24, 4, 16
@@ -52,8 +51,12 @@ def batches():
     return loader.batches([loader.Source("walks", documents, 1.0)], rows=ROWS, length=LENGTH, seed=1)
 
 
+def place(batch, slices):
+    return jax.device_put({name: np.reshape(array, (slices, -1, LENGTH)) for name, array in batch.items()})
+
+
 def feed(stream=None):
-    return loop.Stream(batches() if stream is None else stream, Rows(None, ROWS).place)
+    return loop.Stream(batches() if stream is None else stream, lambda batch: place(batch, 1))
 
 
 def first():
@@ -134,7 +137,7 @@ def test_kill_resumes_bit_for_bit(whole, tmp_path):
 
 def test_a_damaged_checkpoint_costs_steps_and_nothing_else(whole, tmp_path):
     options = dataclasses.replace(OPTIONS, keep=2)
-    again = lambda log: loop.loop(tmp_path, fresh(), STEP, batches(), STEPS, log=log, options=options,
+    again = lambda log: loop.loop(tmp_path, fresh(), STEP, feed(), STEPS, log=log, options=options,
                                   schedule=optimizer.schedule(CONFIG, STEPS))
     again(lambda line: None)
     stored = max((tmp_path / "checkpoints/24/state").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -233,7 +236,7 @@ def test_accumulated_gradients_equal_the_whole_batch():
     for parts in (1, 2, 4):
         step = make_step(loss_fn, optax.sgd(1.0), BatchShape(parts, ROWS // parts, LENGTH))
         state = TrainState.create(fresh().params, optax.sgd(1.0))
-        results.append(step(state, Rows(None, ROWS // parts, parts).place(batch)))
+        results.append(step(state, place(batch, parts)))
     for state, values in results[1:]:
         np.testing.assert_allclose(state.params["table"], results[0][0].params["table"], atol=1e-6)
         np.testing.assert_allclose(values["loss"], results[0][1]["loss"], rtol=1e-6)
