@@ -7,7 +7,8 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -213,3 +214,28 @@ def _of_first(name: str) -> str:
         return name
     text = np.frombuffer(name.encode().ljust(256, b"\0"), np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode()
+
+
+def met(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a jitted function that several processes with CPU devices run at one time; elsewhere `program` itself.
+
+    Gloo, by which such devices talk, gives another process 30 seconds to answer the first call and to bring its part of
+    a psum_scatter, whatever XLA's flags say. One that compiles, reads or saves for longer would end all of them. So
+    each compiles alone, at the first call, and waits for the others before every call.
+
+    Args:
+      program: jitted; its arguments have the same shapes and shardings at every call.
+    """
+    if alone() or jax.default_backend() != "cpu":
+        return program
+    compiled = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        if not compiled:
+            program.lower(*arguments).compile()  # where the call itself finds it
+            compiled = True
+        barrier("a step")
+        return program(*arguments)
+
+    return call

@@ -147,8 +147,9 @@ class Trainer:
           UserError: see train.loop.
         """
         state = self._abstract_state() if params is None else self.create(params)
+        step = distributed.met(self.step)
         return loop.loop(
-            directory, state, lambda state, batch: self.step(state, batch, frozen), feed, steps, log=log,
+            directory, state, lambda state, batch: step(state, batch, frozen), feed, steps, log=log,
             line=line, schedule=self.schedule, first=first,
             explain=diagnosis.explain(self.model, self.loss, self.parallel, frozen),
             options=loop.LoopOptions(settings.checkpoint_every, settings.log_every, settings.keep, settings.nonfinite,
