@@ -13,11 +13,11 @@ from flax import struct
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.config_checks import check_model
+from qcn_jax.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
 from qcn_jax.errors import UserError
 from qcn_jax.layers.attention import init_attention_cache
 from qcn_jax.layers.cache import Cache, init_cache
 from qcn_jax.layers.context import TokenContext, segment_positions
-from qcn_jax.decoder import Block, DecoderLayer, add_layer_axis, join_layers, linear_layers, scanned
 from qcn_jax.layers.dense import Kernel, dense, normal_init
 from qcn_jax.layers.embedding import sharded_lookup
 from qcn_jax.layers.norm import RMSNorm

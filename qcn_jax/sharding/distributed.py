@@ -7,6 +7,7 @@ import pathlib
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -130,12 +131,23 @@ def barrier(name: str) -> None:
         multihost.get_barrier_sync_fn()(key=f"{name} {next(_meetings)}", timeout_ms=PATIENCE_SECONDS * 1000)
 
 
-def all_agree(fine: bool) -> bool:
-    """Returns whether `fine` is true in every process; every process must call this."""
+class OutOfStep(RuntimeError):
+    """The processes have come to different places of the program; a fault of this library."""
+
+
+def all_agree(name: str, fine: bool) -> bool:
+    """Returns whether `fine` is true in every process; every process must call this, with the same name.
+
+    Raises:
+      OutOfStep: others wait at another place of the program.
+    """
     if alone():
         return fine
     barrier("agreement")  # a collective of devices would not wait as long
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
+    found = multihost_utils.process_allgather(np.array([zlib.crc32(name.encode()), fine], np.uint32))
+    if len(np.unique(found[:, 0])) > 1:
+        raise OutOfStep(f"{name}: other processes are elsewhere in the program")
+    return bool(np.all(found[:, 1]))
 
 
 @contextlib.contextmanager
@@ -153,7 +165,7 @@ def together(name: files.Path) -> Iterator[None]:
     except OSError as error:
         failure = UserError(f"{name}: cannot be written: {error.strerror or error}")
         failure.__cause__ = error
-    fine = all_agree(failure is None)
+    fine = all_agree(f"together {pathlib.Path(name).name}", failure is None)
     if failure is not None:
         raise failure
     if not fine:
@@ -169,16 +181,18 @@ def first_before_others(name: str) -> Iterator[None]:
     Raises:
       UserError: it failed in process 0.
     """
-    if not is_first() and not all_agree(True):
+    if not is_first() and not all_agree(name, True):
         raise UserError(f"{name}: failed in the first process, whose last line says why")
     try:
         yield
+    except OutOfStep:
+        raise
     except BaseException:
         if is_first():
-            all_agree(False)
+            all_agree(name, False)
         raise
     if is_first():
-        all_agree(True)
+        all_agree(name, True)
 
 
 @contextlib.contextmanager

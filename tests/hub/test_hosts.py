@@ -65,10 +65,20 @@ def run(coordinator, process, folder):
         assert (folder / name / "config.json").is_file()  # for every process, as soon as save has returned
     seen["full disk"] = refused(lambda: hub.save(folder / "full", config, params), process == 1)
     seen["other things"] = refused(lambda: hub.save(folder, config, params))
+    seen["in turn"] = refused(lambda: in_turn(folder, process == 0))
+    seen["nested"] = refused(lambda: in_turn(folder, False, lambda: hub.save(folder / "nested", config, params)))
     alone, = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(hub.load(folder / "saved")[1])
               if path[0].key == "norm"]
     assert alone.is_fully_addressable
     files.write_json(folder / f"{process}.json", seen)
+
+
+def in_turn(folder, fails, inside=lambda: None):
+    """A block that the first process enters before the other."""
+    with distributed.first_before_others("test"):
+        if fails:
+            raise UserError("what the first one says")
+        inside()
 
 
 def refused(save, limited=False):
@@ -78,7 +88,7 @@ def refused(save, limited=False):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         save()
-    except UserError as error:
+    except (UserError, distributed.OutOfStep) as error:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -131,6 +141,8 @@ def test_what_fails_in_one_process_fails_in_both_and_leaves_nothing(saved):
     folder, _, seen = saved
     assert "another process" in seen[0]["full disk"] and "cannot be written: File too large" in seen[1]["full disk"]
     assert "holds other things" in seen[0]["other things"] and "another process" in seen[1]["other things"]
+    assert seen[0]["in turn"] == "what the first one says" and "failed in the first process" in seen[1]["in turn"]
+    assert all("elsewhere in the program" in line["nested"] for line in seen)  # neither waits for ever
     assert sorted(path.name for path in folder.iterdir()) == sorted(["saved", *MESHES, "0.json", "1.json"])
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from qcn_jax.sharding.parallel import Parallel
 from qcn_jax.layers.products import widened_einsum
+from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
 # (kernels, *arrays [n, ...]) -> pytree of [n] float32
