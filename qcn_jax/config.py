@@ -224,8 +224,9 @@ class SftConfig:
 class RolloutConfig:
     """How a policy acts: sampling and limits of an episode.
 
-    What `experts` learns is the policy at this temperature; top_p and top_k must be off there, as the gradient is of the
-    whole distribution. In `distill` all three choose which episodes are looked at: no ratio of probabilities enters.
+    What `experts` learns is the policy at this temperature; top_p and top_k must be off there, as the gradient is that
+    of the whole distribution. In `distill` all three choose which episodes are looked at: no ratio of probabilities
+    enters.
     """
 
     temperature: Amount = 1.0
@@ -254,8 +255,8 @@ class ExpertsConfig:
     greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
     rows: Positive = 16
     sequence_length: Positive = 1024
-    # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes, of
-    # the mean over tokens.
+    # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes,
+    # of the mean over tokens.
     average: Average = "token"
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2

@@ -308,6 +308,7 @@ def unroll(config: ModelConfig, params: Any) -> Any:
     blocks, rest = divmod(config.num_hidden_layers, config.full_attention_interval)
     out = {name: tree for name, tree in params.items() if name not in ("blocks", "tail")}
     for g in range(blocks):
-        layers = {f"linear_{i}": at(params["blocks"]["linear"], g, i) for i in range(config.full_attention_interval - 1)}
+        linear = range(config.full_attention_interval - 1)
+        layers = {f"linear_{i}": at(params["blocks"]["linear"], g, i) for i in linear}
         out[f"blocks_{g}"] = layers | {"full": at(params["blocks"]["full"], g)}
     return out | {f"tail_{i}": at(params["tail"], i) for i in range(rest)}

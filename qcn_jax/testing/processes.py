@@ -24,7 +24,8 @@ def emulated(devices: int, quick: bool = True) -> dict[str, str]:
       devices: how many.
       quick: compile with little optimisation, for programs that run once.
     """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {_QUICK if quick else ''}"
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count} {_QUICK if quick else ''}"
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags.split())}
 
 

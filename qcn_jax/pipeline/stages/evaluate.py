@@ -8,7 +8,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.evaluate import scores
+from qcn_jax.pipeline.evaluate import comparisons
 from qcn_jax.pipeline.evaluate.baseline import Baseline, baseline_of
 from qcn_jax.pipeline.evaluate.bench import Bench, balanced
 from qcn_jax.pipeline.experts import headline
@@ -41,8 +41,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         model.pop("messages", None)
     results = {
         "models": models,
-        "tests": scores.comparisons(models, bench.experts, baseline.name if baseline else ""),
-        "retention": scores.retention(models, bench.experts),
+        "tests": comparisons.comparisons(models, bench.experts, baseline.name if baseline else ""),
+        "retention": comparisons.retention(models, bench.experts),
         "sandbox": context.provider().kind, "isolation": context.provider().describe(),
         "line": _line(models, headline(bench.experts).model),
     }

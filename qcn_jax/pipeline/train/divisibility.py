@@ -69,7 +69,8 @@ def _model(model: ModelConfig, parallel: Parallel) -> Iterator[str]:
         yield from _undivided(parallel, f"--config.model.{field}", getattr(model, field), *names)
     # Attention heads of a device are whole groups of a key/value head, or a whole part of one.
     heads = ("activation_heads", "activation_length")
-    own, group = model.num_attention_heads // parallel.size(*heads), model.num_attention_heads // model.num_key_value_heads
+    own = model.num_attention_heads // parallel.size(*heads)
+    group = model.num_attention_heads // model.num_key_value_heads
     if own and own % group and group % own:
         yield (f"--config.model.num_key_value_heads: {model.num_key_value_heads} with {group} attention heads each do "
                f"not divide by {_words(parallel, *heads)} of {own} attention heads")
