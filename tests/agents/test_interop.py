@@ -24,7 +24,7 @@ DONE = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 def test_environment_as_mini_swe_agent_calls_it():
     task = tiny.make_task()
     with sandbox(tiny.provider(), "tiny==1", starting_changes(task, tiny.PRISTINE)) as box:
-        place = SandboxEnvironment(box, guard := Guard(), timeout=5)
+        place = SandboxEnvironment(box, guard := Guard(), timeout=60)
         assert place.execute({"command": "echo hi; exit 3"}) == {"output": "hi\n", "returncode": 3, "exception_info": ""}
         assert place.execute({"command": "pwd"}, cwd="/testbed/calc")["output"] == "/testbed/calc\n"
         late = place.execute({"command": "echo a; sleep 60"}, timeout=0.5)

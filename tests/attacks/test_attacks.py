@@ -65,7 +65,7 @@ def test_03_04_05_28_no_network(world, agent):
                   "try:\n    socket.getaddrinfo('git' + 'hub.com', 443); print('RESOLVED')\n"
                   "except OSError: pass\n" % (sorted(addresses), port))
         agent.write("probe.py", script)
-        result = agent.exec("python probe.py; echo done", timeout=25)
+        result = agent.exec("python probe.py; echo done", timeout=300)
         assert result.output == "done\n"
         with pytest.raises(TimeoutError):
             listener.accept()

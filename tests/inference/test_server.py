@@ -148,7 +148,7 @@ def test_paths_and_health(server) -> None:
 
 
 def test_a_client_that_leaves_frees_its_slots(server) -> None:
-    with httpx.stream("POST", f"{server}/completions", timeout=60,
+    with httpx.stream("POST", f"{server}/completions", timeout=600,
                       json={"prompt": "hello", "max_tokens": 90, "n": 4, "stream": True}) as response:  # fmt: skip
         next(response.iter_lines())
     health = f"{server.removesuffix('/v1')}/health"

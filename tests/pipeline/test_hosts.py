@@ -92,7 +92,7 @@ def _survivor_ends(hosts, number):
     assert hosts.wait(number) != 0
     seconds = time.monotonic() - began
     assert seconds < SURVIVOR_SECONDS
-    hosts.until(number, last_line.LOST, timeout=60)  # its stderr is passed on by a process that outlives it
+    hosts.until(number, last_line.LOST, timeout=600)  # its stderr is passed on by a process that outlives it
     lines = [line for line in hosts.output(number).splitlines() if line and not line.startswith("[")]
     assert lines == [last_line.LOST], hosts.output(number)
     return seconds

@@ -258,7 +258,7 @@ def test_kill_of_the_host_leaves_nothing(world):
     assert len(before) >= (1 if world.provider.kind == "docker" else 3)
     os.kill(host.pid, signal.SIGKILL)
     host.wait()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 300
     while _alive(world, before) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert _alive(world, before) == []
