@@ -67,12 +67,7 @@ class Parity:
         return Outcome(self.share, self.share > 0.5, finished=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """A prompt of Parity, which takes no sandbox."""
-
-    number: int
-    scaffold = type("Scaffold", (), {"single_turn": True})
+SINGLE_TURN = type("Scaffold", (), {"single_turn": True})
 
 
 def fingerprint(lowered) -> str:
@@ -94,6 +89,8 @@ def run(root: pathlib.Path):
     from qcn_jax.compile.stages import stage_step
     from qcn_jax.config_phases import of_phase
     from qcn_jax.pipeline.context import Shared, StageContext
+    from qcn_jax.pipeline.experts import expert
+    from qcn_jax.pipeline.experts.expert import Prompt
     from qcn_jax.pipeline.stages import distill, experts, midtrain, sft
     from qcn_jax.pipeline.train import trainer
     from tests.pipeline.stages.test_midtrain import _context
@@ -120,8 +117,8 @@ def run(root: pathlib.Path):
     sft.collect_trajectories, sft.encode = lambda context: [], lambda *_: (documents, 0)
     for module in (experts, distill):
         module.make_services = lambda context: None
-        module.training_prompts = lambda context, expert, stage: [Number(n) for n in range(8)]
-        module.TaskConversation = lambda prompt, *_, **__: Parity(prompt.number)
+        module.training_prompts = lambda context, expert, stage: [Prompt(expert, n, SINGLE_TURN) for n in range(8)]
+    expert.TaskConversation = lambda task, *_, **__: Parity(task)
     results, lines = {}, []
     for stage, module in (("midtrain", midtrain), ("sft", sft), ("experts", experts), ("distill", distill)):
         context = _context(root, config, lines) if stage == "midtrain" else StageContext(config, root, stage, Shared(config, root))
