@@ -149,8 +149,8 @@ def test_phases_follow_one_another_and_a_resume_across_the_boundary_changes_noth
     assert whole["phases"] == [{"steps": 3, "rows": 2, "sequence_length": 512},
                                {"steps": 3, "rows": 1, "sequence_length": 1024}]
     assert any(line.startswith("phase 2 of 2: steps 4 to 6") for line in lines)
-    # Killed in the first phase, at the first step of the second, and in it.
-    for phase, calls in ((1, 2), (2, 1), (2, 3)):
+    # Killed at the first step of the second phase, and in it.
+    for phase, calls in ((2, 1), (2, 3)):
         code = (f"import sys; sys.path[:0] = [{str(pathlib.Path(__file__).parents[3])!r}]\n"
                 "from tests.pipeline.stages import test_midtrain as t\n"
                 f"t.run_and_die({str(tmp_path / 'killed')!r}, {calls}, t.PHASED, {phase})")
