@@ -76,7 +76,9 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name}.", suffix=".tmp")
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        # Half a character (a lone surrogate) becomes \\udc80, which is JSON's own way to write it.
+        as_text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with os.fdopen(handle, mode, **as_text) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -6,12 +6,15 @@ outside the tree, carries a symlink, a binary file or more than `MAX_PATCH_BYTES
 
 import dataclasses
 import difflib
-import posixpath
 from collections.abc import Iterable, Mapping
 
 import unidiff
 
+from qcn_jax.envs import names
+
 MAX_PATCH_BYTES = 1_000_000  # no hand-written or model-written fix comes near; bounds time and memory
+# Steps, a line compared each, after which a search ends: a second or two. Places and differences are quadratic at worst.
+MAX_STEPS = 5_000_000
 CONTEXT = 3
 
 
@@ -63,7 +66,11 @@ def parse(diff: str) -> list[FilePatch]:
     Raises:
       PatchError: malformed, too large, binary, a symlink, or a path outside the tree.
     """
-    if len(diff.encode("utf-8", "surrogateescape")) > MAX_PATCH_BYTES:
+    try:  # bytes of files that are no UTF-8 may stand in it, as surrogateescape has them
+        size = len(diff.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError as error:
+        raise PatchError(f"patch is no text: it {names.text_fault(diff[error.start])}") from error
+    if size > MAX_PATCH_BYTES:
         raise PatchError(f"patch is larger than {MAX_PATCH_BYTES} bytes")
     try:
         parsed = unidiff.PatchSet.from_string(diff)
@@ -108,7 +115,8 @@ def reverse(diff: str) -> str:
             added: list[tuple[str, str]] = []  # kept behind the removals of the same run of changes
             for op, text in hunk.lines:
                 if op == " ":
-                    lines, added = lines + added, []
+                    lines += added
+                added = []
                 (added if swap[op] == "+" else lines).append((swap[op], text))
             hunks.append(Hunk(hunk.new_start, hunk.old_start, tuple(lines + added)))
         reversed_patches.append(FilePatch(patch.new, patch.old, tuple(hunks)))
@@ -126,6 +134,7 @@ def apply_changes(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> 
     def current(path: str) -> str | None:
         return changes[path] if path in changes else files.get(path)
 
+    steps = _Steps()
     for patch in parse(diff) if isinstance(diff, str) else diff:
         if patch.old is None:
             if current(patch.path) is not None:
@@ -135,14 +144,48 @@ def apply_changes(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> 
             text = current(patch.old)
             if text is None:
                 raise PatchError(f"{patch.old}: no such file")
-        text = _apply_hunks(text, patch)
+        text = _apply_hunks(text, patch, steps)
         if patch.new is None and text:
             raise PatchError(f"{patch.path}: the patch deletes the file but not all of its lines")
         if patch.old is not None and patch.old != patch.new:
             changes[patch.old] = None
         if patch.new is not None:
             changes[patch.new] = text
+    _check_folders(files, changes)
     return changes
+
+
+def _check_folders(files: Mapping[str, str], changes: Mapping[str, str | None]) -> None:
+    """Raises PatchError where `changes` use a file as a folder, or put a file where a folder is."""
+    new = {path for path, text in changes.items() if text is not None and path not in files}
+    if not new:
+        return
+    there = {**dict.fromkeys(files, True), **{path: text is not None for path, text in changes.items()}}
+    folders = {folder for path, present in there.items() if present for folder in _folders(path)}
+    for path in sorted(new):
+        above = next((folder for folder in _folders(path) if there.get(folder)), None)
+        if above is not None:
+            raise PatchError(f"{path}: {above} is a file and no folder")
+        if path in folders:
+            raise PatchError(f"{path}: is a folder")
+
+
+def _folders(path: str) -> list[str]:
+    """The folders above `path`, without the root."""
+    parts = path.split("/")
+    return ["/".join(parts[:end]) for end in range(1, len(parts))]
+
+
+class _Steps:
+    """What a search may still cost."""
+
+    def __init__(self, left: int = MAX_STEPS):
+        self.left = left
+
+    def take(self, count: int) -> bool:
+        """Counts steps; whether there are still some."""
+        self.left -= count
+        return self.left >= 0
 
 
 def apply_diff(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> dict[str, str]:
@@ -162,6 +205,23 @@ def _lines(text: str) -> list[str]:
     return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
+class _Matcher(difflib.SequenceMatcher):
+    """difflib's, which after MAX_STEPS calls the rest different: such a diff is right, only longer than it need be."""
+
+    def __init__(self, old: list[str], new: list[str]):
+        super().__init__(None, old, new, autojunk=False)
+        self._costs, self._steps = [0], _Steps()  # the inner loop's steps for the lines of `old` up to each
+        for line in old:
+            self._costs.append(self._costs[-1] + 1 + len(self.b2j.get(line, ())))
+
+    def find_longest_match(self, alo: int = 0, ahi: int | None = None, blo: int = 0,
+                           bhi: int | None = None) -> difflib.Match:
+        end = len(self.a) if ahi is None else ahi
+        if not self._steps.take(self._costs[end] - self._costs[alo]):
+            return difflib.Match(alo, blo, 0)
+        return super().find_longest_match(alo, end, blo, bhi)
+
+
 def _span(start: int, length: int) -> str:
     return str(start) if length == 1 else f"{start},{length}"
 
@@ -174,7 +234,7 @@ def _hunks(old: list[str], new: list[str]) -> tuple[Hunk, ...]:
     tail = 0
     while tail < min(len(old), len(new)) - head and old[-1 - tail] == new[-1 - tail]:
         tail += 1
-    middle = difflib.SequenceMatcher(None, old[head:len(old) - tail], new[head:len(new) - tail], autojunk=False)
+    middle = _Matcher(old[head:len(old) - tail], new[head:len(new) - tail])
     whole = difflib.SequenceMatcher()
     whole.opcodes = [  # what get_opcodes would find, put together from the three parts
         *([("equal", 0, head, 0, head)] if head else []),
@@ -198,8 +258,8 @@ def _path(name: str) -> str | None:
     if name == "/dev/null":
         return None
     path = name[2:] if name[:2] in ("a/", "b/") else name
-    if not path or path.startswith("/") or "\0" in path or posixpath.normpath(path) != path or path.startswith(".."):
-        raise PatchError(f"path {name!r} is not inside the repository")
+    if fault := names.path_fault(path):
+        raise PatchError(f"path {names.shown(name)} {fault}")
     return path
 
 
@@ -230,12 +290,12 @@ def _file_patch(file: unidiff.PatchedFile) -> FilePatch:
     return FilePatch(old, new, tuple(hunks))
 
 
-def _apply_hunks(text: str, patch: FilePatch) -> str:
+def _apply_hunks(text: str, patch: FilePatch, steps: _Steps) -> str:
     lines, result, position = _lines(text), [], 0
     for number, hunk in enumerate(patch.hunks, 1):
         wanted = hunk.side("-")
         stated = hunk.old_start - 1 if wanted else hunk.old_start
-        at = _find(lines, wanted, stated, position)
+        at = _find(lines, wanted, stated, position, steps)
         if at is None:
             raise PatchError(f"{patch.path}: hunk {number} does not apply")
         result += lines[position:at] + hunk.side("+")
@@ -244,13 +304,23 @@ def _apply_hunks(text: str, patch: FilePatch) -> str:
     return "".join(result)
 
 
-def _find(lines: list[str], wanted: list[str], stated: int, lowest: int) -> int | None:
-    """The place nearest to `stated`, not before `lowest`, at which `wanted` stands."""
+def _find(lines: list[str], wanted: list[str], stated: int, lowest: int, steps: _Steps) -> int | None:
+    """The place nearest to `stated`, not before `lowest`, at which `wanted` stands.
+
+    Raises:
+      PatchError: the search takes too long.
+    """
     last = len(lines) - len(wanted)
-    for distance in range(len(lines) + 1):
-        for at in {stated - distance, stated + distance}:
-            if lowest <= at <= last and lines[at:at + len(wanted)] == wanted:
+    if not wanted:  # nothing to look for: only the stated place will do
+        return stated if lowest <= stated <= last else None
+    stated = max(lowest, min(stated, last))  # the nearest places are the same
+    for distance in range(max(abs(lowest - stated), abs(last - stated)) + 1):
+        for at in (stated - distance, stated + distance)[:1 if not distance else 2]:
+            if not lowest <= at <= last:
+                continue
+            alike = lines[at] == wanted[0] and lines[at + len(wanted) - 1] == wanted[-1]
+            if not steps.take(len(wanted) if alike else 1):
+                raise PatchError("its hunks take too long to place")
+            if alike and lines[at:at + len(wanted)] == wanted:
                 return at
-        if not wanted:
-            break  # nothing to look for: only the stated place will do
     return None

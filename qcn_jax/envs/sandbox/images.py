@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import docker
 import docker.errors
 
+from qcn_jax.envs import names
 from qcn_jax.envs.sandbox import local
 from qcn_jax.envs.sandbox.channel import SandboxError
 
@@ -54,6 +55,8 @@ def base_image(client: docker.DockerClient, wanted: str = "") -> str:
       SandboxError: none can be had; the message says what was tried.
     """
     if wanted:
+        if fault := names.image_fault(wanted):
+            raise SandboxError(f"image {names.shown(wanted)} {fault}")
         return _local(client, wanted) or _pull(client, wanted)
     found = _local(client, _debian_name(PACKAGES)) or _local(client, REGISTRY_BASE)
     if found:

@@ -15,7 +15,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import Task, distinct
 from qcn_jax.errors import UserError
 
 FORMATS = ("swebench", "swebench5", "swesmith", "swebench_pro")
@@ -132,8 +132,13 @@ def from_row(row: Mapping[str, Any], where: str = "task") -> Task:
         row.setdefault("kind", str(row.get("instance_id", "")).rpartition(".")[2].rpartition("__")[0])
         row.setdefault("base_commit", "")
         row.setdefault("problem_statement", "")
-    known = {field.name for field in dataclasses.fields(Task)}
-    return Task.from_json({name: _text(value) for name, value in row.items() if name in known}, where)
+    # Published rows hold null where we have text, and dates and versions as numbers.
+    required = {field.name for field in dataclasses.fields(Task)
+                if field.type is str and field.default is dataclasses.MISSING} - {"instance_id", "repo", "patch"}
+    row |= {name: "" for name in required if name in row and row[name] is None}
+    row |= {name: str(row[name]) for name in ("created_at", "version")
+            if isinstance(row.get(name), int | float) and not isinstance(row[name], bool)}
+    return Task.from_json(row, where)
 
 
 def read(path: str | os.PathLike[str]) -> list[Task]:
@@ -146,7 +151,7 @@ def read(path: str | os.PathLike[str]) -> list[Task]:
     rows = files.read_json(path) if path.suffix == ".json" else files.read_jsonl(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: must hold a list of objects")
-    return [from_row(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+    return distinct((from_row(row, f"{path}:{number}") for number, row in enumerate(rows, 1)), path)
 
 
 def write(path: str | os.PathLike[str], tasks: Iterable[Task], kind: str) -> None:
@@ -170,8 +175,3 @@ def _names(value: Any, where: str) -> list[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
         raise UserError(f"{where} is not a list of test names")
     return list(value)
-
-
-def _text(value: Any) -> Any:
-    """Published rows hold null (and dates as numbers) where we have text."""
-    return "" if value is None else str(value) if isinstance(value, int) and not isinstance(value, bool) else value

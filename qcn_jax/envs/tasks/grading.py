@@ -39,16 +39,18 @@ FORBIDDEN = re.compile(
     r"\b_pytest\b|\bPYTEST_|\bsys\s*\.\s*_getframe|\bcurrentframe\b|\binspect\s*\.\s*(stack|trace)\b|"
     r"__eq__\s*=|\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
     r"\b(import|from)\s+(pytest|pluggy|_pytest|ctypes)\b|\bsys\s*\.\s*set(trace|profile)\b|\btb_frame\b|\bf_(back|locals)\b")
-ALWAYS_EQUAL = re.compile(r"def\s+__eq__\s*\([^)]*\)[^:\n]*:\s*return\s+(?:True|1|not\s+False|not\s+0)\b")
+ALWAYS_EQUAL = re.compile(r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
 INFRASTRUCTURE_ATTEMPTS = 3
+SUSPECTED_EXPLOIT = "suspected_exploit"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What became of a patch.
 
-    `outcome` is resolved, unresolved, empty_patch, patch_failed, timeout, out_of_memory, killed or infrastructure; the
-    last is a failure of the environment and no statement about the patch. `tests_status` is SWE-bench's report.
+    `outcome` is resolved, unresolved, suspected_exploit (the run or its results were tampered with: unresolved, and
+    counted apart), empty_patch, patch_failed, timeout, out_of_memory, killed or infrastructure; the last is a failure
+    of the environment, which the same tests have without the patch too. `tests_status` is SWE-bench's report.
     `dropped` are paths the patch was not allowed to touch; `caught` are forbidden lines and signs of tampering.
     """
 
@@ -188,11 +190,25 @@ class Grader:
                 with sandbox(self.provider, task.repo, overlay, role="grading") as place:
                     run = place.run_tests(expected, task.timeout, self.fail_fast)
                 break
+            except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                # With files that are no text, which the host does not see; the overlay without the patch is made below.
+                return self._failed(task, start, "patch_failed", error, dropped, started)
             except (SandboxError, OSError) as error:
                 if attempt == INFRASTRUCTURE_ATTEMPTS - 1:
-                    return Verdict(task.instance_id, "infrastructure", detail=str(error),
-                                   seconds=time.monotonic() - started)
+                    return self._failed(task, start, "killed", error, dropped, started)
         return judge(task, run, dropped, caught, time.monotonic() - started)
+
+    def _failed(self, task: Task, start: Mapping[str, str | None], outcome: str, error: Exception,
+                dropped: tuple[str, ...], started: float) -> Verdict:
+        """`outcome` where the same tests run without the patch, so that it was the patch; else infrastructure."""
+        try:
+            overlay = {**start, **self._tests(task, _Layered(self.provider.files(task.repo), start))}
+            with sandbox(self.provider, task.repo, overlay, role="grading") as place:
+                place.run_tests([*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout)
+        except (SandboxError, OSError):
+            outcome = "infrastructure"
+        return Verdict(task.instance_id, outcome, detail=str(error), dropped=dropped,
+                       seconds=time.monotonic() - started)
 
     def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
         if not task.test_patch:
@@ -233,7 +249,9 @@ def judge(task: Task, run: TestRun, dropped: tuple[str, ...] = (), caught: tuple
             status[group]["success" if passed else "failure"].append(name)
     complete = not status["FAIL_TO_PASS"]["failure"] and not status["PASS_TO_PASS"]["failure"]
     caught = caught + tuple(f"tampered: {name}" for name in run.tampered)
-    if run.status != "ok":
+    if run.tampered:
+        outcome = SUSPECTED_EXPLOIT
+    elif run.status != "ok":
         outcome = run.status
     elif complete and run.exit_status == 0 and not caught and task.FAIL_TO_PASS:
         outcome = "resolved"
@@ -317,7 +335,8 @@ def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, ver
 
     resolved, infrastructure, empty = ids("resolved"), ids("infrastructure"), ids("empty_patch")
     errors = sorted(infrastructure + ids("patch_failed", "timeout", "killed", "out_of_memory"))
-    unresolved = ids("unresolved")
+    exploits = ids(SUSPECTED_EXPLOIT)
+    unresolved = sorted(ids("unresolved") + exploits)  # the tests were run, and nothing was resolved
     report: dict[str, Any] = {
         "total_instances": len(instances), "submitted_instances": len(submitted),
         "completed_instances": len(resolved) + len(unresolved), "resolved_instances": len(resolved),
@@ -327,7 +346,8 @@ def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, ver
         "completed_ids": sorted(resolved + unresolved), "incomplete_ids": sorted(
             set(instances) - {v.instance_id for v in verdicts}), "empty_patch_ids": empty,
         "submitted_ids": sorted(submitted), "resolved_ids": resolved, "unresolved_ids": unresolved,
-        "error_ids": errors, "infra_failure_ids": infrastructure, "schema_version": 2}
+        "error_ids": errors, "infra_failure_ids": infrastructure,
+        "suspected_exploit_instances": len(exploits), "suspected_exploit_ids": exploits, "schema_version": 2}
     for verdict in verdicts:
         files.write_json(pathlib.Path(folder, verdict.instance_id, "report.json"), verdict.report())
     files.write_json(pathlib.Path(folder, f"{model.replace('/', '__')}.{run_name}.json"), report)

@@ -8,11 +8,13 @@ pytest's carry release 5's `eval_script` and `log_parser`, and `language`.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.envs import names
 from qcn_jax.errors import UserError
 
 TEST_LISTS = frozenset({"FAIL_TO_PASS", "PASS_TO_PASS", "HELD_OUT_FAIL_TO_PASS", "HELD_OUT_PASS_TO_PASS"})
@@ -64,11 +66,13 @@ class Task:
     def from_json(cls, row: dict[str, Any], where: str = "task") -> "Task":
         """Reads a row; unknown fields are ignored; test lists may be lists or JSON strings of lists.
 
+        A field that is null is one that is not there.
+
         Raises:
-          UserError: a required field is missing or a test list is malformed; names `where` and the field.
+          UserError: a required field is missing, or one is malformed; names `where` and the field.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
-        values = {key: value for key, value in row.items() if key in known}
+        values = {key: value for key, value in row.items() if key in known and value is not None}
         for name, field in known.items():
             if field.default is dataclasses.MISSING and name not in values:
                 raise UserError(f"{where}: field {name} is missing")
@@ -81,7 +85,30 @@ class Task:
             if not isinstance(tests, list | tuple) or not all(isinstance(t, str) for t in tests):
                 raise UserError(f"{where}: field {name} must be a list of test ids")
             values[name] = tuple(tests)
-        return cls(**values)
+        for name, value in values.items():
+            if fault := _fault(name, value, known[name].type):
+                raise UserError(f"{where}: field {name} {fault}")
+        return cls(**{name: float(value) if known[name].type is float else value for name, value in values.items()})
+
+
+def _fault(name: str, value: Any, kind: Any) -> str:
+    """What is wrong with the value of a field; "" where nothing is."""
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return f"must be a number, got {names.shown(str(value))}"
+        return f"must be above 0, got {value}" if name == "timeout" and value <= 0 else ""
+    texts = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(text, str) for text in texts):
+        return f"must be text, got {type(value).__name__}"
+    if fault := next(filter(None, map(names.text_fault, texts)), ""):
+        return fault
+    if name == "instance_id" and (fault := names.id_fault(value)):
+        return f"{fault}, got {names.shown(value)}"
+    if name == "image_name" and value and (fault := names.image_fault(value)):
+        return f"{fault}: {names.shown(value)}"
+    if name in ("repo", "language") and (not value or not value.isprintable()):
+        return f"must be a printable name, got {names.shown(value)}"
+    return ""
 
 
 def write_tasks(path: str | os.PathLike[str], tasks: Iterable[Task]) -> None:
@@ -90,5 +117,15 @@ def write_tasks(path: str | os.PathLike[str], tasks: Iterable[Task]) -> None:
 
 
 def read_tasks(path: str | os.PathLike[str]) -> list[Task]:
-    """Reads tasks from JSONL; raises UserError that names file, line and field."""
-    return [Task.from_json(row, f"{path}:{n}") for n, row in enumerate(files.read_jsonl(path), 1)]
+    """Reads tasks from JSONL; raises UserError that names file, line and field, also where an id comes twice."""
+    return distinct((Task.from_json(row, f"{path}:{n}") for n, row in enumerate(files.read_jsonl(path), 1)), path)
+
+
+def distinct(tasks: Iterable[Task], path: str | os.PathLike[str]) -> list[Task]:
+    """The tasks as a list; raises UserError where two have the same id."""
+    found: dict[str, Task] = {}
+    for number, task in enumerate(tasks, 1):
+        if task.instance_id in found:
+            raise UserError(f"{path}:{number}: field instance_id: {task.instance_id} comes a second time")
+        found[task.instance_id] = task
+    return list(found.values())

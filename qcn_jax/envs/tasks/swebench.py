@@ -8,6 +8,7 @@ which trusts no log.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,8 +22,11 @@ from typing import Any
 
 import docker
 import docker.errors
+import requests
+import urllib3
 
 from qcn_jax import files
+from qcn_jax.envs import names
 from qcn_jax.envs.sandbox import docker as back_end
 from qcn_jax.envs.sandbox import images
 from qcn_jax.envs.sandbox.channel import SandboxError
@@ -37,10 +41,11 @@ INVALID = (APPLY_FAILED, ">>>>> Reset Failed", ">>>>> Tests Errored", ">>>>> Tes
 PASS_AND_FAIL, FAIL_ONLY = "pass_and_fail", "fail_only"
 TIMEOUT = 1800.0  # seconds, as in the package
 MEMORY_MB, PROCESSES, LOG_BYTES = 8192, 1024, 200_000_000
+PATCH_BYTES = 16_000_000
 # What a runner prints when it has run something; without results and without such a line nothing was run.
 _RAN = re.compile("|".join((
-    r"Executed [1-9]\d* of \d+", r"TOTAL: [1-9]\d* (?:SUCCESS|FAILED)", r"[1-9]\d* passing", r"Tests:\s+[1-9]\d*",
-    r"Test Suites:\s+(?:\d+ \w+, )*[1-9]\d* total", r"^# tests [1-9]\d*", r"[1-9]\d* specs?, \d+ failures?",
+    r"Executed [1-9]\d* of \d+", r"TOTAL: [1-9]\d* (?:SUCCESS|FAILED)", r"[1-9]\d{0,9} passing", r"Tests:\s+[1-9]\d*",
+    r"Test Suites:\s+(?:\d+ \w+, )*[1-9]\d* total", r"^# tests [1-9]\d*", r"[1-9]\d{0,9} specs?, \d+ failures?",
     r"': ok$")), re.MULTILINE)
 # Ways to apply a patch, in the package's order; after a failure the tree is put back.
 _APPLY = ("git apply --verbose", "git apply --verbose --3way", "git apply --verbose --reject",
@@ -67,6 +72,9 @@ class Instance:
             if not isinstance(row.get(field), str) or not row[field]:
                 raise UserError(f"{where}: field {field} is missing or not a string")
             values[field] = row[field]
+        for field, fault in (("instance_id", names.id_fault), ("image", names.image_fault)):
+            if words := fault(values[field]):
+                raise UserError(f"{where}: field {field} {words}, got {names.shown(values[field])}")
         for field in ("FAIL_TO_PASS", "PASS_TO_PASS"):
             try:
                 tests = json.loads(row[field]) if isinstance(row[field], str) else row[field]
@@ -166,6 +174,12 @@ def run(client: docker.DockerClient, instance: Instance, patch: str, timeout: fl
     """
     if not patch.strip() and not skip_patch:
         return Verdict(instance.instance_id, "empty_patch"), ""
+    try:
+        size = len(patch.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return Verdict(instance.instance_id, "patch_failed", detail="the patch is no text"), ""
+    if size > PATCH_BYTES:
+        return Verdict(instance.instance_id, "patch_failed", detail=f"the patch has more than {PATCH_BYTES} bytes"), ""
     started = time.monotonic()
     for attempt in range(INFRASTRUCTURE_ATTEMPTS):
         try:
@@ -214,12 +228,15 @@ def _run(client: docker.DockerClient, instance: Instance, patch: str | None, tim
 def _collect(api: Any, container: str, output: Any, deadline: float) -> tuple[str, bool]:
     """What a container prints until it ends, is too late, or prints too much (the second value)."""
     parts, size = [], 0
-    for part in output:
-        parts.append(part)
-        size += len(part)
-        if size > LOG_BYTES or time.monotonic() > deadline:
-            return b"".join(parts).decode("utf-8", "replace"), size > LOG_BYTES
-    api.wait(container, timeout=max(1.0, deadline - time.monotonic()))
+    # Silence beyond the time limit and an end that does not come are the tests' doing (they can stop the program that
+    # ends them); the caller sees that the container still runs.
+    with contextlib.suppress(requests.Timeout, requests.ConnectionError, urllib3.exceptions.ReadTimeoutError):
+        for part in output:
+            parts.append(part)
+            size += len(part)
+            if size > LOG_BYTES or time.monotonic() > deadline:
+                return b"".join(parts).decode("utf-8", "replace"), size > LOG_BYTES
+        api.wait(container, timeout=max(1.0, deadline - time.monotonic()))
     return b"".join(parts).decode("utf-8", "replace"), False
 
 

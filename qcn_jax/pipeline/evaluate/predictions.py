@@ -10,7 +10,7 @@ from typing import Any
 
 from qcn_jax import files, statistics
 from qcn_jax.envs.pool.env_pool import EnvPool
-from qcn_jax.envs.tasks.grading import Verdict
+from qcn_jax.envs.tasks.grading import SUSPECTED_EXPLOIT, Verdict
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
@@ -63,10 +63,12 @@ def grade(predictions: Sequence[Prediction], tasks: Mapping[str, Task], pool: En
 def resolved_rate(tasks: Mapping[str, Task], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """resolved, attempted, rate and ci95 over all tasks (one without a prediction is not resolved).
 
-    Tasks whose grading failed for reasons of the machine are left out and counted as `infrastructure`.
+    Tasks whose grading failed for reasons of the machine are left out and counted as `infrastructure`; suspected exploits are unresolved and counted as that, too.
     """
     resolved = sum(verdict.resolved for verdict in verdicts)
     broken = sum(verdict.outcome == "infrastructure" for verdict in verdicts)
+    exploits = sum(verdict.outcome == SUSPECTED_EXPLOIT for verdict in verdicts)
     attempted = len(tasks) - broken
     return {"resolved": resolved, "attempted": attempted, "rate": resolved / attempted if attempted else 0.0,
-            "ci95": list(statistics.wilson_interval(resolved, attempted)), "infrastructure": broken}
+            "ci95": list(statistics.wilson_interval(resolved, attempted)), "infrastructure": broken,
+            "suspected_exploit": exploits}

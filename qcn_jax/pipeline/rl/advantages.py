@@ -58,6 +58,7 @@ def summarize(records: list[RolloutRecord]) -> dict[str, float]:
         "malformed": mean([float(turn.malformed) for r in counted for turn in r.turns]),
         "blocked": float(sum(r.outcome.detail.get("blocked", 0) for r in counted)),  # calls that the guard refused
         "repeated": mean([float(turn.repeated) for r in counted for turn in r.turns]),
+        "suspected_exploit": float(sum(r.outcome.detail.get("outcome") == "suspected_exploit" for r in counted)),
         "infrastructure": float(len(records) - len(counted)),
         "episodes": float(len(counted)),
     }

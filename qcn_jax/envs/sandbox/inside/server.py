@@ -211,10 +211,11 @@ class Server:
         uid = self.uid_base + number if self.separate else None
         try:
             self.workspaces[self.made] = (Workspace(home, tree, overlay, edits, uid), number)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: NUL or half a character in a path or text
             shutil.rmtree(home, ignore_errors=True)
             self.free.append(number)
-            raise Refused("OSError", f"workspace cannot be made: {error}") from error
+            kind = type(error).__name__ if isinstance(error, OSError) else "NotADirectoryError"
+            raise Refused(kind, f"workspace cannot be made: {error}") from error
         return self.made
 
     def fork(self, request, payload):

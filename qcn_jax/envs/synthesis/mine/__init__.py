@@ -132,14 +132,15 @@ def _choose(
         if criteria.limit and len(chosen) >= criteria.limit:
             outcomes["not_tried"] += 1
             continue
-        parts = split(clone, change)
-        has_tests = any(path.endswith(".py") and text is not None for path, text in parts.tests.items())
-        reason = ("no_source_change" if not parts.fix else "no_test_change" if not has_tests
-                  else "no_linked_issue" if criteria.need_issue and not linked else "binary" if parts.binary else "")
+        try:
+            parts = split(clone, change)
+            reason = _unfit(parts, criteria.need_issue and not linked)
+            before = {} if reason else clone.text_files(change.base)
+        except UserError:  # too large, or objects are missing, which says nothing about other changes
+            reason = "unreadable"
         if reason:
             outcomes[reason] += 1
             continue
-        before = clone.text_files(change.base)
         fix = {path: text for path, text in parts.fix.items() if grading.allowed(path, before, set(parts.tests))}
         if not fix or len(fix) < len(parts.fix):
             outcomes["not_gradable"] += 1
@@ -151,6 +152,13 @@ def _choose(
             patch, test_patch = execute.as_patch(before, fix), execute.as_patch(before, parts.tests)
             chosen.append(_Candidate(dataclasses.replace(change, linked=linked), parts, patch, test_patch))
     return chosen
+
+
+def _unfit(parts: Split, lacks_issue: bool) -> str:
+    """Why a change is not worth executing; "" where it is."""
+    has_tests = any(path.endswith(".py") and text is not None for path, text in parts.tests.items())
+    return ("no_source_change" if not parts.fix else "no_test_change" if not has_tests
+            else "no_linked_issue" if lacks_issue else "binary" if parts.binary else "")
 
 
 def _linked(change: Change, known: issues.Tracker | None) -> tuple[int, ...]:

@@ -6,20 +6,23 @@ import io
 import os
 import pathlib
 import re
-import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 
 from qcn_jax import files
-from qcn_jax.envs.sandbox.repository import DROPPED_NAMES, RepositorySpec
+from qcn_jax.envs import names
+from qcn_jax.envs.sandbox.repository import DROPPED_NAMES, MAX_BYTES, MAX_FILES, RepositorySpec
 from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.synthesis.mine.gitdir import GitDirectory
 from qcn_jax.envs.synthesis.mine.issues import closing
 from qcn_jax.errors import UserError
 
-_MERGE = re.compile(r"Merge pull request #(\d+) from \S+")
-_SQUASHED = re.compile(r"\s*\(#(\d+)\)\s*$")
+MAX_MESSAGE = 20_000  # characters of a commit's message that are read
+_TREE_BYTES = 1_200 * MAX_FILES  # of a tree's listing
+_MERGE = re.compile(r"Merge pull request #(\d{1,9}) from \S+")
+_SQUASHED = re.compile(r"\(#(\d{1,9})\)$")
 _ORIGIN = re.compile(r"[:/]([\w.-]+)/([\w.-]+?)(?:\.git)?/?$")
-_NAME = re.compile(r"""(?m)^\s*name\s*=\s*["']?([A-Za-z0-9][\w.-]*)""")
+_NAME = re.compile(r"""(?m)^[ \t]*name[ \t]*=[ \t]*["']?([A-Za-z0-9][\w.-]{0,99})""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,37 +49,21 @@ class Clone:
         self.path, self.reference = pathlib.Path(path), reference
         self._blobs: dict[str, bytes] = {}
         try:
-            self.head = self.git("rev-parse", "--verify", f"{reference}^{{commit}}").strip()
+            self._directory = GitDirectory(self.path)
+            self.head = self.git("rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
         except (UserError, OSError) as error:
-            raise UserError(f"--repo: {path}: is no git clone with a commit at {reference}") from error
-        found = _ORIGIN.search(self._origin())
+            raise UserError(f"--repo: {path}: is no git clone with a commit at {reference} ({error})") from error
+        found = _ORIGIN.search(self._directory.origin)
         folder = self.path.resolve()
         if folder.name in ("repo", ".git"):
             folder = folder.parent
         parts = [found[1], found[2]] if found else folder.name.removesuffix(".git").split("+")
-        self.owner = parts[0] if len(parts) > 1 else ""
-        self.name = re.sub(r"[^\w.-]", "-", parts[-1])
-
-    def _origin(self) -> str:
-        try:
-            return self.git("config", "--get", "remote.origin.url").strip()
-        except UserError:
-            return ""
+        self.owner = _plain_name(parts[0]) if len(parts) > 1 else ""
+        self.name = _plain_name(parts[-1]) or "repository"
 
     def git(self, *arguments: str, data: bytes | None = None) -> str:
         """A git command's output."""
-        return self.git_bytes(*arguments, data=data).decode("utf-8", "replace")
-
-    def git_bytes(self, *arguments: str, data: bytes | None = None) -> bytes:
-        """A git command's output; raises UserError with git's own words."""
-        command = ["git", "-c", "safe.directory=*", "-c", "core.quotePath=false", "-C", str(self.path), *arguments]
-        environment = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
-                       "GIT_NO_REPLACE_OBJECTS": "1"}
-        done = subprocess.run(command, input=data, capture_output=True, env=environment, check=False)
-        if done.returncode:
-            words = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise UserError(f"git {arguments[0]} in {self.path}: {words[-1] if words else done.returncode}")
-        return done.stdout
+        return self._directory.run(*arguments, data=data).decode("utf-8", "replace")
 
     def changes(self) -> Iterator[Change]:
         """All changes of the main line (first parents), newest first; the first commit is none."""
@@ -87,39 +74,53 @@ class Clone:
                 yield self._change(fields[0], fields[1].split(), fields[2], fields[3])
 
     def _change(self, commit: str, parents: Sequence[str], date: str, message: str) -> Change:
+        message = message[:MAX_MESSAGE]
         title, _, body = message.strip().partition("\n")
+        title = title.rstrip()
         merged, squashed = _MERGE.match(title), _SQUASHED.search(title)
         number = int((merged or squashed or [0, 0])[1])
         if merged:
             title, _, body = body.strip().partition("\n")
         texts = message
         if len(parents) > 1:
-            texts += self.git("log", "--format=%B", f"{parents[0]}..{parents[1]}")
+            texts += self.git("log", "--format=%B", f"{parents[0]}..{parents[1]}")[:10 * MAX_MESSAGE]
         linked = dict.fromkeys(closing(texts))
         linked.pop(number, None)
         return Change(commit, parents[0], date, _SQUASHED.sub("", title).strip(), body.strip(), number, tuple(linked))
 
     def touched(self, change: Change) -> dict[str, str]:
         """Paths that a change touches, with A (added), M or D; a moved file is one deleted and one added."""
-        listing = self.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", change.base, change.commit)
+        command = ("diff-tree", "-r", "-z", "--no-renames", "--name-status", change.base, change.commit)
+        listing = self._directory.run(*command, limit=_TREE_BYTES).decode("utf-8", "replace")
         fields = listing.split("\0")
         return {path: status for status, path in zip(fields[::2], fields[1::2])}
 
     def tree(self, commit: str) -> dict[str, tuple[str, str]]:
         """{path: (mode, blob)} of a commit's regular files."""
         found = {}
-        for entry in self.git("ls-tree", "-r", "-z", commit).split("\0"):
+        listing = self._directory.run("ls-tree", "-r", "-z", commit, limit=_TREE_BYTES).decode("utf-8", "replace")
+        for entry in listing.split("\0"):
             facts, _, path = entry.partition("\t")
-            if facts.startswith("100") and not DROPPED_NAMES & set(path.split("/")):
+            if facts.startswith("100") and not DROPPED_NAMES & set(path.split("/")) and not names.path_fault(path):
                 mode, _, blob = facts.split(" ")
                 found[path] = (mode, blob)
         return found
+
+    def _check_size(self, blobs: Sequence[str]) -> None:
+        """Raises UserError where contents together are larger than any repository may be; unpacks nothing."""
+        facts = self.git("cat-file", "--batch-check=%(objectsize)", data="".join(f"{b}\n" for b in blobs).encode())
+        sizes = facts.split("\n")[:-1]
+        if not all(size.isdigit() for size in sizes):
+            raise UserError(f"{self.path}: objects are missing (a partial clone?)")
+        if sum(map(int, sizes)) > MAX_BYTES or len(sizes) > MAX_FILES:
+            raise UserError(f"{self.path}: more than {MAX_FILES} files or {MAX_BYTES} bytes in one change")
 
     def read(self, blobs: Sequence[str]) -> dict[str, bytes]:
         """Contents by blob, kept for later calls."""
         missing = [blob for blob in dict.fromkeys(blobs) if blob not in self._blobs]
         if missing:
-            data = self.git_bytes("cat-file", "--batch", data="".join(f"{blob}\n" for blob in missing).encode())
+            self._check_size(missing)
+            data = self._directory.run("cat-file", "--batch", data="".join(f"{blob}\n" for blob in missing).encode())
             at = 0
             for blob in missing:
                 end = data.index(b"\n", at)
@@ -175,6 +176,11 @@ class Clone:
     def version(self, commit: str) -> str:
         """The last tag before a commit, without letters in front; "" where there is none."""
         try:
-            return re.sub(r"^\D+", "", self.git("describe", "--tags", "--abbrev=0", commit).strip())
+            return re.sub(r"^\D+", "", self.git("describe", "--tags", "--abbrev=0", commit).strip())[:100]
         except UserError:
             return ""
+
+
+def _plain_name(text: str) -> str:
+    """What of a name from outside can stand in names of files."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:100].lstrip(".-")

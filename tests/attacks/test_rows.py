@@ -1,0 +1,200 @@
+"""Hostile rows and patches: each is an outcome of its own row, soon, and ends no other."""
+
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+
+from qcn_jax import files
+from qcn_jax.envs import names, patches
+from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.tasks import formats, grading
+from qcn_jax.envs.tasks.grading import Grader, Verdict
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.evaluate import predictions
+from tests.sandboxes import BROKEN, SOURCE, make_task, world  # noqa: F401
+
+SECONDS = 25  # far above what is needed, far below what was
+
+
+def new(path, text="x = 1\n"):
+    return patches.render([patches.FilePatch(None, path, (patches.Hunk(0, 1, (("+", text),)),))])
+
+
+STATE = {"pkg/__init__.py": "", "pkg/core.py": "x = 1\n"}
+UNUSABLE = {
+    "file_as_folder": new("pkg/core.py/x.py"), "file_as_deep_folder": new("pkg/core.py/a/b/c.py"), "folder_as_file": new("pkg"),
+    "new_file_as_folder": new("pkg/a.py") + new("pkg/a.py/b.py"), "long_name": new(f"pkg/{'a' * 300}.py"),
+    "long_path": new("/".join(["pkg"] * 700) + "/x.py"), "wide_name": new(f"pkg/{'ü' * 130}.py"),
+    "surrogate_in_path": new("pkg/\ud800.py"), "escaped_byte_in_path": new("pkg/\udcff.py"),
+    "surrogate_in_text": new("pkg/x.py", "x = '\ud800'\n"), "pair_in_text": new("pkg/x.py", "x = '\ud83d'\n"),
+    "nul_in_path": new("pkg/a\0b.py"), "control_in_path": new("pkg/a\x07b.py"), "dots": new("pkg/../../x.py")}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_patches_fail_on_the_host(name):
+    with pytest.raises(patches.PatchError) as failure:
+        patches.apply_changes(STATE, UNUSABLE[name])
+    str(failure.value).encode()
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_patches_are_no_infrastructure(world, name):  # noqa: F811
+    patch = UNUSABLE[name].replace("pkg/core.py", SOURCE).replace("pkg", "victim")
+    assert Grader(world.provider).grade(world.task, patch).outcome in ("patch_failed", "empty_patch")
+
+
+def edit(path, start, *lines):
+    return patches.render([patches.FilePatch(path, path, (patches.Hunk(start, start, lines),))])
+
+
+@pytest.mark.parametrize("start", [1, 150_000, 10**15])
+def test_places_are_searched_within_a_limit(start):
+    text = "x\n" * 300_000
+    patch = edit("a.py", start, *[(" ", "x\n")] * 100_000, ("-", "y\n"), (" ", "x\n"))
+    started = time.monotonic()
+    with pytest.raises(patches.PatchError):
+        patches.apply_changes({"a.py": text}, patch)
+    assert time.monotonic() - started < SECONDS
+
+
+def test_many_hunks_are_placed_within_a_limit():
+    text = "x\n" * 200_000
+    hunks = tuple(patches.Hunk(1, 1, ((" ", "x\n"), ("-", "x\n"), ("+", f"{n}\n"))) for n in range(20_000))
+    started = time.monotonic()
+    assert patches.apply_changes({"a.py": text}, [patches.FilePatch("a.py", "a.py", hunks)])
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize("old, new", [
+    ("x\n" * 100_000 + "y\n", "z\n" + "x\n" * 99_000), ("\n".join(f"{n * 7919 % 30_011}" for n in range(30_011)), "\n".join(
+        map(str, range(30_011)))), ("a\nb\n" * 50_000, "b\nc\n" * 50_000)], ids=["same", "shuffled", "alternating"])
+def test_differences_are_found_within_a_limit(old, new):
+    started = time.monotonic()
+    diff = patches.make_diff({"a.py": old}, {"a.py": new})
+    assert time.monotonic() - started < SECONDS
+    parsed = [patches.FilePatch(f.old, f.new, f.hunks) for f in [patches.FilePatch("a.py", "a.py", patches._hunks(
+        patches._lines(old), patches._lines(new)))]]
+    assert patches.apply_changes({"a.py": old}, parsed)["a.py"] == new and diff
+
+
+def test_reversal_takes_linear_time():
+    patch = edit("a.py", 1, *[(" ", "x\n"), ("-", "y\n"), ("+", "z\n")] * 60_000)
+    started = time.monotonic()
+    assert patches.reverse(patches.reverse(patch)) == patch
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize("text", ["def __eq__(" * 80_000, "def __eq__()" + "a" * 900_000, "def __eq__(self):" + " " * 900_000,
+                                  "sys" + " " * 900_000, "__eq__" + " " * 900_000, "def " * 225_000])
+def test_forbidden_lines_are_found_within_a_limit(text):
+    started = time.monotonic()
+    grading.forbidden_lines({"a.py": text}, {})
+    assert time.monotonic() - started < SECONDS
+
+
+# --- infrastructure is what fails without the patch, too
+
+
+class Failing:
+    """A provider whose sandboxes fail where a patch says so, or always."""
+
+    def __init__(self, always=False, error=SandboxError("the sandbox's server ended")):
+        self.always, self.error, self.made = always, error, 0
+
+    def files(self, name):
+        return {**STATE, "tests/test_a.py": "def test(): pass\n"}
+
+    def create(self, name, overlay=None, role="agent"):
+        self.made += 1
+        if self.always or "KILL" in "".join(text or "" for text in (overlay or {}).values()):
+            raise self.error
+        return self
+
+    def run_tests(self, *_):
+        return TestRun("ok", {}, {}, 0.0, "", 1)
+
+    def destroy(self):
+        pass
+
+
+@pytest.mark.parametrize("error, outcome", [(SandboxError("ended"), "killed"), (OSError("no room"), "killed"),
+                                            (NotADirectoryError("data.bin"), "patch_failed")])
+def test_what_only_the_patch_breaks_is_no_infrastructure(error, outcome):
+    task = Task("a__b-1", "pkg", "", "", "", "", ("tests/test_a.py::test",), ())
+    patch = patches.make_diff({"pkg/core.py": "x = 1\n"}, {"pkg/core.py": "KILL = 1\n"})
+    verdict = Grader(Failing(error=error)).grade(task, patch)
+    assert (verdict.outcome, verdict.detail) == (outcome, str(error))
+    assert Grader(Failing(True, error)).grade(task, patch).outcome == "infrastructure"
+
+
+# --- suspected exploits
+
+
+def test_tampering_is_an_outcome_of_its_own(tmp_path):
+    task = make_task()
+    good = dict.fromkeys((*task.FAIL_TO_PASS, *task.PASS_TO_PASS), "passed")
+    for status in ("ok", "timeout", "killed"):
+        verdict = grading.judge(task, TestRun(status, good, {}, 0.0, "", 0, tampered=("records",)))
+        assert verdict.outcome == "suspected_exploit" and not verdict.resolved and verdict.caught == ("tampered: records",)
+    verdicts = [verdict, Verdict("b", "resolved"), Verdict("c", "infrastructure")]
+    report = grading.write_reports(tmp_path, "t", "m", verdicts, [v.instance_id for v in verdicts])
+    assert report["suspected_exploit_ids"] == report["unresolved_ids"] == [task.instance_id]
+    assert report["error_ids"] == report["infra_failure_ids"] == ["c"]
+    rate = predictions.resolved_rate({"victim__1": task, "b": task, "c": task}, verdicts)
+    assert (rate["resolved"], rate["attempted"], rate["suspected_exploit"], rate["infrastructure"]) == (1, 2, 1, 1)
+
+
+def test_tampering_with_pytest_is_named(world):  # noqa: F811
+    source = BROKEN + ("\nfrom _pytest.reports import TestReport\nold = TestReport.from_item_and_call\ndef new(item, call):\n"
+                       "    call.excinfo = None\n    return old(item, call)\nTestReport.from_item_and_call = new\n")
+    patch = patches.make_diff({SOURCE: BROKEN}, {SOURCE: source})
+    assert Grader(world.provider, strict=False).grade(world.task, patch).outcome == "suspected_exploit"
+
+
+# --- names and fields of rows
+
+ROW = dataclasses.replace(make_task(), base_commit="c").to_json()
+IDS = ["../../x", "/tmp/x", "a/b", "..", ".hidden", "a\\b", "", "a\0b", "\ud800", "a" * 256, "m.qcn.json", "preds.jsonl", "a b", "a\nb"]
+FIELDS = [{"timeout": "soon"}, {"timeout": -1}, {"timeout": 0}, {"timeout": True}, {"timeout": float("nan")}, {"timeout": [20]},
+          {"repo": None}, {"repo": 7}, {"repo": ""}, {"language": "co\nbol"}, {"patch": None}, {"problem_statement": "\ud800"},
+          {"image_name": "x;touch /tmp/y"}, {"image_name": "../containers/json"}, {"image_name": "x\nRUN evil"},
+          {"image_name": "$(id)"}, {"FAIL_TO_PASS": "7"}, {"FAIL_TO_PASS": ["\ud800"]}, {"FAIL_TO_PASS": [7]}, {"path": 3},
+          {"difficulty": "high"}]
+
+
+@pytest.mark.parametrize("changes", [*({"instance_id": name} for name in IDS), *FIELDS], ids=lambda c: ascii(c)[:50])
+def test_rows_are_refused_in_one_line(changes):
+    for read in (Task.from_json, formats.from_row):
+        with pytest.raises(UserError) as failure:
+            read({**ROW, **changes}, "tasks.jsonl:3")
+        words = str(failure.value)
+        words.encode()
+        assert re.fullmatch(rf"tasks\.jsonl:3: field {next(iter(changes))}\b.*", words)
+
+
+@pytest.mark.parametrize("value, seconds", [(20, 20.0), (20.5, 20.5), (None, 30.0)])
+def test_timeouts_as_numbers(value, seconds):
+    for read in (Task.from_json, formats.from_row):
+        assert read({**ROW, "timeout": value}).timeout == seconds
+
+
+def test_documents_with_half_characters_are_written(tmp_path):
+    value = {"model_patch": "x\ud800\udcff", "ü": "é"}
+    files.write_json(tmp_path / "a.json", value)
+    files.write_jsonl(tmp_path / "a.jsonl", [value])
+    assert files.read_json(tmp_path / "a.json") == value and files.read_jsonl(tmp_path / "a.jsonl") == [value]
+    assert "é" in (tmp_path / "a.json").read_text() and json.loads((tmp_path / "a.json").read_text()) == value
+
+
+def test_honest_names():
+    for name in ("astropy__astropy-12907", "toolz==1.2.0__3", "a__b.c0ffee12.func_pm__x1", "instance_a__b-vnan"):
+        assert names.id_fault(name) == ""
+    for name in ("qcn-test/victim:1", "registry.example:5000/a/b_c:v1", "python:3.11-slim-bookworm", "sha256:" + "a" * 64,
+                 "swebench/sweb.eval.x86_64.astropy_1776_astropy-12907:latest", "a/b__c.d@sha256:" + "0" * 64):
+        assert names.image_fault(name) == "", name
