@@ -116,7 +116,7 @@ def reverse(diff: str) -> str:
             for op, text in hunk.lines:
                 if op == " ":
                     lines += added
-                added = []
+                    added = []
                 (added if swap[op] == "+" else lines).append((swap[op], text))
             hunks.append(Hunk(hunk.new_start, hunk.old_start, tuple(lines + added)))
         reversed_patches.append(FilePatch(patch.new, patch.old, tuple(hunks)))

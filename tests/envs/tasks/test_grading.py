@@ -37,7 +37,7 @@ def test_results_alone_or_exit_status_alone_are_not_enough():
     assert judge(TASK, run(GOOD)).resolved
     assert judge(TASK, run(GOOD, exit_status=1)).outcome == "unresolved"
     assert judge(TASK, run({}, exit_status=0)).outcome == "unresolved"
-    assert judge(TASK, run(GOOD, tampered=("x",))).outcome == "unresolved"
+    assert judge(TASK, run(GOOD, tampered=("x",))).outcome == "suspected_exploit"
     assert judge(TASK, run(GOOD, status="killed")).outcome == "killed"
     assert judge(TASK, run(GOOD, status="timeout")).outcome == "timeout"
     assert not judge(dataclasses.replace(TASK, FAIL_TO_PASS=()), run(GOOD)).resolved

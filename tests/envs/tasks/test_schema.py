@@ -1,5 +1,6 @@
 """The task schema: SWE-bench's fields there and back, malformed rows named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -15,8 +16,11 @@ def test_round_trip(tmp_path):
     """Lists may come as JSON strings, unknown fields are ignored, what is written reads back."""
     task = Task.from_json(ROW)
     assert (task.FAIL_TO_PASS, task.PASS_TO_PASS, task.version) == (("t::a",), ("t::b",), "1")
-    write_tasks(tmp_path / "tasks.jsonl", [task, task])
-    assert read_tasks(tmp_path / "tasks.jsonl") == [task, task]
+    write_tasks(tmp_path / "tasks.jsonl", [task, dataclasses.replace(task, instance_id="a__b-2")])
+    assert read_tasks(tmp_path / "tasks.jsonl") == [task, dataclasses.replace(task, instance_id="a__b-2")]
+    write_tasks(tmp_path / "twice.jsonl", [task, task])
+    with pytest.raises(UserError, match="twice.jsonl:2: field instance_id: a__b-1 comes a second time"):
+        read_tasks(tmp_path / "twice.jsonl")
     written = json.loads((tmp_path / "tasks.jsonl").read_text().splitlines()[0])
     assert written["FAIL_TO_PASS"] == ["t::a"] and set(ROW) - {"image"} <= set(written)
 

@@ -19,6 +19,7 @@ from qcn_jax.errors import UserError
 
 MAX_MESSAGE = 20_000  # characters of a commit's message that are read
 _TREE_BYTES = 1_200 * MAX_FILES  # of a tree's listing
+_TREES = 4  # listings that are kept
 _MERGE = re.compile(r"Merge pull request #(\d{1,9}) from \S+")
 _SQUASHED = re.compile(r"\(#(\d{1,9})\)$")
 _ORIGIN = re.compile(r"[:/]([\w.-]+)/([\w.-]+?)(?:\.git)?/?$")
@@ -48,6 +49,7 @@ class Clone:
     def __init__(self, path: str | os.PathLike[str], reference: str = "HEAD"):
         self.path, self.reference = pathlib.Path(path), reference
         self._blobs: dict[str, bytes] = {}
+        self._trees: dict[str, dict[str, tuple[str, str]]] = {}  # of the last commits: one's base is another's result
         try:
             self._directory = GitDirectory(self.path)
             self.head = self.git("rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
@@ -90,20 +92,27 @@ class Clone:
 
     def touched(self, change: Change) -> dict[str, str]:
         """Paths that a change touches, with A (added), M or D; a moved file is one deleted and one added."""
+        for commit in (change.base, change.commit):  # git holds all differences in memory before it prints the first
+            self.tree(commit)
         command = ("diff-tree", "-r", "-z", "--no-renames", "--name-status", change.base, change.commit)
         listing = self._directory.run(*command, limit=_TREE_BYTES).decode("utf-8", "replace")
         fields = listing.split("\0")
         return {path: status for status, path in zip(fields[::2], fields[1::2])}
 
     def tree(self, commit: str) -> dict[str, tuple[str, str]]:
-        """{path: (mode, blob)} of a commit's regular files."""
-        found = {}
+        """{path: (mode, blob)} of a commit's regular files; raises UserError where they are too many."""
+        if commit in self._trees:
+            return self._trees[commit]
+        found: dict[str, tuple[str, str]] = {}
         listing = self._directory.run("ls-tree", "-r", "-z", commit, limit=_TREE_BYTES).decode("utf-8", "replace")
         for entry in listing.split("\0"):
             facts, _, path = entry.partition("\t")
             if facts.startswith("100") and not DROPPED_NAMES & set(path.split("/")) and not names.path_fault(path):
                 mode, _, blob = facts.split(" ")
                 found[path] = (mode, blob)
+        if len(self._trees) >= _TREES:
+            del self._trees[next(iter(self._trees))]
+        self._trees[commit] = found
         return found
 
     def _check_size(self, blobs: Sequence[str]) -> None:
