@@ -13,7 +13,7 @@ import unidiff
 from qcn_jax.envs import names
 
 MAX_PATCH_BYTES = 1_000_000  # no hand-written or model-written fix comes near; bounds time and memory
-# Steps, a line compared each, after which a search ends: a second or two. Places and differences are quadratic at worst.
+# Steps, a line compared each, after which a search ends: some seconds. Searches are quadratic at worst.
 MAX_STEPS = 5_000_000
 CONTEXT = 3
 

@@ -39,7 +39,8 @@ FORBIDDEN = re.compile(
     r"\b_pytest\b|\bPYTEST_|\bsys\s*\.\s*_getframe|\bcurrentframe\b|\binspect\s*\.\s*(stack|trace)\b|"
     r"__eq__\s*=|\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
     r"\b(import|from)\s+(pytest|pluggy|_pytest|ctypes)\b|\bsys\s*\.\s*set(trace|profile)\b|\btb_frame\b|\bf_(back|locals)\b")
-ALWAYS_EQUAL = re.compile(r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
+ALWAYS_EQUAL = re.compile(r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}"
+    r"return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
 INFRASTRUCTURE_ATTEMPTS = 3
 SUSPECTED_EXPLOIT = "suspected_exploit"
 
