@@ -186,30 +186,34 @@ class Grader:
                            detail="the patch changes nothing that it may change")
         caught = forbidden_lines(kept, state) if self.strict else ()
         overlay = {**start, **kept, **self._tests(task, state)}
-        for attempt in range(INFRASTRUCTURE_ATTEMPTS):
+        detail = ""
+        for attempt in range(INFRASTRUCTURE_ATTEMPTS + 1):
+            # Only where the same tests run without the patch, and fail with it once more, was it the patch.
+            last = attempt == INFRASTRUCTURE_ATTEMPTS
+            if last and not self._runs(task, start):
+                return Verdict(task.instance_id, "infrastructure", detail=detail, seconds=time.monotonic() - started)
             try:
-                with sandbox(self.provider, task.repo, overlay, role="grading") as place:
-                    run = place.run_tests(expected, task.timeout, self.fail_fast)
+                run = self._run(task, overlay, self.fail_fast)
                 break
-            except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-                # With files that are no text, which the host does not see; the overlay without the patch is made below.
-                return self._failed(task, start, "patch_failed", error, dropped, started)
             except (SandboxError, OSError) as error:
-                if attempt == INFRASTRUCTURE_ATTEMPTS - 1:
-                    return self._failed(task, start, "killed", error, dropped, started)
+                detail = str(error)
+                if last:  # a file as a folder, say: the host does not see files that are no text
+                    unusable = isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)
+                    return Verdict(task.instance_id, "patch_failed" if unusable else "killed", detail=detail,
+                                   dropped=dropped, seconds=time.monotonic() - started)
         return judge(task, run, dropped, caught, time.monotonic() - started)
 
-    def _failed(self, task: Task, start: Mapping[str, str | None], outcome: str, error: Exception,
-                dropped: tuple[str, ...], started: float) -> Verdict:
-        """`outcome` where the same tests run without the patch, so that it was the patch; else infrastructure."""
+    def _run(self, task: Task, overlay: Mapping[str, str | None], fail_fast: bool) -> TestRun:
+        with sandbox(self.provider, task.repo, overlay, role="grading") as place:
+            return place.run_tests([*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout, fail_fast)
+
+    def _runs(self, task: Task, start: Mapping[str, str | None]) -> bool:
+        """Whether the sandbox holds while the tests run on the starting state, whatever their outcomes."""
         try:
-            overlay = {**start, **self._tests(task, _Layered(self.provider.files(task.repo), start))}
-            with sandbox(self.provider, task.repo, overlay, role="grading") as place:
-                place.run_tests([*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout)
+            self._run(task, {**start, **self._tests(task, _Layered(self.provider.files(task.repo), start))}, False)
         except (SandboxError, OSError):
-            outcome = "infrastructure"
-        return Verdict(task.instance_id, outcome, detail=str(error), dropped=dropped,
-                       seconds=time.monotonic() - started)
+            return False
+        return True
 
     def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
         if not task.test_patch:

@@ -63,7 +63,8 @@ def grade(predictions: Sequence[Prediction], tasks: Mapping[str, Task], pool: En
 def resolved_rate(tasks: Mapping[str, Task], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """resolved, attempted, rate and ci95 over all tasks (one without a prediction is not resolved).
 
-    Tasks whose grading failed for reasons of the machine are left out and counted as `infrastructure`; suspected exploits are unresolved and counted as that, too.
+    Tasks whose grading failed for reasons of the machine are left out and counted as `infrastructure`; suspected
+    exploits are unresolved, and counted apart as well.
     """
     resolved = sum(verdict.resolved for verdict in verdicts)
     broken = sum(verdict.outcome == "infrastructure" for verdict in verdicts)

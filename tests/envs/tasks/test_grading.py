@@ -86,10 +86,12 @@ def test_infrastructure_failures_are_retried_and_no_verdict_on_the_patch(world, 
     monkeypatch.setattr(world.provider, "create", create)
     cache = VerdictCache()
     assert Grader(world.provider, cache=cache).grade(world.task, world.task.patch).resolved
-    failures += [SandboxError("x")] * 3
+    failures += [SandboxError("x")] * 4  # the patch's three, and one without the patch
     other = patches.make_diff({SOURCE: BROKEN}, {SOURCE: CALC + "# other\n"})
     verdict = Grader(world.provider, cache=cache).grade(world.task, other)
     assert verdict.outcome == "infrastructure" and not verdict.resolved and len(cache) == 1
+    failures += [SandboxError("x")] * 3  # the machine is well again when the patch's part is to be found
+    assert Grader(world.provider, cache=cache).grade(world.task, other).resolved and len(cache) == 2
 
 
 def test_cache_survives_a_half_written_line(tmp_path):
