@@ -77,8 +77,8 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         real.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name}.", suffix=".tmp")
         # Half a character (a lone surrogate) becomes \\udc80, which is JSON's own way to write it.
-        as_text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-        with os.fdopen(handle, mode, **as_text) as stream:
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with os.fdopen(handle, mode, encoding=encoding, errors=errors) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
