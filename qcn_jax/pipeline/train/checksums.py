@@ -25,7 +25,9 @@ def write(folder: pathlib.Path, process: int, processes: int) -> None:
     Raises:
       UserError, OSError: the files cannot be read, or the sums not written.
     """
-    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    # Another process may be writing its sums meanwhile.
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*")
+             if not files.is_temporary(path.name) and path.is_file()]
     own = sorted(path for path in paths if _writer(path) == process and not _SUMS.fullmatch(path))
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = threads.map(lambda path: [os.stat(folder / path).st_size, _digest(folder / path)], own)

@@ -28,7 +28,9 @@ def make_config():
     )  # fmt: skip
     from tests.pipeline.micro import MODEL
 
-    rule = OptimizerConfig(learning_rate=3e-3, warmup_steps=0)
+    # An eps above the gradients makes AdamW's step proportional to them. With a small one a gradient that is nothing but
+    # rounding moves its parameter by a whole step, in either direction; large steps amplify rounding as well.
+    rule = OptimizerConfig(learning_rate=0.01, warmup_steps=0, eps=0.1)
     train = TrainConfig(steps=3, rows=ROWS, sequence_length=LENGTH, mtp_coef=0.1, log_every=1, optimizer=rule)
     acting = {"updates": 2, "group_size": 4, "rows": ROWS, "sequence_length": 16, "optimizer": rule,
               "rollout": RolloutConfig(slots=16, max_length=16, max_new_tokens=4)}
