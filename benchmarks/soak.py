@@ -57,7 +57,8 @@ KINDS = {
     "right": (50, "", True, ("resolved",)), "wrong": (30, "", False, ("unresolved",)),
     "exit": (4, "import os\nos._exit(0)\n", True, ("killed", "unresolved")),
     "hang": (4, "import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)\n", True, ("timeout",)),
-    "fork_bomb": (3, "import os\nwhile True:\n    os.fork()\n", True, DEAD),
+    # A copy of the runner that outlives the bomb writes records of its own, which are taken for forged ones.
+    "fork_bomb": (3, "import os\nwhile True:\n    os.fork()\n", True, (*DEAD, "suspected_exploit")),
     "memory_bomb": (3, "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n", True, DEAD),
     "disk_fill": (3, "import os\nfor d in ('.', '/tmp', '/dev/shm'):\n  for n in range(40):\n    try:\n"
                      "      open(f'{d}/big{n}', 'wb').write(bytes(15_000_000))\n    except OSError: pass\n", True,
