@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import os
 import re
-import time
 
 import pytest
 
@@ -18,7 +18,12 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.evaluate import predictions
 from tests.sandboxes import BROKEN, SOURCE, make_task, world  # noqa: F401
 
-SECONDS = 25  # far above what is needed, far below what was
+SECONDS = 25  # of processors; far above what is needed, far below what was
+
+
+def spent() -> float:
+    """Processor seconds of this process and of those it has waited for, which a loaded machine does not change."""
+    return sum(os.times()[:4])
 
 
 def new(path, text="x = 1\n"):
@@ -57,27 +62,27 @@ def edit(path, start, *lines):
 def test_places_are_searched_within_a_limit(start):
     text = "x\n" * 300_000
     patch = edit("a.py", start, *[(" ", "x\n")] * 100_000, ("-", "y\n"), (" ", "x\n"))
-    started = time.monotonic()
+    started = spent()
     with pytest.raises(patches.PatchError):
         patches.apply_changes({"a.py": text}, patch)
-    assert time.monotonic() - started < SECONDS
+    assert spent() - started < SECONDS
 
 
 def test_many_hunks_are_placed_within_a_limit():
     text = "x\n" * 200_000
     hunks = tuple(patches.Hunk(1, 1, ((" ", "x\n"), ("-", "x\n"), ("+", f"{n}\n"))) for n in range(20_000))
-    started = time.monotonic()
+    started = spent()
     assert patches.apply_changes({"a.py": text}, [patches.FilePatch("a.py", "a.py", hunks)])
-    assert time.monotonic() - started < SECONDS
+    assert spent() - started < SECONDS
 
 
 @pytest.mark.parametrize("old, new", [
     ("x\n" * 100_000 + "y\n", "z\n" + "x\n" * 99_000), ("\n".join(f"{n * 7919 % 30_011}" for n in range(30_011)), "\n".join(
         map(str, range(30_011)))), ("a\nb\n" * 50_000, "b\nc\n" * 50_000)], ids=["same", "shuffled", "alternating"])
 def test_differences_are_found_within_a_limit(old, new):
-    started = time.monotonic()
+    started = spent()
     diff = patches.make_diff({"a.py": old}, {"a.py": new})
-    assert time.monotonic() - started < SECONDS
+    assert spent() - started < SECONDS
     parsed = [patches.FilePatch(f.old, f.new, f.hunks) for f in [patches.FilePatch("a.py", "a.py", patches._hunks(
         patches._lines(old), patches._lines(new)))]]
     assert patches.apply_changes({"a.py": old}, parsed)["a.py"] == new and diff
@@ -85,17 +90,17 @@ def test_differences_are_found_within_a_limit(old, new):
 
 def test_reversal_takes_linear_time():
     patch = edit("a.py", 1, *[(" ", "x\n"), ("-", "y\n"), ("+", "z\n")] * 40_000)
-    started = time.monotonic()
+    started = spent()
     assert patches.reverse(patches.reverse(patch)) == patch
-    assert time.monotonic() - started < SECONDS
+    assert spent() - started < SECONDS
 
 
 @pytest.mark.parametrize("text", ["def __eq__(" * 80_000, "def __eq__()" + "a" * 900_000, "def __eq__(self):" + " " * 900_000,
                                   "sys" + " " * 900_000, "__eq__" + " " * 900_000, "def " * 225_000])
 def test_forbidden_lines_are_found_within_a_limit(text):
-    started = time.monotonic()
+    started = spent()
     grading.forbidden_lines({"a.py": text}, {})
-    assert time.monotonic() - started < SECONDS
+    assert spent() - started < SECONDS
 
 
 # --- infrastructure is what fails without the patch, too
