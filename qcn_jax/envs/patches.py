@@ -60,18 +60,23 @@ def make_diff(before: Mapping[str, str | None], after: Mapping[str, str | None])
     return render(patches)
 
 
+def check_size(diff: str, limit: int = MAX_PATCH_BYTES) -> None:
+    """Raises PatchError where `diff` has more than `limit` bytes, or is no text and so has no size."""
+    try:  # bytes of files that are no UTF-8 may stand in it, as surrogateescape has them
+        size = len(diff.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError as error:
+        raise PatchError(f"patch is no text: it {names.text_fault(diff[error.start])}") from error
+    if size > limit:
+        raise PatchError(f"patch is larger than {limit} bytes")
+
+
 def parse(diff: str) -> list[FilePatch]:
     """Parses a unified diff.
 
     Raises:
       PatchError: malformed, too large, binary, a symlink, or a path outside the tree.
     """
-    try:  # bytes of files that are no UTF-8 may stand in it, as surrogateescape has them
-        size = len(diff.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError as error:
-        raise PatchError(f"patch is no text: it {names.text_fault(diff[error.start])}") from error
-    if size > MAX_PATCH_BYTES:
-        raise PatchError(f"patch is larger than {MAX_PATCH_BYTES} bytes")
+    check_size(diff)
     try:
         parsed = unidiff.PatchSet.from_string(diff)
     except (unidiff.errors.UnidiffParseError, ValueError, IndexError, AttributeError) as error:

@@ -39,9 +39,11 @@ FORBIDDEN = re.compile(
     r"\b_pytest\b|\bPYTEST_|\bsys\s*\.\s*_getframe|\bcurrentframe\b|\binspect\s*\.\s*(stack|trace)\b|"
     r"__eq__\s*=|\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
     r"\b(import|from)\s+(pytest|pluggy|_pytest|ctypes)\b|\bsys\s*\.\s*set(trace|profile)\b|\btb_frame\b|\bf_(back|locals)\b")
-ALWAYS_EQUAL = re.compile(r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}"
+ALWAYS_EQUAL = re.compile(
+    r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}"
     r"return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
 INFRASTRUCTURE_ATTEMPTS = 3
+FAILURES = (SandboxError, OSError)  # of the sandbox, whoever caused them
 SUSPECTED_EXPLOIT = "suspected_exploit"
 
 
@@ -176,8 +178,7 @@ class Grader:
             changes = patches.apply_changes(state, patch)
         except patches.PatchError as error:
             return Verdict(task.instance_id, "patch_failed", detail=str(error))
-        expected = [*task.FAIL_TO_PASS, *task.PASS_TO_PASS]
-        test_files = {name.split("::")[0] for name in expected}
+        test_files = {name.split("::")[0] for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)}
         changes = {path: text for path, text in changes.items() if text != state.get(path)}
         kept = {path: text for path, text in changes.items() if allowed(path, pristine, test_files)}
         dropped = tuple(sorted(set(changes) - set(kept)))
@@ -185,35 +186,31 @@ class Grader:
             return Verdict(task.instance_id, "empty_patch", dropped=dropped,
                            detail="the patch changes nothing that it may change")
         caught = forbidden_lines(kept, state) if self.strict else ()
-        overlay = {**start, **kept, **self._tests(task, state)}
-        detail = ""
-        for attempt in range(INFRASTRUCTURE_ATTEMPTS + 1):
+        tests = self._tests(task, state)
+        overlay = {**start, **kept, **tests}
+        run = self._run(task, overlay, self.fail_fast, INFRASTRUCTURE_ATTEMPTS)
+        if isinstance(run, FAILURES):
             # Only where the same tests run without the patch, and fail with it once more, was it the patch.
-            last = attempt == INFRASTRUCTURE_ATTEMPTS
-            if last and not self._runs(task, start):
-                return Verdict(task.instance_id, "infrastructure", detail=detail, seconds=time.monotonic() - started)
-            try:
-                run = self._run(task, overlay, self.fail_fast)
-                break
-            except (SandboxError, OSError) as error:
-                detail = str(error)
-                if last:  # a file as a folder, say: the host does not see files that are no text
-                    unusable = isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)
-                    return Verdict(task.instance_id, "patch_failed" if unusable else "killed", detail=detail,
-                                   dropped=dropped, seconds=time.monotonic() - started)
+            if isinstance(self._run(task, {**start, **tests}, False), FAILURES):
+                return Verdict(task.instance_id, "infrastructure", detail=str(run), seconds=time.monotonic() - started)
+            run = self._run(task, overlay, self.fail_fast)
+        if isinstance(run, FAILURES):
+            # A file as a folder, say: the host does not see files that are no text.
+            unusable = isinstance(run, FileExistsError | NotADirectoryError | IsADirectoryError)
+            return Verdict(task.instance_id, "patch_failed" if unusable else "killed", detail=str(run),
+                           dropped=dropped, seconds=time.monotonic() - started)
         return judge(task, run, dropped, caught, time.monotonic() - started)
 
-    def _run(self, task: Task, overlay: Mapping[str, str | None], fail_fast: bool) -> TestRun:
-        with sandbox(self.provider, task.repo, overlay, role="grading") as place:
-            return place.run_tests([*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout, fail_fast)
-
-    def _runs(self, task: Task, start: Mapping[str, str | None]) -> bool:
-        """Whether the sandbox holds while the tests run on the starting state, whatever their outcomes."""
-        try:
-            self._run(task, {**start, **self._tests(task, _Layered(self.provider.files(task.repo), start))}, False)
-        except (SandboxError, OSError):
-            return False
-        return True
+    def _run(self, task: Task, overlay: Mapping[str, str | None], fail_fast: bool,
+             attempts: int = 1) -> TestRun | SandboxError | OSError:
+        """A run of the task's tests, or what failed in the last of `attempts` tries."""
+        for _ in range(attempts):
+            try:
+                with sandbox(self.provider, task.repo, overlay, role="grading") as place:
+                    return place.run_tests([*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout, fail_fast)
+            except FAILURES as error:
+                failure = error
+        return failure
 
     def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
         if not task.test_patch:

@@ -27,6 +27,7 @@ import urllib3
 
 from qcn_jax import files
 from qcn_jax.envs import names
+from qcn_jax.envs.patches import PatchError, check_size
 from qcn_jax.envs.sandbox import docker as back_end
 from qcn_jax.envs.sandbox import images
 from qcn_jax.envs.sandbox.channel import SandboxError
@@ -175,11 +176,9 @@ def run(client: docker.DockerClient, instance: Instance, patch: str, timeout: fl
     if not patch.strip() and not skip_patch:
         return Verdict(instance.instance_id, "empty_patch"), ""
     try:
-        size = len(patch.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:
-        return Verdict(instance.instance_id, "patch_failed", detail="the patch is no text"), ""
-    if size > PATCH_BYTES:
-        return Verdict(instance.instance_id, "patch_failed", detail=f"the patch has more than {PATCH_BYTES} bytes"), ""
+        check_size(patch, PATCH_BYTES)
+    except PatchError as error:
+        return Verdict(instance.instance_id, "patch_failed", detail=str(error)), ""
     started = time.monotonic()
     for attempt in range(INFRASTRUCTURE_ATTEMPTS):
         try:
