@@ -16,6 +16,7 @@ from typing import IO, Any
 from qcn_jax.errors import UserError
 
 Path = str | os.PathLike[str]
+Surplus = Callable[[pathlib.Path], str | None]  # of a folder: the first thing in it that must not be lost
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # as mkstemp and mkdtemp name what this module asks of them
 _OLD = ".old"  # after that: a folder that is being replaced
 
@@ -83,6 +84,8 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
+        if real.exists():
+            _keep_rights(real, temporary)
         os.replace(temporary, real)
         temporary = None
     except OSError as error:
@@ -91,6 +94,14 @@ def atomic_open(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def _keep_rights(old: pathlib.Path, new: str) -> None:
+    """Gives `new` the owner, the group and the mode of `old`, whose place it takes."""
+    status = old.stat()
+    with contextlib.suppress(PermissionError):  # an ordinary user gives nothing away
+        os.chown(new, status.st_uid, status.st_gid)
+    os.chmod(new, stat.S_IMODE(status.st_mode))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,12 +151,17 @@ def read_jsonl(path: Path) -> list[Any]:
 def is_mount(path: Path) -> bool:
     """Whether something is mounted at `path`, also a folder or file of the same disk (as Docker's volumes are)."""
     real = os.path.realpath(path)
+    return os.path.ismount(real) or real in _mounts()
+
+
+def _mounts() -> list[str]:
+    """Every path at which something is mounted; none where the system does not tell (not Linux)."""
     try:
         lines = pathlib.Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return os.path.ismount(real)
+    except OSError:
+        return []
     plain = lambda text: re.sub(r"\\([0-7]{3})", lambda code: chr(int(code.group(1), 8)), text)
-    return any(plain(line.split(" ")[4]) == real for line in lines)
+    return [plain(line.split(" ")[4]) for line in lines]
 
 
 def check_file(path: Path, flag: str) -> None:
@@ -163,17 +179,22 @@ def check_folder(path: Path, flag: str | None = None) -> None:
     _check_parent(pathlib.Path(os.path.realpath(path)) / "file", f"--{flag}={path}" if flag else str(path))
 
 
-def check_replaceable(path: Path, replaceable: str | None = None, flag: str | None = None) -> None:
+def check_replaceable(path: Path, surplus: Surplus | None = None, flag: str | None = None) -> None:
     """Raises UserError where `atomic_directory` would refuse; for asking before long work."""
     real, name = pathlib.Path(os.path.realpath(path)), f"--{flag}={path}" if flag else str(path)
     if os.path.lexists(real):
         try:
-            earlier = replaceable is not None and (real / replaceable).exists()
-            other = not os.path.isdir(real) or (any(real.iterdir()) and not earlier)
+            if not os.path.isdir(real):
+                raise UserError(f"{name}: exists and is no folder; name a new or empty folder")
+            inside = sorted(os.listdir(real))
+            other = surplus(real) if inside and surplus is not None else next(iter(inside), None)
         except OSError as error:
             raise UserError(f"{name}: cannot be read: {error.strerror}") from error
-        if other:
-            raise UserError(f"{name}: exists and holds other things; name a new or empty folder")
+        if other is not None:
+            raise UserError(f"{name}: exists and holds other things, such as {other}; name a new or empty folder")
+        below = [mount for mount in _mounts() if mount.startswith(f"{real}/")]
+        if below:
+            raise UserError(f"{name}: a disk is mounted in it, at {below[0]}; name a new or empty folder")
         if is_mount(real):
             raise UserError(f"{name}: is where a disk is mounted, which cannot be replaced; name a folder in it")
     _check_parent(real, name)
@@ -191,12 +212,13 @@ def _check_parent(path: pathlib.Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pathlib.Path]:
+def atomic_directory(path: Path, surplus: Surplus | None = None) -> Iterator[pathlib.Path]:
     """Gives a temporary neighbour folder to fill, which takes the place of `path` when the block ends without error.
 
     Args:
-      path: the folder to appear; an empty one is replaced. Of a symbolic link the target.
-      replaceable: a file name; an existing folder that holds it is replaced too.
+      path: the folder to appear; an empty one is replaced, whose rights stay. Of a symbolic link the target.
+      surplus: gives the name of the first thing in an existing folder that must not be lost; a folder of which it
+        gives None is replaced too.
 
     Raises:
       UserError: `path` holds something else, cannot be written, or the disk is full.
@@ -205,7 +227,7 @@ def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pat
     if os.path.isdir(real.parent):
         pattern = f".{glob.escape(real.name)}.*.tmp*"
         _recover((left for left in real.parent.glob(pattern) if left.is_dir()), _is_abandoned)
-    check_replaceable(path, replaceable)
+    check_replaceable(path, surplus)
     temporary = None
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +236,9 @@ def atomic_directory(path: Path, replaceable: str | None = None) -> Iterator[pat
             os.chmod(temporary, 0o755)
             yield pathlib.Path(temporary)
             old = f"{temporary}{_OLD}"
+            check_replaceable(path, surplus)  # again: the block may have taken hours
             if real.exists():
+                _keep_rights(real, temporary)
                 os.rename(real, old)  # a folder cannot be renamed over one that holds files
             os.rename(temporary, real)
             temporary = None

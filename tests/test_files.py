@@ -15,8 +15,12 @@ def _names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def _surplus(folder):
+    return None if (folder / "config.json").exists() else "a file"
+
+
 def _make(path, text="made"):
-    with files.atomic_directory(path, replaceable="config.json") as folder:
+    with files.atomic_directory(path, _surplus) as folder:
         (folder / "config.json").write_text(text)
 
 
@@ -31,7 +35,7 @@ def renamed(source, target):
         time.sleep(600)
     rename(source, target)
 os.rename = renamed
-with files.atomic_directory(path, replaceable="config.json") as folder:
+with files.atomic_directory(path, lambda folder: None) as folder:
     (folder / "config.json").write_text("new")
     os.rename = lambda source, target: renamed(str(source), str(target))
 """
@@ -100,13 +104,30 @@ def test_a_mounted_folder_is_refused_before_work(tmp_path):
             for folder in folders:
                 assert files.is_mount(folder) and not files.is_mount(folder.parent)
                 with pytest.raises(UserError, match=f"--to={folder}: is where a disk is mounted.* a folder in it"):
-                    files.check_replaceable(folder, "config.json", "to")
+                    files.check_replaceable(folder, _surplus, "to")
+                with pytest.raises(UserError, match="--to=.*a disk is mounted in it, at "):
+                    files.check_replaceable(folder.parent, lambda folder: None, "to")
                 _make(folder / "model")
                 files.check_folder(folder, "out")
         finally:
             subprocess.run(["umount", folders[1]], check=True)
     finally:
         subprocess.run(["umount", folders[0]], check=True)
+
+
+def test_rights_stay_and_what_came_meanwhile_is_kept(tmp_path):
+    (tmp_path / "model").mkdir(mode=0o700)
+    (tmp_path / "key.json").write_text("")
+    (tmp_path / "key.json").chmod(0o600)
+    _make(tmp_path / "model")
+    files.write_json(tmp_path / "key.json", 1)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("model", "key.json")] == [0o700, 0o600]
+    with pytest.raises(UserError, match="holds other things, such as thesis"):
+        with files.atomic_directory(tmp_path / "new") as folder:
+            (folder / "config.json").write_text("new")
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new/thesis").write_text("years")
+    assert _names(tmp_path / "new") == ["thesis"] and _names(tmp_path) == ["key.json", "model", "new"]
 
 
 def test_what_cannot_be_written_is_said_before_work(tmp_path):
@@ -136,7 +157,7 @@ def test_rights_of_an_ordinary_user():
                     check(folder / name / "new")
             check(folder / "unlisted/new")
         with pytest.raises(UserError, match="--to=.*unlisted: cannot be read: Permission denied"):
-            files.check_replaceable(folder / "unlisted", "x", "to")
+            files.check_replaceable(folder / "unlisted", _surplus, "to")
         for call in (files.write_json, lambda path, _: _make(path)):
             with pytest.raises(UserError, match="full/new: cannot be written: "):
                 call(folder / "full/new", 1)

@@ -3,8 +3,8 @@
   qcn convert --from=HF_DIR --to=DIR      safetensors in, Orbax out
   qcn convert --from=DIR --to=HF_DIR      and back
 
-Both forms hold config.json and, where the source has one, the tokenizer; every verb and stage that takes a
-checkpoint reads either. Values are kept bit for bit unless --dtype is given. The weights pass through the memory
+Both forms hold config.json and, where the source has them, the tokenizer and the chat template as they are; every verb
+and stage that takes a checkpoint reads either. A folder that holds anything but an earlier model is not written to. Values are kept bit for bit unless --dtype is given. The weights pass through the memory
 of this machine's devices, spread over all of them.
 """
 
@@ -18,7 +18,7 @@ from absl import flags
 from qcn_jax import files
 from qcn_jax.cli import parsing
 from qcn_jax.errors import UserError
-from qcn_jax.hub.configuration import CONFIG_FILE
+from qcn_jax.hub import description
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,11 +31,14 @@ def main(argv: Sequence[str]) -> int:
                       flag_values=values)
     parsing.parse(values, "convert", __doc__, argv)
     source, target = pathlib.Path(values["from"].value), pathlib.Path(values["to"].value)
-    if source.resolve() == target.resolve():
+    read, written = source.resolve(), target.resolve()
+    if read == written:
         raise UserError("--to: is the same folder as --from")
+    if read in written.parents or written in read.parents:
+        raise UserError(f"--to={target}: --from={source} and it lie within one another; name a folder beside it")
     if not files.is_dir(source):
         raise UserError(f"--from={source}: there is no such folder")
-    files.check_replaceable(target, CONFIG_FILE, "to")
+    files.check_replaceable(target, description.surplus, "to")
     count, form = convert(source, target, values.dtype)
     print(f"{target}: {count:,} parameters in {form} form")
     return 0
@@ -45,20 +48,17 @@ def convert(source: files.Path, target: files.Path, dtype: str | None = None) ->
     """Writes `source` to `target` in the other form; returns the number of parameters and that form's name."""
     import jax
 
-    from qcn_jax.chat.tokenizer import TOKENIZER_FILE, Tokenizer
     from qcn_jax.hub import orbax_folder, reading, writing
     from qcn_jax.hub.layout import leaf_shapes
 
-    with_tokenizer = files.is_file(pathlib.Path(source) / TOKENIZER_FILE)
-    tokenizer = Tokenizer.from_folder(source) if with_tokenizer else None
     config = reading.inspect(source)
     shardings = _spread(leaf_shapes(config))
     config, params = reading.load(source, dtype, shardings, progress=True)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     if orbax_folder.is_orbax(source):
-        writing.save(target, config, params, tokenizer, progress=True)
+        writing.save(target, config, params, progress=True, source=source)
         return count, "Hugging Face"
-    orbax_folder.save(target, config, params, tokenizer)
+    orbax_folder.save(target, config, params, source=source)
     return count, "Orbax"
 
 

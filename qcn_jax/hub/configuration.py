@@ -2,11 +2,12 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qcn_jax import files
 from qcn_jax.config import COMPUTE_FIELDS, ModelConfig
+from qcn_jax.config_checks import check_model
 from qcn_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -20,19 +21,24 @@ _SPECIAL = {"rope_theta", "partial_rotary_factor", "full_attention_interval"}
 # Options that would change the function computed: the one value of each that this model implements.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None), "attention_dropout": (0, 0.0, None), "hidden_act": ("silu",),
-    "mlp_only_layers": ([], None), "decoder_sparse_step": (1,), "rope_scaling": (None,),
-    "use_sliding_window": (False, None), "quantization_config": (None,),
+    "mlp_only_layers": ([], None), "decoder_sparse_step": (1,), "use_sliding_window": (False, None),
+    "quantization_config": (None,),
 }
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load_config(folder: files.Path) -> ModelConfig:
     """Reads config.json of a Hugging Face folder; raises UserError that names the file and the field."""
     path = pathlib.Path(folder) / CONFIG_FILE
+    return config_from_hf(read_object(path), str(path))
+
+
+def read_object(path: files.Path) -> dict[str, Any]:
+    """Reads a JSON object; raises UserError that names the file where it is none."""
     values = files.read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object")
-    return config_from_hf(values, str(path))
+    return values
 
 
 def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> ModelConfig:
@@ -42,7 +48,8 @@ def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> Mode
     published checkpoint, so a file without one is refused.
 
     Raises:
-      UserError: another model type, an option this model does not implement, a field of a wrong type.
+      UserError: another model type, an option this model does not implement, a field of a wrong type or out of its
+        range.
     """
     if values.get("model_type") != MODEL_TYPE:
         raise UserError(f"{source}: model_type must be {MODEL_TYPE!r}, got {values.get('model_type')!r}")
@@ -63,8 +70,20 @@ def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> Mode
     if dtype is not None:
         if dtype not in _DTYPES:
             raise UserError(f"{source}: dtype={dtype!r} is not supported; allowed: {', '.join(_DTYPES)}")
+        dtype = held_dtype(dtype)
         fields |= {"dtype": dtype, "param_dtype": dtype}
-    return ModelConfig(**fields)
+    config = ModelConfig(**fields)
+    check_model(config, source)
+    return config
+
+
+def held_dtype(name: str) -> str:
+    """`name` of a dtype, or float32 where that is all that JAX holds of it (float64 without JAX_ENABLE_X64)."""
+    if name != "float64":
+        return name
+    import jax
+
+    return name if jax.config.jax_enable_x64 else "float32"
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -73,6 +92,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     values |= {field.name: getattr(config, field.name)
                for field in dataclasses.fields(ModelConfig) if field.name not in _OWN}
     values |= {name: allowed[0] for name, allowed in _FIXED.items() if name != "quantization_config"}
+    values["rope_scaling"] = None
     values["intermediate_size"] = config.moe_intermediate_size  # of dense layers, which this model never has
     values["rope_parameters"] = {
         "rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}
@@ -90,24 +110,46 @@ def layer_types(layers: int, interval: int) -> list[str]:
 
 def _rotary(values: Mapping[str, Any], source: str) -> dict[str, float]:
     """Rotary base and share of rotated channels, from whichever dialect holds them."""
-    folded = values.get("rope_parameters") or {}
-    if folded.get("rope_type", "default") != "default":
-        kind = folded["rope_type"]
-        raise UserError(f"{source}: rope_parameters.rope_type={kind!r} is not supported; allowed: 'default'")
+    groups = {"": values, **{f"{name}.": group for name, group in _rotary_groups(values, source)}}
+    for prefix, group in groups.items():
+        for key in ("rope_type", "type") if prefix else ():
+            if group.get(key, "default") not in ("default", None):
+                raise UserError(f"{source}: {prefix}{key}={group[key]!r} is not supported; allowed: 'default'")
     result = {}
     for name, default in (("rope_theta", None), ("partial_rotary_factor", ModelConfig.partial_rotary_factor)):
-        given = [group[name] for group in (values, folded) if group.get(name) is not None] or [default]
-        if given[0] is None:
+        given = [(f"{prefix}{name}", group[name]) for prefix, group in groups.items() if group.get(name) is not None]
+        first, value = (given or [(name, default)])[0]
+        if value is None:
             raise UserError(f"{source}: {name} is missing, neither flat nor in rope_parameters")
-        if len(given) == 2 and given[0] != given[1]:
-            raise UserError(f"{source}: {name} is {given[0]!r} but rope_parameters.{name} is {given[1]!r}")
-        result[name] = _typed(given[0], float, name, source)
+        for other, another in given[1:]:
+            if another != value:
+                raise UserError(f"{source}: {first} is {value!r} but {other} is {another!r}")
+        result[name] = _typed(value, float, first, source)
     return result
+
+
+def _rotary_groups(values: Mapping[str, Any], source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, fields) of every group of rotary fields: rope_parameters or rope_scaling, flat or by kind of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        group = values.get(name)
+        if group is None:
+            continue
+        if not isinstance(group, dict):
+            raise UserError(f"{source}: {name} must be a JSON object, got {group!r:.80}")
+        nested = {kind: part for kind, part in group.items() if kind in (LINEAR, FULL)}
+        if not nested:
+            yield name, group
+        for kind, part in nested.items():
+            if part is not None and not isinstance(part, dict):
+                raise UserError(f"{source}: {name}.{kind} must be a JSON object, got {part!r:.80}")
+            yield f"{name}.{kind}", part or {}
 
 
 def _interval(values: Mapping[str, Any], layers: int, source: str) -> int:
     """full_attention_interval, given as such or by `layer_types`; both must agree."""
     interval, types = values.get("full_attention_interval"), values.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise UserError(f"{source}: layer_types must be a list, got {types!r:.80}")
     if interval is None:
         if types is None:
             return ModelConfig.full_attention_interval

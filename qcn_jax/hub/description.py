@@ -1,34 +1,94 @@
 """What a folder of weights holds beside them, in either form."""
 
 import pathlib
+import re
+import shutil
 from typing import Any
 
 from qcn_jax import files
 from qcn_jax.chat.jinja_template import CHAT_TEMPLATE_FILE, chat_template
 from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from qcn_jax.config import ModelConfig
-from qcn_jax.hub.configuration import CONFIG_FILE, config_to_hf
+from qcn_jax.errors import UserError
+from qcn_jax.hub.configuration import CONFIG_FILE, MODEL_TYPE, config_to_hf, read_object
+from qcn_jax.hub.stored import INDEX_FILE, SINGLE_FILE
 
 GENERATION_FILE = "generation_config.json"
+# What transformers and the engines read beside config.json and the weights.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "qwen.tiktoken", CHAT_TEMPLATE_FILE, "chat_template.json", GENERATION_FILE,
+)  # fmt: skip
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_OWN_FILES = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, *COMPANIONS}
+_STORE = "params"  # of Orbax form, and what Orbax names in it
+_IN_STORE = re.compile(r"_\w+|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt|array_metadatas")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> None:
+def surplus(folder: pathlib.Path) -> str | None:
+    """The first thing in `folder` that is not part of a model as `save` writes it; None for a model and nothing else.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name == _STORE and path.is_dir() and not path.is_symlink():
+            other = next((part for part in sorted(path.iterdir()) if not _IN_STORE.fullmatch(part.name)), None)
+            if other is not None:
+                return f"{_STORE}/{other.name}"
+        elif not path.is_file() or not (path.name in _OWN_FILES or _SHARD.fullmatch(path.name)):
+            return path.name
+    try:
+        kind = read_object(folder / CONFIG_FILE).get("model_type")
+    except UserError as error:
+        return f"files without a readable {CONFIG_FILE} ({error})"
+    return None if kind == MODEL_TYPE else f"a {CONFIG_FILE} of model_type {kind!r}"
+
+
+def eos_ids(folder: files.Path, vocab_size: int) -> set[int]:
+    """Ids that end a text: those of config.json and of generation_config.json, each one id or a list.
+
+    Raises:
+      UserError: one of them is no id; the line names the file.
+    """
+    found = set()
+    for path in (pathlib.Path(folder) / CONFIG_FILE, pathlib.Path(folder) / GENERATION_FILE):
+        given = read_object(path).get("eos_token_id") if files.is_file(path) else None
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+            raise UserError(f"{path}: eos_token_id must be an id or a list of ids, got {given!r}")
+        found |= {id_ for id_ in ids if 0 <= id_ < vocab_size}  # others cannot be drawn
+    return found
+
+
+def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Tokenizer | None,
+                      source: files.Path | None = None) -> None:
     """Writes all but the weights: config.json and, where there is a tokenizer, what engines need to talk.
 
     That is tokenizer.json, the chat template, generation_config.json with the ids that end a turn, and the little that
-    transformers' AutoTokenizer wants beside them.
+    transformers' AutoTokenizer wants beside them. With `source`, a folder of the same model, its own files are copied
+    instead, byte for byte, and config.json keeps its special ids.
     """
+    values = config_to_hf(config) | {"dtype": dtype}
+    if source is not None:
+        earlier = read_object(pathlib.Path(source) / CONFIG_FILE)
+        files.write_json(folder / CONFIG_FILE, values | {name: id_ for name, id_ in earlier.items() if name in _IDS})
+        for name in COMPANIONS:
+            if files.is_file(pathlib.Path(source) / name):
+                shutil.copyfile(pathlib.Path(source) / name, folder / name)
+        return
     known = tokenizer.added_tokens if tokenizer is not None else {}
     pairs = {"eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT, "bos_token_id": END_OF_TEXT}
     ids = {name: known[token] for name, token in pairs.items() if token in known}
-    files.write_json(folder / CONFIG_FILE, config_to_hf(config) | {"dtype": dtype} | ids)
+    files.write_json(folder / CONFIG_FILE, values | ids)
     if tokenizer is None:
         return
     tokenizer.save(folder)
     files.write_text(folder / CHAT_TEMPLATE_FILE, chat_template())
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    values |= {name: token for name, token in (("eos_token", TURN_END), ("pad_token", END_OF_TEXT)) if token in known}
-    files.write_json(folder / "tokenizer_config.json", values)
+    described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    described |= {name: token for name, token in (("eos_token", TURN_END), ("pad_token", END_OF_TEXT)) if token in known}
+    files.write_json(folder / "tokenizer_config.json", described)
     ends = [known[token] for token in (TURN_END, END_OF_TEXT) if token in known]
     if ends:
         files.write_json(folder / GENERATION_FILE, ids | {"eos_token_id": ends})

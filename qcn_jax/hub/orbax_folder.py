@@ -18,8 +18,8 @@ from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout
-from qcn_jax.hub.configuration import CONFIG_FILE, load_config
-from qcn_jax.hub.description import write_description
+from qcn_jax.hub.configuration import load_config
+from qcn_jax.hub.description import surplus, write_description
 from qcn_jax.sharding import distributed
 
 PARAMS = "params"
@@ -30,15 +30,16 @@ def is_orbax(path: files.Path) -> bool:
     return files.is_file(pathlib.Path(path) / PARAMS / "_METADATA")
 
 
-def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
-    """Writes the folder, atomically; it may replace an earlier model.
+def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None,
+         source: files.Path | None = None) -> None:
+    """Writes the folder, atomically; it may replace an earlier model. Arguments are those of `writing.save`.
 
     Raises:
       UserError: the folder holds something else, or the disk is full.
     """
-    with files.atomic_directory(path, replaceable=CONFIG_FILE) as folder:
+    with files.atomic_directory(path, surplus) as folder:
         dtype = jnp.dtype(params["embed_tokens"]["embedding"].dtype).name
-        write_description(folder, config, dtype, tokenizer)
+        write_description(folder, config, dtype, tokenizer, source)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder.absolute() / PARAMS, dict(params))

@@ -23,7 +23,7 @@ from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import configuration, layout, orbax_folder
-from qcn_jax.hub.stored import INDEX_FILE, Folder, Source
+from qcn_jax.hub.stored import Folder, Source
 from qcn_jax.sharding import distributed
 
 PIECE_BYTES = 64 << 20
@@ -49,9 +49,11 @@ def identity(path: files.Path) -> str:
     path = pathlib.Path(path)
     if orbax_folder.is_orbax(path):
         weights = [file for file in (path / orbax_folder.PARAMS).rglob("*") if file.is_file()]
+        index = None
     else:
-        weights = sorted({source.file for source in Folder(path).table.values()})
-    small = [file for file in (path / configuration.CONFIG_FILE, path / INDEX_FILE) if file.is_file()]
+        folder = Folder(path)
+        weights, index = sorted({source.file for source in folder.table.values()}), folder.index
+    small = [file for file in (path / configuration.CONFIG_FILE, index) if file is not None and file.is_file()]
     sizes = sorted((str(file.relative_to(path)), file.stat().st_size) for file in weights)
     found = [[file.name, file.read_text(encoding="utf-8")] for file in small], sizes
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
@@ -63,7 +65,8 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
 
     Args:
       path: the folder.
-      dtype: of all parameters, e.g. "bfloat16"; None keeps each as stored (bit for bit).
+      dtype: of all parameters, e.g. "bfloat16"; None keeps each as stored (bit for bit). Layers that were stored in
+        several dtypes become the narrowest that holds all of them, float64 becomes float32 where JAX has no other.
       shardings: a tree of `jax.sharding.Sharding` like the parameters (or one for all); each process reads what
         its devices hold. None puts everything on this process's first device.
       allocate: makes a host array for (path in the tree, shape, dtype), e.g. memory-mapped; the parameters are
@@ -89,7 +92,7 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
     tree: dict[str, Any] = {}
     with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"loading {path}", disable=not progress) as bar:
         for leaf, parts in leaves.items():
-            kind = wanted or parts[0][1].dtype
+            kind = wanted or _dtype(parts)
             array: Any
             if allocate is not None:
                 array = allocate(leaf, shapes[leaf], kind)
@@ -103,17 +106,13 @@ def load(path: files.Path, dtype: str | None = None, shardings: Any = None, allo
 
 
 def _resolve(config: ModelConfig, folder: Folder) -> dict[layout.Path, list[tuple[layout.Tensor, Source]]]:
-    """Each leaf's tensors and where they are stored; checks names, shapes and dtypes of the whole checkpoint."""
+    """Each leaf's tensors and where they are stored; checks names and shapes of the whole checkpoint."""
     leaves: dict[layout.Path, list[tuple[layout.Tensor, Source]]] = {}
     used = set()
     for tensor in layout.tensors(config):
         name, source = folder.source(tensor)
         used.add(name)
-        parts = leaves.setdefault(tensor.leaf, [])
-        if parts and parts[0][1].dtype != source.dtype:
-            other, kept = parts[0]
-            raise UserError(f"{source.file}: {name} is {source.dtype.name}, but {other.name} is {kept.dtype.name}")
-        parts.append((tensor, source))
+        leaves.setdefault(tensor.leaf, []).append((tensor, source))
     if config.tie_word_embeddings:
         used.add("lm_head.weight")  # some writers store the shared matrix twice
     surplus = sorted(set(folder.table) - used)
@@ -122,6 +121,12 @@ def _resolve(config: ModelConfig, folder: Folder) -> dict[layout.Path, list[tupl
         raise UserError(f"{folder.table[surplus[0]].file}: {surplus[0]} is not part of this model{more}")
     _check_stacked(leaves, folder, config)
     return leaves
+
+
+def _dtype(parts: list[tuple[layout.Tensor, Source]]) -> np.dtype:
+    """The narrowest dtype that JAX has and that holds every part of a leaf without rounding."""
+    kind = functools.reduce(jnp.promote_types, dict.fromkeys(source.dtype for _, source in parts))
+    return np.dtype(jnp.dtype(configuration.held_dtype(np.dtype(kind).name)))
 
 
 def _check_stacked(leaves: Mapping, folder: Folder, config: ModelConfig) -> None:

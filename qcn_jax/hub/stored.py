@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Mapping
 
@@ -20,7 +21,11 @@ from qcn_jax.errors import UserError
 from qcn_jax.hub.layout import Shape, Tensor
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16),
+          "F64": np.dtype("float64")}
+# Frequencies that older writers stored beside the weights; they follow from config.json.
+_DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_BARE = ("embed_tokens.", "layers.", "norm.")  # how names begin in a folder of the model without its head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +52,37 @@ class Source:
 
 
 class Folder:
-    """The safetensors files of a folder; opening it reads and checks headers only."""
+    """The safetensors files of a folder, as transformers takes them; opening it reads and checks headers only.
+
+    `model.safetensors` is read where there is one, whatever an index beside it says. A tensor is read from the file
+    that the index names, whatever other files hold under its name.
+    """
 
     def __init__(self, folder: files.Path):
         """Raises UserError that names the file: none there, one missing, truncated or damaged."""
         self.path = pathlib.Path(folder)
         self.table: dict[str, Source] = {}
-        if files.is_file(self.path / INDEX_FILE):
-            names = files.read_json(self.path / INDEX_FILE).get("weight_map", {})
-        elif files.is_file(self.path / SINGLE_FILE):
-            names = None
+        self.index: pathlib.Path | None = None
+        names: dict[str, str] = {}
+        if files.is_file(self.path / SINGLE_FILE):
+            tables = {SINGLE_FILE: _read_header(self.path / SINGLE_FILE)}
+        elif files.is_file(self.path / INDEX_FILE):
+            self.index = self.path / INDEX_FILE
+            names = _weight_map(self.index)
+            tables = {file: _read_header(self.path / file) for file in sorted(set(names.values()))}
         else:
             raise UserError(f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-        for file in [SINGLE_FILE] if names is None else sorted(set(names.values())):
-            self.table |= _read_header(self.path / file)
-        lost = sorted(set(names or ()) - set(self.table))
-        if lost:
-            raise UserError(f"{self.path / INDEX_FILE}: {lost[0]} is not in {names[lost[0]]}")
+        found = {name: source for table in tables.values() for name, source in table.items()}
+        for name, file in names.items():
+            if name not in tables[file]:
+                raise UserError(f"{self.index}: {name} is not in {file}")
+            found[name] = tables[file][name]
+        for name, source in found.items():
+            full = f"model.{name}" if name.startswith(_BARE) else name
+            if full != name and full in found:
+                raise UserError(f"{source.file}: {name} is there twice, with model. before it too")
+            if not _DERIVED.fullmatch(full):
+                self.table[full] = source
 
     def source(self, tensor: Tensor) -> tuple[str, Source]:
         """Where `tensor` lies: by its published name, or as a slice of transformers' stacked experts.
@@ -97,6 +116,18 @@ class Folder:
         first = tensor.index[-1] * stored.shape[1] + (rows if ".up_proj" in tensor.name else 0)
         offset = stored.offset + first * columns * stored.dtype.itemsize
         return dataclasses.replace(stored, offset=offset, shape=tensor.shape)
+
+
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+    """Which file holds which tensor, as an index says; raises UserError that names it where it says nothing."""
+    index = files.read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path}: expected a JSON object whose weight_map gives the file of every tensor")
+    for name, file in names.items():
+        if not isinstance(file, str) or not file or pathlib.PurePath(file).name != file:
+            raise UserError(f"{path}: weight_map gives {file!r} for {name}; allowed: the name of a file beside it")
+    return names
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Source]:

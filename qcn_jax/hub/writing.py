@@ -24,8 +24,7 @@ from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout, slabs
-from qcn_jax.hub.configuration import CONFIG_FILE
-from qcn_jax.hub.description import write_description
+from qcn_jax.hub.description import surplus, write_description
 from qcn_jax.hub.reading import PIECE_BYTES
 from qcn_jax.hub.stored import DTYPES, INDEX_FILE, SINGLE_FILE
 from qcn_jax.sharding import distributed
@@ -33,11 +32,11 @@ from qcn_jax.sharding import distributed
 SHARD_BYTES = 5_000_000_000  # as transformers writes by default
 GATHERED_BYTES = 8 << 20  # of a slab that is put together on every device of every host
 _ALIGNMENT = 8  # of the first tensor's bytes, as the safetensors library writes
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items() if code != "F64"}  # nobody publishes in float64
 
 
 def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None,
-         shard_bytes: int = SHARD_BYTES, progress: bool = False) -> None:
+         shard_bytes: int = SHARD_BYTES, progress: bool = False, source: files.Path | None = None) -> None:
     """Writes a Hugging Face folder: config.json, safetensors (with an index where there are several), tokenizer.
 
     Of several processes every one must call this, with the same arguments and outside of
@@ -52,6 +51,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
       shard_bytes: a file is closed before it would exceed this; it is less where there would be fewer files than
         processes.
       progress: show a bar on stderr.
+      source: a folder of the same model; what it holds beside its weights is kept, see `write_description`.
 
     Raises:
       UserError: an array is missing, surplus or of a wrong shape, dtype or layout; the folder holds something else;
@@ -61,14 +61,14 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
     processes = 1 if distributed.alone() else jax.process_count()
     plan = _plan(config, leaves, shard_bytes, processes)
     total = sum(leaf.size for leaf in leaves.values())
-    with distributed.shared_directory(path, replaceable=CONFIG_FILE) as folder:
+    with distributed.shared_directory(path, surplus) as folder:
         with tqdm.tqdm(total=total, unit="p", unit_scale=True, desc=f"saving {path}", disable=not progress) as bar:
             _write_weights(folder, leaves, plan, bar)
         if distributed.is_first():
             dtype = np.dtype(leaves["embed_tokens", "embedding"].dtype).name
             if len(plan) > 1:
                 _write_index(folder, plan, leaves)
-            write_description(folder, config, dtype, tokenizer)
+            write_description(folder, config, dtype, tokenizer, source)
 
 
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, Any]:

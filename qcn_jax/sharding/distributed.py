@@ -196,14 +196,14 @@ def first_before_others(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shared_directory(path: files.Path, replaceable: str | None = None) -> Iterator[pathlib.Path]:
+def shared_directory(path: files.Path, surplus: files.Surplus | None = None) -> Iterator[pathlib.Path]:
     """`files.atomic_directory` for all processes: each fills the same temporary folder, which the first one makes.
 
     It takes the place of `path` when the block has ended without UserError and OSError in every process, and is there
     when this returns.
 
     Args:
-      path, replaceable: see `files.atomic_directory`.
+      path, surplus: see `files.atomic_directory`.
 
     Raises:
       UserError: what `files.atomic_directory` and `together` say, or the disk is not one that all hosts see.
@@ -213,7 +213,7 @@ def shared_directory(path: files.Path, replaceable: str | None = None) -> Iterat
         name = ""
         with together(path):
             if is_first():
-                name = stack.enter_context(files.atomic_directory(path, replaceable)).name
+                name = stack.enter_context(files.atomic_directory(path, surplus)).name
         folder = path.parent / _of_first(name)
         with together(path):
             if not folder.is_dir():

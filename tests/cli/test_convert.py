@@ -1,6 +1,8 @@
 """`qcn convert`: there and back, bit for bit, and its refusals."""
 
+import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.cli.main import main
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
+from qcn_jax.hub import description
 from qcn_jax.model import abstract_params
 
 CONFIG = ModelConfig(
@@ -57,6 +60,71 @@ def test_there_and_back_is_bit_for_bit(model, tmp_path, capsys):
     assert jax.tree.all(
         jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), params, hub.load(model)[1])
     )
+
+
+def test_what_stands_beside_the_weights_is_kept_byte_for_byte(model, tmp_path):
+    source = pathlib.Path(shutil.copytree(model, tmp_path / "source"))
+    (source / "chat_template.jinja").write_text("{{ my_own }}")
+    described = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").unlink()
+    (source / "vocab.json").write_text(json.dumps(described["model"]["vocab"]))
+    (source / "merges.txt").write_text("\n".join(" ".join(merge) for merge in described["model"]["merges"]))
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [2, 3]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["convert", f"--from={source}", f"--to={tmp_path / 'orbax'}"]) == 0
+    assert main(["convert", f"--from={tmp_path / 'orbax'}", f"--to={tmp_path / 'back'}"]) == 0
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {path.name for path in source.iterdir()}
+    for name in ("chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json", "tokenizer_config.json"):
+        assert (source / name).read_bytes() == (tmp_path / "back" / name).read_bytes(), name
+    assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == [2, 3]
+    assert description.eos_ids(tmp_path / "back", 5) == {2, 3} and description.eos_ids(source, 99) == {2, 3, 5}
+
+
+def _thesis(folder, config='{"model_type": "qwen3_next"}'):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config)
+    return folder
+
+
+@pytest.mark.parametrize("add, line", [
+    (lambda f: (f / "thesis.tex").write_text("years"), "such as thesis.tex;"),
+    (lambda f: (f / "params").mkdir() or (f / "params/thesis.tex").write_text("years"), "such as params/thesis.tex;"),
+    (lambda f: (f / "data").mkdir(), "such as data;"),
+    (lambda f: (f / "model.safetensors").mkdir(), "such as model.safetensors;"),
+    (lambda f: (f / "link").symlink_to("config.json"), "such as link;"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "config.json of model_type 'llama'"),
+    (lambda f: (f / "config.json").write_text("{"), "without a readable config.json"),
+    (lambda f: (f / "config.json").rename(f / "tokenizer.json"), "without a readable config.json"),
+])  # fmt: skip
+def test_only_a_model_of_ours_is_replaced(model, tmp_path, capsys, add, line):
+    target = _thesis(tmp_path / "target")
+    add(target)
+    before = {path: path.is_file() and path.read_bytes() for path in sorted(target.rglob("*"))}
+    assert main(["convert", f"--from={model}", f"--to={target}"]) == 1
+    assert line in capsys.readouterr().err
+    assert {path: path.is_file() and path.read_bytes() for path in sorted(target.rglob("*"))} == before
+    with pytest.raises(UserError, match="exists and holds other things"):  # also where a stage or a user saves
+        hub.save(target, CONFIG, hub.load(model)[1])
+
+
+def test_source_and_target_may_not_lie_within_one_another(model, tmp_path, capsys):
+    source = pathlib.Path(shutil.copytree(model, tmp_path / "models/inner"))
+    for target in (tmp_path / "models", source / "orbax", tmp_path / "models/x/../inner/orbax"):
+        assert main(["convert", f"--from={source}", f"--to={target}"]) == 1
+        assert "lie within one another" in capsys.readouterr().err
+    assert (source / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_an_earlier_model_is_replaced_and_its_folders_rights_stay(model, tmp_path):
+    target = _thesis(tmp_path / "disk/model")
+    (target / "model-00001-of-00002.safetensors").write_text("old")
+    target.chmod(0o2750)
+    (tmp_path / "link").symlink_to(target)
+    assert main(["convert", f"--from={model}", f"--to={tmp_path / 'link'}"]) == 0
+    assert (tmp_path / "link").is_symlink() and target.stat().st_mode & 0o7777 == 0o2750
+    assert not (target / "model-00001-of-00002.safetensors").exists() and hub.load(target)[0] == CONFIG
+    assert main(["convert", f"--from={model}", f"--to={target}"]) == 0  # what was Orbax form is replaced too
 
 
 def test_dtype_is_changed_on_request(model, tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged or unsupported, and trees that do not fit: one line each that names the fault."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ def rewrite(folder, change):
     files.write_json(folder / "model.safetensors.index.json", index)
 
 
+INDEX = "model.safetensors.index.json"
 NORM = "model.layers.0.input_layernorm.weight"
 FAULTS = {
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"{NORM} is missing"),
@@ -41,10 +43,6 @@ FAULTS = {
         rf"{NORM} has shape \[31\], expected \[32\]",
     ),
     "wrong dtype": (lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "int64")})), f"{NORM} has dtype I64"),
-    "mixed dtypes": (
-        lambda f: rewrite(f, lambda t: t.update({NORM: np.zeros(32, "float16")})),
-        "float16, but|float32, but",
-    ),
     "truncated file": (lambda f: truncate(f, 100), "00001-of-.*is truncated"),
     "cut header": (lambda f: truncate(f, None), "00001-of-.*is (truncated|damaged)"),
     "missing file": (lambda f: sorted(f.glob("model-*"))[1].unlink(), "00002-of-.*is missing"),
@@ -52,6 +50,18 @@ FAULTS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json: is not valid JSON"),
     "index names a lost tensor": (lambda f: add_to_index(f, "lost.weight"), "lost.weight is not in model-00001"),
+    "index is a list": (lambda f: (f / INDEX).write_text("[1]"), "index.json: expected a JSON object whose weight_map"),
+    "index without a map": (lambda f: (f / INDEX).write_text("{}"), "index.json: expected a JSON object whose weight_"),
+    "index names no file": (lambda f: files.write_json(f / INDEX, {"weight_map": {"a": 3}}), "gives 3 for a; allowed"),
+    "index leaves the folder": (
+        lambda f: files.write_json(f / INDEX, {"weight_map": {"a": "../b.safetensors"}}),
+        "gives '../b.safetensors' for a; allowed: the name of a file beside it",
+    ),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object"),
+    "bare and full names": (
+        lambda f: rewrite(f, lambda t: t.update({NORM.removeprefix("model."): t[NORM]})),
+        "layers.0.input_layernorm.weight is there twice",
+    ),
 }
 
 
@@ -81,7 +91,18 @@ def test_faults_are_named_in_one_line(fault, copy):
     [
         ("model_type", "qwen3_moe", "model_type must be 'qwen3_next'"),
         ("attention_bias", True, "attention_bias=True is not supported"),
-        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling=.* is not supported"),
+        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type='yarn' is not supported"),
+        ("rope_scaling", {"type": "yarn"}, "rope_scaling.type='yarn' is not supported"),
+        ("rope_parameters", {"type": "yarn", "rope_theta": 12345.0}, "rope_parameters.type='yarn' is not supported"),
+        ("rope_parameters", {"full_attention": {"type": "linear"}}, "full_attention.type='linear' is not supported"),
+        ("rope_parameters", {"full_attention": 3}, "rope_parameters.full_attention must be a JSON object, got 3"),
+        ("rope_parameters", ["default"], "rope_parameters must be a JSON object"),
+        ("rope_scaling", {"rope_theta": 1.0}, "rope_theta is 12345.0 but rope_scaling.rope_theta is 1.0"),
+        ("layer_types", 7, "layer_types must be a list, got 7"),
+        ("layer_types", [None] * 6, "layer_types is not supported"),
+        ("rms_norm_eps", -1e-6, "config.json.rms_norm_eps: -1e-06; allowed: above 0"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps: nan; allowed: above 0"),
+        ("num_experts_per_tok", 9, "num_experts_per_tok: 9 is more than num_experts"),
         ("hidden_act", "gelu", "hidden_act"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1.0}, "rope_type='yarn' is not supported"),
         ("rope_theta", 1.0, "rope_theta is 1.0 but rope_parameters.rope_theta is 12345.0"),
@@ -96,7 +117,7 @@ def test_faults_are_named_in_one_line(fault, copy):
     ],
 )
 def test_unsupported_options_are_named(copy, key, value, line):
-    files.write_json(copy / "config.json", files.read_json(copy / "config.json") | {key: value})
+    (copy / "config.json").write_text(json.dumps(files.read_json(copy / "config.json") | {key: value}))
     with pytest.raises(UserError, match=line) as caught:
         hub.load(copy)
     assert "\n" not in str(caught.value)
@@ -123,3 +144,26 @@ def test_trees_that_do_not_fit_are_refused(change, line, tmp_path):
     change(params)
     with pytest.raises(UserError, match=line):
         hub.save(tmp_path / "m", SMALL, params)
+
+
+@pytest.mark.parametrize("theta", [0, -1.0, float("inf")])
+def test_a_rotary_base_that_gives_no_angles_is_refused(theta):
+    with pytest.raises(UserError, match="rope_theta: .*; allowed: above 0"):
+        hub.config_from_hf({"model_type": "qwen3_next", "rope_theta": theta})
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_theta": 7.0},
+        {"rope_theta": 7.0, "rope_scaling": None},
+        {"rope_theta": 7.0, "rope_scaling": {"type": "default"}},
+        {"rope_theta": 7.0, "rope_scaling": {"rope_type": "default", "type": "default"}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_parameters": {"type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.25}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 7.0}, "linear_attention": None}},
+    ],
+)
+def test_every_form_of_plain_rotary_is_read_alike(rotary):
+    config = hub.config_from_hf({"model_type": "qwen3_next", **rotary})
+    assert (config.rope_theta, config.partial_rotary_factor) == (7.0, 0.25)
