@@ -10,9 +10,11 @@ import codecs
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from qcn_jax import files
@@ -35,19 +37,36 @@ QWEN_ADDED = QWEN_SPECIAL + (
 )
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TOKENIZER_FILE = "tokenizer.json"
+_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")  # how byte-fallback vocabularies spell a byte
 
 
 class Tokenizer:
-    """A tokenizer; `vocab_size` counts added tokens (model embeddings may have more rows)."""
+    """A tokenizer; `vocab_size` counts added tokens (model embeddings may have more rows).
+
+    Texts are encoded whole: truncation and padding that a tokenizer.json holds are off.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        backend.no_truncation()  # stored with the file, and nothing that a caller asked for
+        backend.no_padding()
         self._backend = backend
         self._added = {token.content: id_ for id_, token in backend.get_added_tokens_decoder().items()}
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included; ids are 0 .. vocab_size - 1."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the highest id, added tokens included."""
+        return self._vocab_size
+
+    @functools.cached_property
+    def _vocab_size(self) -> int:
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def known_ids(self, size: int) -> np.ndarray:
+        """Which of the ids 0 .. size - 1 have a token, [size] bool; models often have more rows than that."""
+        known = np.zeros(size, bool)
+        ids = np.fromiter(self._backend.get_vocab(with_added_tokens=True).values(), np.int64)
+        known[ids[ids < size]] = True
+        return known
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -59,6 +78,11 @@ class Tokenizer:
         """The same model without its added tokens: their text is text like any other."""
         description = json.loads(self._backend.to_str())
         description["added_tokens"] = []
+        model = description["model"]
+        if isinstance(model.get("vocab"), dict):  # `_placed` puts them there; no merge makes them
+            made = {"".join(merge) for merge in model.get("merges", ())}
+            lone = {token for token in self._added if len(token) > 1 and token not in made}
+            model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if token not in lone}
         return tokenizers.Tokenizer.from_str(json.dumps(description))
 
     def encode(self, text: str) -> list[int]:
@@ -86,7 +110,17 @@ class Tokenizer:
             return b""
         if token in self._added:
             return token.encode()
-        return bytes(_char_to_byte()[char] for char in token)
+        if self._is_byte_level:
+            return bytes(_char_to_byte()[char] for char in token)
+        if byte := _FALLBACK.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        spell = self._backend.decoder.decode if self._backend.decoder is not None else " ".join
+        return spell(["a", token]).removeprefix("a").encode()  # a decoder may strip the first token of a text
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = json.loads(self._backend.to_str()).get("decoder") or {}
+        return "ByteLevel" in {part["type"] for part in (decoder, *decoder.get("decoders", ()))}
 
     def id(self, token: str) -> int:
         """Id of one token given by its text (an added token) or by its byte-level spelling.
@@ -109,16 +143,27 @@ class Tokenizer:
         """Reads a tokenizer.json; raises UserError where it is missing or is none."""
         text = _read(path)
         try:
-            return cls(tokenizers.Tokenizer.from_str(text))
+            backend = tokenizers.Tokenizer.from_str(text)
+            rows = {row["content"]: (row["id"], row["special"]) for row in json.loads(text)["added_tokens"]}
+            return cls(_placed(backend, rows, path))
+        except UserError:
+            raise
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise UserError(f"{path}: is not a tokenizer.json: {_first_line(error)}") from error
 
     @classmethod
     def from_folder(cls, folder: files.Path) -> "Tokenizer":
-        """Reads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt, or qwen.tiktoken."""
+        """Reads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt, or qwen.tiktoken.
+
+        Added tokens that tokenizer_config.json or added_tokens.json lists besides are added, with the ids given there.
+
+        Raises:
+          UserError: none of these is there, or one is damaged; the line names the file.
+        """
         folder = pathlib.Path(folder)
         if files.is_file(folder / TOKENIZER_FILE):
-            return cls.from_file(folder / TOKENIZER_FILE)
+            backend = cls.from_file(folder / TOKENIZER_FILE)._backend
+            return cls(_placed(backend, _listed(folder), folder))
         if files.is_file(folder / "vocab.json") and files.is_file(folder / "merges.txt"):
             return cls(_from_vocab_and_merges(folder))
         if files.is_file(folder / "qwen.tiktoken"):
@@ -165,15 +210,22 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first = True
 
     def push(self, id_: int) -> str:
         """Text that `id_` completes; empty while a character is still open."""
-        return self._decoder.decode(self._tokenizer.token_bytes(id_))
+        text = self._decoder.decode(self._tokenizer.token_bytes(id_))
+        if self._first and text:
+            self._first = False
+            if text[0] == " " and not self._tokenizer.decode([id_]).startswith(" "):
+                return text[1:]  # a decoder that strips the first space of a text
+        return text
 
     def finish(self) -> str:
         """U+FFFD for a character left open at the end of the stream, else nothing; then starts anew."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._first = True
         return text
 
 
@@ -203,21 +255,65 @@ def _with_added(backend: tokenizers.Tokenizer, added_tokens: Sequence[str]) -> t
 
 
 def _from_vocab_and_merges(folder: pathlib.Path) -> tokenizers.Tokenizer:
-    """The slow-tokenizer layout; added tokens come from tokenizer_config.json where it lists them."""
+    """The slow-tokenizer layout; added tokens are Qwen's where no file lists any."""
     vocab = files.read_json(folder / "vocab.json")
+    if not isinstance(vocab, dict):
+        raise UserError(f"{folder}/vocab.json: expected a JSON object of tokens and their ids")
     lines = _read(folder / "merges.txt").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    added: Sequence[str] = QWEN_ADDED
-    if files.is_file(folder / "tokenizer_config.json"):
-        listed = files.read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        rows = sorted((int(id_), row["content"]) for id_, row in listed.items())
-        if rows and rows[0][0] != len(vocab):
-            raise UserError(f"{folder}/tokenizer_config.json: added tokens must start at id {len(vocab)}")
-        added = [content for _, content in rows] or added
+    listed = _listed(folder)
     try:
-        return _assemble(tokenizers.models.BPE(vocab, merges), added)
+        backend = _assemble(tokenizers.models.BPE(vocab, merges), () if listed else QWEN_ADDED)
     except Exception as error:
         raise UserError(f"{folder}/merges.txt: does not fit vocab.json: {_first_line(error)}") from error
+    return _placed(backend, listed, folder)
+
+
+def _listed(folder: pathlib.Path) -> dict[str, tuple[int, bool]]:
+    """Added tokens that added_tokens.json and tokenizer_config.json list: id, and whether they are special."""
+    rows: dict[str, tuple[int, bool]] = {}
+    for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
+        path = folder / name
+        values = files.read_json(path) if files.is_file(path) else {}
+        listed = values.get(key) or {} if key and isinstance(values, dict) else values
+        if not isinstance(listed, dict):
+            raise UserError(f"{path}: expected a JSON object{f', and one as its {key}' if key else ''}")
+        try:
+            if key is None:
+                rows |= {token: (int(id_), token in QWEN_SPECIAL) for token, id_ in listed.items()}
+            else:
+                rows |= {row["content"]: (int(id_), bool(row.get("special"))) for id_, row in listed.items()}
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: lists an added token without its id or content: {_first_line(error)}") from error
+    return rows
+
+
+def _placed(backend: tokenizers.Tokenizer, rows: dict[str, tuple[int, bool]], source: files.Path
+            ) -> tokenizers.Tokenizer:
+    """`backend` whose added tokens have the ids of `rows` (content -> id, special).
+
+    The library numbers them one behind the other, whatever the file says, but for those in the model's vocabulary.
+    """
+    if all(backend.token_to_id(content) == id_ for content, (id_, _) in rows.items()):
+        return backend
+    description = json.loads(backend.to_str())
+    added = {row["content"]: row for row in description["added_tokens"]}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for content, (id_, special) in rows.items():
+        added[content] = {"content": content, **plain, "special": special, **added.get(content, {}), "id": id_}
+    vocab = description["model"].get("vocab")
+    if not isinstance(vocab, dict):
+        raise UserError(f"{source}: ids of added tokens must follow those of the vocabulary without a gap")
+    owners = {id_: token for token, id_ in vocab.items()}
+    for content, row in added.items():
+        other = owners.setdefault(row["id"], content)
+        if other != content or vocab.get(content, row["id"]) != row["id"]:
+            raise UserError(f"{source}: added token {content!r} has id {row['id']}, which does not fit the vocabulary: "
+                            f"{other!r} has it" if other != content else
+                            f"{source}: added token {content!r} has id {row['id']} and {vocab[content]}")
+        vocab[content] = row["id"]
+    description["added_tokens"] = sorted(added.values(), key=lambda row: row["id"])
+    return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 
 def _read_ranks(path: files.Path) -> dict[bytes, int]:

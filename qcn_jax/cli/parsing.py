@@ -10,6 +10,7 @@ A verb's module looks like this:
 """
 
 import os
+import pathlib
 import re
 import sys
 import textwrap
@@ -21,10 +22,14 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
+import qcn_jax
 from qcn_jax import files
 from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
 from qcn_jax.config_values import described
 from qcn_jax.errors import UserError
+
+
+_PACKAGED = pathlib.Path(qcn_jax.__file__).parent / "configs"  # what --config=NAME reaches, as nano does
 
 
 class HelpShown(Exception):
@@ -66,13 +71,13 @@ def define_config(values: flags.FlagValues, argv: Sequence[str]) -> Callable[[],
     arguments = [] if _asks_for_help(argv) else _arranged(values, argv)
     _check_overrides(arguments)
     config_flags.DEFINE_config_file(
-        "config", None, "Python config file with get_config(); override values with --config.key=value.",
+        "config", None, "Python config file with get_config(), or the name of a packaged one, e.g. nano; override values with --config.key=value.",
         flag_values=values, sys_argv=arguments)
     values["config"].parser = _ConfigFile()
 
     def config() -> RunConfig:
         if values.config is None:
-            raise UserError("--config is required, e.g. --config=configs/nano.py")
+            raise UserError("--config is required, e.g. --config=nano")
         return from_config_dict(RunConfig, values.config)
 
     return config
@@ -132,14 +137,17 @@ def _arranged(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 
 def _load(argument: str) -> RunConfig:
     """What get_config() of the file named by --config returns; every failure names the file."""
-    path = argument.split(":", 1)[0]
+    path, *phase = argument.split(":", 1)
     if not files.is_file(path):
-        raise UserError(f"--config={argument}: there is no file {path}")
+        packaged = {file.stem: file for file in sorted(_PACKAGED.glob("*.py"))}
+        if path not in packaged:
+            raise UserError(f"--config={argument}: there is no file {path}; packaged: {', '.join(packaged)}")
+        path = packaged[path]
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"--config={argument}: cannot be read: no permission to read {path}")
     sys.modules.pop("config_config", None)  # ml_collections loads into this module, on top of an earlier file's names
     try:
-        found = config_flags.config_flags.ConfigFileFlagParser("config").parse(argument)
+        found = config_flags.config_flags.ConfigFileFlagParser("config").parse(":".join([str(path), *phase]))
         if isinstance(found, RunConfig):
             found = to_config_dict(found)  # whose types nobody has checked yet
         if hasattr(found, "items"):

@@ -9,6 +9,7 @@ import jax
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
 from qcn_jax.errors import UserError
+from qcn_jax.hub import description
 from qcn_jax.inference.engine import Engine
 
 
@@ -24,6 +25,9 @@ class Loaded:
 
 def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, max_new_tokens: int) -> Loaded:
     """Reads weights and tokenizer from a Hugging Face folder.
+
+    A turn ends with the ids that config.json or generation_config.json name as eos_token_id, or with the chat
+    template's; ids without a token are never generated.
 
     Args:
       folder: holds config.json, *.safetensors and a tokenizer.
@@ -41,9 +45,10 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         )
     added = tokenizer.added_tokens
-    stop_ids = sorted({added[name] for name in (TURN_END, END_OF_TEXT) if name in added})
+    ends = {added[name] for name in (TURN_END, END_OF_TEXT) if name in added}
+    stop_ids = sorted(ends | description.eos_ids(folder, config.vocab_size))
     engine = Engine(
         config, jax.device_put(params), slots=slots, max_length=min(max_length, config.max_position_embeddings),
-        max_new_tokens=max_new_tokens, stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens, stop_ids=stop_ids, drawable=tokenizer.known_ids(config.vocab_size),
     )  # fmt: skip
     return Loaded(engine, tokenizer, frozenset(stop_ids), pathlib.Path(folder).absolute().name)

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qcn_jax.config import ModelConfig
+from qcn_jax.errors import UserError
 from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
 from qcn_jax.inference.sampling import Sampling, sample
 from qcn_jax.model import Qwen3Next, unroll
 
 FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
 UNROLL_BYTES = 1 << 30  # parameters up to this size are also kept layer by layer
-MAX_STOP_IDS = 8  # stop ids are padded to this many, so that their number is not part of the compiled shape
+NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinity, or overflow its dtype"
+STOP_IDS = 8  # stop ids are padded to a multiple of this, so that their number is not part of the compiled shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Engine:
         prefill_rows: int = 16,
         prefill_chunk: int = 64,
         unrolled: bool | None = None,
+        drawable: np.ndarray | None = None,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -73,15 +76,14 @@ class Engine:
           slots: N, sequences held at a time.
           max_length: tokens a slot can hold, prompt and answers together.
           max_new_tokens: M, the most that one `generate` call can give a slot.
-          stop_ids: tokens that end a turn; at most MAX_STOP_IDS.
+          stop_ids: tokens that end a turn.
           prefill_rows: P, slots that one prefill call works on.
           prefill_chunk: C, tokens of each of them that it takes in.
           unrolled: compile every layer apart, which decodes faster (no copies of the weights and caches that a
             scan slices), compiles longer by the number of layers, and holds the weights twice. By default so
             for small models.
+          drawable: [V] bool, the ids that may be generated, e.g. those of the tokenizer; None for all.
         """
-        if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"at most {MAX_STOP_IDS} stop ids, got {len(stop_ids)}")
         self.config = config
         if unrolled is None:
             unrolled = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= UNROLL_BYTES
@@ -92,8 +94,9 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self._rows = min(prefill_rows, slots)
         self._chunk = min(prefill_chunk, max_length)
-        self._stop = np.full(MAX_STOP_IDS, -1, np.int32)
+        self._stop = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
         self._stop[: len(stop_ids)] = stop_ids
+        drawable = None if drawable is None or drawable.all() else jnp.asarray(drawable)
         self._lengths = np.zeros(slots, np.int64)
         self._cache = model.init_cache(slots, max_length)
         self._logits = jnp.zeros((slots, config.vocab_size), jnp.float32)  # of each slot's next token
@@ -118,7 +121,7 @@ class Engine:
 
             def body(carry):
                 step, cache, logits, active, tokens, logprobs, counts = carry
-                token, *scores = sample(logits, seeds, positions + step, **draw)
+                token, *scores = sample(logits, seeds, positions + step, **draw, drawable=drawable)
                 token = jnp.where(active, token, 0)
                 tokens = tokens.at[:, step].set(token)
                 logprobs = logprobs.at[:, :, step].set(jnp.stack(scores))
@@ -236,6 +239,9 @@ class Engine:
         Returns:
           One Generation a slot, in the order of `slots`. All their tokens, a stop token included, are in the
           slot afterwards.
+
+        Raises:
+          UserError: the model's logits are not finite.
         """
         chosen = np.asarray(slots, np.int64)
         if (self._lengths[chosen] == 0).any():
@@ -256,6 +262,8 @@ class Engine:
             key_limit=self._key_limit(int((self._lengths[chosen] + limits[chosen]).max(initial=0))),
         )  # fmt: skip
         tokens, logprobs, counts = np.asarray(tokens), np.asarray(logprobs), np.asarray(counts)
+        if any(np.isnan(logprobs[:, slot, : counts[slot]]).any() for slot in chosen):
+            raise UserError(NOT_FINITE)
         self._lengths = self._lengths + counts
         results = []
         for slot in chosen:

@@ -55,6 +55,7 @@ def sample(
     temperature: jax.Array,
     top_p: jax.Array,
     top_k: jax.Array,
+    drawable: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token a sequence.
 
@@ -65,6 +66,8 @@ def sample(
       temperature: [B] float32; 0 is greedy.
       top_p: [B] float32.
       top_k: [B] int32.
+      drawable: [V] bool, the ids that may be drawn; None for all. Like top_p and top_k it is no part of the
+        log-probabilities.
 
     Returns:
       tokens [B] int32, and their log-probabilities twice, [B] float32: under softmax(logits), the model's own, and
@@ -73,19 +76,20 @@ def sample(
     """
     greedily = temperature <= 0
     scaled = logits / jnp.where(greedily, 1.0, jnp.maximum(temperature, 1e-6))[:, None]
+    allowed = (lambda x: x) if drawable is None else (lambda x: jnp.where(drawable[None], x, -jnp.inf))
 
     def draw(_: None) -> jax.Array:
         filtered = jax.lax.cond(
             jnp.any((top_p < 1.0) | (top_k > 0)),  # sorting the vocabulary costs more than all the rest
             lambda x: filter_logits(x, top_p, top_k),
             lambda x: x,
-            scaled,
+            allowed(scaled),
         )
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
         return jnp.argmax(filtered + noise, axis=-1)
 
-    greedy = jnp.argmax(logits, axis=-1)
+    greedy = jnp.argmax(allowed(logits), axis=-1)
     random = jax.lax.cond(jnp.all(greedily), lambda _: greedy, draw, None)
     tokens = jnp.where(greedily, greedy, random).astype(jnp.int32)
     of = lambda x: jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(x, axis=-1)

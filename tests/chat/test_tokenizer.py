@@ -216,3 +216,89 @@ def test_bad_files_are_named(small, tmp_path):
         Tokenizer.train(["x"], 272, ADDED)
     with pytest.raises(UserError, match="no token '<nope>'"):
         small.id("<nope>")
+
+
+def described(small):
+    return json.loads(small._backend.to_str())
+
+
+def test_ids_of_added_tokens_stay_where_the_files_put_them(small, tmp_path):
+    """Gaps, a list beside tokenizer.json, and the same through vocab.json, merges.txt and added_tokens.json."""
+    values = described(small)
+    values["added_tokens"][-1]["id"] = 1073  # <|11|>
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    row = {"content": "<new>", "special": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"1100": row}}))
+    read = Tokenizer.from_folder(tmp_path)
+    assert read.encode("x<|11|><new><|10|>") == [*small.encode("x"), 1073, 1100, small.id("<|10|>")]
+    assert read.vocab_size == 1101 and read.decode([1100, 1073]) == "<new><|11|>"
+    known = read.known_ids(1200)
+    assert known.sum() == 601 and known[1100] and not known[1099] and not known[599]
+    assert not set(read.encode_ordinary("<new><|11|><|10|>")) & set(read.added_tokens.values())
+    assert pickle.loads(pickle.dumps(read)).encode("<new>") == [1100]
+    read.save(tmp_path / "again.json")
+    assert Tokenizer.from_file(tmp_path / "again.json").added_tokens == read.added_tokens
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(values["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(merge) for merge in values["model"]["merges"]))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({r["content"]: r["id"] for r in values["added_tokens"]}))
+    slow = Tokenizer.from_folder(tmp_path)
+    assert slow.added_tokens == read.added_tokens and slow.encode(SOURCES[0]) == read.encode(SOURCES[0])
+
+
+@pytest.mark.parametrize("name, text, line", [
+    ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
+    ("tokenizer_config.json", "{", "tokenizer_config.json: is not valid JSON"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "an object|one as its added_tokens_decoder"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "tokenizer_config.json: lists an"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"900": {}}}', "without its id or content"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"900": "a"}}', "without its id or content"),
+    ("added_tokens.json", '{"<x>": null}', "added_tokens.json: lists an added token without its id"),
+    ("added_tokens.json", '{"<x>": 3}', "added token '<x>' has id 3, which does not fit"),
+    ("vocab.json", "[]", "vocab.json: expected a JSON object"),
+    ("merges.txt", "a b c", "merges.txt: does not fit vocab.json"),
+])  # fmt: skip
+def test_files_beside_a_tokenizer_are_named_where_they_are_malformed(small, tmp_path, name, text, line):
+    values = described(small)
+    if name in ("vocab.json", "merges.txt"):
+        (tmp_path / "vocab.json").write_text(json.dumps(values["model"]["vocab"]))
+        (tmp_path / "merges.txt").write_text("")
+    else:
+        small.save(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=line) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_stored_truncation_and_padding_are_off(small, tmp_path):
+    values = described(small)
+    values["truncation"] = {"direction": "Right", "max_length": 17, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    read, text = Tokenizer.from_folder(tmp_path), SOURCES[0][:200]
+    assert len(small.encode(text)) > 17 and read.encode(text) == small.encode(text)
+    assert read.encode_ordinary("a") == small.encode_ordinary("a")
+    assert read.encode_batch([text, "a"]) == [small.encode(text), small.encode("a")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=12))
+def test_byte_fallback_is_streamed(text):
+    """A vocabulary in SentencePiece's manner, whose decoder strips the first space."""
+    import tokenizers
+
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdefgh", "</s>"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {token: id_ for id_, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")])
+    backend.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode(text)
+    stream = IncrementalDecoder(tokenizer)
+    assert "".join(stream.push(id_) for id_ in ids) + stream.finish() == tokenizer.decode(ids)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import socket
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.cli.main import main
+from qcn_jax.inference.checkpoint import load_engine
+from qcn_jax.inference.sampling import Sampling
 from qcn_jax.model import Qwen3Next
 from tests.pipeline.micro import MODEL
 
@@ -71,6 +74,50 @@ def test_prompts_and_ports_that_do_not_fit(folder, capsys) -> None:
         port = taken.getsockname()[1]
         assert main(["serve", "--checkpoint=X", f"--port={port}"]) == 1
     assert f"--port={port}: cannot listen there" in capsys.readouterr().err
+
+
+def _changed(folder, target, vocab_size, change=lambda params: params):
+    """The checkpoint with more rows than tokens, and `change` applied to its weights."""
+    config, params = hub.load(folder)
+    grown = dataclasses.replace(config, vocab_size=vocab_size)
+    extra = jnp.zeros(vocab_size - config.vocab_size, int)
+    grow = lambda leaf, axis: jnp.concatenate([leaf, jnp.take(leaf, extra, axis)], axis)
+    params["embed_tokens"]["embedding"] = grow(params["embed_tokens"]["embedding"], 0)
+    if "lm_head" in params:
+        params["lm_head"]["kernel"] = grow(params["lm_head"]["kernel"], 1)
+    hub.save(target, grown, change(params))
+    Tokenizer.from_folder(folder).save(target)
+    return target
+
+
+def test_eos_lists_end_a_text_and_nan_is_one_line(folder, tmp_path, capsys) -> None:
+    arguments = ["--prompt=hello", "--max_new_tokens=8", "--max_length=40"]
+    loaded = load_engine(folder, slots=1, max_length=40, max_new_tokens=16)
+    loaded.engine.extend({0: loaded.tokenizer.encode("hello")})
+    first, second = loaded.engine.generate([0], seeds=[0], sampling=Sampling(0.0), max_new_tokens=2)[0].tokens
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [*range(200, 212), first]}))
+    try:
+        assert main(["generate", f"--checkpoint={folder}", *arguments]) == 0 and capsys.readouterr().out == "\n"
+        path.write_text('{"eos_token_id": "two"}')
+        assert main(["generate", f"--checkpoint={folder}", *arguments]) == 1
+        assert "generation_config.json: eos_token_id must be an id or a list of ids" in capsys.readouterr().err
+    finally:
+        path.unlink()
+    broken = _changed(folder, tmp_path / "nan", loaded.engine.config.vocab_size,
+                      lambda params: jax.tree.map(lambda leaf: leaf * jnp.nan, params))
+    assert main(["generate", f"--checkpoint={broken}", *arguments]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and "logits are not finite" in error and error.count("\n") == 1
+
+
+def test_ids_without_a_token_are_never_written(folder, tmp_path) -> None:
+    size = Tokenizer.from_folder(folder).vocab_size
+    loaded = load_engine(_changed(folder, tmp_path / "grown", size + 40), slots=1, max_length=64, max_new_tokens=32)
+    loaded.engine.extend({0: loaded.tokenizer.encode("hello")})
+    for seed in range(3):
+        piece = loaded.engine.generate([0], seeds=[seed], sampling=Sampling(8.0), max_new_tokens=16)[0]
+        assert max(piece.tokens) < size
 
 
 def test_help_explains(capsys) -> None:

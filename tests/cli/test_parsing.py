@@ -208,3 +208,14 @@ def test_an_empty_value_is_not_the_default(verb, given, config_file, tmp_path, m
     with pytest.raises(UserError, match=f"^{given[:-1]}: is empty"):
         module.main([*needed[verb], given])
     assert [path.name for path in tmp_path.iterdir()] == [config_file.name]
+
+
+def test_packaged_configurations_are_reached_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no clone
+    assert _parse("--config=nano", "--config.seed=9").seed == 9
+    assert _parse("--config=nano:quick") != _parse("--config=nano")
+    with pytest.raises(UserError, match="there is no file configs/nano.py; packaged: nano, nano_base, nano_long, qwen3"):
+        _parse("--config=configs/nano.py")
+    (tmp_path / "nano").write_text("def get_config(): raise ValueError('a file comes first')")
+    with pytest.raises(UserError, match="a file comes first|cannot be loaded"):
+        _parse("--config=nano")

@@ -82,3 +82,21 @@ def test_temperature_zero_is_argmax_even_beside_sampled_rows() -> None:
     assert tokens[0] == best[0] and tokens[2] == best[2]
     np.testing.assert_array_equal(logprobs[:3], drawn[:3])  # nothing was tempered
     assert abs(logprobs[3] - drawn[3]) > 0.01
+
+
+@pytest.mark.parametrize("temperature,top_k", [(0.0, 0), (1.0, 0), (1.0, 3)])
+def test_rows_without_a_token_are_never_drawn_and_do_not_change_the_rest(temperature, top_k) -> None:
+    logits = np.random.default_rng(3).normal(size=(400, 12)).astype(np.float32)
+    logits[:, 7:] += 9.0  # the best by far, and no token's
+    drawable = np.arange(12) < 7
+    arguments = [jnp.full(400, value) for value in (temperature, 1.0)]
+    tokens, logprobs, _ = sample(
+        jnp.asarray(logits), jnp.arange(400, dtype=jnp.uint32), jnp.zeros(400, jnp.int32), *arguments,
+        jnp.full(400, top_k, jnp.int32), jnp.asarray(drawable),
+    )  # fmt: skip
+    assert set(np.asarray(tokens).tolist()) <= set(range(7))
+    if not temperature:
+        np.testing.assert_array_equal(tokens, logits[:, :7].argmax(-1))
+    whole = logits.astype(np.float64)
+    want = whole - np.log(np.exp(whole).sum(-1, keepdims=True))  # the model's own, of all rows
+    np.testing.assert_allclose(logprobs, want[np.arange(400), np.asarray(tokens)], rtol=1e-4)

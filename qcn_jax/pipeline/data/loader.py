@@ -44,10 +44,10 @@ class TokenStore:
     """Documents as flat arrays in a folder, memory-mapped; the random-access form of what was tokenised once."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        """Opens a store that `write` made."""
+        """Opens a store that `write` made; raises UserError that names a file of it that is cut or missing."""
         keys = files.read_json(folder / "store.json")["keys"]
-        self._offsets = np.load(folder / "offsets.npy")
-        self._arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in keys}
+        self._offsets = _array(folder / "offsets.npy")
+        self._arrays = {key: _array(folder / f"{key}.npy", mmap_mode="r") for key in keys}
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -83,6 +83,14 @@ class TokenStore:
         files.write_json(folder / "store.json", {"keys": list(documents[0]), "documents": len(documents),
                                                  "tokens": int(offsets[-1])})
         return cls(folder)
+
+
+def _array(path: pathlib.Path, **how: Any) -> np.ndarray:
+    try:
+        return np.load(path, **how)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; remove its folder, and it is made again"
+                        ) from error
 
 
 def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, method: str = "best_fit",

@@ -38,7 +38,7 @@ def make_engine(
     stop_ids = [tokenizer.id(TURN_END), tokenizer.id(END_OF_TEXT)]
     return Engine(
         model, params, slots=config.slots, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
-        stop_ids=stop_ids,
+        stop_ids=stop_ids, drawable=tokenizer.known_ids(model.vocab_size),
     )  # fmt: skip
 
 
