@@ -3,8 +3,8 @@
   qcn convert --from=HF_DIR --to=DIR      safetensors in, Orbax out
   qcn convert --from=DIR --to=HF_DIR      and back
 
-Both forms hold config.json and, where the source has them, the tokenizer and the chat template as they are; every verb
-and stage that takes a checkpoint reads either. A folder that holds anything but an earlier model is not written to. Values are kept bit for bit unless --dtype is given. The weights pass through the memory
+Both forms hold config.json and, where the source has them, the tokenizer and the chat template as they are; every
+verb and stage that takes a checkpoint reads either. A folder that holds anything but a model is not written to. Values are kept bit for bit unless --dtype is given. The weights pass through the memory
 of this machine's devices, spread over all of them.
 """
 

@@ -71,7 +71,8 @@ def define_config(values: flags.FlagValues, argv: Sequence[str]) -> Callable[[],
     arguments = [] if _asks_for_help(argv) else _arranged(values, argv)
     _check_overrides(arguments)
     config_flags.DEFINE_config_file(
-        "config", None, "Python config file with get_config(), or the name of a packaged one, e.g. nano; override values with --config.key=value.",
+        "config", None, "Python config file with get_config(), or the name of a packaged one, e.g. nano; override "
+        "values with --config.key=value.",
         flag_values=values, sys_argv=arguments)
     values["config"].parser = _ConfigFile()
 

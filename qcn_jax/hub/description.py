@@ -87,7 +87,8 @@ def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
     tokenizer.save(folder)
     files.write_text(folder / CHAT_TEMPLATE_FILE, chat_template())
     described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    described |= {name: token for name, token in (("eos_token", TURN_END), ("pad_token", END_OF_TEXT)) if token in known}
+    named = {"eos_token": TURN_END, "pad_token": END_OF_TEXT}
+    described |= {name: token for name, token in named.items() if token in known}
     files.write_json(folder / "tokenizer_config.json", described)
     ends = [known[token] for token in (TURN_END, END_OF_TEXT) if token in known]
     if ends:
