@@ -4,8 +4,9 @@
   qcn convert --from=DIR --to=HF_DIR      and back
 
 Both forms hold config.json and, where the source has them, the tokenizer and the chat template as they are; every
-verb and stage that takes a checkpoint reads either. A folder that holds anything but a model is not written to. Values are kept bit for bit unless --dtype is given. The weights pass through the memory
-of this machine's devices, spread over all of them.
+verb and stage that takes a checkpoint reads either. A folder that holds anything but a model is not written to.
+Values are kept bit for bit unless --dtype is given. The weights pass through the memory of this machine's
+devices, spread over all of them.
 """
 
 import math

@@ -28,7 +28,6 @@ from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
 from qcn_jax.config_values import described
 from qcn_jax.errors import UserError
 
-
 _PACKAGED = pathlib.Path(qcn_jax.__file__).parent / "configs"  # what --config=NAME reaches, as nano does
 
 

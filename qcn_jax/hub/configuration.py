@@ -83,7 +83,7 @@ def held_dtype(name: str) -> str:
         return name
     import jax
 
-    return name if jax.config.jax_enable_x64 else "float32"
+    return jax.dtypes.canonicalize_dtype(name).name
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

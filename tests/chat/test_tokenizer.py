@@ -25,7 +25,9 @@ ADDED = [
     *(f"<|{i}|>" for i in range(1, 12)),
 ]
 SOURCES = [
-    path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(tokenizer_lib.__file__).parent.glob("*.py"))
+    text
+    for path in sorted(pathlib.Path(tokenizer_lib.__file__).parent.glob("*.py"))
+    if (text := path.read_text(encoding="utf-8"))
 ]
 HARD = [
     "",
