@@ -23,8 +23,10 @@ setuptools.setup(
     description="The Qwen3-Coder-Next system in JAX: tasks, environments, agent, rewards, training.",
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
-    packages=setuptools.find_packages(include=["qcn_jax", "qcn_jax.*"]),
-    package_data={"qcn_jax": ["py.typed", "configs/*.py", "recipes/nano/base/*", "envs/sandbox/*.dockerfile"]},
+    # configs/ of the repository is installed as qcn_jax/configs, where --config=nano finds it.
+    packages=[*setuptools.find_packages(include=["qcn_jax", "qcn_jax.*"]), "qcn_jax.configs"],
+    package_dir={"qcn_jax.configs": "configs"},
+    package_data={"qcn_jax": ["py.typed", "recipes/nano/base/*", "envs/sandbox/*.dockerfile"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",

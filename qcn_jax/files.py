@@ -128,7 +128,7 @@ def read_json(path: Path) -> Any:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON: {error}") from error
 
 
@@ -141,7 +141,7 @@ def read_jsonl(path: Path) -> list[Any]:
                 if line.strip():
                     try:
                         rows.append(json.loads(line))
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise UserError(f"{path}:{number}: is not valid JSON: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error

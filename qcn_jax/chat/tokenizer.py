@@ -81,6 +81,7 @@ class Tokenizer:
         model = description["model"]
         if isinstance(model.get("vocab"), dict):  # `_placed` puts them there; no merge makes them
             made = {"".join(merge) for merge in model.get("merges", ())}
+            made.add(model.get("unk_token"))
             lone = {token for token in self._added if len(token) > 1 and token not in made}
             model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if token not in lone}
         return tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -111,7 +112,8 @@ class Tokenizer:
         if token in self._added:
             return token.encode()
         if self._is_byte_level:
-            return bytes(_char_to_byte()[char] for char in token)
+            spelled = [_char_to_byte().get(char) for char in token]
+            return token.encode() if None in spelled else bytes(spelled)  # as the library reads what is no spelling
         if byte := _FALLBACK.fullmatch(token):
             return bytes([int(byte[1], 16)])
         spell = self._backend.decoder.decode if self._backend.decoder is not None else " ".join
@@ -162,8 +164,12 @@ class Tokenizer:
         """
         folder = pathlib.Path(folder)
         if files.is_file(folder / TOKENIZER_FILE):
-            backend = cls.from_file(folder / TOKENIZER_FILE)._backend
-            return cls(_placed(backend, _listed(folder), folder))
+            backend, listed = cls.from_file(folder / TOKENIZER_FILE)._backend, _listed(folder)
+            for content, (id_, _) in listed.items():
+                if backend.token_to_id(content) not in (None, id_):
+                    raise UserError(f"{folder}: {content!r} has id {backend.token_to_id(content)} in {TOKENIZER_FILE} "
+                                    f"and {id_} in a file beside it")
+            return cls(_placed(backend, listed, folder))
         if files.is_file(folder / "vocab.json") and files.is_file(folder / "merges.txt"):
             return cls(_from_vocab_and_merges(folder))
         if files.is_file(folder / "qwen.tiktoken"):
@@ -280,11 +286,17 @@ def _listed(folder: pathlib.Path) -> dict[str, tuple[int, bool]]:
             raise UserError(f"{path}: expected a JSON object{f', and one as its {key}' if key else ''}")
         try:
             if key is None:
-                rows |= {token: (int(id_), token in QWEN_SPECIAL) for token, id_ in listed.items()}
+                found = [(token, id_, token in QWEN_SPECIAL) for token, id_ in listed.items()]
             else:
-                rows |= {row["content"]: (int(id_), bool(row.get("special"))) for id_, row in listed.items()}
+                found = [(row["content"], int(id_), bool(row.get("special"))) for id_, row in listed.items()]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: lists an added token without its id or content: {_first_line(error)}") from error
+        for content, id_, special in found:
+            if not isinstance(content, str) or not content or type(id_) is not int or not 0 <= id_ < 2**31:
+                raise UserError(f"{path}: lists an added token without its id or content: {content!r} as {id_!r}")
+            if rows.setdefault(content, (id_, special))[0] != id_:
+                raise UserError(f"{path}: gives {content!r} the ids {rows[content][0]} and {id_}")
+            rows[content] = (id_, special)
     return rows
 
 

@@ -39,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--to={target}: --from={source} and it lie within one another; name a folder beside it")
     if not files.is_dir(source):
         raise UserError(f"--from={source}: there is no such folder")
+    linked = next((file for file in sorted(source.rglob("*")) if written in file.resolve().parents), None)
+    if linked is not None:
+        raise UserError(f"--to={target}: {linked} of --from is a link into it; name another folder")
     files.check_replaceable(target, description.surplus, "to")
     count, form = convert(source, target, values.dtype)
     print(f"{target}: {count:,} parameters in {form} form")

@@ -28,7 +28,9 @@ from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
 from qcn_jax.config_values import described
 from qcn_jax.errors import UserError
 
-_PACKAGED = pathlib.Path(qcn_jax.__file__).parent / "configs"  # what --config=NAME reaches, as nano does
+_HERE = pathlib.Path(qcn_jax.__file__).parent
+# What --config=NAME reaches, as nano does: a part of the installed package, a folder beside it in a clone.
+_PACKAGED = next(folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir())
 
 
 class HelpShown(Exception):

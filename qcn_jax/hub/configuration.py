@@ -136,10 +136,11 @@ def _rotary_groups(values: Mapping[str, Any], source: str) -> Iterator[tuple[str
             continue
         if not isinstance(group, dict):
             raise UserError(f"{source}: {name} must be a JSON object, got {group!r:.80}")
-        nested = {kind: part for kind, part in group.items() if kind in (LINEAR, FULL)}
-        if not nested:
-            yield name, group
-        for kind, part in nested.items():
+        kinds = {key: part for key, part in group.items() if key in (LINEAR, FULL) or isinstance(part, dict)}
+        yield name, {key: value for key, value in group.items() if key not in kinds}
+        for kind, part in kinds.items():
+            if kind not in (LINEAR, FULL):
+                raise UserError(f"{source}: {name}.{kind} is not supported; allowed: {FULL}, {LINEAR}")
             if part is not None and not isinstance(part, dict):
                 raise UserError(f"{source}: {name}.{kind} must be a JSON object, got {part!r:.80}")
             yield f"{name}.{kind}", part or {}

@@ -116,6 +116,21 @@ def test_source_and_target_may_not_lie_within_one_another(model, tmp_path, capsy
     assert (source / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
+def test_a_source_that_links_into_the_target_is_refused(model, tmp_path, capsys):
+    target = pathlib.Path(shutil.copytree(model, tmp_path / "target"))
+    source = pathlib.Path(shutil.copytree(model, tmp_path / "source"))
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to(target / "model.safetensors")
+    (tmp_path / "alias").symlink_to(target)
+    for name in ("target", "alias"):
+        assert main(["convert", f"--from={source}", f"--to={tmp_path / name}"]) == 1
+        assert "model.safetensors of --from is a link into it; name another" in capsys.readouterr().err
+    assert hub.load(source)[0] == CONFIG
+    (tmp_path / "into").symlink_to(source)
+    assert main(["convert", f"--from={source}", f"--to={tmp_path / 'into'}"]) == 1
+    assert "--to: is the same folder as --from" in capsys.readouterr().err
+
+
 def test_an_earlier_model_is_replaced_and_its_folders_rights_stay(model, tmp_path):
     target = _thesis(tmp_path / "disk/model")
     (target / "model-00001-of-00002.safetensors").write_text("old")
