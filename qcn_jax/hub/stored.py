@@ -125,12 +125,14 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
     if not isinstance(names, dict) or not names:
         raise UserError(f"{path}: expected a JSON object whose weight_map gives the file of every tensor")
     for name, file in names.items():
-        if not isinstance(file, str) or not file or pathlib.PurePath(file).name != file:
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or not file.isprintable():
             raise UserError(f"{path}: weight_map gives {file!r} for {name}; allowed: the name of a file beside it")
     return names
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Source]:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write to it
+        raise UserError(f"{path}: is no file")
     try:
         with open(path, "rb") as stream:
             # Opening checks header, offsets and length. It comes second: to it an unreadable file is a missing one.

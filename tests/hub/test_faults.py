@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -57,6 +58,15 @@ FAULTS = {
         lambda f: files.write_json(f / INDEX, {"weight_map": {"a": "../b.safetensors"}}),
         "gives '../b.safetensors' for a; allowed: the name of a file beside it",
     ),
+    "index names an absolute path": (
+        lambda f: files.write_json(f / INDEX, {"weight_map": {"a": "/etc/passwd"}}), "gives '/etc/passwd' for a"),
+    "index names no printable file": (
+        lambda f: files.write_json(f / INDEX, {"weight_map": {"a": "b\0.safetensors"}}), "allowed: the name of a file"),
+    "index names the folder": (lambda f: files.write_json(f / INDEX, {"weight_map": {"a": ".."}}), "is no file|allowed"),
+    "index names a pipe": (
+        lambda f: os.mkfifo(f / "p") or files.write_json(f / INDEX, {"weight_map": {"a": "p"}}), "/p: is no file"),
+    "index names a shard that is gone": (
+        lambda f: files.write_json(f / INDEX, {"weight_map": {"a": "gone.safetensors"}}), "gone.safetensors: is missing"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object"),
     "bare and full names": (
         lambda f: rewrite(f, lambda t: t.update({NORM.removeprefix("model."): t[NORM]})),
