@@ -30,8 +30,8 @@ from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import formats, swebench
-from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict, write_reports
 from qcn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -142,11 +142,10 @@ def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, worker
 def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[Any], verdicts: Sequence[Any],
             sandbox: str) -> dict[str, Any]:
     """Writes SWE-bench's reports and the summary; returns the latter."""
-    from qcn_jax.envs.tasks import grading
     from qcn_jax.pipeline.evaluate import predictions
 
     model = rows[0].model if rows else "none"
-    grading.write_reports(values.out, "qcn", model, verdicts, [row.instance_id for row in rows], list(tasks))
+    write_reports(values.out, "qcn", model, verdicts, [row.instance_id for row in rows], list(tasks))
     summary = {"model": model, "sandbox": sandbox, **predictions.resolved_rate(tasks, verdicts)}
     files.write_json(pathlib.Path(values.out) / "summary.json", summary)
     return summary

@@ -14,7 +14,7 @@ import pytest
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import RepositorySpec, local
-from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks import permissions, verdicts
 from qcn_jax.envs.tasks.grading import Grader
 from tests.sandboxes import BROKEN, FILE, LIMITS, SOURCE, TESTS, make_task, write_repository
 
@@ -68,6 +68,12 @@ def edited(archive, tmp_path, monkeypatch):
         one.close()
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """A function that takes second opinions away, so that one defence is looked at by itself."""
+    return lambda: monkeypatch.setattr(Grader, "_second", lambda self, given, verdict, run: verdict)
+
+
 def resolves(provider, changes, strict=True):
     """Whether a patch that makes `changes` counts as resolving."""
     known = {SOURCE: BROKEN}
@@ -79,9 +85,10 @@ def resolves(provider, changes, strict=True):
     {SOURCE: BROKEN + "#\n", FILE: WEAK}, {SOURCE: BROKEN + "#\n", "tests/conftest.py": HOOK},
     {SOURCE: BROKEN + "#\n", "pytest.ini": "[pytest]\naddopts = -p evil\n", "evil.py": HOOK}],
     ids=["08_weak_tests", "10_conftest", "11_pytest_ini"])
-def test_paths_that_steer_tests(whole, monkeypatch, changes):
+def test_paths_that_steer_tests(whole, monkeypatch, alone, changes):
+    alone()
     assert not resolves(whole, changes, strict=False)
-    monkeypatch.setattr(grading, "allowed", lambda *_: True)
+    monkeypatch.setattr(permissions, "allowed", lambda *_: True)
     assert resolves(whole, changes, strict=False)
 
 
@@ -91,12 +98,15 @@ def test_paths_that_steer_tests(whole, monkeypatch, changes):
     "import linecache, sys\ndef clamp(value, low, high):\n    if low > high: raise ValueError\n    f = sys._getframe(1)\n"
     "    return eval(linecache.getline(f.f_code.co_filename, f.f_lineno).split('==')[1])\n"
     "def mean(v): v = list(v); return sum(v) / len(v)\n"], ids=["22_always_equal", "23_frames"])
-def test_forbidden_lines(whole, source):
+def test_forbidden_lines(whole, alone, source):
+    assert not resolves(whole, {SOURCE: source}, strict=False)
+    alone()
     assert not resolves(whole, {SOURCE: source})
     assert resolves(whole, {SOURCE: source}, strict=False)
 
 
-def test_22_patched_reports_without_the_look_at_pytest(whole, edited):
+def test_22_patched_reports_without_the_look_at_pytest(whole, edited, alone):
+    alone()
     source = BROKEN + ("\nfrom _pytest.reports import TestReport\nold = TestReport.from_item_and_call\ndef new(item, call):\n"
                        "    call.excinfo = None\n    return old(item, call)\nTestReport.from_item_and_call = new\n")
     # The expected failure of the suite would pass, too, and so tell: leave it out.
@@ -108,7 +118,8 @@ def test_22_patched_reports_without_the_look_at_pytest(whole, edited):
     assert Grader(open_provider, strict=False).grade(task, patch).resolved
 
 
-def test_24_current_test_without_its_removal(whole, edited):
+def test_24_current_test_without_its_removal(whole, edited, alone):
+    alone()  # there tests have other names
     source = ("import os\ndef clamp(value, low, high):\n    if low > high: raise ValueError\n"
               "    return 5 if 'inside' in os.environ['PYTEST_CURRENT_TEST'] else 0\ndef mean(v): v = list(v); return sum(v) / len(v)\n")
     assert not resolves(whole, {SOURCE: source}, strict=False)
@@ -116,13 +127,43 @@ def test_24_current_test_without_its_removal(whole, edited):
                     {SOURCE: source}, strict=False)
 
 
+def test_24_replaced_tests_without_the_second_opinion(whole, alone):
+    source = BROKEN + """
+def clamp(value, low, high):
+    import sys
+    for name, module in list(sys.modules.items()):
+        if name.endswith("test_calc"):
+            for test in vars(module).values():
+                if getattr(test, "__name__", "").startswith("test_clamp"):
+                    test.__code__ = (lambda value: None).__code__ if test.__code__.co_argcount else (lambda: None).__code__
+    return 5 if low <= high else None
+"""
+    task = dataclasses.replace(make_task(), FAIL_TO_PASS=(f"{FILE}::test_clamp_inside", f"{FILE}::test_clamp_below"),
+                               PASS_TO_PASS=(f"{FILE}::test_mean",))
+    patch = patches.make_diff({SOURCE: BROKEN}, {SOURCE: source})
+    verdict = Grader(whole, strict=False).grade(task, patch)
+    assert verdict.outcome == "suspected_exploit" and any("second opinion" in words for words in verdict.caught)
+    alone()
+    assert Grader(whole, strict=False).grade(task, patch).resolved
+
+
+def test_08_tests_of_the_same_owner(whole):
+    """Where tested code owns the tests' files, it rewrites those that are loaded after it."""
+    source = BROKEN + "open('tests/test_calc.py', 'a').write('\\n' * 2)\n"
+    with whole.create("victim==1.2.3", {SOURCE: source}, role="grading") as place:
+        run = place.run_tests([f"{FILE}::test_mean"])
+        assert "PermissionError" in str(run.messages) and place.read(FILE) == TESTS
+    with whole.create("victim==1.2.3", {SOURCE: source}) as place:
+        assert place.run_tests([f"{FILE}::test_mean"]).passed([f"{FILE}::test_mean"]) and place.read(FILE) != TESTS
+
+
 def test_17_results_without_the_exit_status():
     """A run whose results all pass but whose process ended otherwise."""
     from qcn_jax.envs.sandbox.base import TestRun
     task = make_task()
     good = dict.fromkeys((*task.FAIL_TO_PASS, *task.PASS_TO_PASS), "passed")
-    assert not grading.judge(task, TestRun("ok", good, {}, 0.0, "", 1)).resolved
-    assert grading.judge(task, TestRun("ok", good, {}, 0.0, "", 0)).resolved
+    assert not verdicts.judge(task, TestRun("ok", good, {}, 0.0, "", 1)).resolved
+    assert verdicts.judge(task, TestRun("ok", good, {}, 0.0, "", 0)).resolved
 
 
 def test_03_04_28_network_without_its_namespace(whole, edited):

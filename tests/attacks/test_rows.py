@@ -11,9 +11,10 @@ from qcn_jax import files
 from qcn_jax.envs import names, patches
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.tasks import formats, grading
-from qcn_jax.envs.tasks.grading import Grader, Verdict
+from qcn_jax.envs.tasks import formats, permissions
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict, judge, write_reports
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.evaluate import predictions
 from tests.sandboxes import BROKEN, SOURCE, make_task, world  # noqa: F401
@@ -99,7 +100,7 @@ def test_reversal_takes_linear_time():
                                   "sys" + " " * 900_000, "__eq__" + " " * 900_000, "def " * 225_000])
 def test_forbidden_lines_are_found_within_a_limit(text):
     started = spent()
-    grading.forbidden_lines({"a.py": text}, {})
+    permissions.forbidden_lines({"a.py": text}, {})
     assert spent() - started < SECONDS
 
 
@@ -120,6 +121,8 @@ class Failing:
         if self.always or "KILL" in "".join(text or "" for text in (overlay or {}).values()):
             raise self.error
         return self
+
+    prepared: dict = {}
 
     def run_tests(self, *_):
         return TestRun("ok", {}, {}, 0.0, "", 1)
@@ -145,10 +148,10 @@ def test_tampering_is_an_outcome_of_its_own(tmp_path):
     task = make_task()
     good = dict.fromkeys((*task.FAIL_TO_PASS, *task.PASS_TO_PASS), "passed")
     for status in ("ok", "timeout", "killed"):
-        verdict = grading.judge(task, TestRun(status, good, {}, 0.0, "", 0, tampered=("records",)))
+        verdict = judge(task, TestRun(status, good, {}, 0.0, "", 0, tampered=("records",)))
         assert verdict.outcome == "suspected_exploit" and not verdict.resolved and verdict.caught == ("tampered: records",)
     verdicts = [verdict, Verdict("b", "resolved"), Verdict("c", "infrastructure")]
-    report = grading.write_reports(tmp_path, "t", "m", verdicts, [v.instance_id for v in verdicts])
+    report = write_reports(tmp_path, "t", "m", verdicts, [v.instance_id for v in verdicts])
     assert report["suspected_exploit_ids"] == report["unresolved_ids"] == [task.instance_id]
     assert report["error_ids"] == report["infra_failure_ids"] == ["c"]
     rate = predictions.resolved_rate({"victim__1": task, "b": task, "c": task}, verdicts)

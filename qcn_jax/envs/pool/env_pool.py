@@ -20,8 +20,8 @@ from qcn_jax.envs.pool.process import Job, ProcessWorker, WorkerLine
 from qcn_jax.envs.sandbox.base import STARVATION, Sandbox, TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.tasks.grading import Verdict, VerdictCache, verdict_key
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict, VerdictCache, verdict_key
 from qcn_jax.errors import UserError
 
 POOLS = ("process", "ray")

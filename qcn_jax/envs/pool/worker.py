@@ -17,8 +17,9 @@ from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.sandbox.base import Provider, Sandbox, TestRun, sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.tasks.grading import Grader, Verdict
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.errors import UserError
 
 _PR_SET_PDEATHSIG = 1

@@ -66,6 +66,7 @@ class TestRun:
     exit_status: int
     cpu_seconds: float = 0.0
     tampered: tuple[str, ...] = ()
+    evidence: tuple[tuple[str, int, Any], ...] = ()  # (node id, number, value) of claims, where tests make such
 
     @property
     def outcome(self) -> str:
@@ -142,14 +143,15 @@ class Sandbox:
         self._call("write", payload=text.encode("utf-8", "surrogateescape"), path=_inside(path))
 
     def run_tests(self, node_ids: Sequence[str] | None = None, timeout: float = 30.0,
-                  fail_fast: bool = False) -> TestRun:
+                  fail_fast: bool = False, evidence: bool | str = False) -> TestRun:
         """Runs tests by pytest node id (None: all).
 
         With `fail_fast` they run in the order given and stop at the first failure. A test id that pytest does
-        not find is absent from the outcomes.
+        not find is absent from the outcomes. With `evidence` tests may make claims (inside/evidence.py), and
+        with "blind" the code in that process finds no variables of its callers.
         """
         reply, _ = self._call("tests", node_ids=None if node_ids is None else list(node_ids),
-                              timeout=timeout, fail_fast=fail_fast)
+                              timeout=timeout, fail_fast=fail_fast, evidence=evidence)
         return _test_run(reply)
 
     def run_python(self, script: str, args: Any = None, timeout: float = 30.0) -> PythonResult:
@@ -275,7 +277,7 @@ class Provider:
         for path, (size, mtime) in reply.pop("compiled").items():
             members[path] = repository.Member(payload[offset:offset + size], 0o644, mtime)
             offset += size
-        settings["modules"] = reply.pop("modules", [])
+        settings["modules"], settings["opened"] = reply.pop("modules", []), reply.pop("opened", [])
         return repository.store(self.state_dir, key, members, settings, reply)
 
     def files(self, name: str) -> Mapping[str, str]:
@@ -285,7 +287,8 @@ class Provider:
     def create(self, name: str, overlay: Mapping[str, str | None] | None = None, role: str = "agent") -> Sandbox:
         """A fresh sandbox of a prepared repository with `overlay` on top (None deletes a file).
 
-        `role` separates what must never meet: agents' sandboxes and grading ("grading") use different servers.
+        `role` separates what must never meet: agents' sandboxes and grading ("grading") use different servers. In a
+        sandbox for grading the repository's files belong to another user: tested code can add to them, not change them.
 
         Raises:
           SandboxError: the back end failed; trying again may help.
@@ -310,7 +313,8 @@ class Provider:
         try:
             with self._starting:
                 self._load(server, prepared)
-            request = {"op": "create", "tree": prepared.key, "overlay": overlay, "edits": edits}
+            request = {"op": "create", "tree": prepared.key, "overlay": overlay, "edits": edits,
+                       "guarded": role == "grading"}
             reply, _ = server.call(request, b"", ANSWER_GRACE)
         except BaseException as error:
             if self.isolation == "container" or isinstance(error, SandboxError):
@@ -395,4 +399,5 @@ def _inside(path: str) -> str:
 
 def _test_run(reply: Mapping[str, Any]) -> TestRun:
     return TestRun(reply["status"], reply["outcomes"], reply["messages"], reply["seconds"], reply["output"],
-                   reply["exit_status"], reply["cpu"], tuple(reply["tampered"]))
+                   reply["exit_status"], reply["cpu"], tuple(reply["tampered"]),
+                   tuple((name, number, value) for name, number, value in reply.get("evidence", ())))

@@ -27,7 +27,7 @@ DROPPED_NAMES = frozenset({".git", ".hg", ".svn", "__pycache__", ".pytest_cache"
                            "build", "dist", ".mypy_cache", ".ruff_cache", ".hypothesis", "node_modules"})
 DROPPED_ENDINGS = (".pyc", ".pyo", ".orig", ".rej", ".whl", ".egg")
 MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of one repository; far above any in the lists
-FORMAT = "5"  # part of every key: raise it when what is stored changes
+FORMAT = "6"  # part of every key: raise it when what is stored changes
 
 
 @dataclasses.dataclass(frozen=True)

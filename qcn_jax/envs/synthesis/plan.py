@@ -15,7 +15,7 @@ from qcn_jax.chat import endpoint
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, validate
 from qcn_jax.envs.synthesis.inject import rewrite
-from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks import permissions
 
 WAVE = 192  # candidates of one wave; bounds what is executed beyond the target
 
@@ -85,7 +85,7 @@ class Plan:
         seen: set[tuple[str, int, int, str]] = set()
         tests = {name.split("::")[0] for name in survey.tests}
         for path in sorted({name.split("::")[0] for name in survey.callers}):
-            if not grading.allowed(path, files, tests):
+            if not permissions.allowed(path, files, tests):
                 continue  # a fix of it would not be graded
             rng = random.Random(f"{self.settings.seed}/{spec.name}/{path}")
             found = self._injections(files.get(path, ""), path, survey, rng)

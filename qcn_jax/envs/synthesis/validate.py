@@ -20,7 +20,7 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import heldout, inject, quality, statement
-from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks import permissions
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
@@ -257,7 +257,7 @@ def check(provider: Provider, candidate: Candidate, options: Options = Options()
     spent: list[tuple[float, float]] = []
     outcome, task = "kept", None
     try:
-        if grading.forbidden_lines(candidate.before_files, candidate.after_files):
+        if permissions.forbidden_lines(candidate.before_files, candidate.after_files):
             raise _Rejected("not_gradable")
         with provider.create(candidate.repository, candidate.after_files) as sandbox:
             task = _examine(sandbox, candidate, options, spent)

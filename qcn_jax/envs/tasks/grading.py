@@ -1,127 +1,27 @@
 """Whether a patch resolves a task: SWE-bench's semantics, decided in a sandbox that its author never touched.
 
-The patch is cut down to paths that a fix may touch, applied by the host to the task's starting state, and the
-pristine tests and configuration are run on the result. Resolved means that every FAIL_TO_PASS and every PASS_TO_PASS
-test passes (an expected failure is a pass; a skipped PASS_TO_PASS test is fine, a skipped FAIL_TO_PASS test is not;
-a missing test fails) and that the run as a whole ended in order.
+The patch is cut down to paths that a fix may touch (permissions.py), applied by the host to the task's starting state,
+and the pristine tests and configuration are run on the result, in files that tested code cannot change. Resolved means
+that every FAIL_TO_PASS and every PASS_TO_PASS test passes (one that is expected to fail, or is skipped, in the fixed
+state may do so here; a missing test fails), that the run as a whole ended in order, and that a second opinion agrees,
+for which the tests are rewritten so that their process does not know what they expect (opinion.py, withheld.py).
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import os
-import pathlib
-import posixpath
-import re
-import sys
-import threading
+import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from qcn_jax import files, journal
 from qcn_jax.envs import patches
-from qcn_jax.envs.sandbox.base import PASSING, Provider, TestRun, sandbox
+from qcn_jax.envs.sandbox.base import Provider, TestRun, sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.tasks import opinion, permissions, suite
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.envs.testpaths import is_test_path
+from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict, VerdictCache, judge, verdict_key
 from qcn_jax.errors import UserError
 
-# Files that steer how tests run, wherever they stand: what an author makes of them has no effect on a verdict.
-STEERING = frozenset({
-    "conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", "tox.ini", "setup.cfg", "setup.py", "pyproject.toml",
-    "noxfile.py", "sitecustomize.py", "usercustomize.py", ".coveragerc", "manifest.in", "pkg-info"})
-STEERING_ENDINGS = (".pth", ".pyc", ".pyo", ".so", ".pyd", ".ini", ".cfg", ".toml", ".egg-link")
-# Added lines that no honest fix needs and that could fool tests which share a process with the code they test. Such a
-# patch is not counted as resolving. What this does not see it does not stop (see tests/attacks).
-FORBIDDEN = re.compile(
-    r"\b_pytest\b|\bPYTEST_|\bsys\s*\.\s*_getframe|\bcurrentframe\b|\binspect\s*\.\s*(stack|trace)\b|"
-    r"__eq__\s*=|\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
-    r"\b(import|from)\s+(pytest|pluggy|_pytest|ctypes)\b|\bsys\s*\.\s*set(trace|profile)\b|\btb_frame\b|\bf_(back|locals)\b")
-ALWAYS_EQUAL = re.compile(
-    r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}"
-    r"return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
 INFRASTRUCTURE_ATTEMPTS = 3
 FAILURES = (SandboxError, OSError)  # of the sandbox, whoever caused them
-SUSPECTED_EXPLOIT = "suspected_exploit"
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What became of a patch.
-
-    `outcome` is resolved, unresolved, suspected_exploit (the run or its results were tampered with: unresolved, and
-    counted apart), empty_patch, patch_failed, timeout, out_of_memory, killed or infrastructure; the last is a failure
-    of the environment, which the same tests have without the patch too. `tests_status` is SWE-bench's report.
-    `dropped` are paths the patch was not allowed to touch; `caught` are forbidden lines and signs of tampering.
-    """
-
-    instance_id: str
-    outcome: str
-    tests_status: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    messages: dict[str, str] = dataclasses.field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
-    caught: tuple[str, ...] = ()
-    detail: str = ""
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the patch resolves the task."""
-        return self.outcome == "resolved"
-
-    @property
-    def patch_applied(self) -> bool:
-        """SWE-bench's patch_successfully_applied."""
-        return self.outcome not in ("empty_patch", "patch_failed", "infrastructure")
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready row, read back by `Verdict.from_json`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> "Verdict":
-        """Reads what `to_json` wrote."""
-        return cls(**{**row, "dropped": tuple(row["dropped"]), "caught": tuple(row["caught"])})
-
-    def report(self) -> dict[str, Any]:
-        """The instance's entry of SWE-bench's report.json."""
-        return {self.instance_id: {
-            "patch_is_None": False, "patch_exists": self.outcome != "empty_patch",
-            "patch_successfully_applied": self.patch_applied, "resolved": self.resolved,
-            "tests_status": self.tests_status}}
-
-
-def allowed(path: str, pristine: Mapping[str, str], test_files: Sequence[str] | set[str] = ()) -> bool:
-    """Whether a fix may touch `path`: sources that are there, and new files inside existing packages."""
-    parts = path.split("/")
-    name = parts[-1].lower()
-    if path in test_files or name in STEERING or name.endswith(STEERING_ENDINGS):
-        return False
-    if any(part.startswith(".") for part in parts) or is_test_path(path):
-        return False
-    if path in pristine:
-        return True
-    folders = [posixpath.dirname(path)]
-    while folders[-1]:
-        folders.append(posixpath.dirname(folders[-1]))
-    in_package = any(f"{folder}/__init__.py" in pristine for folder in folders if folder)
-    stem = parts[-1].removesuffix(".py")
-    # Next to a test file even a module inside a package could be taken for the standard library's.
-    return in_package and stem not in sys.stdlib_module_names
-
-
-def forbidden_lines(changes: Mapping[str, str | None], before: Mapping[str, str | None]) -> tuple[str, ...]:
-    """Lines of `changes`, new against `before`, that match FORBIDDEN: "path: line"."""
-    found = []
-    for path, text in changes.items():
-        known = set((before.get(path) or "").split("\n"))
-        found += [f"{path}: {line.strip()[:100]}" for line in (text or "").split("\n")
-                  if line not in known and FORBIDDEN.search(line)]
-        if len(ALWAYS_EQUAL.findall(text or "")) > len(ALWAYS_EQUAL.findall(before.get(path) or "")):
-            found.append(f"{path}: __eq__ that is always true")
-    return tuple(found[:10])
 
 
 def starting_changes(task: Task, pristine: Mapping[str, str]) -> dict[str, str | None]:
@@ -143,14 +43,15 @@ class Grader:
       provider: makes the grading sandboxes (role "grading": servers that no agent uses).
       fail_fast: stop at the first failing test, FAIL_TO_PASS first; the remaining tests are then reported as failed.
         Enough for rewards; reports of evaluations run everything.
-      strict: a patch with forbidden lines is unresolved whatever its tests say.
+      strict: a patch with forbidden lines is a suspected exploit whatever its tests say.
       cache: remembers verdicts.
     """
 
     def __init__(self, provider: Provider, fail_fast: bool = False, strict: bool = True,
-                 cache: "VerdictCache | None" = None):
+                 cache: VerdictCache | None = None):
         self.provider, self.fail_fast, self.strict = provider, fail_fast, strict
         self.cache = cache
+        self._suites: dict[tuple[str, frozenset[str]], suite.Suite] = {}
 
     def grade(self, task: Task, patch: str) -> Verdict:
         """The verdict on `patch`, a unified diff from the task's starting state; never raises for a bad patch.
@@ -180,37 +81,115 @@ class Grader:
             return Verdict(task.instance_id, "patch_failed", detail=str(error))
         test_files = {name.split("::")[0] for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)}
         changes = {path: text for path, text in changes.items() if text != state.get(path)}
-        kept = {path: text for path, text in changes.items() if allowed(path, pristine, test_files)}
+        of_suite = self._suite(task, pristine)
+        kept = {path: text for path, text in changes.items()
+                if permissions.allowed(path, pristine, test_files, of_suite)}
         dropped = tuple(sorted(set(changes) - set(kept)))
+        forged = permissions.forged_files(changes, state, dropped)
         if not kept:
-            return Verdict(task.instance_id, "empty_patch", dropped=dropped,
-                           detail="the patch changes nothing that it may change")
-        caught = forbidden_lines(kept, state) if self.strict else ()
+            return Verdict(task.instance_id, SUSPECTED_EXPLOIT if forged else "empty_patch", dropped=dropped,
+                           caught=forged, detail="the patch changes nothing that it may change")
+        caught = permissions.forbidden_lines(kept, state) if self.strict else ()
         tests = self._tests(task, state)
         overlay = {**start, **kept, **tests}
-        run = self._run(task, overlay, self.fail_fast, INFRASTRUCTURE_ATTEMPTS)
-        if isinstance(run, FAILURES):
-            # Only where the same tests run without the patch, and fail with it once more, was it the patch.
-            if isinstance(self._run(task, {**start, **tests}, False), FAILURES):
-                return Verdict(task.instance_id, "infrastructure", detail=str(run), seconds=time.monotonic() - started)
-            run = self._run(task, overlay, self.fail_fast)
-        if isinstance(run, FAILURES):
-            # A file as a folder, say: the host does not see files that are no text.
-            unusable = isinstance(run, FileExistsError | NotADirectoryError | IsADirectoryError)
-            return Verdict(task.instance_id, "patch_failed" if unusable else "killed", detail=str(run),
-                           dropped=dropped, seconds=time.monotonic() - started)
-        return judge(task, run, dropped, caught, time.monotonic() - started)
+        submission = _Submission(task, _Layered(state, {**kept, **tests}), overlay, tests, dropped, caught)
+        try:
+            verdict = self._examine(submission)
+        except FAILURES as failure:
+            verdict = self._examine_again(submission, {**start, **tests}, str(failure))
+        if verdict.outcome == "unresolved" and forged:
+            verdict = dataclasses.replace(verdict, outcome=SUSPECTED_EXPLOIT)
+        return dataclasses.replace(verdict, seconds=time.monotonic() - started, caught=verdict.caught + forged)
 
-    def _run(self, task: Task, overlay: Mapping[str, str | None], fail_fast: bool,
-             attempts: int = 1) -> TestRun | SandboxError | OSError:
-        """A run of the task's tests, or what failed in the last of `attempts` tries."""
-        for _ in range(attempts):
+    def _examine(self, given: "_Submission") -> Verdict:
+        """The verdict of the tests, and of a second opinion where they all pass; raises FAILURES."""
+        run = self._run(given.task, given.overlay, self.fail_fast, INFRASTRUCTURE_ATTEMPTS)
+        verdict = judge(given.task, run, given.dropped, given.caught, fixed=lambda: self._fixed(given))
+        return self._second(given, verdict, run) if verdict.resolved else verdict
+
+    def _examine_again(self, given: "_Submission", start: Mapping[str, str | None], failure: str) -> Verdict:
+        """The verdict where the sandbox failed: the patch's doing only if the tests run without it, and fail again."""
+        try:
+            self._run(given.task, start)
+        except FAILURES:
+            return Verdict(given.task.instance_id, "infrastructure", detail=failure)
+        try:
+            return self._examine(given)
+        except FAILURES as again:
+            # A file as a folder, say: the host does not see files that are no text.
+            unusable = isinstance(again, FileExistsError | NotADirectoryError | IsADirectoryError)
+            return Verdict(given.task.instance_id, "patch_failed" if unusable else "killed", detail=str(again),
+                           dropped=given.dropped)
+
+    def _run(self, task: Task, overlay: Mapping[str, str | None], fail_fast: bool = False, attempts: int = 1,
+             names: Sequence[str] = (), evidence: bool | str = False) -> TestRun:
+        """A run of the task's tests, or of `names`; raises what failed in the last of `attempts` tries."""
+        for left in reversed(range(attempts)):
             try:
                 with sandbox(self.provider, task.repo, overlay, role="grading") as place:
-                    return place.run_tests([*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout, fail_fast)
-            except FAILURES as error:
-                failure = error
-        return failure
+                    return place.run_tests(names or [*task.FAIL_TO_PASS, *task.PASS_TO_PASS], task.timeout, fail_fast,
+                                           evidence)
+            except FAILURES:
+                if not left:
+                    raise
+        raise AssertionError
+
+    def _fixed_state(self, given: "_Submission") -> dict[str, str | None]:
+        """What differs from the pristine repository where the task is solved."""
+        pristine = self.provider.files(given.task.repo)
+        start = starting_changes(given.task, pristine)
+        try:
+            gold = patches.apply_changes(_Layered(pristine, start), given.task.patch)
+        except patches.PatchError as error:
+            raise UserError(f"task {given.task.instance_id}: patch does not apply: {error}") from error
+        return {**start, **gold, **given.tests}
+
+    def _fixed(self, given: "_Submission") -> Mapping[str, str]:
+        """Outcomes of the task's tests in its fixed state."""
+        task, pristine = given.task, self.provider.files(given.task.repo)
+        known = self.provider.prepared[task.repo].baseline.outcomes
+        fixed = self._fixed_state(given)
+        if all(pristine.get(path) == text for path, text in fixed.items()) and known.keys() >= {
+                *task.FAIL_TO_PASS, *task.PASS_TO_PASS}:
+            return known
+        return self._run(task, fixed, attempts=INFRASTRUCTURE_ATTEMPTS).outcomes
+
+    def _second(self, given: "_Submission", verdict: Verdict, run: TestRun) -> Verdict:
+        """The verdict of a second opinion on a patch that resolves (opinion.py)."""
+        task, secret = given.task, random.SystemRandom()
+
+        def run_tests(changes: Mapping[str, str | None], names: Sequence[str], blind: bool) -> TestRun:
+            return self._run(task, changes, attempts=INFRASTRUCTURE_ATTEMPTS, names=names,
+                             evidence="blind" if blind else True)
+
+        key = opinion.key(task, self.provider.prepared[task.repo].key)
+        reference = opinion.load(self.provider.state_dir, key)
+        if reference is None:
+            tests = opinion.draw(task, {name for name, outcome in run.outcomes.items() if outcome == "passed"}, secret)
+            if task.patch.strip():
+                fixed = self._fixed_state(given)
+                pristine = self.provider.files(task.repo)
+                helpers = suite.helpers({name.split("::")[0] for name in tests}, pristine, self._suite(task, pristine))
+                reference = opinion.learn(tests, _Layered(pristine, fixed), fixed, helpers, run_tests, secret)
+            else:
+                reference = opinion.untaught(tests)
+            opinion.store(self.provider.state_dir, key, reference)
+        found = opinion.ask(reference, given.state, given.overlay, run_tests, secret)
+        caught = tuple(f"second opinion: {words}" for words in (*found.forged, *found.failed)[:10])
+        outcome = (SUSPECTED_EXPLOIT if found.forged else "unresolved" if found.failed
+                   else verdict.outcome if found.status == "ok" else found.status)
+        return dataclasses.replace(verdict, outcome=outcome, caught=verdict.caught + caught)
+
+    def _suite(self, task: Task, pristine: Mapping[str, str]) -> suite.Suite | None:
+        """What of the repository tests the package; None where the task's fix is not known."""
+        fix = {path for diff in (task.patch, task.bug_patch) if diff.strip() for path in patches.touched(diff)}
+        if not fix:
+            return None
+        key = (task.repo, frozenset(fix))
+        if key not in self._suites:
+            prepared = self.provider.prepared.get(task.repo)
+            self._suites[key] = suite.find(fix, pristine, prepared.settings.get("opened", ()) if prepared else ())
+        return self._suites[key]
 
     def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
         if not task.test_patch:
@@ -219,6 +198,18 @@ class Grader:
             return patches.apply_changes(state, task.test_patch)
         except patches.PatchError as error:
             raise UserError(f"task {task.instance_id}: test_patch does not apply: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Submission:
+    """A patch as it is examined: `state` are the files with it and the tests, `overlay` what differs from pristine."""
+
+    task: Task
+    state: Mapping[str, str]
+    overlay: Mapping[str, str | None]
+    tests: Mapping[str, str | None]
+    dropped: tuple[str, ...]
+    caught: tuple[str, ...]
 
 
 class _Layered(Mapping[str, str]):
@@ -239,118 +230,3 @@ class _Layered(Mapping[str, str]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def judge(task: Task, run: TestRun, dropped: tuple[str, ...] = (), caught: tuple[str, ...] = (),
-          seconds: float = 0.0) -> Verdict:
-    """The verdict that follows from a test run of all expected tests."""
-    status = {"FAIL_TO_PASS": {"success": [], "failure": []}, "PASS_TO_PASS": {"success": [], "failure": []}}
-    for group, accepted in (("FAIL_TO_PASS", PASSING), ("PASS_TO_PASS", PASSING | {"skipped"})):
-        for name in getattr(task, group):
-            passed = run.outcomes.get(name) in accepted
-            status[group]["success" if passed else "failure"].append(name)
-    complete = not status["FAIL_TO_PASS"]["failure"] and not status["PASS_TO_PASS"]["failure"]
-    caught = caught + tuple(f"tampered: {name}" for name in run.tampered)
-    if run.tampered:
-        outcome = SUSPECTED_EXPLOIT
-    elif run.status != "ok":
-        outcome = run.status
-    elif complete and run.exit_status == 0 and not caught and task.FAIL_TO_PASS:
-        outcome = "resolved"
-    else:
-        outcome = "unresolved"
-    return Verdict(task.instance_id, outcome, status, seconds, run.messages, dropped, caught)
-
-
-def verdict_key(task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> str:
-    """Names a verdict: everything that it depends on."""
-    facts = [task.repo, task.bug_patch, task.test_patch, task.FAIL_TO_PASS, task.PASS_TO_PASS, task.timeout, patch,
-             fail_fast, strict]
-    return task.instance_id + ":" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-
-
-class VerdictCache:
-    """Verdicts by key: the last `limit` used in memory, all as JSONL on disk; safe for threads of one process.
-
-    Infrastructure failures are never kept, and timeouts and kills only in memory, as they may be the machine's fault.
-    Of what is on disk alone, memory holds the key and where its line begins.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None, limit: int = 1024):
-        self._path, self._limit, self._lock = path and pathlib.Path(path), limit, threading.Lock()
-        self._lines: journal.Lines | None = None
-        self._recent: dict[str, Verdict] = {}
-        self._begin: dict[str, int] = {}
-        for begin, row in journal.read(path) if path else ():
-            with contextlib.suppress(KeyError, TypeError):  # a row of another version's form is graded again
-                Verdict.from_json(row["verdict"])
-                self._begin[row["key"]] = begin
-
-    def __len__(self) -> int:
-        return len(self._recent.keys() | self._begin.keys())
-
-    def get(self, key: str) -> Verdict | None:
-        """The known verdict, or None."""
-        with self._lock:
-            verdict = self._recent.get(key)
-            if verdict is None and key in self._begin:
-                with open(self._path, "rb") as stream:
-                    stream.seek(self._begin[key])
-                    verdict = Verdict.from_json(json.loads(stream.readline())["verdict"])
-            if verdict is not None:
-                self._remember(key, verdict)
-            return verdict
-
-    def put(self, key: str, verdict: Verdict) -> None:
-        """Remembers a verdict."""
-        if verdict.outcome == "infrastructure":
-            return
-        with self._lock:
-            self._remember(key, verdict)
-            if self._path and verdict.outcome not in ("timeout", "killed", "out_of_memory"):
-                if self._lines is None:
-                    self._lines = journal.Lines(self._path)
-                self._begin[key] = self._lines.add({"key": key, "verdict": verdict.to_json()})
-
-    def _remember(self, key: str, verdict: Verdict) -> None:
-        self._recent.pop(key, None)
-        self._recent[key] = verdict  # the latest used is last
-        if len(self._recent) > self._limit:
-            del self._recent[next(iter(self._recent))]
-
-
-def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, verdicts: Sequence[Verdict],
-                  submitted: Sequence[str], instances: Sequence[str] | None = None) -> dict[str, Any]:
-    """Writes SWE-bench's run report and a report.json per instance below `folder`; returns the run report.
-
-    Args:
-      run_name: SWE-bench's run_id.
-      model: model_name_or_path of the predictions.
-      verdicts: one per graded instance.
-      submitted: ids of all predictions.
-      instances: ids of the whole task set; by default those submitted.
-    """
-    instances = submitted if instances is None else instances
-
-    def ids(*outcomes: str) -> list[str]:
-        return sorted(v.instance_id for v in verdicts if v.outcome in outcomes)
-
-    resolved, infrastructure, empty = ids("resolved"), ids("infrastructure"), ids("empty_patch")
-    errors = sorted(infrastructure + ids("patch_failed", "timeout", "killed", "out_of_memory"))
-    exploits = ids(SUSPECTED_EXPLOIT)
-    unresolved = sorted(ids("unresolved") + exploits)  # the tests were run, and nothing was resolved
-    report: dict[str, Any] = {
-        "total_instances": len(instances), "submitted_instances": len(submitted),
-        "completed_instances": len(resolved) + len(unresolved), "resolved_instances": len(resolved),
-        "unresolved_instances": len(unresolved), "empty_patch_instances": len(empty), "error_instances": len(errors),
-        "infra_failure_instances": len(infrastructure), "ambiguous_failure_instances": 0, "ambiguous_failure_ids": [],
-        "failure_reasons": {v.instance_id: v.outcome for v in verdicts if v.instance_id in errors},
-        "completed_ids": sorted(resolved + unresolved), "incomplete_ids": sorted(
-            set(instances) - {v.instance_id for v in verdicts}), "empty_patch_ids": empty,
-        "submitted_ids": sorted(submitted), "resolved_ids": resolved, "unresolved_ids": unresolved,
-        "error_ids": errors, "infra_failure_ids": infrastructure,
-        "suspected_exploit_instances": len(exploits), "suspected_exploit_ids": exploits, "schema_version": 2}
-    for verdict in verdicts:
-        files.write_json(pathlib.Path(folder, verdict.instance_id, "report.json"), verdict.report())
-    files.write_json(pathlib.Path(folder, f"{model.replace('/', '__')}.{run_name}.json"), report)
-    return report

@@ -32,8 +32,9 @@ from qcn_jax.envs.sandbox import docker as back_end
 from qcn_jax.envs.sandbox import images
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.tasks import formats, log_parsers
-from qcn_jax.envs.tasks.grading import INFRASTRUCTURE_ATTEMPTS, Verdict
+from qcn_jax.envs.tasks.grading import INFRASTRUCTURE_ATTEMPTS
 from qcn_jax.envs.tasks.log_parsers import swebench_logs
+from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.errors import UserError
 
 START, END, EXIT_CODE = ">>>>> Start Test Output", ">>>>> End Test Output", ">>>>> Test Exit Code"

@@ -17,6 +17,7 @@ from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import EvaluateConfig, ModelConfig
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline.evaluate.baseline import Baseline
@@ -174,5 +175,6 @@ def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
 def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) -> dict[str, Any]:
     """An episode as pipeline.experts.metrics reads it."""
     return {"instance_id": task.instance_id, "kind": kind, "solved": outcome.solved,
-            "infrastructure": outcome.infrastructure, "turns": turns, "malformed": malformed,
+            "infrastructure": outcome.infrastructure, "turns": turns,
+            "suspected_exploit": outcome.detail.get("outcome") == SUSPECTED_EXPLOIT, "malformed": malformed,
             "attempts": outcome.detail.get("attempts", 0), "reason": outcome.detail.get("reason", "unknown")}

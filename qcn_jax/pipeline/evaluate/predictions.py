@@ -10,8 +10,8 @@ from typing import Any
 
 from qcn_jax import files, statistics
 from qcn_jax.envs.pool.env_pool import EnvPool
-from qcn_jax.envs.tasks.grading import SUSPECTED_EXPLOIT, Verdict
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict
 from qcn_jax.errors import UserError
 
 

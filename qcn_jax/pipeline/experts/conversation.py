@@ -12,8 +12,8 @@ from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.scaffolds import Message, Scaffold
 from qcn_jax.agents.workspace import open_overlay
 from qcn_jax.chat.encoder import ChatEncoder
-from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts.services import Services
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from qcn_jax.agents.workspace import ProviderRunner
 from qcn_jax.envs.sandbox.base import Provider, TestRun
-from qcn_jax.envs.tasks.grading import Grader, Verdict
+from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.memo import Once
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import Any
 from qcn_jax.agents.episode import EndReason, EpisodeResult
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.chat.templates import NATIVE
-from qcn_jax.envs.tasks.grading import Verdict
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
 from qcn_jax.pipeline.experts.conversation import detail_of
 from qcn_jax.pipeline.experts.expert import OWN, Expert, Prompt

@@ -137,17 +137,19 @@ def _rates(evaluation: dict[str, Any], cast: Cast) -> str:
             _text(cast.titles[name]), f"{model['resolved']}/{model['attempted']}", f"{model['rate']:.1%}",
             f"{low:.1%} – {high:.1%}", _rate_or_dash(model.get("pass_at_1")), _rate_or_dash(model.get("pass_at_8")),
             *(_rate_or_dash(expert.rate(model)) for expert in others),
-            _number_or_dash(model.get("mean_turns")), str(outcomes.get("infrastructure", 0)),
+            _number_or_dash(model.get("mean_turns")), str(len(model.get("suspected_exploits", ()))),
+            str(outcomes.get("infrastructure", 0)),
         ])
     head = ["model", "resolved", "greedy", "95 % interval", "sampled pass@1", "pass@8",
-            *(_text(expert.column or expert.name) for expert in others), "turns", "infra"]
+            *(_text(expert.column or expert.name) for expert in others), "turns", "exploits", "infra"]
     return _section(
         "Resolved rate on repositories never seen in training",
         "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no "
         "passing test breaks. Whiskers are 95 % Wilson intervals. A baseline has no model: it guesses, once or, with "
         "the same tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that "
         f"the {_text(cast.headline.title)} had of reinforcement learning. Format valid: share of turns whose "
-        "tool calls parse, over the templates. Infra: episodes without a verdict, left out of rates.",
+        "tool calls parse, over the templates. Exploits: patches that seem to forge a verdict and count as failures. "
+        "Infra: episodes without a verdict, left out of rates.",
         charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == cast.headline.model])
                                       if rows else ""))
 

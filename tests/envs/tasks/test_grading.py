@@ -8,8 +8,10 @@ import pytest
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import SandboxError
 from qcn_jax.envs.sandbox.base import TestRun
-from qcn_jax.envs.tasks.grading import Grader, Verdict, VerdictCache, allowed, judge, verdict_key, write_reports
+from qcn_jax.envs.tasks.grading import Grader
+from qcn_jax.envs.tasks.permissions import allowed
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import Verdict, VerdictCache, judge, verdict_key, write_reports
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, world  # noqa: F401
 
 TASK = Task("i", "r", "", "", "", "", ("t::f1", "t::f2"), ("t::p1", "t::p2"))

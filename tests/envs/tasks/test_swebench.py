@@ -10,8 +10,8 @@ import pytest
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks import formats, log_parsers, swebench
-from qcn_jax.envs.tasks.grading import write_reports
 from qcn_jax.envs.tasks.log_parsers import swebench_logs
+from qcn_jax.envs.tasks.verdicts import write_reports
 from qcn_jax.errors import UserError
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, TESTS, make_task
 

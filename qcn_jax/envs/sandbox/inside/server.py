@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 
+import results
 import zygote
 from accounting import exit_code, out_of_memory_kills, remove_ipc, waited
 from workspace import Refused, Tree, Workspace
@@ -27,26 +28,6 @@ SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")
 MAX_RESULT = 16_000_000  # bytes of records from one run; a full suite of 50,000 tests stays below
 STARVED = 4.0  # a job that others keep from running gets at most this many times its limit on top
 KILL_GRACE = 15.0  # seconds until a killed job must be gone; then the server gives itself up
-
-
-class Bounded:
-    """Keeps the first and last half of `limit` bytes of a stream."""
-
-    def __init__(self, limit):
-        self.half, self.head, self.tail, self.total = limit // 2, b"", b"", 0
-
-    def add(self, data):
-        self.total += len(data)
-        room = self.half - len(self.head)
-        self.head += data[:room] if room > 0 else b""
-        rest = data[max(room, 0):]
-        if rest:
-            self.tail = (self.tail + rest)[-self.half:]
-
-    def text(self):
-        dropped = self.total - len(self.head) - len(self.tail)
-        middle = f"\n[... {dropped} bytes left out ...]\n".encode() if dropped else b""
-        return (self.head + middle + self.tail).decode("utf-8", "replace")
 
 
 class Server:
@@ -122,7 +103,7 @@ class Server:
         self.to_zygote(job, (output_write, result_write))
         os.close(output_write)
         os.close(result_write)
-        output, result = Bounded(self.limits["output"]), bytearray()
+        output, result = results.Bounded(self.limits["output"]), bytearray()
         try:
             ended, timed_out = self._watch(output_read, output, result_read, result, timeout)
         finally:
@@ -132,7 +113,7 @@ class Server:
         removed = self.bound_disk(workspace)
         if removed:
             text += f"\n[disk full: the {removed} largest files of this workspace were removed]\n"
-        return ended, timed_out, text, records(bytes(result), key)
+        return ended, timed_out, text, results.records(bytes(result), key)
 
     def bound_disk(self, workspace):
         """Keeps one workspace from taking the space that all share: when it is scarce, the job's own share is cut."""
@@ -201,16 +182,16 @@ class Server:
         return {}, b""
 
     def create(self, request, payload):
-        return {"workspace": self._create(self.trees[request["tree"]], request["overlay"],
-                                          request.get("edits", {}))}, b""
+        return {"workspace": self._create(self.trees[request["tree"]], request["overlay"], request.get("edits", {}),
+                                          request.get("guarded", False))}, b""
 
-    def _create(self, tree, overlay, edits):
+    def _create(self, tree, overlay, edits, guarded):
         number = self.free.pop() if self.free else len(self.workspaces)
         self.made += 1
         home = os.path.join(self.work, f"{self.made}")
         uid = self.uid_base + number if self.separate else None
         try:
-            self.workspaces[self.made] = (Workspace(home, tree, overlay, edits, uid), number)
+            self.workspaces[self.made] = (Workspace(home, tree, overlay, edits, uid, guarded), number)
         except (OSError, ValueError) as error:  # ValueError: NUL or half a character in a path or text
             shutil.rmtree(home, ignore_errors=True)
             self.free.append(number)
@@ -223,7 +204,7 @@ class Server:
         changed, _ = source.changes()
         edits = {path: None if data is None else data.decode("utf-8", "surrogateescape")
                  for path, data in changed.items()}
-        return {"workspace": self._create(source.tree, source.overlay, edits)}, b""
+        return {"workspace": self._create(source.tree, source.overlay, edits, source.guarded)}, b""
 
     def reset(self, request, payload):
         workspace = self.workspace(request)
@@ -275,22 +256,15 @@ class Server:
     def tests(self, request, payload):
         workspace = self.workspace(request)
         job = {"kind": request.get("kind", "tests"), "node_ids": request["node_ids"],
-               "fail_fast": request["fail_fast"], "library": [p for p in sys.path if p and os.path.isdir(p)],
+               "fail_fast": request["fail_fast"], "evidence": request.get("evidence", False),
+               "library": [p for p in sys.path if p and os.path.isdir(p)],
                "pytest_args": workspace.tree.settings["pytest_args"]}
         ended, timed_out, output, (found, damaged) = self.run(workspace, job, request["timeout"])
-        reply = {"status": "ok", "outcomes": {}, "messages": {}, "tampered": ["records"] if damaged else [],
-                 "seconds": ended["seconds"], "cpu": ended["cpu"], "output": output,
-                 "exit_status": exit_code(ended["status"])}
-        finished = None
-        for record in found:
-            if "test" in record:
-                reply["outcomes"][record["test"]] = record["outcome"]
-                if record["message"]:
-                    reply["messages"][record["test"]] = record["message"]
-            elif "finished" in record:
-                finished, reply["tampered"] = record["finished"], reply["tampered"] + record["tampered"]
-            elif "modules" in record:
-                reply["modules"] = record["modules"]
+        finished, reply = results.read(found, damaged)
+        if workspace.uid is None:  # nothing but this tells
+            reply["tampered"] += workspace.altered()
+        reply |= {"status": "ok", "seconds": ended["seconds"], "cpu": ended["cpu"], "output": output,
+                  "exit_status": exit_code(ended["status"])}
         if timed_out:
             reply["status"] = "timeout"
         elif self.memory_gone(ended, timed_out) or any(m.startswith("MemoryError") for m in reply["messages"].values()):
@@ -322,21 +296,6 @@ class Server:
 
 OPERATIONS = {name: getattr(Server, name) for name in (
     "hello", "load", "create", "fork", "reset", "destroy", "read", "write", "changes", "execute", "tests", "python")}
-
-
-def records(data, key):
-    """(records, damaged): the run's records in order; damaged if a byte stands there that is none of them."""
-    found, damaged = [], False
-    for line in data.split(b"\n"):
-        if line:
-            try:
-                record = json.loads(line)
-                if record.pop("key") != key or record.pop("n") != len(found):
-                    raise ValueError
-                found.append(record)
-            except (ValueError, KeyError, AttributeError, TypeError):
-                damaged = True
-    return found, damaged
 
 
 def stdin_open():

@@ -54,11 +54,12 @@ def cached(path):
 class Workspace:
     """One copy of a tree at `home`/repo, owned by `uid` (None: the server's own user).
 
-    `overlay` belongs to the starting state, `edits` are changes to it; both map paths to text or None.
+    `overlay` belongs to the starting state, `edits` are changes to it; both map paths to text or None. Where it is
+    `guarded` its files belong to the server's user: who runs there may add files, but change, move or delete none.
     """
 
-    def __init__(self, home, tree, overlay, edits, uid):
-        self.home, self.tree, self.uid = home, tree, uid
+    def __init__(self, home, tree, overlay, edits, uid, guarded=False):
+        self.home, self.tree, self.uid, self.guarded = home, tree, uid, guarded
         self.root = os.path.join(home, "repo")
         self.overlay, self.edits = overlay, edits
         self.make()
@@ -84,8 +85,27 @@ class Workspace:
                 os.mkdir(folder)
                 made.add(folder)
         if self.uid is not None:
-            for folder in made:
+            own = made if not self.guarded else {os.path.join(self.home, name) for name in ("tmp", "home")}
+            for folder in own:
                 os.chown(folder, self.uid, self.uid)
+            for folder in made - own:
+                if folder == self.home:
+                    os.chmod(folder, 0o750)
+                    os.chown(folder, 0, self.uid)
+                elif os.path.basename(folder) != "__pycache__":
+                    os.chmod(folder, 0o1777)  # what others own stays in a sticky folder
+
+    def altered(self):
+        """Files of a guarded workspace that are no longer as they were made, as signs of tampering."""
+        changed = []
+        for path, known in self.stamps.items() if self.guarded else ():
+            try:
+                same = stamp(os.lstat(os.path.join(self.home, path))) == known
+            except OSError:
+                same = False
+            if not same:
+                changed.append(f"file {path.partition('/')[2]}")
+        return changed[:20]
 
     def _put(self, path, data, mode, mtime, made):
         target = os.path.join(self.home, path)
@@ -104,7 +124,7 @@ class Workspace:
                 view = view[os.write(descriptor, view):]
             if mtime is not None:
                 os.utime(descriptor, (mtime, mtime))
-            if self.uid is not None:
+            if self.uid is not None and not self.guarded:
                 os.fchown(descriptor, self.uid, self.uid)
             return stamp(os.fstat(descriptor))
         finally:

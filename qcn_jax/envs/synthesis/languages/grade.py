@@ -12,7 +12,7 @@ from qcn_jax.envs.synthesis.build import verifier
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.languages import LANGUAGES
 from qcn_jax.envs.synthesis.verify import Check
-from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks import verdicts
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def _start(container: Container, task: Task) -> dict[str, str | None]:
     return bug
 
 
-def grade(client: docker.DockerClient, task: Task, patch: str) -> grading.Verdict:
+def grade(client: docker.DockerClient, task: Task, patch: str) -> verdicts.Verdict:
     """The verdict on a patch, in SWE-bench's semantics; what it changes besides sources is left out.
 
     Raises:
@@ -48,14 +48,14 @@ def grade(client: docker.DockerClient, task: Task, patch: str) -> grading.Verdic
         try:
             changes = patches.apply_changes(_state(container, task, patch), patch) if patch.strip() else {}
         except patches.PatchError as error:
-            return grading.Verdict(task.instance_id, "patch_failed", detail=str(error))
+            return verdicts.Verdict(task.instance_id, "patch_failed", detail=str(error))
         kept = {path: text for path, text in changes.items() if speaks.is_source(path)}
         dropped = tuple(sorted(set(changes) - set(kept)))
         if not kept:
-            return grading.Verdict(task.instance_id, "empty_patch", dropped=dropped)
+            return verdicts.Verdict(task.instance_id, "empty_patch", dropped=dropped)
         if task.test_patch:
             kept |= patches.apply_changes(_state(container, task, task.test_patch), task.test_patch)
-        return grading.judge(task, _run(container, task, kept), dropped, seconds=time.monotonic() - started)
+        return verdicts.judge(task, _run(container, task, kept), dropped, seconds=time.monotonic() - started)
 
 
 def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:

@@ -22,7 +22,7 @@ from qcn_jax.envs.synthesis import quality
 from qcn_jax.envs.synthesis.mine import execute, issues
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 from qcn_jax.envs.synthesis.mine.split import Split, size, split
-from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks import permissions
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.journal import Rows
@@ -141,12 +141,12 @@ def _choose(
         if reason:
             outcomes[reason] += 1
             continue
-        fix = {path: text for path, text in parts.fix.items() if grading.allowed(path, before, set(parts.tests))}
+        fix = {path: text for path, text in parts.fix.items() if permissions.allowed(path, before, set(parts.tests))}
         if not fix or len(fix) < len(parts.fix):
             outcomes["not_gradable"] += 1
         elif size(before, fix) > criteria.max_lines:
             outcomes["too_large"] += 1
-        elif grading.forbidden_lines(fix, before):
+        elif permissions.forbidden_lines(fix, before):
             outcomes["not_gradable"] += 1
         else:
             patch, test_patch = execute.as_patch(before, fix), execute.as_patch(before, parts.tests)
