@@ -55,12 +55,14 @@ Template = Annotated[str, Known("qcn_jax.chat.templates:TEMPLATES")]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Qwen3-Next architecture; defaults are Qwen3-Coder-Next's (80B total, 3B active).
+    """Architecture of Qwen3-Next or of Qwen3.5's text model; defaults are Qwen3-Coder-Next's (80B total, 3B active).
 
     The first group is Hugging Face's config.json under the same names; the second says how it is computed
     and changes no function of the weights beyond rounding.
     """
 
+    # Which names and order weights have in files (hub.layout); qwen3_5_text is dense, the others have experts.
+    model_type: Annotated[str, OneOf("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")] = "qwen3_next"
     vocab_size: Positive = 151_936
     hidden_size: Positive = 2048
     num_hidden_layers: Positive = 48
@@ -76,7 +78,8 @@ class ModelConfig:
     linear_num_value_heads: Positive = 32
     linear_value_head_dim: Positive = 128
     linear_conv_kernel_dim: Positive = 4
-    num_experts: Positive = 512
+    intermediate_size: Count = 0  # width of the MLP of a model without experts
+    num_experts: Count = 512  # 0: every layer has an MLP instead
     num_experts_per_tok: Positive = 10
     norm_topk_prob: bool = True
     moe_intermediate_size: Positive = 512

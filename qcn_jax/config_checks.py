@@ -70,7 +70,12 @@ def _model(model: ModelConfig, prefix: str) -> Iterator[str]:
                         ("linear_num_value_heads", "linear_num_key_heads")):
         if getattr(model, whole) % getattr(model, part):
             yield f"{prefix}.{whole}: {getattr(model, whole)} is not a multiple of {part}, {getattr(model, part)}"
-    if model.num_experts_per_tok > model.num_experts:
+    dense = model.model_type == "qwen3_5_text"
+    for name, wanted in (("num_experts", not dense), ("intermediate_size", dense)):
+        if bool(getattr(model, name)) != wanted:
+            yield (f"{prefix}.{name}: {getattr(model, name)}; with model_type={model.model_type} "
+                   f"{'above 0' if wanted else '0'}")
+    if model.num_experts and model.num_experts_per_tok > model.num_experts:
         yield f"{prefix}.num_experts_per_tok: {model.num_experts_per_tok} is more than num_experts, {model.num_experts}"
     rotated = int(model.head_dim * model.partial_rotary_factor)
     if rotated + rotated % 2 > model.head_dim:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from qcn_jax.config import ModelConfig
 from qcn_jax.layers.attention import GatedAttention
 from qcn_jax.layers.context import TokenContext
+from qcn_jax.layers.dense import SwiGLU
 from qcn_jax.layers.gated_delta_net import GatedDeltaNet
 from qcn_jax.layers.norm import RMSNorm
 from qcn_jax.layers.remat import rematerialised
@@ -19,24 +20,26 @@ Array = jax.Array
 
 
 class DecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + moe(norm(x)); `kind` names the mixer."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), whose experts a model may have; `kind` names the mixer."""
 
     config: ModelConfig
     kind: Literal["linear", "full"]
 
     @nn.compact
     def __call__(self, x: Array, context: TokenContext, cache: Any = None) -> tuple[Array, Any]:
-        """x [B, T, D] -> (x, (router statistics, the layer's updated cache or None))."""
+        """x [B, T, D] -> (x, (router statistics or None, the layer's updated cache or None))."""
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name=name)
         mixer = (GatedDeltaNet(cfg, name="linear_attn") if self.kind == "linear"
                  else GatedAttention(cfg, name="self_attn"))
         mixed, cache = mixer(norm("input_layernorm")(x), context, cache)
         x = _laid_out(x + mixed, context)
-        routed, statistics = SparseBlock(cfg, name="mlp")(
-            norm("post_attention_layernorm")(x), context.valid, context.parallel
-        )
-        return _laid_out(x + routed, context), (statistics, cache)
+        normed, statistics = norm("post_attention_layernorm")(x), None
+        if cfg.num_experts:
+            y, statistics = SparseBlock(cfg, name="mlp")(normed, context.valid, context.parallel)
+        else:
+            y = SwiGLU(cfg, cfg.intermediate_size, name="mlp")(normed, context.parallel)
+        return _laid_out(x + y, context), (statistics, cache)
 
 
 def _laid_out(x: Array, context: TokenContext) -> Array:
@@ -86,11 +89,11 @@ class Block(nn.Module):
         return x, (join_layers(statistics), new if cache is not None else None)
 
 
-def add_layer_axis(statistics: RouterStatistics) -> RouterStatistics:
-    """One layer's statistics with a leading layer axis."""
+def add_layer_axis(statistics: RouterStatistics | None) -> RouterStatistics | None:
+    """One layer's statistics, if it has any, with a leading layer axis."""
     return jax.tree.map(lambda leaf: leaf[None], statistics)
 
 
-def join_layers(parts: list[RouterStatistics]) -> RouterStatistics:
+def join_layers(parts: list[RouterStatistics | None]) -> RouterStatistics | None:
     """Statistics of consecutive layers as one, joined on the leading layer axis."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

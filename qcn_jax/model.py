@@ -1,4 +1,4 @@
-"""Qwen3-Next: embedding, scanned hybrid blocks, norm, head and multi-token prediction.
+"""Qwen3-Next and the text model of Qwen3.5: embedding, scanned hybrid blocks, norm, head and multi-token prediction.
 
 Forward, prefill and decode are one path: `apply` with a cache appends to it, without one it sees whole rows.
 Shapes: B batch, T tokens, D width, V vocabulary, E experts, L layers.
@@ -37,14 +37,14 @@ class Output:
     Attributes:
       logits: [B, T, V] float32 (float64 where config.dtype is), or None when not asked for.
       hidden: [B, T, D], after the final norm: input of the head and of multi-token prediction.
-      aux: router statistics of every layer in order, leading axis L (plus one per MTP step).
+      aux: router statistics of every layer in order, leading axis L (plus one per MTP step); None without experts.
       cache: the cache after these tokens, or None.
       mtp_hidden: [K, B, T, D] or None; step i's hidden at t predicts token t + 2 + i (through the head).
     """
 
     logits: Array | None
     hidden: Array
-    aux: RouterStatistics
+    aux: RouterStatistics | None
     cache: Cache | None = None
     mtp_hidden: Array | None = None
 
@@ -57,7 +57,7 @@ class MultiTokenPredictor(nn.Module):
     @nn.compact
     def __call__(
         self, hidden: Array, embedded: Array, context: TokenContext, cache: Any = None
-    ) -> tuple[Array, tuple[RouterStatistics, Any]]:
+    ) -> tuple[Array, tuple[RouterStatistics | None, Any]]:
         """hidden, embedded [B, T, D] -> (normed hidden [B, T, D], (statistics, cache))."""
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name=name)
@@ -235,7 +235,9 @@ class Qwen3Next(nn.Module):
             return self.embed_tokens(tokens)
         return sharded_lookup(self.embed_tokens.embedding.astype(jnp.dtype(self.config.dtype)), tokens, self.parallel)
 
-    def _run_layers(self, x: Array, context: TokenContext, caches: Any) -> tuple[Array, RouterStatistics, Any]:
+    def _run_layers(
+        self, x: Array, context: TokenContext, caches: Any
+    ) -> tuple[Array, RouterStatistics | None, Any]:
         """All decoder layers; statistics have a leading axis L, caches the layout they came in."""
         old, new, statistics = caches or {}, {}, []
         if self.unrolled:
@@ -256,8 +258,8 @@ class Qwen3Next(nn.Module):
         return x, join_layers(statistics), new if caches is not None else None
 
     def _predict_further(
-        self, hidden: Array, tokens: Array, context: TokenContext, aux: RouterStatistics
-    ) -> tuple[Array, RouterStatistics]:
+        self, hidden: Array, tokens: Array, context: TokenContext, aux: RouterStatistics | None
+    ) -> tuple[Array, RouterStatistics | None]:
         if self.mtp is None:
             raise UserError("model.num_nextn_predict_layers: 0, but multi-token prediction was asked for")
         tokens = tokens[..., None] if tokens.ndim == 2 else tokens

@@ -1,4 +1,4 @@
-"""transformers' Qwen3NextForCausalLM in float64, and how near to it float32 must come.
+"""A transformers model of this family in float64, and how near to it float32 must come.
 
 See tests.rounding. What is changed here are all weights, and all that the reference's modules hand on in both directions.
 
@@ -14,14 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.qwen3_next import modeling_qwen3_next as reference_code
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from tests import rounding
 from tests.rounding import ALLOWED, EPS, RUNS
 
 MOST_DRAWS = 8
 
-_recurrent = reference_code.torch_recurrent_gated_delta_rule
+REFERENCES = (modeling_qwen3_next, modeling_qwen3_5, modeling_qwen3_5_moe)
+_ROUTERS = (modeling_qwen3_next.Qwen3NextTopKRouter, modeling_qwen3_5_moe.Qwen3_5MoeTopKRouter)
+_recurrent = modeling_qwen3_next.torch_recurrent_gated_delta_rule
 
 
 class _Float64Torch:
@@ -53,12 +57,13 @@ def recurrent():
     Its chunked form takes differences of large cumulative decays, an error of its own that no conditioning explains: in
     float32 it reaches 1e-3 on these logits.
     """
-    return _patched((reference_code, "torch_chunk_gated_delta_rule", _rule))
+    return _patched(*((code, "torch_chunk_gated_delta_rule", _rule) for code in REFERENCES))
 
 
 def float64():
     """Within it transformers computes in float64 also where its code says float32."""
-    return _patched((reference_code, "torch", _Float64Torch()), (torch.Tensor, "float", torch.Tensor.double))
+    return _patched(*((code, "torch", _Float64Torch()) for code in REFERENCES),
+                    (torch.Tensor, "float", torch.Tensor.double))
 
 
 @dataclasses.dataclass
@@ -68,16 +73,16 @@ class Result:
     Attributes:
       logits: [B, T, V].
       loss: mean cross entropy of the tokens that follow one that is no padding.
-      balance: the balance loss.
-      counts: [L, E], tokens that chose each expert of each layer.
-      routers: [L, B, T, E], the routers' logits; None for our model, which does not show them.
+      balance: the balance loss; 0 without experts.
+      counts: [L, E], tokens that chose each expert of each layer; None without.
+      routers: [L, B, T, E], the routers' logits; None without, and for our model, which does not show them.
       gradients: of loss + coefficient * balance, by transformers' names of parameters; none if not asked for.
     """
 
     logits: np.ndarray
     loss: float
     balance: float
-    counts: np.ndarray
+    counts: np.ndarray | None
     routers: np.ndarray | None = None
     gradients: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -86,13 +91,16 @@ def evaluate(model, tokens: np.ndarray, mask: np.ndarray | None = None, gradient
     """The Result of a transformers model for tokens [B, T]; `mask` [B, T] is 0 at padding."""
     ids, mask = (None if x is None else torch.from_numpy(np.asarray(x, np.int64)) for x in (tokens, mask))
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
+    sparse = hasattr(model.config, "num_experts")
     with torch.set_grad_enabled(gradients):
-        out = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+        out = model(input_ids=ids, attention_mask=mask, **({"output_router_logits": True} if sparse else {}))
         loss = -torch.log_softmax(out.logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[real[:, :-1]].mean()
         if gradients:
             model.zero_grad()
-            (loss + model.config.router_aux_loss_coef * out.aux_loss).backward()
+            (loss + model.config.router_aux_loss_coef * out.aux_loss if sparse else loss).backward()
     found = {name: leaf.grad.numpy().copy() for name, leaf in model.named_parameters()} if gradients else {}
+    if not sparse:
+        return Result(out.logits.detach().numpy(), loss.item(), 0.0, None, None, found)
     routers = np.stack([logits.detach().numpy() for logits in out.router_logits])
     chosen = np.argsort(-routers, axis=-1)[..., : model.config.num_experts_per_tok]
     counts = [np.bincount(layer[real.numpy().reshape(-1)].reshape(-1), minlength=routers.shape[-1]) for layer in chosen]
@@ -112,6 +120,8 @@ class Judge:
     def tied_rows(self) -> np.ndarray:
         """[B]: whether rounding may choose another expert for one of the row's tokens, in any layer."""
         routers = self.exact.routers
+        if routers is None:
+            return np.zeros(len(self.real), bool)
         order = np.argsort(-routers, axis=-1)[..., self.choices - 1 : self.choices + 1]
         gap = lambda routers: -np.diff(np.take_along_axis(routers, order, axis=-1))[..., 0]
         noise = np.max([np.abs(gap(one.routers) - gap(routers)) for one in self.moved], axis=0)
@@ -143,7 +153,8 @@ class Oracle:
         self.model = copy.deepcopy(model).double()
         with float64():  # the frequencies are rounded in float32
             self.model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-        self.model.set_experts_implementation("eager")  # torch's grouped product knows no float64
+        if hasattr(model.config, "num_experts"):
+            self.model.set_experts_implementation("eager")  # torch's grouped product knows no float64
 
     def judge(self, tokens: np.ndarray, mask: np.ndarray | None = None, gradients: bool = True) -> Judge:
         """What is right for tokens [B, T], and how near to it float32 must come."""
@@ -151,7 +162,7 @@ class Oracle:
             exact = evaluate(self.model, tokens, mask, gradients)
         moved = [self._moved(run, tokens, mask, gradients) for run in range(RUNS)]
         real = np.ones(tokens.shape, bool) if mask is None else mask > 0
-        return Judge(exact, moved, real, self.model.config.num_experts_per_tok)
+        return Judge(exact, moved, real, getattr(self.model.config, "num_experts_per_tok", 0))
 
     def chunked(self, tokens: np.ndarray) -> Result:
         """The Result without gradients by the chunked rule, as transformers has it."""
@@ -192,7 +203,7 @@ class Oracle:
             # after rounding.
             logits = touch(torch.nn.functional.linear(hidden.reshape(-1, router.hidden_dim), router.weight))
             weights, chosen = torch.topk(touch(torch.softmax(logits, -1)), router.top_k, dim=-1)
-            if router.norm_topk_prob:
+            if getattr(router, "norm_topk_prob", True):
                 weights = touch(weights) / touch(weights.sum(-1, keepdim=True))
             return logits, weights, chosen
 
@@ -204,6 +215,6 @@ class Oracle:
             if module is not model and module is not model.model:
                 module.register_forward_hook(lambda module, inputs, output: touch(output))
         rule = lambda *arguments, **named: touch(_rule(*arguments, **named))
-        with float64(), _patched((reference_code, "torch_chunk_gated_delta_rule", rule),
-                                 (reference_code.Qwen3NextTopKRouter, "forward", route)):
+        with float64(), _patched(*((code, "torch_chunk_gated_delta_rule", rule) for code in REFERENCES),
+                                 *((router, "forward", route) for router in _ROUTERS)):
             return evaluate(model, tokens, mask, gradients)

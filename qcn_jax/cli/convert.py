@@ -5,8 +5,8 @@
 
 Both forms hold config.json and, where the source has them, the tokenizer and the chat template as they are; every
 verb and stage that takes a checkpoint reads either. A folder that holds anything but a model is not written to.
-Values are kept bit for bit unless --dtype is given. The weights pass through the memory of this machine's
-devices, spread over all of them.
+Values are kept bit for bit unless --dtype is given. Tensors of an encoder of images are copied, unless --vision=drop
+makes it a model of text alone. The weights pass through the memory of this machine's devices, spread over all of them.
 """
 
 import math
@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
                         flag_values=values, required=True)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of all weights; as they are by default.",
                       flag_values=values)
+    flags.DEFINE_enum("vision", "keep", ["keep", "drop"], "What becomes of an encoder of images beside the text model.",
+                      flag_values=values)
     parsing.parse(values, "convert", __doc__, argv)
     source, target = pathlib.Path(values["from"].value), pathlib.Path(values["to"].value)
     read, written = source.resolve(), target.resolve()
@@ -43,13 +45,14 @@ def main(argv: Sequence[str]) -> int:
     if linked is not None:
         raise UserError(f"--to={target}: {linked} of --from is a link into it; name another folder")
     files.check_replaceable(target, description.surplus, "to")
-    count, form = convert(source, target, values.dtype)
+    count, form = convert(source, target, values.dtype, values.vision == "keep")
     print(f"{target}: {count:,} parameters in {form} form")
     return 0
 
 
-def convert(source: files.Path, target: files.Path, dtype: str | None = None) -> tuple[int, str]:
-    """Writes `source` to `target` in the other form; returns the number of parameters and that form's name."""
+def convert(source: files.Path, target: files.Path, dtype: str | None = None, with_vision: bool = True
+            ) -> tuple[int, str]:
+    """Writes `source` to `target` in the other form; returns the text model's number of parameters and that form."""
     import jax
 
     from qcn_jax.hub import orbax_folder, reading, writing
@@ -60,9 +63,9 @@ def convert(source: files.Path, target: files.Path, dtype: str | None = None) ->
     config, params = reading.load(source, dtype, shardings, progress=True)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     if orbax_folder.is_orbax(source):
-        writing.save(target, config, params, progress=True, source=source)
+        writing.save(target, config, params, progress=True, source=source, with_vision=with_vision)
         return count, "Hugging Face"
-    orbax_folder.save(target, config, params, source=source)
+    orbax_folder.save(target, config, params, source=source, with_vision=with_vision)
     return count, "Orbax"
 
 

@@ -12,7 +12,8 @@ _LAZY = {
     "config_to_hf": "qcn_jax.hub.configuration",
     "save": "qcn_jax.hub.writing",
 }
-_MODULES = ("configuration", "description", "layout", "orbax_folder", "reading", "slabs", "stored", "writing")
+_MODULES = ("configuration", "description", "layout", "orbax_folder", "reading", "safetensors_file", "slabs", "stored",
+            "vision", "writing")
 __all__ = [*_LAZY, *_MODULES]
 
 

@@ -1,4 +1,7 @@
-"""config.json of Qwen3-Next checkpoints: both of its dialects in, and a file that every engine reads out."""
+"""config.json of a checkpoint: all its dialects in, and a file that every engine reads out.
+
+Fields of the text model lie flat in the file, or in `text_config` where the model has an encoder of images beside it.
+"""
 
 import dataclasses
 import pathlib
@@ -11,19 +14,57 @@ from qcn_jax.config_checks import check_model
 from qcn_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
-MODEL_TYPE, ARCHITECTURE = "qwen3_next", "Qwen3NextForCausalLM"
 LINEAR, FULL = "linear_attention", "full_attention"
-# What transformers assumes where the file says nothing, as far as it differs from ModelConfig's own defaults.
-_HF_DEFAULTS = {"max_position_embeddings": 32_768}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What the config.json of a model_type is like.
+
+    Attributes:
+      architecture: transformers' class.
+      steps: name of num_nextn_predict_layers.
+      defaults: what transformers assumes where the file says nothing, as far as it differs from ModelConfig's own.
+      absent: fields of ModelConfig that the file does not have.
+    """
+
+    architecture: str
+    steps: str
+    defaults: Mapping[str, Any]
+    absent: frozenset[str]
+
+
+_LENGTH, _VOCABULARY = {"max_position_embeddings": 32_768}, {"vocab_size": 248_320}
+_KINDS = {
+    "qwen3_next": _Kind(
+        "Qwen3NextForCausalLM", "num_nextn_predict_layers", _LENGTH, frozenset({"intermediate_size"})),
+    "qwen3_5_moe_text": _Kind(
+        "Qwen3_5MoeForCausalLM", "mtp_num_hidden_layers",
+        _LENGTH | _VOCABULARY | {"num_hidden_layers": 40, "num_experts": 256, "num_experts_per_tok": 8},
+        frozenset({"intermediate_size", "norm_topk_prob"})),
+    "qwen3_5_text": _Kind(
+        "Qwen3_5ForCausalLM", "mtp_num_hidden_layers",
+        _LENGTH | _VOCABULARY | {"hidden_size": 4096, "num_hidden_layers": 32, "num_key_value_heads": 4,
+                                 "intermediate_size": 12_288, "num_experts": 0},
+        frozenset({"num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
+                   "shared_expert_intermediate_size", "router_aux_loss_coef"})),
+}
+# Models with an encoder of images, and the model_type of their text_config.
+_WITHIN = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+MODEL_TYPES = (*_KINDS, *_WITHIN)
 # Fields of ModelConfig that are not config.json's: how to compute, or found from the weights.
 _OWN = {*COMPUTE_FIELDS, "num_nextn_predict_layers"}
-_SPECIAL = {"rope_theta", "partial_rotary_factor", "full_attention_interval"}
+_SPECIAL = {"model_type", "rope_theta", "partial_rotary_factor", "full_attention_interval"}
 # Options that would change the function computed: the one value of each that this model implements.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None), "attention_dropout": (0, 0.0, None), "hidden_act": ("silu",),
     "mlp_only_layers": ([], None), "decoder_sparse_step": (1,), "use_sliding_window": (False, None),
-    "quantization_config": (None,),
+    "quantization_config": (None,), "attn_output_gate": (True, None), "output_gate_type": ("silu", "swish", None),
+    "mtp_use_dedicated_embeddings": (False, None),
 }
+_WRITTEN = {"attention_bias": False, "attention_dropout": 0, "hidden_act": "silu"}
+_WRITTEN_NEXT = {"mlp_only_layers": [], "decoder_sparse_step": 1, "use_sliding_window": False, "rope_scaling": None}
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -42,7 +83,7 @@ def read_object(path: files.Path) -> dict[str, Any]:
 
 
 def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> ModelConfig:
-    """The ModelConfig of a config.json, flat or with `rope_parameters` and `layer_types`.
+    """The ModelConfig of a config.json, flat or with `text_config`, `rope_parameters` and `layer_types`.
 
     Absent fields take transformers' defaults, except the rotary base: transformers' 10,000 is right for no
     published checkpoint, so a file without one is refused.
@@ -51,21 +92,27 @@ def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> Mode
       UserError: another model type, an option this model does not implement, a field of a wrong type or out of its
         range.
     """
-    if values.get("model_type") != MODEL_TYPE:
-        raise UserError(f"{source}: model_type must be {MODEL_TYPE!r}, got {values.get('model_type')!r}")
+    kind_name = values.get("model_type")
+    if kind_name not in MODEL_TYPES:
+        raise UserError(f"{source}: model_type must be one of {', '.join(MODEL_TYPES)}, got {kind_name!r}")
+    if kind_name in _WITHIN:
+        kind_name, values = _WITHIN[kind_name], _text_values(values, source)
+        source = f"{source}: text_config"
+    kind = _KINDS[kind_name]
     for name, allowed in _FIXED.items():
         if name in values and values[name] not in allowed:
             raise UserError(f"{source}: {name}={values[name]!r} is not supported; allowed: {allowed[0]!r}")
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"model_type": kind_name}
     for field in dataclasses.fields(ModelConfig):
         if field.name in _OWN | _SPECIAL:
             continue
-        value = values.get(field.name, _HF_DEFAULTS.get(field.name, field.default))
+        value = kind.defaults.get(field.name, field.default)
+        if field.name not in kind.absent:
+            value = values.get(field.name, value)
         fields[field.name] = _typed(value, type(field.default), field.name, source)
     fields |= _rotary(values, source)
     fields["full_attention_interval"] = _interval(values, fields["num_hidden_layers"], source)
-    steps = "num_nextn_predict_layers"
-    fields[steps] = _typed(values.get(steps, 0), int, steps, source)
+    fields["num_nextn_predict_layers"] = _typed(values.get(kind.steps, 0), int, kind.steps, source)
     dtype = values.get("dtype", values.get("torch_dtype"))
     if dtype is not None:
         if dtype not in _DTYPES:
@@ -75,6 +122,23 @@ def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> Mode
     config = ModelConfig(**fields)
     check_model(config, source)
     return config
+
+
+def is_within(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model with an encoder of images, whose text model is in `text_config`."""
+    return values.get("model_type") in _WITHIN
+
+
+def _text_values(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`text_config`, with what stands outside of it and acts in transformers."""
+    text, wanted = values.get("text_config"), _WITHIN[values["model_type"]]
+    if not isinstance(text, dict):
+        raise UserError(f"{source}: text_config must be a JSON object, got {text!r:.80}")
+    if text.get("model_type", wanted) != wanted:
+        raise UserError(f"{source}: text_config.model_type must be {wanted!r}, got {text['model_type']!r}")
+    outer = {name: values[name] for name in ("tie_word_embeddings", "quantization_config") if name in values}
+    dtype = values.get("dtype", values.get("torch_dtype"))
+    return ({} if dtype is None else {"dtype": dtype}) | text | outer
 
 
 def held_dtype(name: str) -> str:
@@ -87,20 +151,45 @@ def held_dtype(name: str) -> str:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A config.json in both dialects at once, as transformers, vLLM and SGLang read it."""
-    values: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
+    """A config.json of the text model as transformers, vLLM and SGLang read it; of Qwen3-Next in both dialects."""
+    kind = _KINDS[config.model_type]
+    values: dict[str, Any] = {"architectures": [kind.architecture]}
     values |= {field.name: getattr(config, field.name)
-               for field in dataclasses.fields(ModelConfig) if field.name not in _OWN}
-    values |= {name: allowed[0] for name, allowed in _FIXED.items() if name != "quantization_config"}
-    values["rope_scaling"] = None
-    values["intermediate_size"] = config.moe_intermediate_size  # of dense layers, which this model never has
+               for field in dataclasses.fields(ModelConfig) if field.name not in _OWN | kind.absent}
+    values |= _WRITTEN
+    if config.model_type == "qwen3_next":
+        values |= _WRITTEN_NEXT
+        values["intermediate_size"] = config.moe_intermediate_size  # of dense layers, which this model never has
+    else:
+        del values["rope_theta"], values["partial_rotary_factor"]
     values["rope_parameters"] = {
         "rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": config.partial_rotary_factor}
     values["layer_types"] = layer_types(config.num_hidden_layers, config.full_attention_interval)
     if config.num_nextn_predict_layers:
-        values["num_nextn_predict_layers"] = config.num_nextn_predict_layers
+        values[kind.steps] = config.num_nextn_predict_layers
     values["dtype"] = config.param_dtype
     return values
+
+
+def succeeding(values: Mapping[str, Any], earlier: Mapping[str, Any], within: bool) -> dict[str, Any]:
+    """A config.json with a text model's `values`, and what they do not say from the folder that it came from.
+
+    Args:
+      values: of `config_to_hf`.
+      earlier: that folder's config.json.
+      within: keep all that is beside the text model, where it `is_within`; otherwise special ids alone are kept.
+    """
+    outer, text = earlier, earlier.get("text_config") if is_within(earlier) else earlier
+    rotary = text.get("rope_parameters") or {}
+    kept = {name: value for name, value in rotary.items() if name.startswith("mrope_")}  # equal positions of text
+    values = {**values, "rope_parameters": kept | values["rope_parameters"]}
+    if not (within and is_within(earlier)):
+        ids = {name: part[name] for part in (outer, text) for name in _IDS if name in part}
+        return values | ids
+    steps = {kind.steps: 0 for kind in _KINDS.values() if kind.steps in text}
+    inner = {name: value for name, value in values.items() if name != "architectures"}
+    shared = {name: values[name] for name in ("tie_word_embeddings", "dtype")}
+    return {**outer, **shared, "text_config": {**text, **steps, **inner}}
 
 
 def layer_types(layers: int, interval: int) -> list[str]:

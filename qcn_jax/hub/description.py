@@ -7,10 +7,11 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.chat.jinja_template import CHAT_TEMPLATE_FILE, chat_template
-from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from qcn_jax.chat.tokenizer import END_OF_TEXT, TOKENIZER_FILE, TURN_END, Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub.configuration import CONFIG_FILE, MODEL_TYPE, config_to_hf, read_object
+from qcn_jax.hub import vision
+from qcn_jax.hub.configuration import CONFIG_FILE, MODEL_TYPES, config_to_hf, read_object, succeeding
 from qcn_jax.hub.stored import INDEX_FILE, SINGLE_FILE
 
 GENERATION_FILE = "generation_config.json"
@@ -19,11 +20,12 @@ COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "qwen.tiktoken", CHAT_TEMPLATE_FILE, "chat_template.json", GENERATION_FILE,
 )  # fmt: skip
+# What they read to see images.
+_OF_VISION = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_OWN_FILES = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, *COMPANIONS}
+_OWN_FILES = {CONFIG_FILE, SINGLE_FILE, INDEX_FILE, vision.FILE, *COMPANIONS, *_OF_VISION}
 _STORE = "params"  # of Orbax form, and what Orbax names in it
 _IN_STORE = re.compile(r"_\w+|d|manifest\.ocdbt|ocdbt\.process_\d+|commit_success\.txt|array_metadatas")
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def surplus(folder: pathlib.Path) -> str | None:
@@ -43,7 +45,7 @@ def surplus(folder: pathlib.Path) -> str | None:
         kind = read_object(folder / CONFIG_FILE).get("model_type")
     except UserError as error:
         return f"files without a readable {CONFIG_FILE} ({error})"
-    return None if kind == MODEL_TYPE else f"a {CONFIG_FILE} of model_type {kind!r}"
+    return None if kind in MODEL_TYPES else f"a {CONFIG_FILE} of model_type {kind!r}"
 
 
 def eos_ids(folder: files.Path, vocab_size: int) -> set[int]:
@@ -54,7 +56,9 @@ def eos_ids(folder: files.Path, vocab_size: int) -> set[int]:
     """
     found = set()
     for path in (pathlib.Path(folder) / CONFIG_FILE, pathlib.Path(folder) / GENERATION_FILE):
-        given = read_object(path).get("eos_token_id") if files.is_file(path) else None
+        values = read_object(path) if files.is_file(path) else {}
+        text = values.get("text_config")
+        given = values.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         ids = given if isinstance(given, list) else [] if given is None else [given]
         if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
             raise UserError(f"{path}: eos_token_id must be an id or a list of ids, got {given!r}")
@@ -63,33 +67,49 @@ def eos_ids(folder: files.Path, vocab_size: int) -> set[int]:
 
 
 def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Tokenizer | None,
-                      source: files.Path | None = None) -> None:
+                      source: files.Path | None = None, within: bool = False) -> None:
     """Writes all but the weights: config.json and, where there is a tokenizer, what engines need to talk.
 
     That is tokenizer.json, the chat template, generation_config.json with the ids that end a turn, and the little that
     transformers' AutoTokenizer wants beside them. With `source`, a folder of the same model, its own files are copied
     instead, byte for byte, and config.json keeps its special ids.
+
+    Args:
+      folder: to write into.
+      config: of the text model.
+      dtype: of the weights.
+      tokenizer: makes what `source` lacks; None makes nothing.
+      source: see above.
+      within: keep also what `source` says of its encoder of images.
     """
     values = config_to_hf(config) | {"dtype": dtype}
-    if source is not None:
-        earlier = read_object(pathlib.Path(source) / CONFIG_FILE)
-        files.write_json(folder / CONFIG_FILE, values | {name: id_ for name, id_ in earlier.items() if name in _IDS})
-        for name in COMPANIONS:
-            if files.is_file(pathlib.Path(source) / name):
-                shutil.copyfile(pathlib.Path(source) / name, folder / name)
-        return
     known = tokenizer.added_tokens if tokenizer is not None else {}
     pairs = {"eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT, "bos_token_id": END_OF_TEXT}
     ids = {name: known[token] for name, token in pairs.items() if token in known}
-    files.write_json(folder / CONFIG_FILE, values | ids)
-    if tokenizer is None:
-        return
-    tokenizer.save(folder)
-    files.write_text(folder / CHAT_TEMPLATE_FILE, chat_template())
+    if source is None:
+        files.write_json(folder / CONFIG_FILE, values | ids)
+    else:
+        earlier = read_object(pathlib.Path(source) / CONFIG_FILE)
+        files.write_json(folder / CONFIG_FILE, succeeding(values, earlier, within))
+        for name in (*COMPANIONS, *(_OF_VISION if within else ())):
+            if files.is_file(pathlib.Path(source) / name):
+                shutil.copyfile(pathlib.Path(source) / name, folder / name)
+    if tokenizer is not None:
+        _describe_tokenizer(folder, tokenizer, ids)
+
+
+def _describe_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, ids: dict[str, int]) -> None:
+    """Writes whichever of the tokenizer's files is not there yet."""
+    known = tokenizer.added_tokens
     described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     named = {"eos_token": TURN_END, "pad_token": END_OF_TEXT}
     described |= {name: token for name, token in named.items() if token in known}
-    files.write_json(folder / "tokenizer_config.json", described)
     ends = [known[token] for token in (TURN_END, END_OF_TEXT) if token in known]
-    if ends:
+    if not files.is_file(folder / TOKENIZER_FILE):
+        tokenizer.save(folder)
+    if not files.is_file(folder / CHAT_TEMPLATE_FILE):
+        files.write_text(folder / CHAT_TEMPLATE_FILE, chat_template())
+    if not files.is_file(folder / "tokenizer_config.json"):
+        files.write_json(folder / "tokenizer_config.json", described)
+    if ends and not files.is_file(folder / GENERATION_FILE):
         files.write_json(folder / GENERATION_FILE, ids | {"eos_token_id": ends})

@@ -17,9 +17,10 @@ from qcn_jax import files
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub import layout
-from qcn_jax.hub.configuration import load_config
+from qcn_jax.hub import layout, vision
+from qcn_jax.hub.configuration import CONFIG_FILE, is_within, load_config, read_object
 from qcn_jax.hub.description import surplus, write_description
+from qcn_jax.hub.safetensors_file import copy
 from qcn_jax.sharding import distributed
 
 PARAMS = "params"
@@ -31,7 +32,7 @@ def is_orbax(path: files.Path) -> bool:
 
 
 def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None,
-         source: files.Path | None = None) -> None:
+         source: files.Path | None = None, with_vision: bool = True) -> None:
     """Writes the folder, atomically; it may replace an earlier model. Arguments are those of `writing.save`.
 
     Raises:
@@ -39,7 +40,10 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
     """
     with files.atomic_directory(path, surplus) as folder:
         dtype = jnp.dtype(params["embed_tokens"]["embedding"].dtype).name
-        write_description(folder, config, dtype, tokenizer, source)
+        within = source is not None and with_vision and is_within(read_object(pathlib.Path(source) / CONFIG_FILE))
+        write_description(folder, config, dtype, tokenizer, source, within)
+        if within and source is not None:
+            copy(folder / vision.FILE, vision.tensors(source))
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder.absolute() / PARAMS, dict(params))

@@ -22,7 +22,7 @@ import tqdm
 from qcn_jax import files
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.hub import configuration, layout, orbax_folder
+from qcn_jax.hub import configuration, layout, orbax_folder, vision
 from qcn_jax.hub.stored import Folder, Source
 from qcn_jax.sharding import distributed
 
@@ -115,6 +115,8 @@ def _resolve(config: ModelConfig, folder: Folder) -> dict[layout.Path, list[tupl
         leaves.setdefault(tensor.leaf, []).append((tensor, source))
     if config.tie_word_embeddings:
         used.add("lm_head.weight")  # some writers store the shared matrix twice
+    if config.model_type != "qwen3_next":
+        used |= vision.tensors(folder).keys()
     surplus = sorted(set(folder.table) - used)
     if surplus:
         more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""

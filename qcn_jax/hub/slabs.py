@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qcn_jax.hub.layout import Path, Shape, Tensor
 
-Tensors = Mapping[tuple[Path, Shape], Tensor]  # by leaf and index
+Tensors = Mapping[tuple[Path, Shape], Sequence[Tensor]]  # the runs of rows in an array, by leaf and index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +53,19 @@ class Slab:
             yield position, tuple(self._index(axis, at) for axis, at in enumerate(position))
 
     def pieces(self, values: np.ndarray, tensors: Tensors) -> Iterator[tuple[Tensor, int, np.ndarray]]:
-        """The tensors' rows in the gathered `values`: (tensor, number of the first row, rows as published)."""
+        """The tensors' rows in the gathered `values`: (tensor, number of the run's first row, rows as published)."""
         size, whole = self.sizes[self.rows], self.shape[self.rows]
         step = size if size < self.shard[self.rows] else whole  # where none is cut, the shards' rows are neighbours
         ahead = (slice(None),) * (self.rows - self.stacked)
         for position, index in self.indices():
-            tensor, body = tensors[self.leaf, index], values[position]
+            body = values[position]
             for first in range(0, whole, step):
-                rows = tensor.body_to_rows(body[(*ahead, slice(first, first + step))])
-                yield tensor, self._index(self.rows, first), rows
+                start = self._index(self.rows, first)
+                for tensor in tensors[self.leaf, index]:
+                    low, high = max(start, tensor.column), min(start + step, tensor.column + tensor.shape[0])
+                    if low < high:
+                        part = body[(*ahead, slice(first + low - start, first + high - start))]
+                        yield tensor, low - tensor.column, tensor.body_to_rows(part)
 
     def _index(self, axis: int, position: int) -> int:
         """Where in the array `position` of the gathered slab lies, along one axis."""

@@ -6,6 +6,7 @@ pages of a mapped file count as this process's memory until it is unmapped.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,7 +26,19 @@ DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dty
           "F64": np.dtype("float64")}
 # Frequencies that older writers stored beside the weights; they follow from config.json.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-_BARE = ("embed_tokens.", "layers.", "norm.")  # how names begin in a folder of the model without its head
+# How names begin in a folder of the model without its head, and where the model has an encoder of images beside it.
+_BARE = ("embed_tokens.", "layers.", "norm.", "language_model.", "visual.")
+_TEXT, _WITHIN = "model.", "model.language_model."
+
+
+def text_name(name: str) -> str:
+    """The name in a model of text alone, as `layout` has it, of a tensor of a model that has an encoder of images."""
+    return _TEXT + name.removeprefix(_WITHIN) if name.startswith(_WITHIN) else name
+
+
+def name_within(name: str) -> str:
+    """The inverse of `text_name`."""
+    return _WITHIN + name.removeprefix(_TEXT) if name.startswith(_TEXT) else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +49,11 @@ class Source:
     offset: int
     shape: Shape
     dtype: np.dtype
+
+    def run(self, row: int, shape: Shape) -> "Source":
+        """The array of `shape` that begins at row `row`, a row being as long as that array's."""
+        length = math.prod(shape[1:]) * self.dtype.itemsize
+        return dataclasses.replace(self, offset=self.offset + row * length, shape=shape)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start .. stop, in memory of their own; raises UserError where the file ends early."""
@@ -65,11 +83,11 @@ class Folder:
         self.index: pathlib.Path | None = None
         names: dict[str, str] = {}
         if files.is_file(self.path / SINGLE_FILE):
-            tables = {SINGLE_FILE: _read_header(self.path / SINGLE_FILE)}
+            tables = {SINGLE_FILE: read_header(self.path / SINGLE_FILE)}
         elif files.is_file(self.path / INDEX_FILE):
             self.index = self.path / INDEX_FILE
             names = _weight_map(self.index)
-            tables = {file: _read_header(self.path / file) for file in sorted(set(names.values()))}
+            tables = {file: read_header(self.path / file) for file in sorted(set(names.values()))}
         else:
             raise UserError(f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         found = {name: source for table in tables.values() for name, source in table.items()}
@@ -78,44 +96,48 @@ class Folder:
                 raise UserError(f"{self.index}: {name} is not in {file}")
             found[name] = tables[file][name]
         for name, source in found.items():
-            full = f"model.{name}" if name.startswith(_BARE) else name
-            if full != name and full in found:
-                raise UserError(f"{source.file}: {name} is there twice, with model. before it too")
+            full = text_name(f"model.{name}" if name.startswith(_BARE) else name)
+            if full in self.table or (full != name and full in found):
+                raise UserError(f"{source.file}: {name} is there twice, under another name too")
             if not _DERIVED.fullmatch(full):
                 self.table[full] = source
 
     def source(self, tensor: Tensor) -> tuple[str, Source]:
-        """Where `tensor` lies: by its published name, or as a slice of transformers' stacked experts.
+        """Where `tensor` lies: by its published name, or as its expert is called where experts are stored otherwise.
+
+        Experts are found in all folders in both forms: a tensor each, or a layer's stacked in two tensors.
 
         Returns:
-          The name on disk and the bytes.
+          The name and the bytes.
 
         Raises:
           UserError: it is missing, or of another shape.
         """
         if tensor.name in self.table:
             stored = self.table[tensor.name]
-            if stored.shape != tensor.shape:
+            if stored.shape != tensor.published:
                 raise UserError(
-                    f"{stored.file}: {tensor.name} has shape {list(stored.shape)}, expected {list(tensor.shape)}")
-            return tensor.name, stored
+                    f"{stored.file}: {tensor.name} has shape {list(stored.shape)}, expected {list(tensor.published)}")
+            return tensor.name, stored.run(tensor.row, tensor.shape)
         if ".mlp.experts." in tensor.name:
-            prefix, _, part = tensor.name.partition(".mlp.experts.")
-            name = f"{prefix}.mlp.experts.{'down_proj' if 'down' in part else 'gate_up_proj'}"
+            experts, expert, part = tensor.name.partition(".experts.")[0], tensor.index[-1], tensor.leaf[-1]
+            name = f"{experts}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
             if name in self.table:
-                return name, self._expert(name, tensor)
+                return name, self._of_stacked(name, tensor)
+            name = f"{experts}.experts.{expert}.{part}.weight"
+            if name in self.table:
+                return self.source(dataclasses.replace(tensor, name=name, row=0, whole=None))
         raise UserError(f"{self.path}: {tensor.name} is missing")
 
-    def _expert(self, name: str, tensor: Tensor) -> Source:
+    def _of_stacked(self, name: str, tensor: Tensor) -> Source:
         """A slice of `experts.gate_up_proj` (E, 2F, D), gate rows first, or of `experts.down_proj` (E, D, F)."""
         stored, (rows, columns) = self.table[name], tensor.shape
         fused = name.endswith("gate_up_proj")
         if stored.shape[1:] != (rows * (1 + fused), columns) or stored.shape[0] <= tensor.index[-1]:
             raise UserError(
                 f"{stored.file}: {name} has shape {list(stored.shape)}, expected experts of {list(tensor.shape)}")
-        first = tensor.index[-1] * stored.shape[1] + (rows if ".up_proj" in tensor.name else 0)
-        offset = stored.offset + first * columns * stored.dtype.itemsize
-        return dataclasses.replace(stored, offset=offset, shape=tensor.shape)
+        first = tensor.index[-1] * stored.shape[1] + (rows if tensor.leaf[-1] == "up_proj" else 0)
+        return stored.run(first, tensor.shape)
 
 
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
@@ -130,7 +152,8 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
     return names
 
 
-def _read_header(path: pathlib.Path) -> dict[str, Source]:
+def read_header(path: pathlib.Path) -> dict[str, Source]:
+    """Every tensor of a safetensors file; raises UserError that names the file where it cannot be read."""
     if path.exists() and not path.is_file():  # opening a pipe would wait for somebody to write to it
         raise UserError(f"{path}: is no file")
     try:

@@ -1,4 +1,6 @@
-"""Linear maps without bias whose kernels carry logical axis names."""
+"""Linear maps without bias whose kernels carry logical axis names, and the MLP made of them."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,21 @@ def product(x: Array, kernel: Array, axes: tuple[str, str], parallel: Parallel |
     if parallel is not None:
         return jax.lax.dot_general(x, parallel.gathered(kernel, *axes), (((x.ndim - 1,), (0,)), ((), ())))
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) with `width` inner channels: the MLP of a layer without experts, a shared expert."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, parallel: Parallel | None = None) -> Array:
+        """x [..., D] -> [..., D]."""
+        project = functools.partial(dense, self.config, parallel=parallel)
+        gate = project(self.width, ("embed", "mlp"), "gate_proj")(x)
+        up = project(self.width, ("embed", "mlp"), "up_proj")(x)
+        return project(self.config.hidden_size, ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
 
 
 def normal_init(config: ModelConfig) -> nn.initializers.Initializer:

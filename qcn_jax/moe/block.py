@@ -1,13 +1,11 @@
 """The sparse block of every decoder layer: router, routed experts, gated shared expert."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from qcn_jax.config import ModelConfig
-from qcn_jax.layers.dense import dense, normal_init
+from qcn_jax.layers.dense import SwiGLU, dense, normal_init
 from qcn_jax.moe.dispatch import dispatch_experts
 from qcn_jax.moe.experts import ExpertWeights, apply_experts
 from qcn_jax.moe.router import Router, RouterStatistics
@@ -44,21 +42,6 @@ class Experts(nn.Module):
         return dispatch_experts(x, weights, experts, kernels, parallel, cfg.moe)
 
 
-class SharedExpert(nn.Module):
-    """The SwiGLU that every token passes."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Array, parallel: Parallel | None = None) -> Array:
-        cfg = self.config
-        width = cfg.shared_expert_intermediate_size
-        project = functools.partial(dense, cfg, parallel=parallel)
-        gate = project(width, ("embed", "mlp"), "gate_proj")(x)
-        up = project(width, ("embed", "mlp"), "up_proj")(x)
-        return project(cfg.hidden_size, ("mlp", "embed"), "down_proj")(jax.nn.silu(gate) * up)
-
-
 class SparseBlock(nn.Module):
     """mlp of a decoder layer: x [B, T, D] -> [B, T, D] and router statistics."""
 
@@ -80,6 +63,7 @@ class SparseBlock(nn.Module):
         routed, dropped = experts(tokens, weights, chosen, parallel)
         if dropped is not None:
             statistics = statistics.replace(dropped=dropped)
-        shared = SharedExpert(self.config, name="shared_expert")(tokens, parallel)
+        width = self.config.shared_expert_intermediate_size
+        shared = SwiGLU(self.config, width, name="shared_expert")(tokens, parallel)
         share = dense(self.config, 1, ("embed", "shared_gate"), "shared_expert_gate", parallel)(tokens)
         return (routed + jax.nn.sigmoid(share) * shared).reshape(x.shape), statistics

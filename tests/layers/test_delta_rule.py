@@ -50,12 +50,12 @@ def right(q, k, v, g, beta, state=None, segment_ids=None):
     return bounds(rule, q, k, v, g, beta, state, segment_ids)
 
 
-def inputs(kind="random", seed=0, length=T, batch=B):
+def inputs(kind="random", seed=0, length=T, batch=B, repeats=R):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    q, k, v = normal(batch, length, H, DK), normal(batch, length, H, DK), normal(batch, length, H, R, DV)
-    g = -np.log1p(np.exp(normal(batch, length, H, R) - 1))
-    beta = 1 / (1 + np.exp(-normal(batch, length, H, R)))
+    q, k, v = normal(batch, length, H, DK), normal(batch, length, H, DK), normal(batch, length, H, repeats, DV)
+    g = -np.log1p(np.exp(normal(batch, length, H, repeats) - 1))
+    beta = 1 / (1 + np.exp(-normal(batch, length, H, repeats)))
     if kind == "strong decay":  # A = 16 and a large time step now and then, next to hardly any decay
         g = g * rng.choice([1e-3, 1.0, 16.0, 400.0], g.shape)
     elif kind == "zero vectors":

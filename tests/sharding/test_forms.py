@@ -59,6 +59,11 @@ def lively(path: tuple, leaf):
 
 
 def child() -> None:
+    """What `compare` gives for all forms."""
+    compare(small_config(), FORMS)
+
+
+def compare(config, forms: dict[str, dict]) -> None:
     """Prints, per form, relative errors of the loss and of each gradient, and dropped choices."""
     import jax
     import jax.numpy as jnp
@@ -69,7 +74,7 @@ def child() -> None:
     from qcn_jax.pipeline.train.losses import language_model_loss
     from qcn_jax.sharding.mesh import make_parallel
 
-    config, batch = small_config(), packed_batch()
+    batch = packed_batch()
     batch |= {"weight_sum": batch["weights"].sum(), "fraction": np.float32(1)}
     params = Qwen3Next(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     params = jax.tree_util.tree_map_with_path(lively, params)
@@ -88,14 +93,17 @@ def child() -> None:
 
     (loss, want_metrics), want = evaluate(None)
     error = lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
-    results = {"violation": float(want_metrics["load_violation"]), "smallest": min(
-        float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want))}
-    for name, mesh in FORMS.items():
+    results = {"smallest": min(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want))}
+    if config.num_experts:
+        results["violation"] = float(want_metrics["load_violation"])
+    for name, mesh in forms.items():
         (value, metrics), gradients = evaluate(make_parallel(MeshConfig(**{"data": -1, "fsdp": 1} | mesh)))
         leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(error, gradients, want))
         results[name] = {
-            "loss": error(value, loss), "gradients": {jax.tree_util.keystr(path): value for path, value in leaves},
-            "balance": error(metrics["balance"], want_metrics["balance"]), "overflow": float(metrics["overflow"])}
+            "loss": error(value, loss), "gradients": {jax.tree_util.keystr(path): value for path, value in leaves}}
+        if config.num_experts:
+            results[name] |= {"balance": error(metrics["balance"], want_metrics["balance"]),
+                              "overflow": float(metrics["overflow"])}
     print(json.dumps(results))
 
 

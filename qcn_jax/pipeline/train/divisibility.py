@@ -21,6 +21,9 @@ _DIMENSIONS = (
     ("num_attention_heads", "activation_heads"), ("num_attention_heads", "activation_heads", "activation_length"),
     ("num_key_value_heads", "kv_heads"),
     ("linear_num_value_heads", "activation_heads"), ("linear_num_key_heads", "activation_heads"),
+    ("intermediate_size", "mlp"),
+)
+_OF_EXPERTS = (
     ("num_experts", "expert"), ("moe_intermediate_size", "mlp"), ("shared_expert_intermediate_size", "mlp"),
 )
 
@@ -65,7 +68,7 @@ def _undivided(parallel: Parallel, what: str, size: int, *names: str) -> Iterato
 
 
 def _model(model: ModelConfig, parallel: Parallel) -> Iterator[str]:
-    for field, *names in _DIMENSIONS:
+    for field, *names in (*_DIMENSIONS, *_OF_EXPERTS) if model.num_experts else _DIMENSIONS:
         yield from _undivided(parallel, f"--config.model.{field}", getattr(model, field), *names)
     # Attention heads of a device are whole groups of a key/value head, or a whole part of one.
     heads = ("activation_heads", "activation_length")

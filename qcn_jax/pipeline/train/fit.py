@@ -35,7 +35,7 @@ def make_trainer(model: ModelConfig, config: TrainConfig, parallel: Parallel | N
         raise UserError(f"--config.{field}.accumulate: {config.accumulate} does not divide {config.rows} rows")
     network, mtp = Qwen3Next(model, parallel=parallel), (config.mtp_coef, config.mtp_steps)
     loss = losses.language_model_loss(network, *mtp)
-    whole = losses.routing(network, *mtp) if model.router_aux_loss_coef else None
+    whole = losses.routing(network, *mtp) if model.num_experts and model.router_aux_loss_coef else None
     shape = BatchShape(config.accumulate, config.rows // config.accumulate, config.sequence_length)
     return Trainer.build(model, loss, config.optimizer, config.steps, shape, parallel, field=field,
                          mtp=config.mtp_coef > 0, whole=whole)

@@ -19,7 +19,7 @@ class TokenFlops:
     delta_rule: float
     attention_projections: float
     attention: float
-    experts: float
+    experts: float  # or the MLP of a model without them
     router: float
     head: float
 
@@ -51,13 +51,15 @@ def token_flops(config: ModelConfig, context: int, mtp: bool = False) -> TokenFl
     values = config.linear_num_value_heads * config.linear_value_head_dim
     qkvz, ba, out = width * (2 * keys + 2 * values), width * 2 * config.linear_num_value_heads, values * width
     queries, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    expert_width = (config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size)
+    inner = config.intermediate_size
+    if config.num_experts:
+        inner = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
     return TokenFlops(
         delta_projections=2.0 * linear * (qkvz + ba + out),
         delta_rule=linear * _delta_rule(config),
         attention_projections=2.0 * (full * width * (2 * queries + 2 * shared + queries) + extra * 2 * width * width),
         attention=full * 2.0 * 2 * queries * context / 2,
-        experts=2.0 * layers * 3 * width * expert_width,
+        experts=2.0 * layers * 3 * width * inner,
         router=2.0 * layers * width * config.num_experts,
         head=2.0 * (1 + extra) * width * config.vocab_size,
     )

@@ -63,6 +63,15 @@ def routing(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1) -> Callable[[
     return lambda params, batch: _apply(model, params, batch, drafts).aux
 
 
+def _balance(routed: RouterStatistics, batch: Batch) -> dict[str, jax.Array]:
+    """The balance loss of a batch, or a slice's share of it, and what it is to keep small."""
+    whole, fraction = batch.get("whole"), batch["fraction"]
+    balance = fraction * balance_loss(routed) if whole is None else balance_loss(routed, whole)
+    routed = routed if whole is None else whole
+    return {"balance": balance, "load_violation": fraction * jnp.max(max_violation(routed)),
+            "overflow": fraction * overflow(routed)}
+
+
 def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
                         ) -> Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]:
     """Next-token, router-balance and multi-token-prediction loss as the loss of train.step.make_step.
@@ -73,10 +82,10 @@ def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
       mtp_steps: tokens predicted ahead beyond the next; above one the block is fed its own output, as it is
         when it drafts.
     Returns:
-      (params, batch) -> (loss, {ce, accuracy, balance, load_violation, overflow[, mtp]}). ce and mtp are per weighted
-      token of the global batch (`batch["weight_sum"]`); balance equals top-k when the experts are balanced. What
-      depends on routing is that of the global batch where a slice is given its sums (`batch["whole"]`, of `routing`),
-      else a mean over slices.
+      (params, batch) -> (loss, {ce, accuracy[, balance, load_violation, overflow][, mtp]}), those in the middle of a
+      model with experts. ce and mtp are per weighted token of the global batch (`batch["weight_sum"]`); balance equals
+      top-k when the experts are balanced. What depends on routing is that of the global batch where a slice is given
+      its sums (`batch["whole"]`, of `routing`), else a mean over slices.
     """
     config, drafts = model.config, _drafts(model, mtp_coef, mtp_steps)
 
@@ -89,15 +98,10 @@ def language_model_loss(model: Any, mtp_coef: float = 0.0, mtp_steps: int = 1
         predict = lambda hidden, targets: over_vocabulary(predicted, kernels, hidden, targets, parallel=model.parallel)
         losses, right = predict(out.hidden, targets)
         ce = jnp.sum(weights * losses)
-        whole = batch.get("whole")
-        balance = batch["fraction"] * balance_loss(out.aux) if whole is None else balance_loss(out.aux, whole)
-        routed = out.aux if whole is None else whole
-        loss = ce + config.router_aux_loss_coef * balance
-        metrics = {
-            "ce": ce, "balance": balance, "accuracy": jnp.sum(weights * right),
-            "load_violation": batch["fraction"] * jnp.max(max_violation(routed)),
-            "overflow": batch["fraction"] * overflow(routed),
-        }
+        loss, metrics = ce, {"ce": ce, "accuracy": jnp.sum(weights * right)}
+        if out.aux is not None:
+            metrics |= _balance(out.aux, batch)
+            loss += config.router_aux_loss_coef * metrics["balance"]
         if drafts:
             metrics["mtp"] = sum(
                 jnp.sum(mtp_weights(weights, segments, step)

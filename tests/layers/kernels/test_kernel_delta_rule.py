@@ -34,10 +34,14 @@ SEGMENTS = {
     "packed": np.stack([np.searchsorted(ends, np.arange(T), side="right") for ends in BOUNDARIES]).astype(np.int32),
     "whole": np.zeros((B, T), np.int32),
 }
-WEIGHT = np.random.default_rng(5).standard_normal((B, T, H, R, DV)).astype(np.float32)
 STATE = np.random.default_rng(1).standard_normal((B, H, R, DK, DV)).astype(np.float32)
 # An interpreted kernel is a long program of small operations: compiling it well takes longer than running it badly.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def weight(*shape):
+    """Of outputs of this shape in the loss."""
+    return np.random.default_rng(5).standard_normal(shape).astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -71,7 +75,7 @@ def with_gradients(form, dtype=jnp.float32):
     def loss(q, k, v, g, beta, state, segments):
         q, k, v = (x.astype(dtype) for x in (q, k, v))
         out, final = gated_delta_rule(q, k, v, g, beta, state, segments, form.replace("gpu", "pallas"), CHUNK)
-        return jnp.sum(out * WEIGHT) + jnp.sum(final**2), (out, final)
+        return jnp.sum(out * weight(*out.shape)) + jnp.sum(final**2), (out, final)
 
     run = jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True), compiler_options=QUICK)
 
@@ -88,7 +92,7 @@ def definition(noise, q, k, v, g, beta, state, segments):
 
     def loss(*arrays):
         out, final = cases.rule(noise, *arrays, segments)
-        return jnp.sum(out * WEIGHT) + jnp.sum(final**2), (out, final)
+        return jnp.sum(out * weight(*out.shape)) + jnp.sum(final**2), (out, final)
 
     gradients, outputs = jax.grad(loss, argnums=range(6), has_aux=True)(q, k, v, g, beta, state)
     return outputs, gradients
@@ -106,6 +110,15 @@ def test_as_close_to_float64_as_rounding_allows(form, kind, documents):
     data = (*cases.inputs(kind, 4), STATE, SEGMENTS[documents])
     outputs, gradients = with_gradients(form)(*data)
     assert {x.dtype for x in (*outputs, *gradients)} == {jnp.dtype(jnp.float32)}
+    bounds(definition, *data).check((*outputs, *gradients), what=NAMES)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_other_numbers_of_value_heads_to_a_key_head(form, repeats):
+    state = np.random.default_rng(1).standard_normal((B, H, repeats, DK, DV)).astype(np.float32)
+    data = (*cases.inputs("random", 4, repeats=repeats), state, SEGMENTS["packed"])
+    outputs, gradients = with_gradients(form)(*data)
     bounds(definition, *data).check((*outputs, *gradients), what=NAMES)
 
 

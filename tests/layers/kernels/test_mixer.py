@@ -14,7 +14,6 @@ B, T, H, R, DK, DV, CHUNK, TAPS = 2, 75, 2, 2, 16, 24, 32, 4
 # A document's first outputs are nearly zero where q and k are nearly orthogonal, and the norm magnifies their rounding
 # without limit; a large eps sets one, so that bfloat16 can be held to a bound.
 EPS, LARGE_EPS = 1e-6, 0.05
-MIXED = 2 * DK + R * DV
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NAMES = ("qkvz", "kernel", "g", "beta", "weight")
 # Document starts around chunk edges and closer together than the taps of the convolution.
@@ -22,12 +21,13 @@ BOUNDARIES = ([1, 3, 31, 32, 48], [2, 33, 34, 64, T - 1])
 SEGMENTS = np.stack([np.searchsorted(ends, np.arange(T), side="right") for ends in BOUNDARIES]).astype(np.int32)
 
 
-def inputs(seed=0):
+def inputs(seed=0, repeats=R):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    g, beta = -np.log1p(np.exp(normal(B, T, H, R) - 1)), 1 / (1 + np.exp(-normal(B, T, H, R)))
-    return (normal(B, T, H * (MIXED + R * DV)), normal(TAPS, H, MIXED), g, beta, 1 + 0.3 * normal(DV)), normal(
-        B, T, H * R * DV)
+    g, beta = -np.log1p(np.exp(normal(B, T, H, repeats) - 1)), 1 / (1 + np.exp(-normal(B, T, H, repeats)))
+    mixed = 2 * DK + repeats * DV
+    return (normal(B, T, H * (mixed + repeats * DV)), normal(TAPS, H, mixed), g, beta, 1 + 0.3 * normal(DV)), normal(
+        B, T, H * repeats * DV)
 
 
 def as_kernel(eps, qkvz, kernel, g, beta, weight, segment_ids):
@@ -49,9 +49,11 @@ def with_gradients(mixer, eps, dtype=jnp.float32):
     return call
 
 
-@pytest.mark.parametrize("segments", [SEGMENTS, np.zeros_like(SEGMENTS)], ids=["packed", "whole"])
-def test_output_and_gradients(segments):
-    arrays, cotangent = inputs()
+@pytest.mark.parametrize("segments, repeats", [
+    (SEGMENTS, R), (np.zeros_like(SEGMENTS), R), (SEGMENTS, 1), (SEGMENTS, 3)],
+    ids=["packed", "whole", "one value head to a key head", "three"])
+def test_output_and_gradients(segments, repeats):
+    arrays, cotangent = inputs(repeats=repeats)
     y, gradients = with_gradients(as_kernel, EPS)(*arrays, segments, cotangent)
     expected, expected_gradients = with_gradients(by_parts, EPS)(*arrays, segments, cotangent)
     assert y.shape == expected.shape and y.dtype == expected.dtype
