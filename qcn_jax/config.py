@@ -324,6 +324,8 @@ class RunConfig:
     name: str = "nano"
     seed: Annotated[int, Within(at_least=0, below=2**31)] = 0
     init: str = "base"  # random, a Hugging Face folder, base (the packaged one) or the package.module:OBJECT of one
+    # What becomes of an encoder of images that the initial checkpoint has: it is in every stage's model, or in none.
+    vision: Annotated[str, OneOf("keep", "drop")] = "keep"
     sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"  # auto, docker or local
     workers: Positive = 2  # environment workers
     pool: Pool = "process"  # where they run: process (this machine) or ray (a cluster)

@@ -175,7 +175,7 @@ def succeeding(values: Mapping[str, Any], earlier: Mapping[str, Any], within: bo
     """A config.json with a text model's `values`, and what they do not say from the folder that it came from.
 
     Args:
-      values: of `config_to_hf`.
+      values: of `config_to_hf`, and special ids where the earlier folder has none.
       earlier: that folder's config.json.
       within: keep all that is beside the text model, where it `is_within`; otherwise special ids alone are kept.
     """
@@ -187,9 +187,10 @@ def succeeding(values: Mapping[str, Any], earlier: Mapping[str, Any], within: bo
         ids = {name: part[name] for part in (outer, text) for name in _IDS if name in part}
         return values | ids
     steps = {kind.steps: 0 for kind in _KINDS.values() if kind.steps in text}
-    inner = {name: value for name, value in values.items() if name != "architectures"}
+    inner = {name: value for name, value in values.items() if name not in ("architectures", *_IDS)}
+    ids = {name: values[name] for name in _IDS if name in values}
     shared = {name: values[name] for name in ("tie_word_embeddings", "dtype")}
-    return {**outer, **shared, "text_config": {**text, **steps, **inner}}
+    return {**outer, **shared, "text_config": {**ids, **text, **steps, **inner}}
 
 
 def layer_types(layers: int, interval: int) -> list[str]:

@@ -90,7 +90,7 @@ def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
         files.write_json(folder / CONFIG_FILE, values | ids)
     else:
         earlier = read_object(pathlib.Path(source) / CONFIG_FILE)
-        files.write_json(folder / CONFIG_FILE, succeeding(values, earlier, within))
+        files.write_json(folder / CONFIG_FILE, succeeding(values | ids, earlier, within))
         for name in (*COMPANIONS, *(_OF_VISION if within else ())):
             if files.is_file(pathlib.Path(source) / name):
                 shutil.copyfile(pathlib.Path(source) / name, folder / name)

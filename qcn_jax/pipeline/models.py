@@ -48,6 +48,27 @@ def load(context: StageContext, name: str, parallel: Parallel | None = None) -> 
     return read(context.model_path(name), context.config.model, parallel)
 
 
+def save(context: StageContext, start: str, folder: pathlib.Path, model: ModelConfig, params: Any) -> None:
+    """Writes a stage's model with the run's tokenizer; every process must call it.
+
+    What the folder that the stage began from holds beside text weights goes along: its tokenizer's files and chat
+    template as they are, and an encoder of images unless `config.vision` says drop.
+
+    Args:
+      context: of the stage.
+      start: the model that it began from, as `load` calls it.
+      folder: to write.
+      model, params: what to write.
+
+    Raises:
+      UserError: see `hub.save`.
+    """
+    source = context.model_path(start) if start != "base" else None
+    if source is None and context.config.init != "random":
+        source = initial_folder(context.config)
+    hub.save(folder, model, params, context.tokenizer(), source=source, with_vision=context.config.vision == "keep")
+
+
 def read(folder: pathlib.Path, computed: ModelConfig, parallel: Parallel | None = None
          ) -> tuple[ModelConfig, dict[str, Any]]:
     """`load` of a folder: its architecture and weights, with the COMPUTE_FIELDS of `computed`."""

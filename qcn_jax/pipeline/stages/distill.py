@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qcn_jax import hub
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import DistillConfig, ModelConfig, RunConfig
 from qcn_jax.inference.engine import Engine
@@ -228,7 +227,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     episodes.say_where(parallel, context.log)
     result = trainer.run(context.workdir, jax.tree.map(jnp.array, params), feed, config.updates, config,
                          log=context.log, line=_line, frozen=tuple(teachers.values())[: trainer.frozen])
-    hub.save(context.model_path("unified"), trainer.model, result.state.params, encoder.tokenizer)
+    models.save(context, "sft", context.model_path("unified"), trainer.model, result.state.params)
     rows = read_metrics(context.workdir / "metrics.jsonl")
     first, last = rows[0], rows[-1]
     line = f"{config.loss} {first['loss']:.4g} to {last['loss']:.4g}, same choice at {last['agreement']:.1%} of tokens"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qcn_jax import files, hub
+from qcn_jax import files
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
 from qcn_jax.inference.engine import Engine
@@ -82,7 +82,7 @@ def _train_expert(context: StageContext, expert: Expert, params: Any, engine: En
     frozen = (trainer.place_params(params),) * trainer.frozen
     result = trainer.run(directory, jax.tree.map(jnp.array, params), feed, config.updates, config, log=log, line=_line,
                          frozen=frozen)
-    hub.save(directory / "model", trainer.model, result.state.params, encoder.tokenizer)
+    models.save(context, "sft", directory / "model", trainer.model, result.state.params)
     rows = read_metrics(directory / "metrics.jsonl")
     return {
         "seconds": round(sum(max(row["seconds_per_step"], row["seconds_rollout"]) for row in rows), 2),

@@ -61,10 +61,11 @@ def run_stage(context: StageContext) -> dict[str, Any]:
                    for number, (_, config) in enumerate(phases)]
     firsts = [0, *(last for last, _ in phases)]
     results = fit.fit(
-        context.workdir, context.model_path("midtrain"),
+        context.workdir,
         [fit.Phase(trainer, functools.partial(_batches, config, mixture, number), config.midtrain.train, first, last)
          for number, (trainer, mixture, first, (last, config)) in enumerate(zip(trainers, sources, firsts, phases))],
-        lambda parallel: models.initial(context.config, parallel)[1], tokenizer=tokenizer, log=context.log)
+        lambda parallel: models.initial(context.config, parallel)[1],
+        save=functools.partial(models.save, context, "base", context.model_path("midtrain")), log=context.log)
     shares = {source.name: source.share for source in sources[-1]}
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     return results | {

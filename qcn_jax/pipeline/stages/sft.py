@@ -8,6 +8,7 @@ there the failed edits are the search.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections import Counter
@@ -53,7 +54,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
             write_documents(context, folder)
         documents, summary = loader.TokenStore(folder), files.read_json(folder / SUMMARY)
     results = _train(context, documents, context.config.sft.train.steps, context.workdir,
-                     context.model_path("midtrain"), context.model_path("sft"), context.config.seed)
+                     "midtrain", "sft", context.config.seed)
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     line = f"{summary['trajectories']} verified trajectories, {results['steps']} steps, {ending}"
     return results | summary | {"line": line}
@@ -90,8 +91,7 @@ def train_control(context: StageContext, steps: int, directory: pathlib.Path) ->
       fit's results and `seconds`, of steps alone.
     """
     documents = loader.TokenStore(context.root / "sft" / DOCUMENTS)
-    results = _train(context, documents, steps, directory, context.model_path("sft"),
-                     context.model_path("sft_control"), context.config.seed + CONTROL_SEED)
+    results = _train(context, documents, steps, directory, "sft", "sft_control", context.config.seed + CONTROL_SEED)
     return results | {"seconds": results["seconds_per_step"] * steps}
 
 
@@ -135,12 +135,12 @@ def _failed(trajectory: Trajectory, weights: np.ndarray) -> np.ndarray:
 
 
 def _train(context: StageContext, documents: loader.TokenStore, steps: int, directory: pathlib.Path,
-           start: pathlib.Path, out: pathlib.Path, seed: int) -> dict[str, Any]:
+           start: str, out: str, seed: int) -> dict[str, Any]:
     config = context.config
     train = dataclasses.replace(config.sft.train, steps=steps)
     trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
     batches = lambda: loader.batches([loader.Source("trajectories", documents, 1.0)], rows=train.rows,
                                      length=train.sequence_length, seed=seed)
-    return fit.fit(directory, out, [fit.Phase(trainer, batches, train, 0, steps)],
-                   lambda parallel: models.read(start, config.model, parallel)[1], tokenizer=context.tokenizer(),
-                   log=context.log)
+    return fit.fit(directory, [fit.Phase(trainer, batches, train, 0, steps)],
+                   lambda parallel: models.load(context, start, parallel)[1],
+                   save=functools.partial(models.save, context, start, context.model_path(out)), log=context.log)

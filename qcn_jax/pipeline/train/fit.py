@@ -8,8 +8,6 @@ from typing import Any
 import grain
 import jax
 
-from qcn_jax import hub
-from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig, TrainConfig
 from qcn_jax.errors import UserError
 from qcn_jax.model import Qwen3Next
@@ -64,19 +62,19 @@ class Phase:
                 "sequence_length": self.config.sequence_length}
 
 
-def fit(directory: pathlib.Path, out: pathlib.Path, phases: Sequence[Phase],
-        params: Callable[[Parallel | None], Any], *, tokenizer: Tokenizer, log: Callable[[str], None]
-        ) -> dict[str, Any]:
-    """Trains through all phases and writes the weights to `out`; resumes from `directory`'s checkpoint.
+def fit(directory: pathlib.Path, phases: Sequence[Phase], params: Callable[[Parallel | None], Any], *,
+        save: Callable[[ModelConfig, Any], None], log: Callable[[str], None]) -> dict[str, Any]:
+    """Trains through all phases and saves the weights; resumes from `directory`'s checkpoint.
 
     A phase takes up the state that the one before it has saved, laid out anew where its mesh is another one; so it
     goes on alike whether the process is the same or a new one.
 
     Args:
       directory: metrics.jsonl and checkpoints/.
-      out: folder of the final weights, in Hugging Face form with `tokenizer`.
       phases: in order; the position in the batches of the one under way is part of the checkpoint.
       params: mesh -> the initial parameters laid out on it; donated.
+      save: is given the model and its final parameters.
+      log: gets a line of progress.
     Returns:
       JSON-ready results: steps, tokens, loss and its parts at the end, seconds_per_step (without
       compilation), packing statistics and the mesh of the last phase, and the phases where there are several.
@@ -95,7 +93,7 @@ def fit(directory: pathlib.Path, out: pathlib.Path, phases: Sequence[Phase],
         result = None  # the devices do not hold the state of the phase before beside its own from the disk
         result = trainer.run(directory, start, loop.Stream(batches, trainer.place), phase.last, phase.config, log=log,
                              first=phase.first)
-    hub.save(out, trainer.model, result.state.params, tokenizer)
+    save(trainer.model, result.state.params)
     shapes = [phase.results() for phase in phases]
     return {
         "steps": phases[-1].last,

@@ -79,10 +79,10 @@ def fingerprint(lowered) -> str:
 
 def main():
     """Runs the stages in the folder QCN_TEST_DIRECTORY and prints what `run` returns, as JSON."""
-    print(json.dumps(run(pathlib.Path(os.environ["QCN_TEST_DIRECTORY"]))))
+    print(json.dumps(run(pathlib.Path(os.environ["QCN_TEST_DIRECTORY"]), make_config())))
 
 
-def run(root: pathlib.Path):
+def run(root: pathlib.Path, config):
     """{"ran", "compiles": {"stage number of its step": hash}, "shapes": {same: compilations}, "results": {stage: ...}}."""
     import jax
     import numpy as np
@@ -97,7 +97,6 @@ def run(root: pathlib.Path):
     from qcn_jax.pipeline.train import trainer
     from tests.pipeline.stages.test_midtrain import _context
 
-    config = make_config()
     ran, steps, made, make_step = {}, {}, [], trainer.make_step
 
     def watched(*arguments):
