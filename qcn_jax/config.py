@@ -61,8 +61,7 @@ class ModelConfig:
     and changes no function of the weights beyond rounding.
     """
 
-    # Which names and order weights have in files (hub.layout); qwen3_5_text is dense, the others have experts.
-    model_type: Annotated[str, OneOf("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")] = "qwen3_next"
+    model_type: Annotated[str, OneOf("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")] = "qwen3_next"  # see hub.layout
     vocab_size: Positive = 151_936
     hidden_size: Positive = 2048
     num_hidden_layers: Positive = 48
@@ -78,8 +77,8 @@ class ModelConfig:
     linear_num_value_heads: Positive = 32
     linear_value_head_dim: Positive = 128
     linear_conv_kernel_dim: Positive = 4
-    intermediate_size: Count = 0  # width of the MLP of a model without experts
-    num_experts: Count = 512  # 0: every layer has an MLP instead
+    intermediate_size: Count = 0  # of the MLP of qwen3_5_text, which has no experts
+    num_experts: Count = 512
     num_experts_per_tok: Positive = 10
     norm_topk_prob: bool = True
     moe_intermediate_size: Positive = 512
@@ -94,8 +93,7 @@ class ModelConfig:
     param_dtype: Dtype = "float32"
     remat: RematPolicy = "none"  # a policy name of layers.remat: none, full, ...
     scan_layers: bool = True  # one compiled layer for all; False: each apart, which saves copies (few layers on a CPU)
-    # chunked (XLA), recurrent (one step at a time) or pallas (TPU, NVIDIA GPU)
-    delta_rule: Annotated[str, OneOf("chunked", "recurrent", "pallas")] = "chunked"
+    delta_rule: Annotated[str, OneOf("chunked", "recurrent", "pallas")] = "chunked"  # XLA, token by token, TPU or GPU
     chunk_size: Positive = 64  # pallas: best 128 on a TPU, at most 64 on a GPU
     attention: Annotated[str, OneOf("xla", "splash")] = "xla"  # xla or splash (TPU)
     moe: MoeBackend = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
@@ -324,8 +322,7 @@ class RunConfig:
     name: str = "nano"
     seed: Annotated[int, Within(at_least=0, below=2**31)] = 0
     init: str = "base"  # random, a Hugging Face folder, base (the packaged one) or the package.module:OBJECT of one
-    # What becomes of an encoder of images that the initial checkpoint has: it is in every stage's model, or in none.
-    vision: Annotated[str, OneOf("keep", "drop")] = "keep"
+    vision: Annotated[str, OneOf("keep", "drop")] = "keep"  # what becomes of an encoder of images
     sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"  # auto, docker or local
     workers: Positive = 2  # environment workers
     pool: Pool = "process"  # where they run: process (this machine) or ray (a cluster)
