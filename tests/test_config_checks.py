@@ -74,7 +74,8 @@ FIELDS = [
     ("model__num_key_value_heads", 0, "at least 1"),
     ("model__linear_num_key_heads", 0, "at least 1"),
     ("model__linear_conv_kernel_dim", 0, "at least 1"),
-    ("model__num_experts", 0, "at least 1"),
+    ("model__num_experts", -1, "at least 0"),
+    ("model__model_type", "qwen9", "qwen3_next, qwen3_5_moe_text, qwen3_5_text"),
     ("model__num_experts_per_tok", 0, "at least 1"),
     ("model__full_attention_interval", 0, "at least 1"),
     ("model__partial_rotary_factor", 1.5, "at most 1"),
@@ -156,6 +157,8 @@ FIELDS = [
 RULES = [
     (STAGES, {"model__num_key_value_heads": 2, "model__num_attention_heads": 3}, ["num_attention_heads: 3", "2"]),
     (STAGES, {"model__linear_num_key_heads": 4}, ["linear_num_value_heads: 2", "4"]),
+    (STAGES, {"model__num_experts": 0}, ["model.num_experts: 0", "model_type=qwen3_next above 0"]),
+    (STAGES, {"model__model_type": "qwen3_5_text"}, ["model.num_experts: 4; with model_type=qwen3_5_text 0"]),
     (STAGES, {"model__num_experts_per_tok": 5}, ["num_experts_per_tok: 5", "num_experts, 4"]),
     (STAGES, {"model__partial_rotary_factor": 1.0, "model__head_dim": 15}, ["model.head_dim: 15", "even"]),
     (STAGES, {"model__delta_rule": "pallas", "model__chunk_size": 24}, ["chunk_size: 24", "power of two"]),

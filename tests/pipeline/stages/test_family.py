@@ -1,6 +1,8 @@
 """All training stages begin from a folder of Qwen3.5's, dense or with experts, and leave folders that are whole."""
 
 import dataclasses
+import os
+import pathlib
 
 import jax
 import numpy as np
@@ -11,18 +13,16 @@ from qcn_jax import files, hub, testing
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import MeshConfig
 from qcn_jax.pipeline import models
-from qcn_jax.pipeline.experts import expert
-from qcn_jax.pipeline.stages import distill, experts, midtrain, sft
-from qcn_jax.pipeline.train import trainer
+from qcn_jax.pipeline.stages import midtrain
 from tests.pipeline.stages import on_devices
 
 pytestmark = pytest.mark.slow
 
 STAGES = ("midtrain", "sft", "experts/swe", "distill")
 CHANGES = {
-    "dense": dict(model_type="qwen3_5_text", num_experts=0, intermediate_size=24, tie_word_embeddings=True,
+    "qwen3_5_text": dict(num_experts=0, intermediate_size=24, tie_word_embeddings=True,
                   num_experts_per_tok=10, moe_intermediate_size=512, shared_expert_intermediate_size=512),
-    "experts": dict(model_type="qwen3_5_moe_text"),
+    "qwen3_5_moe_text": {},
 }
 
 
@@ -45,24 +45,31 @@ def whole_checkpoint(folder, config):
     return whole
 
 
-@pytest.mark.parametrize("kind, vision", [("dense", "keep"), ("experts", "drop")])
-def test_from_a_folder_through_every_stage(kind, vision, tmp_path, monkeypatch):
-    for module, names in ((sft, ("collect_trajectories", "encode")), (expert, ("TaskConversation",)),
-                          (experts, ("make_services", "training_prompts")), (trainer, ("make_step",)),
-                          (distill, ("make_services", "training_prompts"))):
-        for name in names:  # `on_devices.run` replaces them
-            monkeypatch.setattr(module, name, getattr(module, name))
+def child():
+    """Runs all stages in the folder QCN_TEST_DIRECTORY from the checkpoint in it, whose encoder they keep or drop."""
+    root, vision = pathlib.Path(os.environ["QCN_TEST_DIRECTORY"]), os.environ["QCN_TEST_VISION"]
     config = on_devices.make_config()
-    model = dataclasses.replace(config.model, **CHANGES[kind])
-    folder = whole_checkpoint(tmp_path, model)
     config = dataclasses.replace(
-        config, init=str(folder), model=model, vision=vision, mesh=MeshConfig(fsdp=1),
-        midtrain=dataclasses.replace(config.midtrain, phases=()))
-    root = tmp_path / "run"
+        config, init=str(root / "whole"), model=model_of(hub.load_config(root / "whole").model_type), vision=vision,
+        mesh=MeshConfig(fsdp=1), midtrain=dataclasses.replace(config.midtrain, phases=()),
+        experts=dataclasses.replace(config.experts, names=("swe",)))
     on_devices.run(root, config)
+
+
+def model_of(kind):
+    return dataclasses.replace(on_devices.make_config().model, model_type=kind, **CHANGES[kind])
+
+
+@pytest.mark.parametrize("kind, vision", [("qwen3_5_text", "keep"), ("qwen3_5_moe_text", "drop")])
+def test_from_a_folder_through_every_stage(kind, vision, tmp_path, monkeypatch, run_with_devices):
+    model = model_of(kind)
+    folder = whole_checkpoint(tmp_path, model)
+    monkeypatch.setenv("QCN_TEST_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("QCN_TEST_VISION", vision)
+    run_with_devices(child, 1)
     before = hub.load(folder)[1]
     for stage in STAGES:
-        saved = root / stage / "model"
+        saved = tmp_path / stage / "model"
         read, after = hub.load(saved)
         models.check_same(model, read, saved)
         assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -72,10 +79,10 @@ def test_from_a_folder_through_every_stage(kind, vision, tmp_path, monkeypatch):
         assert len(images) == (vision == "keep")
         if images:
             assert images["model.visual.pos_embed.weight"].rows(0, 3).tolist() == np.arange(12).reshape(3, 4).tolist()
-        kinds = {"keep": model.model_type.removesuffix("_text"), "drop": model.model_type}
+        kinds = {"keep": kind.removesuffix("_text"), "drop": kind}
         assert files.read_json(saved / "config.json")["model_type"] == kinds[vision]
     transformers = pytest.importorskip("transformers")
-    theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(root / "distill" / "model", output_loading_info=True)
+    theirs, notes = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not any(notes.values())
     state = theirs.state_dict()
     np.testing.assert_array_equal(state["model.norm.weight"].float().numpy(), np.asarray(after["norm"]["weight"]))
