@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         if cfg.num_experts:
             y, statistics = SparseBlock(cfg, name="mlp")(normed, context.valid, context.parallel)
         else:
-            y = SwiGLU(cfg, cfg.intermediate_size, name="mlp")(normed, context.parallel)
+            y = SwiGLU(cfg, cfg.intermediate_size, name="mlp")(normed, context.whole_parallel)
         return _laid_out(x + y, context), (statistics, cache)
 
 
