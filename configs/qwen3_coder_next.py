@@ -2,6 +2,7 @@
 
     qcn compile --config=configs/qwen3_coder_next.py:v5p-128
     qcn compile --config=configs/qwen3_coder_next.py:v5p-512 --stage=midtrain --phase=2
+    qcn compile --config=configs/qwen3_coder_next.py:v5p-128 --stage=rollout
     qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
 `qcn run` is given on every host of the pod, with a workdir that all of them see. The argument is a pod, named by its
@@ -22,6 +23,7 @@ from qcn_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PhaseConfig,
+    RolloutConfig,
     RunConfig,
     SftConfig,
     TrainConfig,
@@ -38,6 +40,7 @@ PODS = {
     "tpu7x-128": ("tpu7x:4x4x4", 128),
 }
 EXPERT = 16
+SLOTS = {"v5p-128": 16, "v5p-512": 16, "v5e-256": 1, "v6e-256": 4, "tpu7x-128": 16}  # sequences of a device
 # Mid-training's row length, and over how many devices a row is split, so that each holds about 8,192 tokens (32,768 of
 # the longest rows where the pod has too few devices for its experts otherwise).
 LENGTHS = {"8k": (8192, 1), "32k": (32_768, 4), "262k": (262_144, 16)}
@@ -77,6 +80,8 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
         phases = (PhaseConfig(steps=STEPS - LONG_STEPS),
                   PhaseConfig(steps=LONG_STEPS, sequence_length=longest, rows=fewer,
                               mesh={"fsdp": split.fsdp, "expert": split.expert, "context": split.context}))
+    acting = RolloutConfig(max_turns=300, max_new_tokens=2048, max_length=short, slots=SLOTS[pod] * PODS[pod][1],
+                           prefill_rows=PODS[pod][1], prefill_chunk=512)
     optimizer = OptimizerConfig(learning_rate=3e-5, warmup_steps=500, master_copy=True)
     gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)
     train = lambda steps, rows, length, optimizer: TrainConfig(
@@ -89,6 +94,6 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
         mesh=mesh,
         midtrain=MidtrainConfig(train=train(STEPS, rows, tokens, optimizer), phases=phases),
         sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),
-        experts=ExpertsConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle),
-        distill=DistillConfig(updates=300, rows=rows, sequence_length=short, optimizer=gentle),
+        experts=ExpertsConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle, rollout=acting),
+        distill=DistillConfig(updates=300, rows=rows, sequence_length=short, optimizer=gentle, rollout=acting),
     ))

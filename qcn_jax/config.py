@@ -236,7 +236,9 @@ class RolloutConfig:
     max_turns: Positive = 8
     max_new_tokens: Positive = 64  # per turn
     max_length: Positive = 1024  # tokens of one episode
-    slots: Positive = 64  # episodes generated side by side
+    slots: Positive = 64  # episodes generated side by side, over all devices
+    prefill_rows: Positive = 16  # of them whose prompts and answers one call takes in, likewise
+    prefill_chunk: Positive = 64  # tokens of each of those
 
 
 @dataclasses.dataclass(frozen=True)

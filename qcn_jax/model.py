@@ -4,6 +4,7 @@ Forward, prefill and decode are one path: `apply` with a cache appends to it, wi
 Shapes: B batch, T tokens, D width, V vocabulary, E experts, L layers.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from qcn_jax.decoder import Block, DecoderLayer, add_layer_axis, join_layers, li
 from qcn_jax.errors import UserError
 from qcn_jax.layers.attention import init_attention_cache
 from qcn_jax.layers.cache import Cache, init_cache
-from qcn_jax.layers.context import TokenContext, segment_positions
+from qcn_jax.layers.context import TokenContext, document_ids, segment_positions
 from qcn_jax.layers.dense import Kernel, dense, normal_init
 from qcn_jax.layers.embedding import sharded_lookup
 from qcn_jax.layers.norm import RMSNorm
@@ -165,7 +166,9 @@ class Qwen3Next(nn.Module):
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """As Linen's. Without `config.scan_layers` a pass that has no cache takes the stacked layers apart first."""
-        if self.unrolled or self.config.scan_layers or kwargs.get("cache") is not None or "method" in kwargs:
+        names = inspect.signature(self.__call__).parameters
+        given = dict(zip(names, args)) | kwargs
+        if self.unrolled or self.config.scan_layers or given.get("cache") is not None or "method" in kwargs:
             return super().apply(variables, *args, **kwargs)
         variables = {**variables, "params": unroll(self.config, variables["params"])}
         return self.clone(unrolled=True).apply(variables, *args, **kwargs)
@@ -214,6 +217,8 @@ class Qwen3Next(nn.Module):
             if segment_ids is not None:
                 raise ValueError("segment_ids cannot be given with a cache; use lengths for right padding")
             start = cache.length
+        if segment_ids is not None:
+            segment_ids = document_ids(segment_ids)
         if positions is None:
             if segment_ids is not None:
                 positions = segment_positions(segment_ids)
@@ -278,8 +283,8 @@ def head_kernel(config: ModelConfig, params: Any) -> Array:
     return params["lm_head"]["kernel"]
 
 
-def _abstract(config: ModelConfig) -> Any:
-    model = Qwen3Next(config)
+def _abstract(config: ModelConfig, unrolled: bool = False) -> Any:
+    model = Qwen3Next(config, unrolled)
     initialise = lambda rng, tokens: nn.Module.init(model, rng, tokens)["params"]
     return jax.eval_shape(initialise, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
@@ -294,14 +299,14 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def logical_axes(config: ModelConfig) -> Any:
-    """The parameter tree with a tuple of logical axis names in place of each array.
+def logical_axes(config: ModelConfig, unrolled: bool = False) -> Any:
+    """The parameter tree, stacked or `unrolled`, with a tuple of logical axis names in place of each array.
 
     Names: vocab, embed, heads, kv_heads, head_dim, conv, router, expert, mlp, shared_gate, mtp_in, and the
     stacking axes blocks and layers.
     """
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    return jax.tree.map(lambda leaf: tuple(leaf.names), _abstract(config), is_leaf=is_box)
+    return jax.tree.map(lambda leaf: tuple(leaf.names), _abstract(config, unrolled), is_leaf=is_box)
 
 
 def unroll(config: ModelConfig, params: Any) -> Any:

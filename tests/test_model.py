@@ -14,6 +14,7 @@ from qcn_jax.config import ModelConfig, from_config_dict
 from qcn_jax.errors import UserError
 from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
 from qcn_jax.model import Qwen3Next, abstract_params, logical_axes, parameter_count, unroll
+from qcn_jax.pipeline.train.losses import mtp_weights
 
 SMALL = ModelConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -85,6 +86,20 @@ def test_packed_equals_separate():
             start += part
 
 
+def test_an_id_that_comes_again_is_another_document():
+    tokens = random_tokens(2, 12)
+    again = jnp.asarray([[1, 1, 2, 2, 1, 1, 1, 2, 1, 1, 2, 2], [1, 1, 0, 1, 1, 0, 0, 1, 2, 1, 0, 0]], jnp.int32)
+    apart = jnp.asarray([[1, 1, 2, 2, 3, 3, 3, 4, 5, 5, 6, 6], [1, 1, 0, 2, 2, 0, 0, 3, 4, 5, 0, 0]], jnp.int32)
+    ahead = jnp.roll(tokens, -1, axis=1)
+    ours, right = (run(VARIABLES, tokens, segment_ids=ids, mtp_tokens=ahead) for ids in (again, apart))
+    real = np.asarray(again) > 0
+    for a, b in ((ours.logits, right.logits), (ours.mtp_hidden[0], right.mtp_hidden[0])):
+        np.testing.assert_array_equal(np.asarray(a)[real], np.asarray(b)[real])
+    for step in range(3):
+        weights = jnp.ones(again.shape)
+        np.testing.assert_array_equal(mtp_weights(weights, again, step)[real], mtp_weights(weights, apart, step)[real])
+
+
 def test_left_padding_equals_none():
     tokens = random_tokens(2, 44, seed=1)
     expected = run(VARIABLES, tokens, segment_ids=jnp.ones_like(tokens), mtp_tokens=tokens)
@@ -141,6 +156,25 @@ def test_cache_slots_fork_move_and_reset(unrolled):
     out = append(variables, piece, cache=moved)
     for row, want in enumerate([expected.logits[0, 16:32], expected.logits[0, 16:32], expected.logits[1, :16]]):
         assert np.abs(out.logits[row] - want).max() < 2e-5
+
+
+def test_what_outgrows_the_cache_is_nan_and_its_neighbours_are_not():
+    tokens, cache = random_tokens(2, 8), MODEL.init_cache(2, 8)
+    out = run(VARIABLES, tokens, cache=cache, lengths=jnp.asarray([8, 4]))
+    assert np.isfinite(out.logits).all()
+    out = run(VARIABLES, tokens[:, :4], cache=out.cache, lengths=jnp.asarray([1, 4]))
+    assert np.isnan(out.logits[0, 0]).all() and np.isfinite(out.logits[1]).all()
+    with pytest.raises(ValueError, match="9 tokens for a cache of 8 a sequence"):
+        MODEL.apply(VARIABLES, random_tokens(2, 9), cache=cache)
+
+
+def test_a_cache_given_by_position_is_used():
+    apart = Qwen3Next(dataclasses.replace(SMALL, scan_layers=False))
+    tokens = random_tokens(1, 4)
+    by_name = apart.apply(VARIABLES, tokens, cache=apart.init_cache(1, 8))
+    by_position = apart.apply(VARIABLES, tokens, None, None, apart.init_cache(1, 8))
+    jax.tree.map(np.testing.assert_array_equal, by_name, by_position)
+    assert int(by_position.cache.length[0]) == 4
 
 
 def test_key_limit_changes_nothing_it_should_not():

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -26,6 +26,10 @@ from qcn_jax.config import TRAINING, RunConfig, from_config_dict, training_setti
 from qcn_jax.config_phases import of_phase
 from qcn_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from qcn_jax.sharding.parallel import Parallel
+
+ROLLOUT = "rollout"
 DOES_NOT_FIT = 3  # exit status of a program that compiled, or nearly, but is too large
 _GIB = 2**30
 
@@ -38,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
                         "Default: the config's (config.topology).", flag_values=values)
     flags.DEFINE_integer("slices", 1, "Slices of that topology, joined over the data center network; the mesh's data "
                          "axis must be a multiple.", flag_values=values, lower_bound=1)
-    flags.DEFINE_enum("stage", "midtrain", list(TRAINING), "Whose step to compile.", flag_values=values)
+    flags.DEFINE_enum("stage", "midtrain", [*TRAINING, ROLLOUT], "Whose step to compile; rollout: the engine's "
+                      "programs in stage experts.", flag_values=values)
     flags.DEFINE_integer("phase", 1, "Which of mid-training's phases (config.midtrain.phases), from 1.",
                          flag_values=values, lower_bound=1)
     flags.DEFINE_string("out", None, "File for the report as JSON.", flag_values=values)
@@ -48,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     topology = values.topology or settings.topology
     if not topology:
         raise UserError("--topology is required; this config names none")
-    config_checks.check_sizes(settings, [values.stage])
+    config_checks.check_sizes(settings, ["experts" if values.stage == ROLLOUT else values.stage])
     of_phase(settings, values.stage, values.phase)
     for flag in ("out", "dump"):
         if values[flag].value:
@@ -57,7 +62,13 @@ def main(argv: Sequence[str]) -> int:
     if values.out:
         files.write_json(values.out, report)
     print(render(report))
-    return 0 if report["memory"]["fits"] else DOES_NOT_FIT
+    return 0 if fits(report) else DOES_NOT_FIT
+
+
+def fits(report: dict[str, Any]) -> bool:
+    """Whether all programs of a report fit the chip's memory."""
+    found = report["programs"].values() if "programs" in report else [report]
+    return all(program["memory"]["fits"] for program in found)
 
 
 def compile_in_child(config: RunConfig, stage: str, topology: str, slices: int = 1, dump: str | None = None,
@@ -91,18 +102,19 @@ def compile_here(job: dict[str, Any]) -> dict[str, Any]:
     """Compiles the step that `job` describes, in this process; the report is JSON-ready."""
     from qcn_jax.compile import aot
     from qcn_jax.compile.stages import stage_step
-    from qcn_jax.model import parameter_count
     from qcn_jax.sharding.mesh import make_parallel
 
     config = of_phase(from_config_dict(RunConfig, job["config"]), job["stage"], job["phase"])
     devices = aot.topology_devices(job["topology"], job["slices"])
     parallel = make_parallel(config.mesh, devices)
+    if job["stage"] == ROLLOUT:
+        from qcn_jax.compile.rollout import compile_rollout
+
+        head = _head(config, job, parallel, len(devices))
+        return head | compile_rollout(config, parallel, job["topology"], job["dump"])
     step = stage_step(config, job["stage"], parallel)
-    head = {
-        "config": config.name, "stage": job["stage"], "phase": job["phase"], "topology": job["topology"],
-        "slices": job["slices"], "devices": len(devices),
-        "mesh": {axis: size for axis, size in parallel.mesh.shape.items() if size > 1},
-        "parameters": parameter_count(config.model), "tokens_per_device": step.tokens / len(devices),
+    head = _head(config, job, parallel, len(devices)) | {
+        "tokens_per_device": step.tokens / len(devices),
         "model_flops_per_device": step.model_flops / len(devices),
         "model_flops_by_part": {name: step.passes * step.tokens / len(devices) * value
                                 for name, value in dataclasses.asdict(step.flops).items()},
@@ -119,6 +131,15 @@ def compile_here(job: dict[str, Any]) -> dict[str, Any]:
     if not report["memory"]["fits"]:
         report["advice"] = advice(config, job["stage"], report)
     return report
+
+
+def _head(config: RunConfig, job: dict[str, Any], parallel: "Parallel", devices: int) -> dict[str, Any]:
+    from qcn_jax.model import parameter_count
+
+    return {"config": config.name, "stage": job["stage"], "phase": job["phase"], "topology": job["topology"],
+            "slices": job["slices"], "devices": devices,
+            "mesh": {axis: size for axis, size in parallel.mesh.shape.items() if size > 1},
+            "parameters": parameter_count(config.model)}
 
 
 def advice(config: RunConfig, stage: str, report: dict[str, Any]) -> list[str]:
@@ -162,11 +183,15 @@ def _fewer_tokens(group: str, settings: Any, mesh: dict[str, int], heads: int) -
 
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
+    where = (f"{report['config']} {report['stage']} on {report['slices']} x {report['topology']} ({report['devices']} "
+             f"devices, mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())})")
+    if "programs" in report:
+        from qcn_jax.compile import rollout
+
+        return "\n".join([where, *rollout.render(report)])
     memory, gib = report["memory"], lambda n: f"{n / _GIB:8.2f} GiB"
     lines = [
-        f"{report['config']} {report['stage']} on {report['slices']} x {report['topology']} ({report['devices']} "
-        f"devices, mesh {' x '.join(f'{axis} {size}' for axis, size in report['mesh'].items())})",
-        f"{report['parameters']:,} parameters, {report['tokens_per_device']:,.0f} tokens per device and step",
+        where, f"{report['parameters']:,} parameters, {report['tokens_per_device']:,.0f} tokens per device and step",
         "", "HBM per device",
     ]
     lines += [f"  {name:<28}{gib(size)}" for name, size in memory["arguments_by_kind"].items()]

@@ -8,8 +8,8 @@ is WORKDIR/report/index.html, its numbers WORKDIR/report/summary.json.
   qcn run --config=configs/nano.py --workdir=runs/other --config.sft.train.steps=300 --config.sandbox=local
 
 On several hosts give every process the same command, with a WORKDIR that all see, and on TPU pods nothing more;
-elsewhere --coordinator=HOST:PORT --processes=N --process_id=I. Stages midtrain and sft run on several hosts, the others
-on one. Where a process ends, so do all, within some 90 seconds; the same command given to all again resumes.
+elsewhere --coordinator=HOST:PORT --processes=N --process_id=I. Where a process ends, so do all, within some 90 seconds;
+the same command given to all again resumes.
 """
 
 import os

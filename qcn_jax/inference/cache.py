@@ -10,7 +10,7 @@ from qcn_jax.layers.cache import Cache
 Array = jax.Array
 
 
-def _batch_axis(path: tuple[Any, ...]) -> int:
+def batch_axis(path: tuple[Any, ...]) -> int:
     """Position of the sequence axis, which the leading layer axes of a stacked entry push back."""
     names = [entry.key for entry in path]
     if names[0] == "blocks":
@@ -19,7 +19,7 @@ def _batch_axis(path: tuple[Any, ...]) -> int:
 
 
 def _map(function: Any, *trees: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_batch_axis(path), *leaves), *trees)
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(batch_axis(path), *leaves), *trees)
 
 
 def cache_take(cache: Cache, indices: Array) -> Cache:
@@ -41,14 +41,11 @@ def cache_put(cache: Cache, indices: Array, update: Cache) -> Cache:
 def cache_reset(cache: Cache, reset: Array) -> Cache:
     """`cache` with the sequences where `reset` [B] is True empty again.
 
-    Keys and values stay: what lies beyond a sequence's length is never read.
+    Keys and values are cleared as well: attention multiplies what lies beyond a sequence's length by zero, and zero
+    times a NaN that an earlier sequence left there is NaN.
     """
 
     def clear(axis: int, x: Array) -> Array:
         return jnp.where(reset.reshape((1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)), jnp.zeros((), x.dtype), x)
 
-    def clear_recurrent(path: tuple[Any, ...], x: Array) -> Array:
-        return x if path[-1].key in ("k", "v") else clear(_batch_axis(path), x)
-
-    layers = jax.tree_util.tree_map_with_path(clear_recurrent, cache.layers)
-    return Cache(jnp.where(reset, 0, cache.length), layers)
+    return Cache(jnp.where(reset, 0, cache.length), _map(clear, cache.layers))

@@ -8,27 +8,31 @@ compiled once more each time the longest sequence outgrows the part of the cache
 
 What a slot generates depends on its tokens, its seed and the weights, not on the other slots (but for rounding:
 longer neighbours may make attention read more of the empty cache). Weights are an argument of the compiled
-functions: `engine.params = new` costs nothing.
+functions: on one device `engine.params = new` costs nothing, on a mesh one change of layout.
+
+Over several devices every part of the placement has slots of its own, and prefill rows for them. Over several hosts the
+engine is one program: every host has slots of its own and calls the same methods in the same order, with what concerns
+its slots, be it nothing.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
-from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
-from qcn_jax.inference.sampling import Sampling, sample
-from qcn_jax.model import Qwen3Next, unroll
+from qcn_jax.inference.placement import Placement, acting
+from qcn_jax.inference.programs import STOP_IDS, Programs
+from qcn_jax.inference.sampling import Sampling
+from qcn_jax.model import Qwen3Next
+from qcn_jax.sharding.parallel import Parallel
 
 FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
 UNROLL_BYTES = 1 << 30  # parameters up to this size are also kept layer by layer
 NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinity, or overflow its dtype"
-STOP_IDS = 8  # stop ids are padded to a multiple of this, so that their number is not part of the compiled shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Engine:
 
     Usual course: `reset` slots, `extend` one with a prompt, `fork` it to the others of its group, `generate`,
     `extend` with what the environment answered, `generate` again.
+
+    Attributes:
+      slots: of this host; methods take their numbers.
+      parts: how many parts of as many slots these are; only slots of one part can be copies of one another.
     """
 
     def __init__(
@@ -67,104 +75,95 @@ class Engine:
         prefill_chunk: int = 64,
         unrolled: bool | None = None,
         drawable: np.ndarray | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
         Args:
           config: the model's configuration.
           params: its parameter tree.
-          slots: N, sequences held at a time.
+          slots: N, sequences held at a time, over all hosts; rounded up to the same number on every device.
           max_length: tokens a slot can hold, prompt and answers together.
           max_new_tokens: M, the most that one `generate` call can give a slot.
           stop_ids: tokens that end a turn.
-          prefill_rows: P, slots that one prefill call works on.
+          prefill_rows: P, slots that one prefill call works on, over all hosts; rounded up likewise.
           prefill_chunk: C, tokens of each of them that it takes in.
           unrolled: compile every layer apart, which decodes faster (no copies of the weights and caches that a
             scan slices), compiles longer by the number of layers, and holds the weights twice. By default so
-            for small models.
+            for small models, and on a mesh.
           drawable: [V] bool, the ids that may be generated, e.g. those of the tokenizer; None for all.
+          parallel: the mesh to act on, with any rules; None is one device.
+
+        Raises:
+          ValueError: a size below 1.
+          UserError: devices of one tensor group that belong to several hosts.
         """
+        sizes = {"slots": slots, "max_length": max_length, "max_new_tokens": max_new_tokens,
+                 "prefill_rows": prefill_rows, "prefill_chunk": prefill_chunk}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: {size}, must be at least 1")
         self.config = config
-        if unrolled is None:
-            unrolled = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= UNROLL_BYTES
-        self._model = model = Qwen3Next(config, unrolled=unrolled)
-        self.params = params
-        self.slots = slots
+        if unrolled is None:  # on a mesh the engine holds weights of its own anyway
+            unrolled = parallel is not None or sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= UNROLL_BYTES
+        self._placement = place = Placement(None if parallel is None else acting(parallel, config))
+        self._model = Qwen3Next(config, unrolled, place.parallel)
+        self._own = -(-slots // place.parts)  # slots of a part
+        self.parts, self.slots = place.mine, self._own * place.mine
         self.max_length = max_length
         self.max_new_tokens = max_new_tokens
-        self._rows = min(prefill_rows, slots)
+        self._rows = min(-(-prefill_rows // place.parts), self._own)  # of a part
         self._chunk = min(prefill_chunk, max_length)
         self._stop = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
         self._stop[: len(stop_ids)] = stop_ids
-        drawable = None if drawable is None or drawable.all() else jnp.asarray(drawable)
-        self._lengths = np.zeros(slots, np.int64)
-        self._cache = model.init_cache(slots, max_length)
-        self._logits = jnp.zeros((slots, config.vocab_size), jnp.float32)  # of each slot's next token
-
-        def prefill(params, cache, logits, indices, fresh, tokens, lengths, key_limit):
-            """Appends lengths[p] of tokens [P, C] to slot indices[p]; an index of N means no slot."""
-            rows = cache_reset(cache_take(cache, jnp.minimum(indices, slots - 1)), fresh)
-            out = model.apply(
-                {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit
-            )
-            last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-            last = model.head(params, last)[:, 0].astype(jnp.float32)
-            target = jnp.where(lengths > 0, indices, slots)
-            return cache_put(cache, indices, out.cache), logits.at[target].set(last, mode="drop")
-
-        def copy(cache, logits, source):
-            """Slot n becomes a copy of slot source[n]."""
-            return cache_take(cache, source), logits[source]
-
-        def decode(params, cache, logits, seeds, positions, limits, enough, draw, stop, key_limit):
-            """Samples up to limits[n] tokens for every slot; returns tokens [N, M], logprobs [2, N, M], counts [N]."""
-
-            def body(carry):
-                step, cache, logits, active, tokens, logprobs, counts = carry
-                token, *scores = sample(logits, seeds, positions + step, **draw, drawable=drawable)
-                token = jnp.where(active, token, 0)
-                tokens = tokens.at[:, step].set(token)
-                logprobs = logprobs.at[:, :, step].set(jnp.stack(scores))
-                out = model.apply(
-                    {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32),
-                    key_limit=key_limit,
-                )  # fmt: skip
-                logits = jnp.where(active[:, None], out.logits[:, 0].astype(jnp.float32), logits)
-                counts = counts + active
-                active = active & ~jnp.any(token[:, None] == stop[None], axis=-1) & (counts < limits)
-                return step + 1, out.cache, logits, active, tokens, logprobs, counts
-
-            shape = (slots, max_new_tokens)
-            start = (0, cache, logits, limits > 0, jnp.zeros(shape, jnp.int32), jnp.zeros((2, *shape), jnp.float32))
-            carry = jax.lax.while_loop(lambda c: jnp.sum(c[3]) > enough, body, (*start, jnp.zeros(slots, jnp.int32)))
-            _, cache, logits, _, tokens, logprobs, counts = carry
-            return cache, logits, tokens, logprobs, counts
-
-        self._prefill = jax.jit(prefill, donate_argnums=(1, 2), static_argnames="key_limit")
-        self._copy = jax.jit(copy)
-        self._decode = jax.jit(decode, donate_argnums=(1, 2), static_argnames="key_limit")
-        self._fresh = np.ones(slots, bool)  # the slot's cache rows are to be cleared before their next use
+        self._lengths = np.zeros(self.slots, np.int64)
+        self._fresh = np.ones(self.slots, bool)  # the slot's cache rows are to be cleared before their next use
+        self.programs = Programs(self._model, place, self._own, max_length, max_new_tokens, drawable)
+        self._cache, self._logits = self.programs.empty()
+        self.params = params
 
     @property
     def params(self) -> Any:
-        """The model's parameter tree; assigning another tree of the same shapes acts at once."""
+        """The model's parameter tree; assigning another tree of the same shapes acts at once.
+
+        On a mesh it may be laid out in any way; the engine keeps its own copy, in the layout of acting.
+        """
         return self._params
 
     @params.setter
     def params(self, params: Any) -> None:
         self._params = params
-        self._weights = unroll(self.config, params) if self._model.unrolled else params
+        self._weights = self.programs.run("arrange", params)
 
     def length(self, slot: int) -> int:
         """Tokens that `slot` holds."""
         return int(self._lengths[slot])
 
+    def part(self, slot: int) -> int:
+        """The part that `slot` is of."""
+        return slot // self._own
+
+    def most(self, *values: int) -> list[int]:
+        """The largest of each value over all hosts, which must all ask; on one host the values themselves."""
+        return self._placement.most(*values)
+
     def compilations(self) -> int:
         """How many shapes have been compiled so far: one of copying, one of prefill and decoding per key limit."""
-        return sum(function._cache_size() for function in (self._prefill, self._copy, self._decode))
+        return self.programs.compilations()
+
+    def _check(self, slots: Iterable[int]) -> None:
+        """Raises ValueError unless `slots` are different ones that there are."""
+        seen = set()
+        for slot in slots:
+            if not 0 <= slot < self.slots:
+                raise ValueError(f"slot {slot}: there are slots 0 to {self.slots - 1}")
+            if slot in seen:
+                raise ValueError(f"slot {slot} is named twice")
+            seen.add(slot)
 
     def reset(self, slots: Sequence[int]) -> None:
-        """Empties slots; the clearing itself happens with their next prefill."""
+        """Empties slots; the clearing itself happens with their next prefill. Raises ValueError for unknown slots."""
+        self._check(slots)
         self._lengths[list(slots)] = 0
         self._fresh[list(slots)] = True
 
@@ -172,33 +171,46 @@ class Engine:
         """Appends tokens to slots (slot -> tokens), in prefill calls of P slots by C tokens.
 
         Raises:
-          ValueError: a slot would hold more than `max_length` tokens.
+          ValueError: an unknown slot, or one that would hold more than `max_length` tokens; none is changed then.
         """
+        self._check(tokens)
         for slot, added in tokens.items():
             if self._lengths[slot] + len(added) > self.max_length:
                 raise ValueError(
                     f"slot {slot} holds {self._lengths[slot]} tokens; {len(added)} more exceed {self.max_length}"
                 )
-        order = sorted((slot for slot in tokens if len(tokens[slot])), key=lambda slot: (-len(tokens[slot]), slot))
-        for first in range(0, len(order), self._rows):
-            group = order[first : first + self._rows]
-            for start in range(0, len(tokens[group[0]]), self._chunk):
-                self._prefill_chunk(group, [tokens[slot][start : start + self._chunk] for slot in group])
+        # Calls by part: its next slots, and where among their tokens the piece begins.
+        calls: list[list[tuple[list[int], int]]] = [[] for _ in range(self.parts)]
+        for part, mine in enumerate(calls):
+            order = sorted((slot for slot in tokens if len(tokens[slot]) and self.part(slot) == part),
+                           key=lambda slot: (-len(tokens[slot]), slot))
+            for first in range(0, len(order), self._rows):
+                group = order[first : first + self._rows]
+                mine += [(group, start) for start in range(0, len(tokens[group[0]]), self._chunk)]
+        (count,) = self.most(max(map(len, calls)))
+        for number in range(count):
+            self._prefill_chunk([mine[number] if number < len(mine) else ([], 0) for mine in calls], tokens)
 
-    def _prefill_chunk(self, group: Sequence[int], pieces: Sequence[Sequence[int]]) -> None:
-        indices = np.full(self._rows, self.slots, np.int32)
-        fresh = np.zeros(self._rows, bool)
-        tokens = np.zeros((self._rows, self._chunk), np.int32)
-        lengths = np.zeros(self._rows, np.int32)
-        for row, (slot, piece) in enumerate(zip(group, pieces)):
-            indices[row], fresh[row], lengths[row] = slot, self._fresh[slot], len(piece)
-            tokens[row, : len(piece)] = piece
-            self._fresh[slot] = False
-            self._lengths[slot] += len(piece)
-        self._cache, self._logits = self._prefill(
-            self._weights, self._cache, self._logits, indices, fresh, tokens, lengths,
-            key_limit=self._key_limit(int(self._lengths[list(group)].max())),
-        )  # fmt: skip
+    def _prefill_chunk(self, groups: Sequence[tuple[Sequence[int], int]], tokens: Mapping[int, Sequence[int]]) -> None:
+        """One prefill call: of every part, slots and where in their tokens the piece begins."""
+        size = (self.parts, self._rows)
+        indices, fresh, lengths = np.full(size, self._own, np.int32), np.zeros(size, bool), np.zeros(size, np.int32)
+        pieces, longest = np.zeros((*size, self._chunk), np.int32), 0
+        for part, (group, start) in enumerate(groups):
+            for row, slot in enumerate(group):
+                piece = tokens[slot][start : start + self._chunk]
+                if not len(piece):
+                    continue
+                place = part, row
+                indices[place], fresh[place], lengths[place] = slot % self._own, self._fresh[slot], len(piece)
+                pieces[place][: len(piece)] = piece
+                self._fresh[slot] = False
+                self._lengths[slot] += len(piece)
+                longest = max(longest, int(self._lengths[slot]))
+        put = lambda array: self._placement.put(array.reshape(-1, *array.shape[2:]))
+        self._cache, self._logits = self.programs.run(
+            "prefill", self._weights, self._cache, self._logits, put(indices), put(fresh), put(pieces), put(lengths),
+            key_limit=self._key_limit(*self.most(longest)))
 
     def _key_limit(self, longest: int) -> int:
         """How much of the cache attention must read for sequences of up to `longest` tokens."""
@@ -208,12 +220,23 @@ class Engine:
         return min(limit, self.max_length)
 
     def fork(self, copies: Mapping[int, Sequence[int]]) -> None:
-        """Makes slots copies of others (source -> targets), so that one prefill serves a whole group."""
+        """Makes slots copies of others (source -> targets), so that one prefill serves a whole group.
+
+        Raises:
+          ValueError: an unknown slot, a target named twice, or one of another part than its source.
+        """
+        self._check(copies)
+        self._check(target for targets in copies.values() for target in targets)
         source = np.arange(self.slots, dtype=np.int32)
         for origin, targets in copies.items():
             for target in targets:
+                if self.part(target) != self.part(origin):
+                    raise ValueError(f"slot {target} is not of the part that slot {origin} is of")
                 source[target] = origin
-        self._cache, self._logits = self._copy(self._cache, self._logits, source)
+        if not any(self.most(bool(source.size and (source != np.arange(self.slots)).any()))):
+            return
+        self._cache, self._logits = self.programs.run(
+            "copy", self._cache, self._logits, self._placement.put(source % self._own))
         self._lengths, self._fresh = self._lengths[source], self._fresh[source]
 
     def generate(
@@ -241,9 +264,13 @@ class Engine:
           slot afterwards.
 
         Raises:
+          ValueError: an unknown slot, one named twice or without a token, or `enough` out of range.
           UserError: the model's logits are not finite.
         """
+        self._check(slots)
         chosen = np.asarray(slots, np.int64)
+        if not 0 <= enough < max(1, len(chosen)):
+            raise ValueError(f"enough: {enough}, must be at least 0 and less than the {len(chosen)} slots")
         if (self._lengths[chosen] == 0).any():
             raise ValueError("generate needs slots that hold a prompt")
         draws = [sampling] * len(chosen) if isinstance(sampling, Sampling) else list(sampling)
@@ -256,19 +283,23 @@ class Engine:
             draw[name][chosen] = [getattr(one, name) for one in draws]
         streams = np.zeros(self.slots, np.uint32)
         streams[chosen] = np.asarray(seeds, np.uint64) & 0xFFFFFFFF
-        self._cache, self._logits, tokens, logprobs, counts = self._decode(
-            self._weights, self._cache, self._logits, streams, self._lengths.astype(np.int32), limits,
-            np.int32(enough), draw, self._stop,
-            key_limit=self._key_limit(int((self._lengths[chosen] + limits[chosen]).max(initial=0))),
-        )  # fmt: skip
-        tokens, logprobs, counts = np.asarray(tokens), np.asarray(logprobs), np.asarray(counts)
-        if any(np.isnan(logprobs[:, slot, : counts[slot]]).any() for slot in chosen):
-            raise UserError(NOT_FINITE)
+        anyone, longest = self.most(bool(limits.any()), int((self._lengths[chosen] + limits[chosen]).max(initial=0)))
+        counts = np.zeros(self.slots, np.int32)
+        if anyone:
+            put = self._placement.put
+            self._cache, self._logits, *made = self.programs.run(
+                "decode", self._weights, self._cache, self._logits, put(streams), put(self._lengths.astype(np.int32)),
+                put(limits), np.int32(self._placement.total(enough)),
+                {name: put(array) for name, array in draw.items()}, self._stop, key_limit=self._key_limit(longest))
+            tokens, logprobs, counts = map(self._placement.get, made)
+            if any(np.isnan(logprobs[slot, :, : counts[slot]]).any() for slot in chosen):
+                raise UserError(NOT_FINITE)
         self._lengths = self._lengths + counts
         results = []
         for slot in chosen:
-            new = tokens[slot, : counts[slot]].tolist()
+            new = tokens[slot, : counts[slot]].tolist() if anyone else []
             ended = "length" if counts[slot] == limits[slot] else "paused"
             finish = "stop" if new and new[-1] in self._stop else ended
-            results.append(Generation(new, *logprobs[:, slot, : counts[slot]].copy(), finish))
+            scores = logprobs[slot, :, : counts[slot]].copy() if anyone else np.zeros((2, 0), np.float32)
+            results.append(Generation(new, *scores, finish))
         return results

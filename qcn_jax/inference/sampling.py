@@ -76,7 +76,7 @@ def sample(
     """
     greedily = temperature <= 0
     scaled = logits / jnp.where(greedily, 1.0, jnp.maximum(temperature, 1e-6))[:, None]
-    allowed = (lambda x: x) if drawable is None else (lambda x: jnp.where(drawable[None], x, -jnp.inf))
+    allowed = (lambda x: x) if drawable is None else (lambda x: jnp.where(jnp.asarray(drawable)[None], x, -jnp.inf))
 
     def draw(_: None) -> jax.Array:
         filtered = jax.lax.cond(

@@ -57,7 +57,17 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> bool:
-        """Queues requests, all or none; False where too many wait already."""
+        """Queues requests, all or none; False where too many wait already.
+
+        Raises:
+          ValueError: a prompt that is empty or leaves no room in a slot, or a request for less than one token.
+        """
+        for request in requests:
+            if not 0 < len(request.tokens) < self.engine.max_length:
+                most = self.engine.max_length - 1
+                raise ValueError(f"the prompt has {len(request.tokens)} tokens; allowed: 1 to {most}")
+            if request.left < 1:
+                raise ValueError(f"max_new_tokens: {request.left}, must be at least 1")
         with self._changed:
             if self._closed or len(self._waiting) + len(requests) > self._most_waiting:
                 return False

@@ -32,10 +32,16 @@ def cached_attention(
 ) -> tuple[Array, dict[str, Array]]:
     """Appends k, v [B, K, T, H] at each sequence's length; q [B, K, R, T, H] attends to all that is then cached.
 
-    Padding beyond `context.lengths` is not written.
+    Padding beyond `context.lengths` is not written. What a sequence gets that outgrows the cache, or the part of it
+    that is read, is NaN.
+
+    Raises:
+      ValueError: T is more than the cache holds.
     """
     batch, length = q.shape[0], q.shape[3]
     capacity = cache["k"].shape[2]
+    if length > capacity:
+        raise ValueError(f"{length} tokens for a cache of {capacity} a sequence")
     query = context.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]  # [B, T]
     slot = query if context.valid is None else jnp.where(context.valid, query, capacity)
     rows = jnp.arange(batch)[:, None]
@@ -43,7 +49,27 @@ def cached_attention(
     cache = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
     limit = context.key_limit or capacity
     mask = jnp.arange(limit, dtype=jnp.int32)[None, :, None] <= query[:, None]  # [B, S, T]
-    return attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask)[0], cache
+    y = attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask)[0]
+    added = length if context.lengths is None else context.lengths
+    outgrown = (context.start + added > limit) & (added > 0)
+    return jnp.where(outgrown[:, None, None, None, None], jnp.nan, y), cache
+
+
+def _cached_by_part(
+    q: Array, k: Array, v: Array, cache: dict[str, Array], context: TokenContext
+) -> tuple[Array, dict[str, Array]]:
+    """`cached_attention` of every device's own sequences; the compiler would not see that they do not mix."""
+    parallel = context.parallel
+    if parallel is None:
+        return cached_attention(q, k, v, cache, context)
+
+    def local(q: Array, k: Array, v: Array, cache: dict[str, Array], start: Array, *rest: Array | None) -> Any:
+        own = context.replace(start=start, lengths=rest[0], valid=rest[1], parallel=None)
+        return cached_attention(q, k, v, cache, own)
+
+    rows = parallel.spec("activation_batch")
+    run = parallel.per_device(local, rows, rows)
+    return run(q, k, v, cache, context.start, context.lengths, context.valid)
 
 
 class GatedAttention(nn.Module):
@@ -69,7 +95,7 @@ class GatedAttention(nn.Module):
             y = sharded_attention(q, k, v, context.segment_ids, context.parallel, cfg.attention)
         else:
             q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
-            y, cache = cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context)
+            y, cache = _cached_by_part(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context)
             y = jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim)
         y = y * jax.nn.sigmoid(gate)
         out = project(cfg.hidden_size, ("heads", "embed"), "o_proj")

@@ -15,7 +15,7 @@ class TokenContext:
 
     Attributes:
       cos, sin: [B, T, rotary_dim / 2] float32, the rotary angles of each token.
-      segment_ids: [B, T] int32 or None; a change of id starts a document, 0 is padding.
+      segment_ids: [B, T] int32 or None, `document_ids`: no two documents of a row share one; 0 is padding.
       valid: [B, T] bool or None (all real); False marks padding.
       start: [B] int32 or None; with a cache, how many tokens each sequence held before this call.
       lengths: [B] int32 or None; with a cache, how many of the T tokens are real.
@@ -36,6 +36,15 @@ class TokenContext:
     def whole_parallel(self) -> Parallel | None:
         """`parallel` of whole sequences; None with a cache, because decoding is left to the compiler."""
         return self.parallel if self.start is None else None
+
+
+def document_ids(segment_ids: Array) -> Array:
+    """Numbers the documents of each row from 1: [B, T] int32, 0 where segment_ids [B, T] are, which is padding.
+
+    Every change of id starts a document; an id that comes again after another one is not the same document.
+    """
+    changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.where(segment_ids == 0, 0, jnp.cumsum(changed, axis=1, dtype=jnp.int32))
 
 
 def segment_positions(segment_ids: Array) -> Array:

@@ -23,6 +23,8 @@ Array = jax.Array
 # g is split into a multiple of 2^-6, whose cumulative sum is exact in float32 up to 2^18, and a rest below
 # 2^-7, so that differences of cumulative decays keep their digits however strong the decay before them was.
 _GRID = 64.0
+# exp() of less is zero, in float64 too. Bounded so, the g of 256 tokens add up to no more than 2^18.
+_STRONGEST = -1024.0
 # Chunks of a group: their matrices are formed side by side; more is more parallel and takes more memory.
 _GROUP = 8
 # So many groups are unrolled: a scan copies all it reads and writes, a fifth of forward and backward on CPU, and
@@ -110,7 +112,8 @@ def _chunked(
     pad = lambda x, mode: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
     xs = [pad(x, "constant") for x in (q, k, v, g, beta)]
     if segment_ids is not None:
-        ids = pad(segment_ids, "edge")
+        changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        ids = pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), "edge")  # an id may come again
         before = jnp.concatenate([ids[:, :1], ids[:, group - 1 : -1 : group]], axis=1)  # [B, groups]
         xs += [ids, before]
     step = functools.partial(_group, chunk=chunk)
@@ -246,6 +249,7 @@ def _decays(g: Array, masks: tuple[Array, ...] | None) -> tuple[Array, Array, Ar
       pair [N, B, H, R, C, C] from token j to token i >= j; from_state [N, B, H, C, R] from the incoming state to
       a token; to_state [N, B, H, C, R] from a token to the outgoing state; carry [N, B, H, R] of the state itself.
     """
+    g = jnp.maximum(g, _STRONGEST)
     coarse = jnp.round(g * _GRID) / _GRID
     coarse, fine = jnp.cumsum(coarse, axis=3), jnp.cumsum(g - coarse, axis=3)
     from_state = jnp.exp(coarse + fine)

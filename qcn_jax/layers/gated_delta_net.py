@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
@@ -19,7 +18,7 @@ from qcn_jax.layers.delta_rule import gated_delta_rule
 from qcn_jax.layers.dense import Kernel, dense, normal_init, product
 from qcn_jax.layers.norm import GatedRMSNorm, l2_norm
 from qcn_jax.layers.products import accumulator, widened
-from qcn_jax.layers.sharded import sharded_delta_rule, with_halo
+from qcn_jax.layers.sharded import continued_delta_rule, sharded_delta_rule, with_halo
 from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
@@ -27,9 +26,8 @@ Array = jax.Array
 
 def _on_gpu(parallel: Parallel | None) -> bool:
     """Whether the program is for GPUs, for which there are kernels of the delta rule but none of the whole mixer."""
-    if parallel is not None and isinstance(parallel.mesh, Mesh):
-        return parallel.mesh.devices.flat[0].platform == "gpu"
-    return jax.default_backend() == "gpu"
+    platform = None if parallel is None else parallel.platform
+    return (platform or jax.default_backend()) == "gpu"
 
 
 def _conv_width(cfg: ModelConfig) -> int:
@@ -183,10 +181,12 @@ class GatedDeltaNet(nn.Module):
         qkv, q, k, v, z = self._mixed(x, weight, kernel, window, context)
         v = v.reshape(batch, length, heads, repeats, value_dim)
         q, k = l2_norm(q) * key_dim**-0.5, l2_norm(k)
-        if parallel is None:
+        if context.parallel is None:
             o, state = gated_delta_rule(
                 q, k, v, g, beta, state, context.segment_ids, cfg.delta_rule, cfg.chunk_size
             )
+        elif cache is not None:
+            o, state = continued_delta_rule(q, k, v, g, beta, state, cfg.delta_rule, cfg.chunk_size, context.parallel)
         else:
             o = sharded_delta_rule(
                 q, k, v, g, beta, context.segment_ids, cfg.delta_rule, cfg.chunk_size, parallel

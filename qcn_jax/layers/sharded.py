@@ -121,6 +121,18 @@ def sharded_delta_rule(
     return parallel.per_device(local, specs, values)(q, k, v, g, beta, segment_ids)
 
 
+def continued_delta_rule(
+    q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, form: str, chunk_size: int, parallel: Parallel
+) -> tuple[Array, Array]:
+    """`gated_delta_rule` of sequences that go on, each whole on a device; arguments and results as there."""
+    batch, heads = ("activation_batch",), ("activation_heads",)
+    tokens, values = parallel.spec(*batch, None, *heads, None), parallel.spec(*batch, None, *heads, None, None)
+    states = parallel.spec(*batch, *heads, None, None, None)
+    local = lambda q, k, v, g, beta, state: gated_delta_rule(q, k, v, g, beta, state, None, form, chunk_size)
+    return parallel.per_device(local, (tokens, tokens, values, tokens, tokens, states), (values, states))(
+        q, k, v, g, beta, state)
+
+
 def _local_delta_rule(
     q: Array,
     k: Array,

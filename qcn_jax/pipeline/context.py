@@ -23,6 +23,7 @@ from qcn_jax import files
 from qcn_jax.config import RunConfig
 from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
+from qcn_jax.sharding import distributed
 
 if TYPE_CHECKING:
     from qcn_jax.agents.scaffolds import Scaffold
@@ -145,12 +146,18 @@ class StageContext:
 
         return self.config.templates or TEMPLATES
 
+    @property
+    def sandbox_path(self) -> pathlib.Path:
+        """Of the sandboxes of this host, which has its own even where hosts share a disk."""
+        host, _ = distributed.place()
+        return self.root / "sandbox" / (f"host-{host}" if host else "")
+
     def provider(self) -> Any:
         """The sandbox provider of this run, chosen by `config.sandbox`; the choice is printed when it is made."""
         from qcn_jax.envs.sandbox import make_provider
 
         def build() -> Any:
-            provider = make_provider(self.config.sandbox, state_dir=self.root / "sandbox")
+            provider = make_provider(self.config.sandbox, state_dir=self.sandbox_path)
             passed_over = f" (docker passed over: {provider.reason})" if getattr(provider, "reason", "") else ""
             self.log(f"sandbox: {provider.describe()}{passed_over}")
             return provider
@@ -165,9 +172,9 @@ class StageContext:
         from qcn_jax.envs.pool.env_pool import make_pool
 
         def build() -> Any:
-            arguments = {"kind": self.provider().kind, "state_dir": str(self.root / "sandbox")}
+            arguments = {"kind": self.provider().kind, "state_dir": str(self.sandbox_path)}
             return make_pool(self.config.pool, self.config.workers, arguments, ray_address=self.config.ray_address,
-                             cache=self.root / "sandbox" / "verdicts.jsonl")
+                             cache=self.sandbox_path / "verdicts.jsonl")
 
         pool = self.shared.get("pool", build)
         if (self.root / "tasks" / "DONE.json").exists():

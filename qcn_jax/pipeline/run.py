@@ -33,18 +33,17 @@ class Stage:
     module: str
     reads: tuple[str, ...]
     sandbox: bool  # whether it executes code in sandboxes
-    hosts: bool = False  # whether it runs on several hosts
+    first: bool = False  # whether of several hosts the first alone runs it, and the others wait
 
 
 STAGES = {
-    "tasks": Stage("qcn_jax.pipeline.stages.tasks", ("seed", "tasks"), sandbox=True),
-    "midtrain": Stage("qcn_jax.pipeline.stages.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False,
-                      hosts=True),
-    "sft": Stage("qcn_jax.pipeline.stages.sft", ("templates", "sft"), sandbox=True, hosts=True),
+    "tasks": Stage("qcn_jax.pipeline.stages.tasks", ("seed", "tasks"), sandbox=True, first=True),
+    "midtrain": Stage("qcn_jax.pipeline.stages.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False),
+    "sft": Stage("qcn_jax.pipeline.stages.sft", ("templates", "sft"), sandbox=True),
     "experts": Stage("qcn_jax.pipeline.stages.experts", ("experts",), sandbox=True),
     "distill": Stage("qcn_jax.pipeline.stages.distill", ("distill",), sandbox=True),
     "evaluate": Stage("qcn_jax.pipeline.stages.evaluate", ("evaluate",), sandbox=True),
-    "report": Stage("qcn_jax.pipeline.stages.report", (), sandbox=False),
+    "report": Stage("qcn_jax.pipeline.stages.report", (), sandbox=False, first=True),
 }
 
 
@@ -71,7 +70,6 @@ def run(config: RunConfig, workdir: str | os.PathLike[str], stages: Sequence[str
     root = pathlib.Path(workdir).absolute()
     asked = [name for name in STAGES if name in stages]
     discarded = _with_later(restart)
-    _check_hosts(asked)
     _check_config(config, [name for name in asked if name in discarded or not _finished(root / name)])
     shared = Shared(config, root)
     results = {}
@@ -143,13 +141,6 @@ def _check_config(config: RunConfig, pending: Sequence[str]) -> None:
         check_mesh(config, pending, len(distributed.devices()))
 
 
-def _check_hosts(stages: Sequence[str]) -> None:
-    alone = [name for name in stages if not STAGES[name].hosts]
-    if alone and not distributed.alone():
-        raise UserError(f"--stages: {', '.join(alone)} run on one host; on several give --stages=midtrain,sft after "
-                        "tasks has finished in the same workdir")
-
-
 def stage_config(config: RunConfig, name: str) -> dict[str, Any]:
     """What the results of stage `name` depend on: its own part of the configuration and all earlier stages'."""
     names = list(STAGES)[: list(STAGES).index(name) + 1]
@@ -171,7 +162,7 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
     if STAGES[name].sandbox and distributed.is_first():
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
     try:
-        stage_results = importlib.import_module(STAGES[name].module).run_stage(context)
+        stage_results = _results(name, context)
     except BaseException as error:
         if distributed.is_first():
             work.record_end(folder, time.monotonic() - began, error)
@@ -181,6 +172,14 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
         work.record_done(folder, settings, seconds, stage_results)
     context.log(f"done in {seconds:.1f} s" + (f": {stage_results['line']}" if "line" in stage_results else ""))
     return stage_results
+
+
+def _results(name: str, context: StageContext) -> dict[str, Any]:
+    run_stage = importlib.import_module(STAGES[name].module).run_stage
+    if not STAGES[name].first:
+        return run_stage(context)
+    with distributed.first_before_others(name):
+        return run_stage(context) if distributed.is_first() else {}
 
 
 @contextlib.contextmanager

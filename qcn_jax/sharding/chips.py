@@ -8,20 +8,30 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device: HBM in bytes, dense bfloat16 peak in FLOP/s."""
+    """One device.
+
+    Attributes:
+      hbm: bytes.
+      peak_flops: dense, in bfloat16, per second.
+      bandwidth: of HBM, bytes per second.
+      links: bytes per second that leave the device over all its links to others (half of what is published, which
+        counts both directions).
+    """
 
     hbm: float
     peak_flops: float
+    bandwidth: float
+    links: float
 
 
 _GIB = 2**30
 # By the generation in a topology's name.
 CHIPS = {
-    "v4": Chip(32 * _GIB, 275e12),
-    "v5e": Chip(16 * _GIB, 197e12),
-    "v5p": Chip(95 * _GIB, 459e12),
-    "v6e": Chip(32 * _GIB, 918e12),
-    "tpu7x": Chip(96 * _GIB, 1153.5e12),
+    "v4": Chip(32 * _GIB, 275e12, 1228e9, 150e9),
+    "v5e": Chip(16 * _GIB, 197e12, 819e9, 200e9),
+    "v5p": Chip(95 * _GIB, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32 * _GIB, 918e12, 1638e9, 400e9),
+    "tpu7x": Chip(96 * _GIB, 1153.5e12, 3690e9, 300e9),
 }
 # `device_kind` as JAX reports it.
 _KINDS = {

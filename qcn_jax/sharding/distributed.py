@@ -4,11 +4,12 @@ import contextlib
 import itertools
 import os
 import pathlib
+import pickle
 import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +95,11 @@ def alone() -> bool:
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
+def place() -> tuple[int, int]:
+    """This process's number, from 0, and how many there are."""
+    return (0, 1) if alone() else (jax.process_index(), jax.process_count())
+
+
 def is_first() -> bool:
     """Whether this is the process that writes what only one may write."""
     return alone() or jax.process_index() == 0
@@ -135,19 +141,35 @@ class OutOfStep(RuntimeError):
     """The processes have come to different places of the program; a fault of this library."""
 
 
-def all_agree(name: str, fine: bool) -> bool:
-    """Returns whether `fine` is true in every process; every process must call this, with the same name.
+def gathered(name: str, values: Sequence[int]) -> list[list[int]]:
+    """Returns every process's `values` (32 bits each); every process must call this, with the same name.
 
     Raises:
       OutOfStep: others wait at another place of the program.
     """
     if alone():
-        return fine
+        return [list(values)]
     barrier("agreement")  # a collective of devices would not wait as long
-    found = multihost_utils.process_allgather(np.array([zlib.crc32(name.encode()), fine], np.uint32))
+    found = multihost_utils.process_allgather(np.array([zlib.crc32(name.encode()) >> 1, *values], np.int32))
     if len(np.unique(found[:, 0])) > 1:
         raise OutOfStep(f"{name}: other processes are elsewhere in the program")
-    return bool(np.all(found[:, 1]))
+    return found[:, 1:].tolist()
+
+
+def all_agree(name: str, fine: bool) -> bool:
+    """Returns whether `fine` is true in every process; see `gathered`."""
+    return all(row[0] for row in gathered(name, [fine]))
+
+
+def exchanged(name: str, value: Any) -> list[Any]:
+    """Returns every process's `value`, anything that pickle takes, in their order; see `gathered`."""
+    if alone():
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = [row[0] for row in gathered(name, [len(data)])]
+    padded = np.pad(data, (0, max(sizes) - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 @contextlib.contextmanager
@@ -193,6 +215,13 @@ def first_before_others(name: str) -> Iterator[None]:
         raise
     if is_first():
         all_agree(name, True)
+
+
+def write_json(path: files.Path, value: Any) -> None:
+    """Writes what every process has found alike, by the first of them; returns when it is there."""
+    with first_before_others(pathlib.Path(path).name):
+        if is_first():
+            files.write_json(path, value)
 
 
 @contextlib.contextmanager

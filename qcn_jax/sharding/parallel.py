@@ -36,6 +36,11 @@ class Parallel:
     dispatch: str = "ragged"
     dispatch_buffer: float = 1.25
 
+    @property
+    def platform(self) -> str | None:
+        """Of the devices: "tpu", "gpu", "cpu"; None of an abstract mesh."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
+
     def axes(self, *names: str) -> tuple[str, ...]:
         """Mesh axes larger than one over which these logical axes are split, in order."""
         return tuple(axis for name in names for axis in self.rules.axes(name) if self.mesh.shape[axis] > 1)

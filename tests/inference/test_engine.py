@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qcn_jax.config import ModelConfig
+from qcn_jax.errors import UserError
 from qcn_jax.inference import engine as engine_module
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
@@ -173,6 +174,38 @@ def test_limits(engine) -> None:
         engine.extend({0: prompt(1, LENGTH)})
     with pytest.raises(ValueError, match="prompt"):
         engine.generate([5], seeds=[0])
+
+
+def test_what_is_no_slot_or_no_size_is_refused_and_changes_nothing(engine, params) -> None:
+    engine.extend({0: prompt(1, 3)})
+    for call, line in (
+        (lambda: engine.extend({-1: [9]}), "slot -1: there are slots 0 to 5"),
+        (lambda: engine.extend({0: [9], 6: [9]}), "slot 6"),
+        (lambda: engine.extend({0: [9], 1: [9] * (LENGTH + 1)}), "slot 1 holds 0 tokens"),
+        (lambda: engine.reset([0, 0]), "slot 0 is named twice"),
+        (lambda: engine.fork({0: [1, 1]}), "slot 1 is named twice"),
+        (lambda: engine.fork({0: [-2]}), "slot -2"),
+        (lambda: engine.generate([0, 0], seeds=[1, 2]), "slot 0 is named twice"),
+        (lambda: engine.generate([0], seeds=[1], enough=1), "enough: 1"),
+        (lambda: engine.generate([1], seeds=[1]), "hold a prompt"),
+        (lambda: Engine(CONFIG, params, slots=0, max_length=8), "slots: 0"),
+        (lambda: Engine(CONFIG, params, slots=1, max_length=8, prefill_chunk=0), "prefill_chunk: 0"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            call()
+    assert [engine.length(slot) for slot in range(SLOTS)] == [3, 0, 0, 0, 0, 0]
+
+
+def test_a_slot_forgets_a_nan(engine, params, logits_of) -> None:
+    engine.params = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    engine.extend({1: prompt(3, 40)})
+    with pytest.raises(UserError, match="not finite"):
+        engine.generate([1], seeds=[0], sampling=GREEDY)
+    engine.params = params
+    engine.reset([1])
+    mine = prompt(4, 9)
+    engine.extend({1: mine})
+    check(logits_of, mine, engine.generate([1], seeds=[0], sampling=GREEDY)[0])
 
 
 def test_scanned_layers_and_tied_embeddings() -> None:

@@ -238,6 +238,10 @@ def test_an_engine_that_fails_fails_its_requests_and_not_the_server() -> None:
     scheduler, pieces = Scheduler(Broken(), most_waiting=2), []
     make = lambda: Request([1], Sampling(), 4, 0, pieces.append)
     assert not scheduler.submit([make(), make(), make()])
+    for tokens, most, line in (([], 4, "prompt has 0 tokens"), ([1] * 32, 4, "prompt has 32 tokens"), ([1], 0, "max_new_tokens: 0")):
+        with pytest.raises(ValueError, match=line):
+            scheduler.submit([make(), Request(tokens, Sampling(), most, 0, pieces.append)])
+    assert scheduler.load() == (0, 0)
     for want in ("error: the engine failed: out of memory", "stop"):
         assert scheduler.submit([make()])
         until = time.time() + 10

@@ -31,12 +31,18 @@ STAGES = ("midtrain", "sft")
 # Rows for eight devices, and enough steps to be killed among them.
 SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain.train.rows=8",
             "--config.sft.train.rows=8", "--config.midtrain.train.steps=6", "--config.sft.train.steps=6")
+ACTING = ("experts", "distill", "evaluate", "report")
+ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS", "--config.experts.checkpoint_every=1",
+                   *(f"--config.{stage}.{setting}" for stage in ACTING[:2]
+                     for setting in ("rows=8", "prompts=4", "group_size=4", "rollout.slots=16", "rollout.max_turns=2")),
+                   *(f"--config.evaluate.{setting}" for setting in ("baseline=", "sft_control=False", "tasks=3",
+                     "pass_k_tasks=1", "rollout.slots=16", "rollout.max_turns=2")))
 SURVIVOR_SECONDS = 90
 
 
-def _command(config, workdir, stages=STAGES):
+def _command(config, workdir, stages=STAGES, settings=SETTINGS):
     return [sys.executable, "-m", "qcn_jax", "run", f"--config={config}", f"--workdir={workdir}",
-            f"--stages={','.join(stages)}", *SETTINGS]
+            f"--stages={','.join(stages)}", *settings]
 
 
 def _environment(cache):
@@ -87,6 +93,25 @@ def _two(prepared):
     return workdir, outputs
 
 
+@pytest.fixture(scope="module", name="acted")
+def _acted(prepared, one):
+    """Work directories in which one process, and two of which the first was killed, went on to act and learn."""
+    config, folder = prepared
+    settings = (*SETTINGS, *ACTING_SETTINGS)
+    workdirs = folder / "acted-one", folder / "acted-two"
+    for workdir in workdirs:
+        shutil.copytree(one, workdir)
+    _alone(_command(config, workdirs[0], ACTING, settings), 8, folder / "cache")
+    start = lambda: testing.Hosts(_command(config, workdirs[1], ACTING, settings), environment=_environment(folder / "cache"))
+    with start() as hosts:
+        hosts.until(0, re.compile(r"^\[ *experts .*step 1/2", re.MULTILINE))
+        hosts.kill(0)
+        print(f"survivor of experts ended after {_survivor_ends(hosts, 1):.1f} s")
+    with start() as hosts:
+        outputs = hosts.finish()
+    return workdirs, outputs
+
+
 def _survivor_ends(hosts, number):
     began = time.monotonic()
     assert hosts.wait(number) != 0
@@ -132,11 +157,28 @@ def test_the_end_says_what_was_done_and_where(two):
     assert not [path for path in workdir.rglob("*.tmp")]
 
 
-def test_stages_for_one_host_are_refused_on_two(prepared):
-    config, folder = prepared
-    with testing.Hosts(_command(config, folder / "tasks", ["experts"]), environment=_environment(folder / "cache")) as hosts:
-        assert [hosts.wait(number) for number in (0, 1)] != [0, 0]
-        assert "qcn run: --stages: experts run on one host; on several give --stages=midtrain,sft" in hosts.output(0)
+def test_two_hosts_act_and_learn_as_one_does(acted):
+    workdirs, outputs = acted
+    assert "acts and learns on 8 devices (fsdp 4 x expert 2)" in outputs[0]
+    for name in ("experts/vowels", "distill"):
+        theirs, ours = ([json.loads(line) for line in (workdir / name / "metrics.jsonl").read_text().splitlines()]
+                        for workdir in workdirs)
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [1, 2]
+        for row, right in zip(ours, theirs):
+            for metric in ("episodes", "reward", "sampled_tokens", "turns"):
+                if metric in right:
+                    assert row[metric] == pytest.approx(right[metric], rel=1e-5), (name, metric)
+            assert row["loss"] == pytest.approx(right["loss"], rel=1e-3, abs=1e-5)
+    before = hub.load(workdirs[0] / "sft" / "model")[1]
+    for name in ("experts/vowels", "distill"):
+        theirs, ours = (hub.load(workdir / name / "model")[1] for workdir in workdirs)
+        moved, apart = _distance(theirs, before), _distance(ours, theirs)
+        print(f"{name}: {apart / moved:.1e} of a movement of {moved:.3f}")
+        assert moved > 1e-3 and apart < 1e-3 * moved
+    assert (workdirs[1] / "sandbox" / "host-1").is_dir()  # each host has sandboxes of its own
+    theirs, ours = (json.loads((workdir / "evaluate" / "DONE.json").read_text())["results"] for workdir in workdirs)
+    assert theirs["models"] == ours["models"] and theirs["models"]["unified"]["attempted"] == 3
+    assert [(workdir / "report" / "summary.json").is_file() for workdir in workdirs] == [True, True]
 
 
 @pytest.mark.torch

@@ -20,7 +20,7 @@ from qcn_jax.layers.kernels import chunk as chunk_math
 from qcn_jax.layers.kernels import delta_rule_gpu
 
 Array = jax.Array
-_GRID = 64.0  # see layers.delta_rule
+_GRID, _STRONGEST = 64.0, -128.0  # see layers.delta_rule; exp() of less is zero in float32, and resets add to the sums
 _SUBLANES = 8
 FORWARD_HEADS, BACKWARD_HEADS = 4, 2  # key heads of one program: independent work that hides the chain of a chunk
 _VMEM_BYTES = 64 * 2**20
@@ -58,6 +58,7 @@ def gate_rows(
     that many. `ids_before` [B, position_limit] are the ids of tokens before the first.
     """
     batch, length, heads, repeats = g.shape
+    g = jnp.maximum(g, _STRONGEST)
     coarse = jax.lax.stop_gradient(jnp.round(g * _GRID) / _GRID)
     fine = g - coarse
     if segment_ids is not None:

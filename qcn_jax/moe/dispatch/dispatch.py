@@ -75,6 +75,8 @@ def dispatch_experts(
     num_experts = kernels.gate.shape[0]
     if num_experts % parallel.size("expert"):
         raise UserError(f"--config.mesh.expert: {parallel.size('expert')} parts do not divide {num_experts} experts")
+    if backend == "auto" and parallel.platform is not None:  # one form less to trace
+        backend = "megablox" if parallel.platform == "tpu" else "blocked"
     return _apply(x, weights, experts, kernels, parallel, backend)
 
 

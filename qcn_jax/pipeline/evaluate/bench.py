@@ -7,6 +7,7 @@ training (pipeline.experts), so nothing is measured that the model was not meant
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,9 @@ from qcn_jax.pipeline.experts import headline, metrics
 from qcn_jax.pipeline.experts.expert import Conversation, Expert, Prompt
 from qcn_jax.pipeline.experts.services import Services
 from qcn_jax.pipeline.rl.episodes import make_engine
-from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, rollout, sequence_seed
+from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, acts_here, rollout, sequence_seed
+from qcn_jax.sharding import distributed
+from qcn_jax.sharding.parallel import Parallel
 
 BASELINE_THREADS = 8  # each waits for a sandbox; the pool decides how many really run
 
@@ -44,6 +47,7 @@ class Bench:
       services: sandboxes.
       seed: of the sampled episodes.
       log: takes progress lines.
+      parallel: the mesh to act on; None is one device. Several hosts share the episodes out, and all get all numbers.
     """
 
     tasks: Sequence[Task]
@@ -55,6 +59,7 @@ class Bench:
     services: Services
     seed: int
     log: Callable[[str], None]
+    parallel: Parallel | None = None
     _engine: Engine | None = None
 
     def model(self, name: str, model_config: ModelConfig, params: Any) -> dict[str, Any]:
@@ -66,13 +71,12 @@ class Bench:
         others = [expert for expert in self.experts if expert is not first]
         # All at once, the long episodes first: a decoding step costs the same however few of the slots are in use.
         sampled = self._prompts(first)[: self.config.pass_k_tasks] if self.config.samples else []
-        (greedy, conversations), *played, (samples, _) = self._play(
+        (greedy, messages), *played, (samples, _) = self._play(
             engine, [self._prompts(expert) for expert in (first, *others)], sampled)
         result = metrics.greedy(greedy) | metrics.sampled(samples)
         for expert, (rows, _) in zip(others, played, strict=True):
             result |= expert.metrics(rows)
-        result["messages"] = {row["instance_id"]: plain_messages(conversation.messages)
-                              for row, conversation in zip(greedy, conversations, strict=True)}
+        result["messages"] = {row["instance_id"]: said for row, said in zip(greedy, messages, strict=True)}
         rates = [f"{expert.column or expert.name} {expert.rate(result):.1%}" for expert in others]
         self.log(", ".join([f"{name}: {result['resolved']}/{result['attempted']} resolved", *rates]))
         return result
@@ -106,9 +110,11 @@ class Bench:
         return expert.prompts(self.tasks, self.scaffold, self.templates)
 
     def _with_weights(self, model_config: ModelConfig, params: Any) -> Engine:
-        params = jax.device_put(params)
+        if self.parallel is None:
+            params = jax.device_put(params)
         if self._engine is None:
-            self._engine = make_engine(model_config, params, self.encoder.tokenizer, self.config.rollout)
+            self._engine = make_engine(model_config, params, self.encoder.tokenizer, self.config.rollout,
+                                       parallel=self.parallel)
         self._engine.params = params
         return self._engine
 
@@ -118,8 +124,8 @@ class Bench:
 
     def _play(
         self, engine: Engine, greedy: Sequence[Sequence[Prompt]], sampled: Sequence[Prompt]
-    ) -> list[tuple[list[dict[str, Any]], list[Conversation]]]:  # fmt: skip
-        """Rows and conversations of one greedy episode for each prompt, list by list, and of those of `sampled`."""
+    ) -> list[tuple[list[dict[str, Any]], list[list[dict[str, str]]]]]:  # fmt: skip
+        """Rows and messages of one greedy episode for each prompt, list by list, and of those of `sampled`."""
         samples, drawn = self.config.samples, self.config.rollout
         sampling = Sampling(self.config.temperature, drawn.top_p, drawn.top_k)
         parts = [greedy[0], sampled, *greedy[1:]]
@@ -131,11 +137,14 @@ class Bench:
                 seeds.append([sequence_seed(self.seed, number, sample) for sample in range(count)])
                 draws.append(sampling if part is sampled else GREEDY)
         records = rollout(engine, groups, seeds, sampling=draws)
+        said = {index: [plain_messages(conversation.messages) for conversation in group]
+                for index, group in enumerate(groups) if acts_here(index)}
+        said = dict(itertools.chain.from_iterable(found.items() for found in distributed.exchanged("messages", said)))
         results, first = [], 0
         for part in parts:
             held = range(first, first + len(part))
             rows = [_recorded(part[record.prompt - first], record) for record in records if record.prompt in held]
-            results.append((rows, [conversation for index in held for conversation in groups[index]]))
+            results.append((rows, [messages for index in held for messages in said[index]]))
             first += len(part)
         return [results[0], *results[2:], results[1]]
 

@@ -17,15 +17,16 @@ from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline.data.packing import pack
 from qcn_jax.pipeline.rl.rollout import RolloutRecord
-from qcn_jax.pipeline.train import layout
 from qcn_jax.sharding.parallel import Parallel
 
 T = TypeVar("T")
 
+
 def make_engine(
-    model: ModelConfig, params: Any, tokenizer: Tokenizer, config: RolloutConfig, sequence_length: int | None = None
+    model: ModelConfig, params: Any, tokenizer: Tokenizer, config: RolloutConfig, sequence_length: int | None = None,
+    parallel: Parallel | None = None,
 ) -> Engine:
-    """The engine that a stage's rollouts use.
+    """The engine that a stage's rollouts use, on the mesh that the stage learns on.
 
     Raises:
       UserError: an episode may become longer than the rows that are trained on.
@@ -38,7 +39,8 @@ def make_engine(
     stop_ids = [tokenizer.id(TURN_END), tokenizer.id(END_OF_TEXT)]
     return Engine(
         model, params, slots=config.slots, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
-        stop_ids=stop_ids, drawable=tokenizer.known_ids(model.vocab_size),
+        stop_ids=stop_ids, prefill_rows=config.prefill_rows, prefill_chunk=config.prefill_chunk,
+        drawable=tokenizer.known_ids(model.vocab_size), parallel=parallel,
     )  # fmt: skip
 
 
@@ -80,14 +82,8 @@ def pack_rows(documents: Sequence[dict[str, np.ndarray]], length: int, rows: int
     return pack(documents, length, rows=rows)
 
 
-def for_engine(params: Any, parallel: Parallel | None) -> Any:
-    """Parameters as the engine takes them, which generates on one device: gathered there from a mesh."""
-    return params if parallel is None else layout.on_one_device(params)
-
-
 def say_where(parallel: Parallel | None, log: Callable[[str], None]) -> None:
     """Logs how a stage that acts and learns is spread over devices, where there are several."""
     if parallel is not None:
         axes = " x ".join(f"{axis} {size}" for axis, size in parallel.mesh.shape.items() if size > 1)
-        log(f"learns on {parallel.mesh.size} devices ({axes}); acts on one of them, which is given the whole "
-            "parameters once an update")
+        log(f"acts and learns on {parallel.mesh.size} devices ({axes})")

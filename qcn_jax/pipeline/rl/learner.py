@@ -119,7 +119,7 @@ class Learner:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[RolloutRecord]:
         """`samples` episodes on each of `prompts`; `progress` and `stop` are rollout's."""
-        self.engine.params = episodes.for_engine(params, self.trainer.parallel)
+        self.engine.params = params
         groups = [[self.converse(prompt) for _ in range(samples)] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, g, i) for i in range(samples)] for g in range(len(prompts))]
         sampling = episodes.sampling_of(self.config.rollout)

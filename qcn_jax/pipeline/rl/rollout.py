@@ -2,17 +2,20 @@
 
 All conversations that are open take a turn together: the engine generates until most of them have ended theirs
 (the others go on next time), then the environments answer, tool calls running side by side in worker processes,
-then the answers go into the caches.
+then the answers go into the caches. A slow answer is not waited for: its conversation sits out.
 The samples of one prompt share the prefill of their opening. Conversations beyond the engine's slots wait for
 free ones. What a conversation samples depends on its own seed and tokens, so results do not depend on the
-schedule.
+schedule. Of several hosts each acts on prompts of its own, with the same calls of the engine; in the end all have all
+episodes.
 
 Nothing here knows tasks or text: a conversation is anything that gives tokens and takes tokens
 (pipeline.experts has those that are trained on).
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,8 +24,12 @@ import numpy as np
 
 from qcn_jax.inference.engine import Engine, Generation
 from qcn_jax.inference.sampling import GREEDY, Sampling
+from qcn_jax.sharding import distributed
 
 STRAGGLERS = 0.25  # share of turns under way that the rest does not wait for
+# For an answer, before the others go on. Most come sooner, and then what is generated together, and so how sums are
+# rounded, does not depend on time.
+PATIENCE_SECONDS = 20.0
 THREADS = 128  # each only waits for a worker process; how many tools really run at once is the pool's choice
 
 
@@ -175,6 +182,12 @@ def sequence_seed(*parts: int) -> int:
     return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1)[0])
 
 
+def acts_here(prompt: int) -> bool:
+    """Whether the conversations of a prompt, by its index, are held on this host."""
+    host, hosts = distributed.place()
+    return prompt % hosts == host
+
+
 def rollout(
     engine: Engine,
     groups: Sequence[Sequence[Conversation]],
@@ -206,35 +219,45 @@ def rollout(
       Stopped: `stop` said so; tests under way have ended.
     """
     draws = [sampling] * len(groups) if isinstance(sampling, Sampling) else sampling
-    waiting = deque(_units(groups, seeds, draws, engine.slots, greedy_turns or (0,)))
-    total = sum(len(group) for group in groups)
+    units = _units(groups, seeds, draws, engine.slots, greedy_turns or (0,))
+    waiting = deque(unit for unit in units if acts_here(unit[0].prompt))
+    total = sum(map(len, waiting))
     free = list(range(engine.slots))
-    active: dict[int, _Open] = {}
+    active: dict[int, _Open] = {}  # by slot; their turn
+    asked: dict[int, tuple[_Open, concurrent.futures.Future[Reply]]] = {}  # by slot; the environment's turn
     verdicts: list[tuple[_Open, concurrent.futures.Future[Outcome]]] = []
     threads = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="rollout")
     try:
-        while waiting or active:
+        while True:
+            going, given_up = engine.most(bool(waiting or active or asked), stop())
+            if given_up:
+                raise Stopped
+            if not going:
+                break
             for slot, opened in _admit(engine, waiting, free).items():
                 if engine.length(slot) < engine.max_length:
                     active[slot] = opened
                 else:  # the opening alone fills the slot
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, True)))
                     free.append(slot)
-            ended = _generate(engine, active, max_new_tokens or engine.max_new_tokens)
+            for slot in _generate(engine, active, max_new_tokens or engine.max_new_tokens):
+                opened = active.pop(slot)
+                asked[slot] = opened, threads.submit(opened.reply)
+            concurrent.futures.wait([future for _, future in asked.values()], timeout=PATIENCE_SECONDS)
             added = {}
-            for slot, reply in zip(ended, threads.map(lambda slot: active[slot].reply(), ended), strict=True):
+            for slot in [slot for slot, (_, future) in asked.items() if future.done()]:
+                opened, future = asked.pop(slot)
+                reply = future.result()
                 # A further turn needs its answer and at least one token of its own.
                 truncated = not reply.done and engine.length(slot) + len(reply.tokens) >= engine.max_length
-                active[slot].take(dataclasses.replace(reply, tokens=(), done=True) if truncated else reply)
+                opened.take(dataclasses.replace(reply, tokens=(), done=True) if truncated else reply)
                 if reply.done or truncated:
-                    opened = active.pop(slot)
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, truncated)))
                     free.append(slot)
                 else:
+                    active[slot] = opened
                     added[slot] = reply.tokens
             engine.extend(added)
-            if stop():
-                raise Stopped
             if progress is not None:
                 progress(sum(verdict.done() for _, verdict in verdicts), total)
         records = [opened.record(verdict.result()) for opened, verdict in verdicts]
@@ -242,14 +265,13 @@ def rollout(
         threads.shutdown(wait=True, cancel_futures=True)
     if progress is not None:
         progress(total, total)
-    return sorted(records, key=lambda record: (record.prompt, record.sample))
+    everywhere = itertools.chain.from_iterable(distributed.exchanged("episodes", records))
+    return sorted(everywhere, key=lambda record: (record.prompt, record.sample))
 
 
 def _generate(engine: Engine, active: dict[int, _Open], limit: int) -> list[int]:
     """Generates for all open conversations until most turns have ended; returns the slots of those."""
     slots = sorted(active)
-    if not slots:
-        return []
     generations = engine.generate(
         slots, seeds=[active[slot].seed for slot in slots],
         sampling=[active[slot].sampling for slot in slots],
@@ -278,22 +300,30 @@ def _units(
 
 
 def _admit(engine: Engine, waiting: deque[list[_Open]], free: list[int]) -> dict[int, _Open]:
-    """Gives free slots to the units that wait, in order; one prefill a unit, copied to its other slots."""
+    """Gives free slots to the units that wait, in order; one prefill a unit and part of the engine, copied within."""
     admitted: dict[int, _Open] = {}
     prefill, copies = {}, {}
-    free.sort()
     while waiting and len(waiting[0]) <= len(free):
         unit = waiting.popleft()
-        slots = [free.pop(0) for _ in unit]
+        slots = _choose(engine, free, len(unit))
         engine.reset(slots)
         opening = unit[0].tokens
         if len(opening) > engine.max_length:  # keeps its head; such a conversation is truncated at once
             opening = opening[: engine.max_length]
-        prefill[slots[0]] = opening
-        copies[slots[0]] = slots[1:]
+        for _, mine in itertools.groupby(slots, engine.part):
+            first, *rest = mine
+            prefill[first] = opening
+            copies[first] = rest
         admitted |= dict(zip(slots, unit, strict=True))
-    if prefill:
-        engine.extend(prefill)
-        if any(copies.values()):
-            engine.fork(copies)
+    engine.extend(prefill)
+    engine.fork(copies)
     return admitted
+
+
+def _choose(engine: Engine, free: list[int], count: int) -> list[int]:
+    """Takes `count` of the free slots, of as few parts of the engine as hold them: those with the most free ones."""
+    room = collections.Counter(map(engine.part, free))
+    free.sort(key=lambda slot: (-room[engine.part(slot)], slot))
+    chosen = free[:count]
+    del free[:count]
+    return chosen

@@ -178,7 +178,7 @@ class Distiller:
     def _rollout(
         self, params: Any, prompts: Sequence[Any], update: int, stream: int, stop: Stop = never
     ) -> list[RolloutRecord]:
-        self.engine.params = episodes.for_engine(params, self.trainer.parallel)
+        self.engine.params = params
         samples = range(self.config.group_size)
         groups = [[self.converse(prompt) for _ in samples] for prompt in prompts]
         seeds = [[sequence_seed(self.seed, update, stream, g, i) for i in samples] for g in range(len(prompts))]
@@ -212,12 +212,13 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    (_, params), experts = models.load(context, "sft"), context.experts()
+    (_, params), experts = models.load(context, "sft", parallel), context.experts()
     teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}
     graded = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
-        engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length),
+        engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length,
+                                    parallel),
         trainer=trainer, teachers=teachers,
         prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},
         converse=lambda prompt: prompt.expert.conversation(
@@ -225,7 +226,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         ),
     )  # fmt: skip
     episodes.say_where(parallel, context.log)
-    result = trainer.run(context.workdir, jax.tree.map(jnp.array, params), feed, config.updates, config,
+    result = trainer.run(context.workdir, layout.copied(params), feed, config.updates, config,
                          log=context.log, line=_line, frozen=tuple(teachers.values())[: trainer.frozen])
     models.save(context, "sft", context.model_path("unified"), trainer.model, result.state.params)
     rows = read_metrics(context.workdir / "metrics.jsonl")

@@ -14,6 +14,8 @@ from qcn_jax.pipeline.evaluate.bench import Bench, balanced
 from qcn_jax.pipeline.experts import headline
 from qcn_jax.pipeline.models import load
 from qcn_jax.pipeline.train.metrics import read_metrics
+from qcn_jax.pipeline.train.trainer import mesh_here
+from qcn_jax.sharding import distributed
 
 SHOWN = 10  # sample trajectories of the report
 
@@ -23,20 +25,22 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     bench = make_bench(context)
     models: dict[str, dict[str, Any]] = {}
 
-    def measured(name: str, measure) -> None:
+    def measured(name: str, measure, write=distributed.write_json) -> None:
         path = context.workdir / "models" / f"{name}.json"
         if not path.exists():
-            files.write_json(path, measure())
+            write(path, measure())
         models[name] = files.read_json(path)
 
     baseline = baseline_of(context.config)
     if baseline is not None:
-        measured(baseline.name, lambda: bench.baseline(baseline))
+        with distributed.first_before_others(baseline.name):  # it plays on the first host, the others find its numbers
+            measured(baseline.name, lambda: bench.baseline(baseline), files.write_json)
         models[f"{baseline.name}_once"] = first_guess(models[baseline.name])
     control = train_control(context) if has_control(context) else None
     for name in model_names(context):
-        measured(name, lambda name=name: bench.model(name, *load(context, name)))
-    files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench, baseline))
+        measured(name, lambda name=name: bench.model(name, *load(context, name, bench.parallel)))
+    if distributed.is_first():
+        files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench, baseline))
     for model in models.values():
         model.pop("messages", None)
     results = {
@@ -73,7 +77,8 @@ def make_bench(context: StageContext) -> Bench:
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
     return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate,
-                 ChatEncoder(context.tokenizer()), make_services(context), config.seed, context.log)
+                 ChatEncoder(context.tokenizer()), make_services(context), config.seed, context.log,
+                 mesh_here(config.mesh))
 
 
 def train_control(context: StageContext) -> dict[str, Any]:
@@ -94,12 +99,12 @@ def train_control(context: StageContext) -> dict[str, Any]:
         updates = [row["seconds_per_step"] or row["seconds_rollout"] for row in rows]
         target = statistics.median_low(updates) * len(updates)
         steps = max(1, round(target / context.result("sft")["seconds_per_step"]))
-        files.write_json(plan_path, {"target_seconds": round(target, 2), "steps": steps})
+        distributed.write_json(plan_path, {"target_seconds": round(target, 2), "steps": steps})
     plan = files.read_json(plan_path)
     context.log(f"sft_control: {plan['steps']} steps, as long as {plan['target_seconds']:.1f} s of RL")
     trained = sft.train_control(context, plan["steps"], context.workdir / "sft_control")
     control = plan | {"seconds": trained["seconds"]}
-    files.write_json(done, control)
+    distributed.write_json(done, control)
     return control
 
 

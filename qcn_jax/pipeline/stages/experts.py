@@ -6,9 +6,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from qcn_jax import files
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
@@ -25,6 +22,7 @@ from qcn_jax.pipeline.rl.rollout import sequence_seed
 from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
+from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
 
@@ -49,14 +47,15 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    _, params = models.load(context, "sft")
-    engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length)
+    _, params = models.load(context, "sft", parallel)
+    engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length,
+                                  parallel)
     episodes.say_where(parallel, context.log)
     results = {}
     for expert in experts:
         done = context.workdir / expert.name / "DONE.json"
         if not done.exists():
-            files.write_json(done, _train_expert(context, expert, params, engine, trainer, encoder, services))
+            distributed.write_json(done, _train_expert(context, expert, params, engine, trainer, encoder, services))
         results[expert.name] = files.read_json(done)
     line = ", ".join(f"{n} {r['first']['pass_rate']:.0%} to {r['last']['pass_rate']:.0%}" for n, r in results.items())
     return {"experts": results, "mesh": results[experts[-1].name]["mesh"], "line": f"pass rate {line}"}
@@ -80,7 +79,7 @@ def _train_expert(context: StageContext, expert: Expert, params: Any, engine: En
     if config.filter_samples:
         feed.prompts = _filtered(feed, params, directory / "prompts.json", log)
     frozen = (trainer.place_params(params),) * trainer.frozen
-    result = trainer.run(directory, jax.tree.map(jnp.array, params), feed, config.updates, config, log=log, line=_line,
+    result = trainer.run(directory, layout.copied(params), feed, config.updates, config, log=log, line=_line,
                          frozen=frozen)
     models.save(context, "sft", directory / "model", trainer.model, result.state.params)
     rows = read_metrics(directory / "metrics.jsonl")
@@ -94,7 +93,7 @@ def _filtered(feed: Learner, params: Any, path: pathlib.Path, log: Callable[[str
     """The prompts that the SFT model solves sometimes; written down, so that a resumed run keeps the same."""
     if not path.exists():
         kept = feed.useful(params, feed.config.filter_samples, _every_tenth(log))
-        files.write_json(path, {"of": len(feed.prompts), "kept": kept})
+        distributed.write_json(path, {"of": len(feed.prompts), "kept": kept})
     kept = files.read_json(path)["kept"]
     log(f"{len(kept)} of {len(feed.prompts)} prompts are solved sometimes, but not always")
     return [feed.prompts[index] for index in kept]

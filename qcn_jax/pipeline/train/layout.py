@@ -62,9 +62,9 @@ def place_state(params: Any, optimizer: optax.GradientTransformation, shardings:
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def on_one_device(tree: Any) -> Any:
-    """Copies of a tree of arrays on this process's first device, gathered where they are split."""
-    return jax.device_put(tree, jax.local_devices()[0])
+def copied(tree: Any) -> Any:
+    """Copies of a tree of arrays, each where its original is."""
+    return jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))(tree)
 
 
 def mesh_of(state: TrainState) -> dict[str, Any]:

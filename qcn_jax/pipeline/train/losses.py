@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qcn_jax.layers.context import document_ids
 from qcn_jax.model import head_kernel
 from qcn_jax.moe.losses import balance_loss, max_violation, overflow
 from qcn_jax.moe.router import RouterStatistics
@@ -41,7 +42,8 @@ def mtp_weights(weights: jax.Array, segment_ids: jax.Array, step: int) -> jax.Ar
     It counts as much as predicting that token from the position before it does, and only where the two
     positions are of one document (weights end with their segment, so the target then is as well).
     """
-    same = segment_ids == next_tokens(segment_ids, step + 1)
+    documents = document_ids(segment_ids)
+    same = documents == next_tokens(documents, step + 1)
     return next_tokens(weights, step + 1) * same
 
 

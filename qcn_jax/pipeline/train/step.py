@@ -163,10 +163,13 @@ def _chosen(frozen: tuple[Params, ...], section: jax.Array | None) -> tuple[Para
 def _summed(one: Callable, live: int | jax.Array, laid_out: Callable[[Any], Any] = lambda x: x) -> Any:
     """Sums of `one` over the first `live` slices, in float32 whatever the precision of the parts."""
 
+    one = jax.jit(one, inline=True)  # traced once, for its shapes and in the loop: a gradient takes long to trace
+
     def body(index: jax.Array, total: Any) -> Any:
         return laid_out(jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, one(index)))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, 0))
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, index))
     return jax.lax.fori_loop(0, live, body, zeros)
 
 

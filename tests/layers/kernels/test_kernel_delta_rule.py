@@ -26,12 +26,13 @@ _spec.loader.exec_module(cases)
 B, T, H, R, DK, DV = cases.B, cases.T, cases.H, cases.R, cases.DK, cases.DV
 FORMS = ("pallas", "gpu")
 CHUNK = 32  # T = 75: two whole chunks and a part; a chunk of two substituted blocks and a merge
-KINDS = ("random", "strong decay", "zero vectors", "repeated keys", "correlated keys")
+KINDS = cases.KINDS
 NAMES = ("q", "k", "v", "g", "beta", "state")
 # Document starts at, before and after chunk and block edges; documents of one token.
 BOUNDARIES = ([1, 15, 16, 17, 48], [0, 31, 33, 50, T - 1])
 SEGMENTS = {
-    "packed": np.stack([np.searchsorted(ends, np.arange(T), side="right") for ends in BOUNDARIES]).astype(np.int32),
+    # An id that comes again is another document.
+    "packed": np.stack([np.searchsorted(ends, np.arange(T), side="right") % 2 for ends in BOUNDARIES]).astype(np.int32),
     "whole": np.zeros((B, T), np.int32),
 }
 STATE = np.random.default_rng(1).standard_normal((B, H, R, DK, DV)).astype(np.float32)

@@ -59,7 +59,7 @@ def test_results_say_where_the_state_lay(runs):
         assert runs[1][1]["results"][stage]["mesh"] == {"devices": 1, "axes": {}}
         axes = {"fsdp": 4, "expert": 2} if stage == "midtrain" else {"fsdp": 2, "expert": 2, "context": 2}
         assert runs[8][1]["results"][stage]["mesh"] == {"devices": 8, "axes": axes}
-    assert sum("learns on 8 devices (fsdp 2 x expert 2 x context 2)" in line for line in runs[8][1]["lines"]) == 2
+    assert sum("acts and learns on 8 devices (fsdp 2 x expert 2 x context 2)" in line for line in runs[8][1]["lines"]) == 2
 
 
 def test_each_stage_compiles_once(runs):

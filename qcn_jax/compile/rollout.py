@@ -1,0 +1,133 @@
+"""The engine's programs for a TPU topology: what acting takes of a chip, how many sequences fit, what a token moves."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from qcn_jax.compile import aot
+from qcn_jax.config import ModelConfig, RunConfig, training_settings
+from qcn_jax.errors import UserError
+from qcn_jax.inference.placement import Placement, acting
+from qcn_jax.inference.programs import Programs
+from qcn_jax.layers.attention import init_attention_cache
+from qcn_jax.layers.gated_delta_net import init_delta_net_cache
+from qcn_jax.model import Qwen3Next, abstract_params
+from qcn_jax.pipeline.train.layout import param_shardings
+from qcn_jax.sharding.chips import CHIPS
+from qcn_jax.sharding.parallel import Parallel
+
+PROGRAMS = ("decode", "prefill", "arrange")
+LENGTHS = (8192, 65_536, 262_144)  # tokens of sequences, whose number is said
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceBytes:
+    """What one sequence holds, whatever device it is on: bytes a token, and of its recurrent states and windows."""
+
+    token: int
+    state: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "SequenceBytes":
+        """Counts the caches of `model`'s layers."""
+        full = model.num_hidden_layers // model.full_attention_interval
+        size = lambda make: sum(math.prod(leaf.shape) * leaf.dtype.itemsize
+                                for leaf in jax.tree.leaves(jax.eval_shape(make)))
+        return cls(full * size(lambda: init_attention_cache(model, 1, 1)),
+                   (model.num_hidden_layers - full) * size(lambda: init_delta_net_cache(model, 1)))
+
+
+def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: str | None = None) -> dict[str, Any]:
+    """Compiles decode, prefill and the change of layout as stage `experts` runs them; JSON-ready.
+
+    Args:
+      config: its `experts.rollout` gives slots, lengths and prefill's shape.
+      parallel: the mesh of the trainer, over devices of `topology`.
+      dump: file that gets decode's compiled text.
+
+    Raises:
+      TooLarge, UserError: see aot.compile_program, and slots that the devices cannot share evenly.
+    """
+    model, settings = config.model, training_settings(config, "experts").rollout
+    place = Placement(acting(parallel, model))
+    if settings.slots % place.parts:
+        raise UserError(f"--config.experts.rollout.slots: {settings.slots} do not divide by {place.parts} devices")
+    own = settings.slots // place.parts
+    network = Qwen3Next(model, unrolled=True, parallel=place.parallel)
+    programs = Programs(network, place, own, settings.max_length, settings.max_new_tokens)
+    found = {}
+    for name in PROGRAMS:
+        if name == "arrange":
+            given = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                                 abstract_params(model), param_shardings(model, parallel))
+            arguments, kinds, limit = (given,), {"trainer's weights": given}, None
+        else:
+            rows = -(-settings.prefill_rows // place.parts)
+            arguments = programs.abstract(name, rows, settings.prefill_chunk)
+            kinds, limit = _kinds(arguments), settings.max_length
+        program = aot.Program(programs.function(name, limit), arguments, kinds)
+        found[name] = aot.compile_program(program, topology, dump if name == "decode" else None)
+    return {"slots": settings.slots, "max_length": settings.max_length, "parts": place.parts, "programs": found,
+            **_account(config, parallel, place, found["decode"], topology)}
+
+
+def _kinds(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    params, cache, logits = arguments[:3]
+    by_name: dict[str, list[Any]] = {"keys and values": [], "states": []}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cache.layers):
+        by_name["keys and values" if path[-1].key in ("k", "v") else "states"].append(leaf)
+    return {"weights": params, **by_name, "logits": logits}
+
+
+def _account(
+    config: RunConfig, parallel: Parallel, place: Placement, decode: dict[str, Any], topology: str
+) -> dict[str, Any]:
+    """How many sequences fit beside the trainer's state, and the time that memory and links take at least."""
+    from qcn_jax.compile.stages import stage_step
+
+    chip, each = CHIPS[aot.generation(topology)], SequenceBytes.of(config.model)
+    trainer = sum(map(aot.bytes_per_device, stage_step(config, "experts", parallel).kinds.values()))
+    memory = decode["memory"]
+    weights = memory["arguments_by_kind"]["weights"]
+    besides = trainer + weights + memory["activations_and_temporaries"] + memory["outputs_not_aliased"] + memory["code"]
+    row = each.state + np.dtype(np.float32).itemsize * config.model.vocab_size
+    fit = {length: max(0, int((chip.hbm - besides) // (row + each.token * length))) * place.parts for length in LENGTHS}
+    own = config.experts.rollout.slots // place.parts
+    read = weights + own * (2 * each.state + each.token * config.experts.rollout.max_length)
+    moved = sum(decode["collective_bytes"].values())
+    return {
+        "bytes_per_token": each.token, "bytes_per_state": each.state, "trainer_bytes": trainer, "sequences": fit,
+        "floor": {"bytes": read, "seconds": read / chip.bandwidth},
+        "links": {"bytes": moved, "seconds": moved / chip.links, "count": sum(decode["collective_count"].values())},
+    }
+
+
+def render(report: dict[str, Any]) -> list[str]:
+    """The account as lines of text."""
+    gib = lambda n: f"{n / _GIB:8.2f} GiB"
+    lines = [f"{report['slots']} slots of {report['max_length']:,} tokens on {report['parts']} parts of the mesh; "
+             f"{report['bytes_per_token']:,} bytes a token, {report['bytes_per_state'] / 1e6:.1f} MB of states"]
+    for name, found in report["programs"].items():
+        memory = found["memory"]
+        lines += ["", f"{name}: HBM per device"]
+        parts = memory["arguments_by_kind"] | {
+            "temporaries": memory["activations_and_temporaries"], "outputs beside": memory["outputs_not_aliased"]}
+        lines += [f"  {kind:<28}{gib(size)}" for kind, size in parts.items() if size]
+        lines += [f"  {kind:<28}{moved / 1e9:8.3f} GB in {found['collective_count'][kind]:,} exchanges"
+                  for kind, moved in sorted(found["collective_bytes"].items(), key=lambda item: -item[1])]
+        cycles = {part: count for part, count in found["cycles_by_part"].items() if count}
+        lines += [f"  estimated cycles: {sum(cycles.values()):,.0f} ("
+                  + ", ".join(f"{part} {count:,.0f}" for part, count in cycles.items()) + ")"]
+    floor, links = report["floor"], report["links"]
+    lines += [
+        "", f"trainer's state beside them{gib(report['trainer_bytes'])}",
+        *(f"{int(length) // 1024}k sequences: {count:,}" for length, count in report["sequences"].items()),
+        f"a decode step reads at least {floor['bytes'] / 1e9:.2f} GB a device when all slots are full: "
+        f"{1e3 * floor['seconds']:.1f} ms of HBM; its {links['count']:,} exchanges move {links['bytes'] / 1e9:.3f} GB: "
+        f"{1e3 * links['seconds']:.2f} ms of links, without latency",
+    ]
+    return lines

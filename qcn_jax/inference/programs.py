@@ -1,0 +1,167 @@
+"""The compiled functions of an engine: prefill, copy and decode, each over all slots of all devices.
+
+Axes: N slots and P prefill rows over all parts of the placement, S slots of a part, C prefill chunk, M new tokens, V
+vocabulary. Indices of slots are those within a part.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
+from qcn_jax.inference.placement import Placement
+from qcn_jax.inference.sampling import sample
+from qcn_jax.layers.cache import Cache
+from qcn_jax.model import Qwen3Next, abstract_params, unroll
+from qcn_jax.sharding import distributed
+
+Array = jax.Array
+STOP_IDS = 8  # stop ids are padded to a multiple of this, so that their number is not part of the compiled shape
+
+
+class Programs:
+    """Compiled functions, once for each part of the cache that attention reads (`key_limit`)."""
+
+    def __init__(
+        self, model: Qwen3Next, placement: Placement, slots: int, max_length: int, max_new_tokens: int,
+        drawable: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Compiles nothing yet.
+
+        Args:
+          model: over `placement.parallel`.
+          placement: where slots lie.
+          slots: of each part.
+          max_length, max_new_tokens, drawable: see Engine.
+        """
+        self._model, self._placement, self._slots = model, placement, slots
+        self._max_length, self._new = max_length, max_new_tokens
+        self._drawable = None if drawable is None or drawable.all() else drawable
+        self._shape = jax.eval_shape(lambda: model.init_cache(slots * placement.parts, max_length))
+        self._compiled: dict[tuple[str, int | None], Any] = {}
+        self._called: dict[tuple[str, int | None], Callable] = {}
+
+    def compilations(self) -> int:
+        """How many programs have been compiled so far, but for changes of layout."""
+        return sum(function._cache_size() for (name, _), function in self._compiled.items() if name != "arrange")
+
+    def empty(self) -> tuple[Cache, Array]:
+        """Caches of all slots without a token, and the logits [N, V] of each slot's next token."""
+        count, model = self._slots * self._placement.parts, self._model
+        make = lambda: (model.init_cache(count, self._max_length),
+                        jnp.zeros((count, model.config.vocab_size), jnp.float32))
+        if self._placement.parallel is None:
+            return make()
+        return jax.jit(make, out_shardings=self._state())()
+
+    def run(self, name: str, *arguments: Any, key_limit: int | None = None) -> Any:
+        """Calls a program with arguments as `abstract` describes them; over several hosts when all have come here.
+
+        Returns:
+          arrange: weights. prefill and copy: (cache, logits). decode: (cache, logits, tokens [N, M], log-probabilities
+          [N, 2, M], counts [N]).
+        """
+        key = name, key_limit
+        if key not in self._called:
+            self._called[key] = distributed.met(self.function(name, key_limit))
+        return self._called[key](*arguments)
+
+    def function(self, name: str, key_limit: int | None = None) -> Any:
+        """The jitted function that `run` calls."""
+        key = name, key_limit
+        if key not in self._compiled:
+            run, donated = {"arrange": (self._arrange, ()), "prefill": (self._prefill, (1, 2)),
+                            "copy": (self._copy, ()), "decode": (self._decode, (1, 2))}[name]
+            if key_limit is not None:
+                run = functools.partial(run, key_limit=key_limit)
+            options = {}
+            if self._placement.parallel is not None:
+                rows, weights = self._placement.rows, self._placement.weight_shardings(self._model)
+                options["out_shardings"] = {
+                    "arrange": weights, "decode": (*self._state(), rows, rows, rows)}.get(name, self._state())
+            self._compiled[key] = jax.jit(run, donate_argnums=donated, **options)
+        return self._compiled[key]
+
+    def abstract(self, name: str, rows: int = 1, chunk: int = 1) -> tuple[Any, ...]:
+        """Arguments of `prefill` ([rows * parts, chunk] tokens) or `decode` as ShapeDtypeStructs; allocates nothing."""
+        parts, rows_of = self._placement.parts, self._placement.rows
+        by_slot = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_of)
+        like = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        config, count = self._model.config, parts * self._slots
+        params = jax.eval_shape(self._arrange, abstract_params(config))
+        cache = self._shape
+        if rows_of is not None:
+            params = jax.tree.map(like, params, self._placement.weight_shardings(self._model))
+            cache = jax.tree.map(like, cache, self._placement.cache_shardings(cache))
+        held = params, cache, by_slot(jnp.float32, count, config.vocab_size)
+        if name == "prefill":
+            size = rows * parts
+            return (*held, by_slot(jnp.int32, size), by_slot(jnp.bool_, size), by_slot(jnp.int32, size, chunk),
+                    by_slot(jnp.int32, size))
+        draw = {"temperature": by_slot(jnp.float32, count), "top_p": by_slot(jnp.float32, count),
+                "top_k": by_slot(jnp.int32, count)}
+        return (*held, by_slot(jnp.uint32, count), by_slot(jnp.int32, count), by_slot(jnp.int32, count),
+                jax.ShapeDtypeStruct((), jnp.int32), draw, jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32))
+
+    def _state(self) -> Any:
+        return self._placement.cache_shardings(self._shape), self._placement.rows
+
+    def _arrange(self, params: Any) -> Any:
+        """Parameters, stacked and laid out in any way, as the model takes them."""
+        return unroll(self._model.config, params) if self._model.unrolled else params
+
+    def _prefill(self, params: Any, cache: Cache, logits: Array, indices: Array, fresh: Array, tokens: Array,
+                 lengths: Array, key_limit: int) -> tuple[Cache, Array]:
+        """Appends lengths[p] of tokens [P, C] to slot indices[p] of its part; S: no slot; `fresh`: cleared first."""
+        per_part, slots = self._placement.per_part, self._slots
+
+        def take(cache: Cache, indices: Array, fresh: Array) -> Cache:
+            return cache_reset(cache_take(cache, jnp.minimum(indices, slots - 1)), fresh)
+
+        def put(cache: Cache, logits: Array, indices: Array, lengths: Array, rows: Cache, last: Array
+                ) -> tuple[Cache, Array]:
+            target = jnp.where(lengths > 0, indices, slots)
+            return cache_put(cache, indices, rows), logits.at[target].set(last, mode="drop")
+
+        rows = per_part(take, cache, ("cache", "rows", "rows"), ("cache",))(cache, indices, fresh)
+        out = self._model.apply(
+            {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit)
+        last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        last = self._model.head(params, last)[:, 0].astype(jnp.float32)
+        store = per_part(put, cache, ("cache", "rows", "rows", "rows", "cache", "rows"), ("cache", "rows"))
+        return store(cache, logits, indices, lengths, out.cache, last)
+
+    def _copy(self, cache: Cache, logits: Array, source: Array) -> tuple[Cache, Array]:
+        """Slot n becomes a copy of slot source[n] of its part."""
+        take = lambda cache, logits, source: (cache_take(cache, source), logits[source])
+        run = self._placement.per_part(take, cache, ("cache", "rows", "rows"), ("cache", "rows"))
+        return run(cache, logits, source)
+
+    def _decode(self, params: Any, cache: Cache, logits: Array, seeds: Array, positions: Array, limits: Array,
+                enough: Array, draw: dict[str, Array], stop: Array, key_limit: int
+                ) -> tuple[Cache, Array, Array, Array, Array]:
+        """Samples up to limits[n] tokens for every slot, until no more than `enough` slots are under way."""
+
+        def body(carry: tuple) -> tuple:
+            step, cache, logits, active, tokens, logprobs, counts = carry
+            token, *scores = sample(logits, seeds, positions + step, **draw, drawable=self._drawable)
+            token = jnp.where(active, token, 0)
+            tokens = tokens.at[:, step].set(token)
+            logprobs = logprobs.at[:, :, step].set(jnp.stack(scores, axis=1))
+            out = self._model.apply(
+                {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32), key_limit=key_limit)
+            logits = jnp.where(active[:, None], out.logits[:, 0].astype(jnp.float32), logits)
+            counts = counts + active
+            active = active & ~jnp.any(token[:, None] == stop[None], axis=-1) & (counts < limits)
+            return step + 1, out.cache, logits, active, tokens, logprobs, counts
+
+        count = len(limits)
+        start = (0, cache, logits, limits > 0, jnp.zeros((count, self._new), jnp.int32),
+                 jnp.zeros((count, 2, self._new), jnp.float32), jnp.zeros(count, jnp.int32))
+        carry = jax.lax.while_loop(lambda carry: jnp.sum(carry[3]) > enough, body, start)
+        _, cache, logits, _, tokens, logprobs, counts = carry
+        return cache, logits, tokens, logprobs, counts

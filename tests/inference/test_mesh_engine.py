@@ -1,0 +1,75 @@
+"""The engine over eight devices, in every mesh form: the tokens and log-probabilities of one device."""
+
+import json
+
+import pytest
+
+# name: MeshConfig over eight devices. Eight experts lie on as many devices as hold no parts of the same sequences.
+FORMS = {
+    "fsdp and expert, gather": {"fsdp": 4, "expert": 2, "dispatch": "gather"},
+    "fsdp, expert and context, ragged": {"fsdp": 2, "expert": 2, "context": 2},
+    "data, expert and tensor, capacity": {
+        "data": 2, "fsdp": 1, "expert": 2, "tensor": 2, "dispatch": "capacity", "dispatch_buffer": 0.0},
+}
+SLOTS = (0, 5, 9, 15)
+
+
+def child() -> None:
+    """Prints, per form, what every turn of every slot gave, the engine's parts, and the bytes of its collectives."""
+    import dataclasses
+
+    import jax
+
+    from qcn_jax.compile import hlo
+    from qcn_jax.config import MeshConfig
+    from qcn_jax.inference.engine import Engine
+    from qcn_jax.inference.sampling import Sampling
+    from qcn_jax.pipeline.train.layout import param_shardings
+    from qcn_jax.sharding.mesh import make_parallel
+    from tests.inference.test_engine import CONFIG, make_params, prompt
+
+    config = dataclasses.replace(CONFIG, num_experts=8, vocab_size=64)
+    params = make_params(config)
+    draws = [Sampling(0.0), Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(0.7, top_k=8), Sampling(1.0)]
+
+    def play(parallel):
+        laid_out = params if parallel is None else jax.device_put(params, param_shardings(config, parallel))
+        engine = Engine(config, laid_out, slots=16, max_length=96, max_new_tokens=6, stop_ids=(7,), prefill_rows=8,
+                        prefill_chunk=16, parallel=parallel)
+        turns, use = [], [*SLOTS, 4]
+        for around in range(2):  # the second time in slots that were used before
+            engine.reset(use)
+            engine.extend({slot: prompt(i + around, (1, 20, 17, 40)[i]) for i, slot in enumerate(SLOTS)})
+            engine.fork({5: [4]})  # of one part, however many there are
+            for turn in range(2):
+                made = engine.generate(use, seeds=[1, 2, 3, 4, 5], sampling=draws, enough=turn)
+                turns += [(one.tokens, one.logprobs.tolist(), one.drawn_logprobs.tolist(), one.finish) for one in made]
+                engine.extend({slot: prompt(50 + slot, 5 + slot % 3) for slot in use})
+        return engine, turns
+
+    results = {"one": play(None)[1]}
+    for name, mesh in FORMS.items():
+        engine, turns = play(make_parallel(MeshConfig(**mesh)))
+        moved = {}
+        for program in ("prefill", "decode"):
+            function, arguments = engine.programs.function(program, 96), engine.programs.abstract(program, 1, 16)
+            summary = hlo.summarize(function.lower(*arguments).compile().as_text())
+            moved[program] = summary.collective_bytes
+        cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache.layers)) // 8
+        results[name] = {"turns": turns, "parts": engine.parts, "moved": moved, "cache": cache}
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module", name="results")
+def _results(run_with_devices) -> dict:
+    return json.loads(run_with_devices(child, 8).splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_one_device(results, form):
+    assert results[form]["parts"] == (4 if "tensor" in form else 8)
+    assert len(results[form]["turns"]) == len(results["one"]) == 20
+    for ours, right in zip(results[form]["turns"], results["one"]):
+        assert ours[0] == right[0] and ours[3] == right[3]
+        assert ours[1] == pytest.approx(right[1], abs=1e-4) and ours[2] == pytest.approx(right[2], abs=1e-4)
