@@ -289,9 +289,9 @@ def _abstract(config: ModelConfig, unrolled: bool = False) -> Any:
     return jax.eval_shape(initialise, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
-def abstract_params(config: ModelConfig) -> Any:
-    """The parameter tree as jax.ShapeDtypeStruct leaves; allocates nothing."""
-    return nn.unbox(_abstract(config))
+def abstract_params(config: ModelConfig, unrolled: bool = False) -> Any:
+    """The parameter tree, stacked or `unrolled`, as jax.ShapeDtypeStruct leaves; allocates nothing."""
+    return nn.unbox(_abstract(config, unrolled))
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -27,6 +27,7 @@ from absl import flags
 from qcn_jax import files
 from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.cli import parsing, task_repositories
+from qcn_jax.config import MeshConfig
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import formats, swebench
@@ -62,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("max_new_tokens", 64, "Tokens of a turn.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("max_length", 1024, "Tokens of an episode.", flag_values=values, lower_bound=16)
     flags.DEFINE_integer("slots", 32, "Episodes side by side.", flag_values=values, lower_bound=1)
+    mesh = parsing.define_mesh(values)
     parsing.parse(values, "evaluate", __doc__, argv)
     if bool(values.checkpoint) == bool(values.predictions):
         raise UserError("give either --checkpoint=DIR or --predictions=FILE")
@@ -73,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
     instances = swebench.read(values.tasks)
     if instances and values.checkpoint:
         raise UserError(f"--checkpoint: the tasks of {values.tasks} have images of their own; give --predictions=FILE")
-    evaluate = _evaluate if instances is None else lambda *given: _evaluate_images(*given, instances)
-    print(json.dumps(evaluate(values, tasks), indent=1))
+    found = _evaluate(values, tasks, mesh()) if instances is None else _evaluate_images(values, tasks, instances)
+    print(json.dumps(found, indent=1))
     return 0
 
 
@@ -90,7 +92,7 @@ def _evaluate_images(values: flags.FlagValues, tasks: Mapping[str, Task],
     return _report(values, tasks, rows, verdicts, "docker")
 
 
-def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, Any]:
+def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task], mesh: MeshConfig | None) -> dict[str, Any]:
     """Patches, verdicts, reports; returns what is printed."""
     from qcn_jax.envs.pool.env_pool import make_pool
     from qcn_jax.pipeline.evaluate import predictions
@@ -105,7 +107,7 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task]) -> dict[str, 
         sandbox = pool.describe()  # or says why there is none
         path = values.predictions or out / "preds.jsonl"
         if values.checkpoint:
-            files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool, arguments))
+            files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool, arguments, mesh))
         rows = predictions.read_predictions(path, tasks)
         with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
             verdicts = _grade(rows, tasks, pool, values.workers, bar.update)
@@ -160,12 +162,12 @@ def _scaffold(name: str) -> Scaffold:
 
 
 def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec], pool: EnvPool,
-         provider_arguments: Mapping[str, Any]) -> list[dict[str, str]]:
+         provider_arguments: Mapping[str, Any], mesh: MeshConfig | None) -> list[dict[str, str]]:
     """Lets the checkpoint work on the tasks; returns predictions."""
-    from qcn_jax import hub
     from qcn_jax.chat.encoder import ChatEncoder
     from qcn_jax.chat.tokenizer import Tokenizer
     from qcn_jax.config import EvaluateConfig, RolloutConfig
+    from qcn_jax.inference.checkpoint import load_to_act
     from qcn_jax.pipeline.evaluate.bench import Bench
     from qcn_jax.pipeline.experts.expert import Expert
     from qcn_jax.pipeline.experts.services import pool_services
@@ -174,11 +176,11 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
     limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,
                            max_length=values.max_length, slots=values.slots)
     encoder = ChatEncoder(Tokenizer.from_folder(values.checkpoint))
-    model, params = hub.load(values.checkpoint)
+    model, params, parallel = load_to_act(values.checkpoint, mesh)
     with contextlib.closing(make_provider(**provider_arguments)) as provider:
         services = pool_services({spec.name: spec for spec in specs}, provider, pool)
         bench = Bench(tasks, [Expert("agent", "agent", headline=True)], scaffold, (), EvaluateConfig(rollout=limits),
-                      encoder, services, 0, print)
+                      encoder, services, 0, print, parallel)
         patches = bench.patches(model, params)
     return [{"instance_id": task.instance_id, "model_name_or_path": values.checkpoint, "model_patch": patch}
             for task, patch in patches]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from qcn_jax.cli import parsing
+from qcn_jax.config import MeshConfig
 from qcn_jax.errors import UserError
 
 PIECE = 16  # tokens between two writes
@@ -32,22 +33,23 @@ def main(argv: Sequence[str]) -> int:
                        flag_values=values, lower_bound=1e-6, upper_bound=1.0)  # fmt: skip
     flags.DEFINE_integer("top_k", 0, "Draw from this many tokens; 0: all.", flag_values=values, lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=values, lower_bound=0)
+    mesh = parsing.define_mesh(values)
     parsing.parse(values, "generate", __doc__, argv)
     if (values.prompt is None) == (values.chat is None):
         raise UserError("give either --prompt=TEXT or --chat=TEXT")
     if values.system is not None and values.chat is None:
         raise UserError("--system goes with --chat")
-    _generate(values)
+    _generate(values, mesh())
     return 0
 
 
-def _generate(values: flags.FlagValues) -> None:
+def _generate(values: flags.FlagValues, mesh: MeshConfig | None) -> None:
     from qcn_jax.chat.encoder import ChatEncoder
     from qcn_jax.chat.tokenizer import IncrementalDecoder
     from qcn_jax.inference.checkpoint import load_engine
     from qcn_jax.inference.sampling import Sampling
 
-    loaded = load_engine(values.checkpoint, slots=1, max_length=values.max_length, max_new_tokens=PIECE)
+    loaded = load_engine(values.checkpoint, slots=1, max_length=values.max_length, max_new_tokens=PIECE, mesh=mesh)
     engine = loaded.engine
     if values.chat is not None:
         messages = [{"role": "system", "content": values.system}] if values.system is not None else []

@@ -24,8 +24,8 @@ from ml_collections.config_flags import tuple_parser
 
 import qcn_jax
 from qcn_jax import files
-from qcn_jax.config import RunConfig, from_config_dict, new_name, to_config_dict
-from qcn_jax.config_values import described
+from qcn_jax.config import MeshConfig, RunConfig, from_config_dict, new_name, to_config_dict
+from qcn_jax.config_values import described, refusals
 from qcn_jax.errors import UserError
 
 _HERE = pathlib.Path(qcn_jax.__file__).parent
@@ -109,6 +109,33 @@ class _List(tuple_parser.TupleParser):
 
 
 config_flags.register_flag_parser_for_type(tuple, _List())
+
+
+def define_mesh(values: flags.FlagValues) -> Callable[[], MeshConfig | None]:
+    """Adds --mesh; returns what gives the mesh that it asks for after parsing, None for one device.
+
+    Raises:
+      UserError: the returned function, of what is no key=value, no key of MeshConfig, or a value that its key does not
+        allow.
+    """
+    flags.DEFINE_list("mesh", None, "Act on all devices, e.g. --mesh=expert=4,tensor=2; keys are those of config.mesh, "
+                      "and fsdp takes what the others leave. Default: one device.", flag_values=values)
+
+    def mesh() -> MeshConfig | None:
+        if not values.mesh:
+            return None
+        given = {}
+        for pair in values.mesh:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise UserError(f"--mesh={','.join(values.mesh)}: {pair!r} is not KEY=VALUE")
+            given[key] = int(value) if value.lstrip("-").isdigit() else value
+        found = from_config_dict(MeshConfig, given, "mesh")
+        for line in refusals(found, "--mesh"):
+            raise UserError(line)
+        return found
+
+    return mesh
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from qcn_jax.cli import parsing
+from qcn_jax.config import MeshConfig
 from qcn_jax.errors import UserError
 
 
@@ -30,10 +31,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("max_length", 4096, "Tokens of prompt and answer together.", flag_values=values,
                          lower_bound=2)  # fmt: skip
     flags.DEFINE_string("name", None, "Name of the model for clients; by default the folder's.", flag_values=values)
+    mesh = parsing.define_mesh(values)
     parsing.parse(values, "serve", __doc__, argv)
     listening = _listen(values.host, values.port)  # a port that is taken is said before weights are read
     try:
-        _serve(values, listening)
+        _serve(values, listening, mesh())
     finally:
         listening.close()
     return 0
@@ -51,7 +53,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(values: flags.FlagValues, listening: socket.socket) -> None:
+def _serve(values: flags.FlagValues, listening: socket.socket, mesh: MeshConfig | None) -> None:
     import uvicorn
 
     from qcn_jax.chat.encoder import ChatEncoder
@@ -59,7 +61,8 @@ def _serve(values: flags.FlagValues, listening: socket.socket) -> None:
     from qcn_jax.inference.scheduler import PIECE, Scheduler
     from qcn_jax.inference.server import Service
 
-    loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE)
+    loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE,
+                         mesh=mesh)
     encoder = ChatEncoder(loaded.tokenizer)
     service = Service(
         Scheduler(loaded.engine), loaded.tokenizer, encoder.encode_prompt, loaded.stop_ids, values.name or loaded.name

@@ -3,14 +3,19 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from qcn_jax.config import MeshConfig, ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import description
 from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.placement import Placement, acting
+from qcn_jax.sharding.mesh import make_parallel
+from qcn_jax.sharding.parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,23 @@ class Loaded:
     name: str
 
 
-def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, max_new_tokens: int) -> Loaded:
+def load_to_act(folder: str | os.PathLike[str], mesh: MeshConfig | None
+                ) -> tuple[ModelConfig, dict[str, Any], Parallel | None]:
+    """Reads a folder's weights onto one device, or onto a mesh of all devices as acting wants them (see placement).
+
+    Raises:
+      UserError: something is missing or damaged, or sizes do not divide by the mesh.
+    """
+    if mesh is None:
+        config, params = hub.load(folder)
+        return config, jax.device_put(params), None
+    config, parallel = hub.inspect(folder), make_parallel(mesh)
+    config, params = hub.load(folder, shardings=Placement(acting(parallel, config)).shardings(config))
+    return config, params, parallel
+
+
+def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, max_new_tokens: int,
+                mesh: MeshConfig | None = None) -> Loaded:
     """Reads weights and tokenizer from a Hugging Face folder.
 
     A turn ends with the ids that config.json or generation_config.json name as eos_token_id, or with the chat
@@ -34,11 +55,12 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
       slots: sequences side by side.
       max_length: tokens of a sequence, cut to what the model was made for.
       max_new_tokens: the most that one call of the engine generates.
+      mesh: of all devices, to act on; None is one device.
 
     Raises:
       UserError: something is missing, or tokenizer and model do not belong together.
     """
-    config, params = hub.load(folder)
+    config, params, parallel = load_to_act(folder, mesh)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -48,7 +70,8 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
     ends = {added[name] for name in (TURN_END, END_OF_TEXT) if name in added}
     stop_ids = sorted(ends | description.eos_ids(folder, config.vocab_size))
     engine = Engine(
-        config, jax.device_put(params), slots=slots, max_length=min(max_length, config.max_position_embeddings),
+        config, params, slots=slots, max_length=min(max_length, config.max_position_embeddings),
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, drawable=tokenizer.known_ids(config.vocab_size),
+        parallel=parallel,
     )  # fmt: skip
     return Loaded(engine, tokenizer, frozenset(stop_ids), pathlib.Path(folder).absolute().name)

@@ -122,18 +122,13 @@ class Engine:
         self._cache, self._logits = self.programs.empty()
         self.params = params
 
-    @property
-    def params(self) -> Any:
-        """The model's parameter tree; assigning another tree of the same shapes acts at once.
-
-        On a mesh it may be laid out in any way; the engine keeps its own copy, in the layout of acting.
-        """
-        return self._params
-
-    @params.setter
-    def params(self, params: Any) -> None:
-        self._params = params
+    def _take(self, params: Any) -> None:
         self._weights = self.programs.run("arrange", params)
+
+    params = property(None, _take, doc="""The model's parameters, to be assigned: others of the same shapes act at once.
+
+    They may be laid out in any way; the engine keeps them as it acts with them.
+    """)
 
     def length(self, slot: int) -> int:
         """Tokens that `slot` holds."""

@@ -25,7 +25,7 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.cache import batch_axis
 from qcn_jax.layers.cache import Cache
-from qcn_jax.model import Qwen3Next, logical_axes
+from qcn_jax.model import abstract_params, logical_axes
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 from qcn_jax.sharding.rules import AxisRules
@@ -119,13 +119,21 @@ class Placement:
         spec = lambda path, _: PartitionSpec(*[None] * batch_axis(path), *self._rows)
         return Cache(self._rows, jax.tree_util.tree_map_with_path(spec, cache.layers))
 
-    def weight_shardings(self, model: Qwen3Next) -> Any:
-        """Shardings of the parameters that `model` takes, in the layout of acting; None on one device."""
+    def shardings(self, model: ModelConfig, unrolled: bool = False) -> Any:
+        """Shardings of `model`'s parameters, stacked or `unrolled`, in the layout of acting; None on one device.
+
+        Raises:
+          UserError: a dimension that does not divide by the parts of its axis.
+        """
         if self.parallel is None:
             return None
-        place = lambda names: NamedSharding(self.parallel.mesh, self.parallel.spec(*names))
-        names = logical_axes(model.config, model.unrolled)
-        return jax.tree.map(place, names, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+        def place(names: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            self.parallel.check(leaf.shape, *names)
+            return NamedSharding(self.parallel.mesh, self.parallel.spec(*names))
+
+        shapes = abstract_params(model, unrolled)
+        return jax.tree.map(place, logical_axes(model, unrolled), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
     def most(self, *values: int) -> list[int]:
         """The largest of each value over all hosts, all of which must call this."""

@@ -80,9 +80,9 @@ class Programs:
                 run = functools.partial(run, key_limit=key_limit)
             options = {}
             if self._placement.parallel is not None:
-                rows, weights = self._placement.rows, self._placement.weight_shardings(self._model)
-                options["out_shardings"] = {
-                    "arrange": weights, "decode": (*self._state(), rows, rows, rows)}.get(name, self._state())
+                rows, state = self._placement.rows, self._state()
+                weights = self._placement.shardings(self._model.config, self._model.unrolled)
+                options["out_shardings"] = {"arrange": weights, "decode": (*state, rows, rows, rows)}.get(name, state)
             self._compiled[key] = jax.jit(run, donate_argnums=donated, **options)
         return self._compiled[key]
 
@@ -95,7 +95,7 @@ class Programs:
         params = jax.eval_shape(self._arrange, abstract_params(config))
         cache = self._shape
         if rows_of is not None:
-            params = jax.tree.map(like, params, self._placement.weight_shardings(self._model))
+            params = jax.tree.map(like, params, self._placement.shardings(self._model.config, self._model.unrolled))
             cache = jax.tree.map(like, cache, self._placement.cache_shardings(cache))
         held = params, cache, by_slot(jnp.float32, count, config.vocab_size)
         if name == "prefill":

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
@@ -134,14 +135,14 @@ class Scheduler:
             request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish))
 
     def _prefill(self, admitted: dict[int, Request]) -> None:
-        """One prefill for each distinct prompt, copied where several requests have the same."""
-        first: dict[tuple[int, ...], int] = {}
+        """One prefill for each distinct prompt and part of the engine, copied where several requests have the same."""
+        first: dict[tuple[Any, ...], int] = {}
         copies: dict[int, list[int]] = {}
         for slot, request in admitted.items():
-            origin = first.setdefault(tuple(request.tokens), slot)
+            origin = first.setdefault((self.engine.part(slot), *request.tokens), slot)
             if origin != slot:
                 copies.setdefault(origin, []).append(slot)
-        self.engine.extend({slot: list(tokens) for tokens, slot in first.items()})
+        self.engine.extend({slot: admitted[slot].tokens for slot in first.values()})
         if copies:
             self.engine.fork(copies)
 

@@ -3,13 +3,16 @@
 import dataclasses
 import io
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from qcn_jax import hub
+from qcn_jax import hub, testing
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.cli.main import main
 from qcn_jax.inference.checkpoint import load_engine
@@ -50,7 +53,21 @@ def test_text_goes_on_greedily(folder, capsys, monkeypatch) -> None:
     assert main([*arguments[:2], "--prompt=-", *arguments[3:]]) == 0 and capsys.readouterr().out == out
 
 
+@pytest.mark.slow
+def test_a_mesh_writes_what_one_device_does(folder, capsys):
+    arguments = ["generate", f"--checkpoint={folder}", "--prompt=hello", "--max_new_tokens=12", "--max_length=40"]
+    assert main(arguments) == 0
+    done = subprocess.run([sys.executable, "-m", "qcn_jax", *arguments, "--mesh=expert=4,dispatch=gather"], text=True,
+                          capture_output=True, check=False, timeout=testing.processes.TIMEOUT,
+                          env={**os.environ, **testing.emulated(8), "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0 and done.stdout == capsys.readouterr().out, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("arguments,line", [
+    (["generate", "--checkpoint=X", "--prompt=a", "--mesh=expert"], "--mesh=expert: 'expert' is not KEY=VALUE"),
+    (["generate", "--checkpoint=X", "--prompt=a", "--mesh=experts=2"], "--mesh.experts: unknown key"),
+    (["serve", "--checkpoint=X", "--port=0", "--mesh=expert=x"], "--mesh.expert"),
+    (["serve", "--checkpoint=X", "--port=0", "--mesh=expert=2,dispatch=fast"], "--mesh.dispatch"),
     (["generate"], "--checkpoint"), (["generate", "--checkpoint=X"], "either --prompt=TEXT or --chat=TEXT"),
     (["generate", "--checkpoint=X", "--prompt=a", "--chat=b"], "either --prompt"),
     (["generate", "--checkpoint=X", "--prompt=a", "--system=b"], "--system goes with --chat"),

@@ -232,6 +232,9 @@ def test_an_engine_that_fails_fails_its_requests_and_not_the_server() -> None:
         def length(self, slot):
             return 5
 
+        def part(self, slot):
+            return 0
+
         def generate(self, slots, **_):
             return [Generation([1], np.zeros(1, np.float32), np.zeros(1, np.float32), "stop") for _ in slots]
 
