@@ -15,7 +15,7 @@ SLOTS = (0, 5, 9, 15)
 
 
 def child() -> None:
-    """Prints, per form, what every turn of every slot gave, the engine's parts, and the bytes of its collectives."""
+    """Prints, per form, what every turn of every slot gave, the engine's parts, and decode's largest collective."""
     import dataclasses
 
     import jax
@@ -50,13 +50,10 @@ def child() -> None:
     results = {"one": play(None)[1]}
     for name, mesh in FORMS.items():
         engine, turns = play(make_parallel(MeshConfig(**mesh)))
-        moved = {}
-        for program in ("prefill", "decode"):
-            function, arguments = engine.programs.function(program, 96), engine.programs.abstract(program, 1, 16)
-            summary = hlo.summarize(function.lower(*arguments).compile().as_text())
-            moved[program] = summary.collective_bytes
-        cache = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache.layers)) // 8
-        results[name] = {"turns": turns, "parts": engine.parts, "moved": moved, "cache": cache}
+        decode = engine.programs.function("decode", 96).lower(*engine.programs.abstract("decode")).compile()
+        moved = hlo.summarize(decode.as_text()).largest_collectives
+        keys = 16 * CONFIG.num_key_value_heads * 96 * CONFIG.head_dim * 4 // engine.parts
+        results[name] = {"turns": turns, "parts": engine.parts, "moved": max(moved)[0], "keys": keys}
     print(json.dumps(results))
 
 
@@ -73,3 +70,10 @@ def test_equals_one_device(results, form):
     for ours, right in zip(results[form]["turns"], results["one"]):
         assert ours[0] == right[0] and ours[3] == right[3]
         assert ours[1] == pytest.approx(right[1], abs=1e-4) and ours[2] == pytest.approx(right[2], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_no_cache_travels_between_devices(results, form):
+    """What decoding moves at a time is less than the keys of one layer that a device holds."""
+    assert 0 < results[form]["moved"] < results[form]["keys"]
