@@ -44,10 +44,11 @@ def apply_experts(x: Array, weights: Array, experts: Array, kernels: ExpertWeigh
       [N, D] in x's dtype.
 
     Raises:
-      UserError: unknown back end.
+      UserError: unknown back end, or one that this platform does not have.
     """
     if backend not in BACKENDS:
         raise UserError(f"model.moe: unknown back end {backend!r}; allowed: {', '.join(BACKENDS)}")
+    check_platform(backend, jax.default_backend())
     slots, num_experts = experts.size, kernels.gate.shape[0]
     if backend == "auto" and jax.default_backend() == "cpu":
         backend = "looped"
@@ -65,6 +66,12 @@ def apply_experts(x: Array, weights: Array, experts: Array, kernels: ExpertWeigh
         height = _block_height(slots / num_experts, smallest, MAX_LOOPED)
         return looped_swiglu(x, weights, sorted_layout(experts, num_experts, height), kernels)
     return _blocked(x, weights, experts, kernels)
+
+
+def check_platform(backend: str, platform: str) -> None:
+    """Raises UserError where `backend` has no form for `platform`."""
+    if backend == "megablox" and platform != "tpu":
+        raise UserError(f"model.moe: megablox has kernels for TPU only, this is a {platform}; auto chooses for each")
 
 
 def sorted_experts(rows: Array, weights: Array, sizes: Array, kernels: ExpertWeights, backend: str = "auto") -> Array:

@@ -80,3 +80,5 @@ def test_layout_places_every_slot_once_in_its_experts_blocks(block, kind):
 def test_unknown_backend_names_the_field():
     with pytest.raises(UserError, match="model.moe: unknown back end 'fast'; allowed: auto, blocked"):
         apply_experts(*inputs("spread"), backend="fast")
+    with pytest.raises(UserError, match="model.moe: megablox has kernels for TPU only, this is a cpu"):
+        apply_experts(*inputs("spread"), backend="megablox")

@@ -18,7 +18,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.moe.dispatch.capacity import Capacity
 from qcn_jax.moe.dispatch.gather import Gather
 from qcn_jax.moe.dispatch.ragged import Ragged
-from qcn_jax.moe.experts import ExpertWeights, sorted_experts, sorted_experts_vjp
+from qcn_jax.moe.experts import ExpertWeights, check_platform, sorted_experts, sorted_experts_vjp
 from qcn_jax.sharding.parallel import Parallel
 
 Array = jax.Array
@@ -66,7 +66,7 @@ def dispatch_experts(
       [B, T, D] in x's dtype, and how many choices of all tokens were dropped (float32).
 
     Raises:
-      UserError: unknown form, or sizes that do not divide.
+      UserError: unknown form or back end, or sizes that do not divide.
     """
     if parallel.dispatch not in FORMS:
         raise UserError(f"--config.mesh.dispatch: unknown form {parallel.dispatch!r}; allowed: {', '.join(FORMS)}")
@@ -75,6 +75,7 @@ def dispatch_experts(
     num_experts = kernels.gate.shape[0]
     if num_experts % parallel.size("expert"):
         raise UserError(f"--config.mesh.expert: {parallel.size('expert')} parts do not divide {num_experts} experts")
+    check_platform(backend, parallel.platform or "tpu")
     if backend == "auto" and parallel.platform is not None:  # one form less to trace
         backend = "megablox" if parallel.platform == "tpu" else "blocked"
     return _apply(x, weights, experts, kernels, parallel, backend)
