@@ -34,7 +34,9 @@ SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain
 ACTING = ("experts", "distill", "evaluate", "report")
 ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS", "--config.experts.checkpoint_every=1",
                    *(f"--config.{stage}.{setting}" for stage in ACTING[:2]
-                     for setting in ("rows=8", "prompts=4", "group_size=4", "rollout.slots=16", "rollout.max_turns=2")),
+                     for setting in ("rows=8", "prompts=4", "group_size=4", "rollout.slots=16", "rollout.max_turns=2",
+                                     # Steps proportional to gradients, see stages/on_devices.py.
+                                     "optimizer.learning_rate=0.1", "optimizer.warmup_steps=0", "optimizer.eps=0.1")),
                    *(f"--config.evaluate.{setting}" for setting in ("baseline=", "sft_control=False", "tasks=3",
                      "pass_k_tasks=1", "rollout.slots=16", "rollout.max_turns=2")))
 SURVIVOR_SECONDS = 90
@@ -168,7 +170,8 @@ def test_two_hosts_act_and_learn_as_one_does(acted):
             for metric in ("episodes", "reward", "sampled_tokens", "turns"):
                 if metric in right:
                     assert row[metric] == pytest.approx(right[metric], rel=1e-5), (name, metric)
-            assert row["loss"] == pytest.approx(right["loss"], rel=1e-3, abs=1e-5)
+            if "loss" in right:  # of an update with an informative group
+                assert row["loss"] == pytest.approx(right["loss"], rel=1e-3, abs=1e-5)
     before = hub.load(workdirs[0] / "sft" / "model")[1]
     for name in ("experts/vowels", "distill"):
         theirs, ours = (hub.load(workdir / name / "model")[1] for workdir in workdirs)

@@ -18,7 +18,8 @@ class Vowels(Expert):
             text = "".join(message["content"] for message in conversation.messages if message["role"] == "assistant")
             letters = [letter for letter in text.lower() if letter.isalpha()]
             share = sum(letter in "aeiou" for letter in letters) / max(1, len(letters))
-            return dataclasses.replace(outcome(truncated), reward=share, solved=share > 0.3, infrastructure=ran.status != "ok")
+            return dataclasses.replace(outcome(truncated), reward=share, solved=share > 0.37,
+                                       infrastructure=ran.status != "ok")
 
         conversation.outcome = scored
         return conversation
