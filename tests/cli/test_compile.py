@@ -1,5 +1,6 @@
 """`qcn compile`: a reduced model compiled for real TPU topologies, what does not fit, and bad input."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import pytest
 from qcn_jax.cli import compile as qcn_compile
 from qcn_jax.cli import main as cli
 from qcn_jax.compile import aot
+from qcn_jax.compile.rollout import SequenceBytes
 from qcn_jax.config import MidtrainConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "qwen3_coder_next.py"
@@ -56,6 +58,33 @@ def test_the_head_gradient_is_reduced_once(report):
     """All-reduces carry scalars, norms and the like: less than one gradient of the head a device."""
     head = 2048 * 4096 * 4
     assert report["collective_bytes"].get("all-reduce", 0) < head
+
+
+def test_what_a_sequence_of_the_published_model_holds():
+    each = SequenceBytes.of(dataclasses.replace(ModelConfig(), dtype="bfloat16"))
+    assert each.token == 12 * 2 * 2 * 256 * 2  # attention layers, keys and values, heads, width, bytes
+    assert each.state == 36 * (32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2)  # states, and windows of 3 tokens
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_engines_programs_compile_for_a_topology(tmp_path, capsys):
+    few = [f"--config.experts.{setting}" for setting in (
+        "rows=8", "sequence_length=1024", "rollout.max_length=1024", "rollout.max_new_tokens=64", "rollout.slots=16",
+        "rollout.prefill_rows=8", "rollout.prefill_chunk=128")]
+    out = tmp_path / "report.json"
+    assert cli.main(["compile", *REDUCED, "--config.mesh.dispatch=gather", *few, "--stage=rollout", f"--out={out}"]) == 0
+    report, text = json.loads(out.read_text()), capsys.readouterr().out
+    assert report["slots"] == 16 and report["parts"] == 8 and list(report["programs"]) == ["decode", "prefill", "arrange"]
+    decode = report["programs"]["decode"]
+    kinds = decode["memory"]["arguments_by_kind"]
+    assert kinds["keys and values"] == 2 * 1024 * report["bytes_per_token"]  # two slots a device
+    assert kinds["states"] == 2 * report["bytes_per_state"]
+    assert decode["memory"]["outputs_not_aliased"] < kinds["keys and values"]  # caches are updated in place
+    # Nothing of the size of a cache moves between devices.
+    assert max(moved["bytes"] for moved in decode["largest_collectives"]) < kinds["keys and values"]
+    fit = list(report["sequences"].values())
+    assert fit == sorted(fit, reverse=True) and fit[0] > fit[-1] > 0 and f"64k sequences: {fit[1]:,}" in text
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):
