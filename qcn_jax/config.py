@@ -9,19 +9,12 @@ What a field may hold is said in its annotation; config_checks reads that, and h
 
 import dataclasses
 import operator
-import types
-import typing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import ml_collections
-
+from qcn_jax.config_dicts import from_config_dict as from_config_dict
+from qcn_jax.config_dicts import new_name as new_name
+from qcn_jax.config_dicts import to_config_dict as to_config_dict
 from qcn_jax.config_values import Known, OneOf, Within
-from qcn_jax.errors import UserError
-
-if typing.TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar("T", bound="DataclassInstance")
 
 Count = Annotated[int, Within(at_least=0)]
 Positive = Annotated[int, Within(at_least=1)]
@@ -349,74 +342,3 @@ TRAINING = {"midtrain": "midtrain.train", "sft": "sft.train", "experts": "expert
 def training_settings(config: RunConfig, stage: str) -> Any:
     """The TrainConfig, ExpertsConfig or DistillConfig of a training stage (a key of TRAINING)."""
     return operator.attrgetter(TRAINING[stage])(config)
-
-
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """A dataclass as a ConfigDict, which absl flags can override key by key."""
-    values = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
-        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-            values[field.name] = tuple(to_config_dict(item) for item in value)
-    return ml_collections.ConfigDict(values)
-
-
-def from_config_dict(cls: type[T], values: Any, prefix: str = "config") -> T:
-    """Builds `cls` from a mapping.
-
-    Raises:
-      UserError: a key that `cls` does not have, or a value of another type; the line names the key.
-    """
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    arguments = {}
-    for key in values:
-        name = f"{prefix}.{key}"
-        if new := new_name(name):
-            raise UserError(f"--{name}: is called --{new} now")
-        if key not in known:
-            raise UserError(f"--{prefix}.{key}: unknown key; allowed: {', '.join(sorted(known))}")
-        arguments[key] = _typed(hints[key], values[key], name)
-    return cls(**arguments)
-
-
-# Earlier names of keys, the longest first.
-_RENAMED = {
-    "config.rl.experts": "config.experts.names", "config.rl": "config.experts",
-    **{f"config.sft.{name}": f"config.sft.options.{name}" for name in ("recovery", "searches", "guesses")},
-}
-
-
-def new_name(key: str) -> str | None:
-    """What a key like "config.rl.updates" is called now; None for all that have always had their name."""
-    for old, new in _RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key.removeprefix(old)
-    return None
-
-
-def _typed(expected: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(expected):
-        if not hasattr(value, "items"):
-            raise UserError(f"--{name}: expected a group of keys, got {value!r}")
-        return from_config_dict(typing.cast("type[DataclassInstance]", expected), value, name)
-    origin = typing.get_origin(expected)
-    if origin is tuple:
-        element = typing.get_args(expected)[0]
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise UserError(f"--{name}: expected a list of {element.__name__}, got {value!r}")
-        return tuple(_typed(element, item, name) for item in value)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        expected = next(t for t in typing.get_args(expected) if t is not type(None))
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is dict:
-        if not hasattr(value, "items"):
-            raise UserError(f"--{name}: expected a group of keys, got {value!r}")
-        return {key: value[key] for key in value}
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise UserError(f"--{name}: expected {expected.__name__}, got {value!r}")
-    return value

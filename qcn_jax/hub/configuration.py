@@ -179,7 +179,7 @@ def succeeding(values: Mapping[str, Any], earlier: Mapping[str, Any], within: bo
       earlier: that folder's config.json.
       within: keep all that is beside the text model, where it `is_within`; otherwise special ids alone are kept.
     """
-    outer, text = earlier, earlier.get("text_config") if is_within(earlier) else earlier
+    outer, text = earlier, earlier["text_config"] if is_within(earlier) else earlier
     rotary = text.get("rope_parameters") or {}
     kept = {name: value for name, value in rotary.items() if name.startswith("mrope_")}  # equal positions of text
     values = {**values, "rope_parameters": kept | values["rope_parameters"]}
