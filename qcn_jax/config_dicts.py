@@ -1,4 +1,4 @@
-"""Dataclasses to ConfigDicts, whose keys absl flags override, and back; unknown and ill-typed keys are refused by name."""
+"""Dataclasses to ConfigDicts, whose keys absl flags override, and back; unknown and ill-typed keys are refused."""
 
 import dataclasses
 import types
