@@ -34,7 +34,8 @@ class DecoderLayer(nn.Module):
                  else GatedAttention(cfg, name="self_attn"))
         mixed, cache = mixer(norm("input_layernorm")(x), context, cache)
         x = _laid_out(x + mixed, context)
-        normed, statistics = norm("post_attention_layernorm")(x), None
+        normed = norm("post_attention_layernorm")(x)
+        statistics: RouterStatistics | None = None
         if cfg.num_experts:
             y, statistics = SparseBlock(cfg, name="mlp")(normed, context.valid, context.parallel)
         else:

@@ -6,10 +6,12 @@ Sources: the model cards and config.json files of Qwen/Qwen3.5-* and Qwen/Qwen3-
 block for multi-token prediction, which a run may train on (num_nextn_predict_layers=1).
 """
 
+from typing import Any
+
 from qcn_jax.config import ModelConfig
 
 
-def _qwen3_5(**fields: float | str) -> ModelConfig:
+def _qwen3_5(**fields: Any) -> ModelConfig:
     return ModelConfig(**{"vocab_size": 248_320, "rope_theta": 10_000_000.0, **fields})
 
 

@@ -62,7 +62,8 @@ class File:
     def __init__(self, name: str, owner: int, entries: Sequence[Entry]) -> None:
         self.name, self.owner, self.entries = name, owner, entries
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
-        starts, self._left = {}, 0
+        starts: dict[str, int] = {}
+        self._left = 0
         for entry in entries:
             starts[entry.name], self._left = self._left, self._left + entry.size
             header[entry.written] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
