@@ -5,7 +5,9 @@ import pathlib
 import setuptools
 
 LIBTPU = "libtpu==0.0.42.*"  # ahead-of-time compilation for TPU topologies, no TPU needed; jax 0.10's own pin
+DATA = ["datasketch>=1.6", "detect-secrets>=1.5"]  # filters of texts: near duplicates, secrets
 TEST = [
+    *DATA,
     "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tree-sitter-language-pack>=0.9,<1", "ray>=2.40",
     "swebench>=5",
     # Parity with the reference implementation: exact versions, because numerics are compared.
@@ -32,11 +34,12 @@ setuptools.setup(
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",
         "docker>=7", "numpy>=2", "absl-py>=2", "pytest>=8", "ml_collections>=1.0", "safetensors>=0.5",
         "tokenizers>=0.21", "jinja2>=3.1", "libcst>=1.5", "unidiff>=0.7.5", "tqdm>=4.66",
-        "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27",
+        "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27", "pyarrow>=17",
     ],
     extras_require={
         # From 1.0 on the package downloads its grammars at run time.
         "languages": ["tree-sitter-language-pack>=0.9,<1"],
+        "data": DATA,
         "test": TEST,
         "tpu": [f"jax[tpu]{JAX}", "tokamax"],
         "compile": [LIBTPU],

@@ -13,14 +13,14 @@ import numpy as np
 from absl import app, flags
 
 from qcn_jax.pipeline.data import packing
-from qcn_jax.pipeline.data.documents import repository
+from qcn_jax.recipes.nano import corpus
 
 _LENGTH = flags.DEFINE_integer("length", 4096, "tokens of a row")
 
 
 def main(_: list[str]) -> None:
     length = _LENGTH.value
-    documents = [{"tokens": np.frombuffer(text.encode(), np.uint8)} for _, text in repository.stdlib_modules()]
+    documents = [{"tokens": np.frombuffer(text.encode(), np.uint8)} for _, text in corpus.stdlib_modules()]
     order = np.random.default_rng(0).permutation(len(documents))  # files come shuffled, as in training
     documents = [documents[i] for i in order]
     lengths = [len(document["tokens"]) for document in documents]

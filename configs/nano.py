@@ -8,6 +8,7 @@ Starts from the packaged base checkpoint (configs/nano_base.py made it; `--confi
 """
 
 from qcn_jax.config import (
+    ChatSource,
     DistillConfig,
     EvaluateConfig,
     ExpertsConfig,
@@ -18,6 +19,7 @@ from qcn_jax.config import (
     RunConfig,
     SftConfig,
     TasksConfig,
+    TextSource,
     TokenizerConfig,
     TrainConfig,
     to_config_dict,
@@ -51,8 +53,11 @@ def quicker(config):
     tasks.repos_train = repositories.pinned("uritemplate==4.2.0", "munch==4.0.0", "textfsm==2.1.0")
     tasks.repos_heldout = repositories.pinned("xmltodict==1.0.4", "parse==1.22.4")
     tasks.train, tasks.heldout, tasks.candidates_per_repo = 24, 12, 60
-    midtrain.corpus_megabytes, midtrain.train.steps = 0.3, 10
-    sft.options.guesses, sft.trajectories_per_task, sft.train.steps = 0, 1, 30
+    midtrain.train.steps = 10
+    for source in midtrain.sources.values():
+        source.megabytes = 0.3
+    sft.train.steps = 30
+    sft.sources.nano.options.guesses, sft.sources.nano.options.per_task = 0, 1
     for stage in (experts, distill):
         stage.updates, stage.prompts, stage.group_size = 2, 3, 4
     experts.greedy_turns = ()
@@ -83,6 +88,9 @@ def full():
     # This eps fits losses that are weighted means over tokens, as those of both averages are, with a mean weight of 1.
     steady = lambda rate: OptimizerConfig(
         learning_rate=rate, warmup_steps=0, weight_decay=0.0, b1=0.0, eps=3e-4, clip_norm=0.3)
+    # The training repositories and part of the standard library, in three forms.
+    text = lambda form, share: TextSource(kind="nano", form=form, share=share, megabytes=3.0)
+    sources = {"repository": text("repository", 0.2), "fim": text("fim", 0.1), "edits": text("nano_edits", 0.7)}
     return to_config_dict(RunConfig(
         name="nano",
         templates=TEMPLATES,
@@ -94,9 +102,9 @@ def full():
             train=300, heldout=110,
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True),
         midtrain=MidtrainConfig(
-            train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), repository=0.2, fim=0.1, edits=0.7,
-            corpus_megabytes=3.0),
-        sft=SftConfig(train=train(300, 1e-3), options={"recovery": 0.6, "searches": 0, "guesses": 4}),
+            train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), sources=sources),
+        sft=SftConfig(train=train(300, 1e-3), sources={"nano": ChatSource(kind="nano", options={
+            "per_task": 2, "recovery": 0.6, "searches": 0, "guesses": 4})}),
         experts=ExpertsConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
                     optimizer=steady(2e-4), rollout=rollout),

@@ -28,20 +28,21 @@ def get_config(phase: str = "code"):
     config.tasks.repos_train = repositories.pinned(*repositories.BASE)
     config.tasks.train = config.tasks.heldout = 0  # repositories are downloaded, no tasks are made
     stage = config.midtrain
-    stage.corpus_megabytes = 14.0
     stage.train.checkpoint_every = 200
     stage.train.optimizer.warmup_steps = 50
     if phase == "code":
         config.tasks.max_function_lines = 24
-        stage.repository, stage.fim, stage.edits = 0.2, 0.05, 0.75
+        shares = {"repository": 0.2, "fim": 0.05, "edits": 0.75}
         stage.train.steps, stage.train.optimizer.learning_rate = 900, 3e-3
     elif phase == "edits":
-        stage.repository, stage.fim, stage.edits = 0.1, 0.05, 0.85
+        shares = {"repository": 0.1, "fim": 0.05, "edits": 0.85}
         stage.train.steps, stage.train.optimizer.learning_rate = 1500, 2e-3
     elif phase == "wide":
         config.tasks.repos_train = repositories.pinned(*repositories.BASE, *repositories.PRETRAIN)
-        stage.repository, stage.fim, stage.edits = 0.05, 0.0, 0.95
+        shares = {"repository": 0.05, "fim": 0.0, "edits": 0.95}
         stage.train.steps, stage.train.optimizer.learning_rate = 1200, 1.5e-3
     else:
         raise ValueError(f"--config=configs/nano_base.py:{phase}: unknown phase; allowed: code, edits, wide")
+    for name, share in shares.items():
+        stage.sources[name].share, stage.sources[name].megabytes = share, 14.0
     return config

@@ -17,7 +17,7 @@ def get_config():
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]()
     config.name = "nano_long"
     config.tasks.train, config.tasks.heldout = 900, 160
-    config.sft.options.searches, config.sft.train.steps = 2, 520
+    config.sft.sources.nano.options.searches, config.sft.train.steps = 2, 520
     config.experts.names = ("swe",)
     config.experts.updates, config.experts.prompts = 40, 16
     for optimizer in (config.experts.optimizer, config.distill.optimizer):  # enough updates to average over

@@ -34,8 +34,10 @@ Packing = Annotated[str, Known("qcn_jax.pipeline.data.packing:METHODS")]
 # A registered name, or package.module:OBJECT.
 ScaffoldName = Annotated[str, Known("qcn_jax.agents.scaffolds:SCAFFOLDS")]
 ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts:EXPERTS")]
-EditSource = Annotated[str, Known("qcn_jax.pipeline.data.documents:EDITS")]
-TrajectorySource = Annotated[str, Known("qcn_jax.pipeline.data.trajectories:TRAJECTORIES")]
+TextReader = Annotated[str, Known("qcn_jax.pipeline.data.readers:READERS")]
+DocumentForm = Annotated[str, Known("qcn_jax.pipeline.data.documents:FORMS")]
+ChatReader = Annotated[str, Known("qcn_jax.pipeline.data.readers:CHATS")]
+Malformed = Annotated[str, OneOf("stop", "skip")]
 Objective = Annotated[str, Known("qcn_jax.pipeline.rl.objectives:OBJECTIVES")]
 Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
 Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", also=("",))]
@@ -178,7 +180,7 @@ class TrainConfig:
 class PhaseConfig:
     """A phase of mid-training: so many steps with a batch shape, mesh and mixture of their own; 0 is the stage's value.
 
-    mesh: overrides of config.mesh's fields; shares: of repository, fim and edits.
+    mesh: overrides of config.mesh's fields; shares: of sources, by name.
     """
 
     steps: Positive = 1
@@ -190,28 +192,65 @@ class PhaseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextSource:
+    """Texts, and the documents that mid-training makes of them.
+
+    Sources that differ in form and share alone are read once.
+    """
+
+    kind: TextReader = "files"  # who reads (pipeline.data.readers)
+    path: str = ""  # a file, a folder or a glob
+    form: DocumentForm = "text"  # what becomes of the texts (pipeline.data.documents): text, repository, fim
+    share: Amount = 1.0  # of the tokens; shares need not sum to one
+    megabytes: Amount = 0.0  # of text that is read at most; 0: all
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the reader, which says what it knows
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """Which texts are left out, beside copies of held-out code; 0, false and an empty list are off."""
+
+    min_characters: Count = 0
+    max_characters: Count = 0
+    max_line: Count = 0  # characters of the longest line; minified code has longer ones
+    generated: bool = False  # those whose head says that a program wrote them
+    licences: tuple[str, ...] = ()  # allowed ones; a text without one is left out then
+    secrets: bool = False  # those with keys or tokens of a known form (detect-secrets)
+    near_duplicates: Share = 0.0  # those that share so much with an earlier one (datasketch); 0.7 is usual
+
+
+@dataclasses.dataclass(frozen=True)
 class MidtrainConfig:
-    """Stage `midtrain`: shares of document kinds in the token stream; they need not sum to one."""
+    """Stage `midtrain`: where its texts come from, and what of them is left out."""
 
     train: TrainConfig = TrainConfig()
     phases: tuple[PhaseConfig, ...] = ()  # one after the other, train.steps in all; one of all steps where empty
-    repository: Amount = 0.3  # repository-level documents
-    fim: Amount = 0.2  # fill in the middle, sentinel and search-and-replace forms
-    edits: Amount = 0.5  # code with a defect, and the edit that fixes it
-    edit_documents: EditSource = "nano"  # where those come from (pipeline.data.documents)
+    sources: dict[str, TextSource] = dataclasses.field(default_factory=dict)
+    data: str = ""  # a file, a folder or a glob; where given, the one source there is
+    malformed: Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
+    filters: FilterConfig = FilterConfig()
     packing: Packing = "best_fit"  # best_fit, restart_last, pad_last or concat
-    corpus_megabytes: Amount = 3.0  # of source text: the training repositories, then as much of the standard library
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSource:
+    """Conversations to imitate."""
+
+    kind: ChatReader = "chat"  # who reads or makes them (pipeline.data.readers)
+    path: str = ""  # a file, a folder or a glob
+    share: Amount = 1.0  # of the tokens; shares need not sum to one
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the reader, which says what it knows
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Stage `sft`: trajectories verified by execution."""
+    """Stage `sft`: which conversations are imitated."""
 
     train: TrainConfig = TrainConfig()
-    scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds)
-    trajectories: TrajectorySource = "nano"  # where they come from (pipeline.data.trajectories)
-    trajectories_per_task: Count = 2
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that source, which says what it knows
+    sources: dict[str, ChatSource] = dataclasses.field(default_factory=dict)
+    data: str = ""  # a file, a folder or a glob of conversations; where given, the one source there is
+    malformed: Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
+    scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds), where conversations are made of tasks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ pipeline.train.divisibility.
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from qcn_jax.config import (
@@ -17,7 +18,7 @@ from qcn_jax.config import (
     to_config_dict,
     training_settings,
 )
-from qcn_jax.config_phases import midtrain_phases
+from qcn_jax.config_phases import chats_of, midtrain_phases, sources_of
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
 
@@ -138,9 +139,24 @@ def _phases(config: RunConfig) -> Iterator[str]:
         yield f"--config.midtrain.train.steps: {config.midtrain.train.steps}, but its phases have {steps} together"
 
 
-def _shares(config: RunConfig) -> Iterator[str]:
-    if not config.midtrain.repository + config.midtrain.fim + config.midtrain.edits:
-        yield "--config.midtrain.repository: 0, as are fim and edits; one share must be above 0"
+def _sources(stage: str) -> Callable[[RunConfig], Iterator[str]]:
+    def rule(config: RunConfig) -> Iterator[str]:
+        settings = getattr(config, stage)
+        if not settings.data and not settings.sources:
+            yield f"--config.{stage}.data: is empty, as is sources; name a file, a folder or a glob to learn from"
+        if any(not re.fullmatch(r"[A-Za-z_]\w*", name) for name in settings.sources):
+            yield f"--config.{stage}.sources: {', '.join(settings.sources)}; names are letters, digits and _"
+
+    return rule
+
+
+def _shares(stage: str) -> Callable[[RunConfig], Iterator[str]]:
+    def rule(config: RunConfig) -> Iterator[str]:
+        sources = sources_of(config.midtrain) if stage == "midtrain" else chats_of(config.sft)
+        if sources and not sum(source.share for source in sources.values()):
+            yield f"--config.{stage}.sources: every share is 0 ({', '.join(sources)}); one must be above 0"
+
+    return rule
 
 
 def _fits(what: str, *arguments: str) -> Callable[[RunConfig], Iterator[str]]:
@@ -243,8 +259,11 @@ _SIZE_RULES = (
 _INPUT_RULES = (
     (_tasks, ("tasks",)),
     (_initial_model, ("midtrain",)),
-    (_each_phase(_shares), ("midtrain",)),
-    (_fits("check_trajectories"), ("sft",)),
+    *((_sources(stage), (stage,)) for stage in ("midtrain", "sft")),
+    (_each_phase(_shares("midtrain")), ("midtrain",)),
+    (_shares("sft"), ("sft",)),
+    (_fits("check_sources"), ("midtrain",)),
+    (_fits("check_chats"), ("sft",)),
     *((_fits("check_scaffold", stage), (stage,)) for stage in ("experts", "distill", "evaluate")),
     (_fits("check_baseline"), ("evaluate",)),
     (_pool, ("tasks", "sft", "experts", "distill", "evaluate")),

@@ -17,12 +17,15 @@ T = TypeVar("T", bound="DataclassInstance")
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A dataclass as a ConfigDict, which absl flags can override key by key."""
-    values = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        values[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
-        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-            values[field.name] = tuple(to_config_dict(item) for item in value)
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return to_config_dict(value)
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
+        return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    values = {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
     return ml_collections.ConfigDict(values)
 
 
@@ -41,14 +44,19 @@ def from_config_dict(cls: type[T], values: Any, prefix: str = "config") -> T:
             raise UserError(f"--{name}: is called --{new} now")
         if key not in known:
             raise UserError(f"--{prefix}.{key}: unknown key; allowed: {', '.join(sorted(known))}")
-        arguments[key] = _typed(hints[key], values[key], name)
+        arguments[key] = typed(hints[key], values[key], name)
     return cls(**arguments)
 
 
 # Earlier names of keys, the longest first.
 _RENAMED = {
     "config.rl.experts": "config.experts.names", "config.rl": "config.experts",
-    **{f"config.sft.{name}": f"config.sft.options.{name}" for name in ("recovery", "searches", "guesses")},
+    **{f"config.sft.{name}": f"config.sft.sources.nano.options.{name}" for name in ("recovery", "searches", "guesses")},
+    "config.sft.options": "config.sft.sources.nano.options", "config.sft.trajectories": "config.sft.sources.nano.kind",
+    "config.sft.trajectories_per_task": "config.sft.sources.nano.options.per_task",
+    **{f"config.midtrain.{name}": f"config.midtrain.sources.{name}.share" for name in ("repository", "fim", "edits")},
+    "config.midtrain.edit_documents": "config.midtrain.sources.edits.form",
+    "config.midtrain.corpus_megabytes": "config.midtrain.sources.NAME.megabytes",
 }
 
 
@@ -60,7 +68,8 @@ def new_name(key: str) -> str | None:
     return None
 
 
-def _typed(expected: Any, value: Any, name: str) -> Any:
+def typed(expected: Any, value: Any, name: str) -> Any:
+    """`value` as a field of type `expected` holds it; raises UserError that begins with --`name` where it cannot."""
     if dataclasses.is_dataclass(expected):
         if not hasattr(value, "items"):
             raise UserError(f"--{name}: expected a group of keys, got {value!r}")
@@ -70,7 +79,7 @@ def _typed(expected: Any, value: Any, name: str) -> Any:
         element = typing.get_args(expected)[0]
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise UserError(f"--{name}: expected a list of {element.__name__}, got {value!r}")
-        return tuple(_typed(element, item, name) for item in value)
+        return tuple(typed(element, item, name) for item in value)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -80,7 +89,8 @@ def _typed(expected: Any, value: Any, name: str) -> Any:
     if origin is dict:
         if not hasattr(value, "items"):
             raise UserError(f"--{name}: expected a group of keys, got {value!r}")
-        return {key: value[key] for key in value}
+        held = typing.get_args(expected)[1]
+        return {key: typed(held, value[key], f"{name}.{key}") if held is not Any else value[key] for key in value}
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise UserError(f"--{name}: expected {expected.__name__}, got {value!r}")
     return value

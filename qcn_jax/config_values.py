@@ -107,8 +107,11 @@ def described(config: Any, prefix: str) -> Iterator[str]:
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         name, value = f"{prefix}.{field.name}", getattr(config, field.name)
+        held = next(reversed(typing.get_args(hints[field.name])), None)
         if dataclasses.is_dataclass(value):
             yield from described(value, name)
+        elif isinstance(value, dict) and dataclasses.is_dataclass(held):
+            yield from described(held(), f"{name}.NAME")
         else:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             yield f"{name}={shown}: {_words(hints[field.name])}"
@@ -131,3 +134,6 @@ def _of_value(hint: Any, value: Any, name: str) -> Iterator[str]:
     if typing.get_origin(kind) is tuple:
         for item in value:
             yield from _of_value(typing.get_args(kind)[0], item, name)
+    if typing.get_origin(kind) is dict:
+        for key, item in value.items():
+            yield from _of_value(typing.get_args(kind)[1], item, f"{name}.{key}")

@@ -122,12 +122,11 @@ FIELDS = [
     ("sft__train__optimizer__eps", 0.0, "above 0"),
     ("sft__train__optimizer__clip_norm", 0.0, "above 0"),
     ("sft__train__optimizer__mu_dtype", "float8", "float32, bfloat16"),
-    ("midtrain__repository", -0.3, "at least 0"),
+    ("midtrain__malformed", "ignore", "stop, skip"),
+    ("midtrain__filters__near_duplicates", 1.5, "at most 1"),
     ("midtrain__packing", "first_fit", "best_fit, restart_last"),
-    ("midtrain__corpus_megabytes", float("inf"), "at least 0"),
-    ("sft__trajectories_per_task", -1, "at least 0"),
+    ("sft__malformed", "ignore", "stop, skip"),
     ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, qwen_code, nano, package.module:OBJECT"),
-    ("midtrain__edit_documents", "x", "nano, package.module:OBJECT"),
     ("experts__objective", "ppo", "clipped, package.module:OBJECT"),
     ("evaluate__baseline", "best", "heuristic, package.module:OBJECT"),
     ("experts__names", ("swe", "web9"), "swe, single_turn, tool_format"),
@@ -173,13 +172,31 @@ RULES = [
     (("midtrain",), {"midtrain__phases": ({"steps": 4, "accumulate": 4},)}, ["accumulate: 4", "2 rows", "number 1"]),
     (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"fsp": 2}},)}, ["phases[0].mesh.fsp", "unknown key"]),
     (("midtrain",), {"midtrain__phases": ({"steps": 4, "mesh": {"dispatch": "post"}},)}, ["mesh.dispatch: 'post'"]),
-    (("midtrain",), {"midtrain__phases": ({"steps": 4, "shares": {"fim": -1.0}},)}, ["midtrain.fim: -1.0", "number 1"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "shares": {"fim": -1.0}},)}, ["sources.fim.share: -1.0", "number 1"]),
+    (("midtrain",), {"midtrain__phases": ({"steps": 4, "shares": {"edit": 1.0}},)}, ["shares.edit: there is no", "edits"]),
     (STAGES, {"midtrain__phases": ({"steps": 0},)}, ["phases.steps: 0", "at least 1"]),
-    (("midtrain",), {"midtrain__repository": 0.0, "midtrain__fim": 0.0, "midtrain__edits": 0.0}, ["share", "above 0"]),
-    (("sft",), {"sft__trajectories_per_task": 0}, ["trajectories_per_task: 0", "searches"]),
-    (("sft",), {"sft__options": {"recovery": 1.1}}, ["--config.sft.options.recovery: 1.1", "0 to 1"]),
-    (("sft",), {"sft__options": {"guesses": -1}}, ["--config.sft.options.guesses: -1", "at least 0"]),
-    (("sft",), {"sft__options": {"serches": 1}}, ["--config.sft.options.serches: unknown key", "recovery, searches"]),
+    (("midtrain",), {"midtrain__sources": {"a": {"kind": "nano", "share": 0.0}}}, ["every share is 0 (a)", "above 0"]),
+    (STAGES, {"midtrain__sources": {"a": {"share": -0.3}}}, ["--config.midtrain.sources.a.", "at least 0"]),
+    (STAGES, {"midtrain__sources": {"a": {"kind": "x"}}}, ["--config.midtrain.sources.a.", "files, nano, package.module:OBJECT"]),
+    (STAGES, {"midtrain__sources": {"a": {"form": "x"}}}, ["--config.midtrain.sources.a.", "text, repository, fim, nano_edits, package.module:OBJECT"]),
+    (STAGES, {"midtrain__sources": {"a": {"megabytes": float("inf")}}}, ["--config.midtrain.sources.a.", "at least 0"]),
+    (("midtrain",), {"midtrain__sources": {}}, ["--config.midtrain.data: is empty, as is sources"]),
+    (("midtrain",), {"midtrain__sources": {"a-b": {"kind": "nano"}}}, ["sources: a-b", "letters, digits and _"]),
+    (("midtrain",), {"midtrain__data": "/none/*.jsonl"}, ["--config.midtrain.data=/none/*.jsonl: matches no file"]),
+    (("midtrain",), {"midtrain__sources": {"a": {"path": "/none"}}}, ["sources.a.path=/none: there is no such file"]),
+    (("midtrain",), {"midtrain__sources": {"a": {}}}, ["--config.midtrain.sources.a.path: is empty; allowed: a file, a"]),
+    (("midtrain",), {"midtrain__sources": {"a": {"kind": "nano", "path": "x"}}}, ["sources.a.path: 'x'", "kind nano"]),
+    (("sft",), {"sft__sources__nano__options": {"per_task": 0}}, ["options.per_task: 0", "searches"]),
+    (("sft",), {"sft__sources__nano__options": {"recovery": 1.1}}, ["--config.sft.sources.nano.options.recovery: 1.1", "0 to 1"]),
+    (("sft",), {"sft__sources__nano__options": {"guesses": -1}}, ["nano.options.guesses: -1", "at least 0"]),
+    (("sft",), {"sft__sources__nano__options": {"serches": 1}}, ["nano.options.serches: unknown key", "recovery, searches"]),
+    (("sft",), {"sft__sources__nano__path": "x"}, ["--config.sft.sources.nano.path: 'x'", "kind nano"]),
+    (("sft",), {"sft__sources__nano__share": 0.0}, ["--config.sft.sources: every share is 0 (nano)"]),
+    (("sft",), {"sft__sources": {}}, ["--config.sft.data: is empty, as is sources"]),
+    (("sft",), {"sft__data": "/none.jsonl"}, ["--config.sft.data=/none.jsonl: there is no such file or folder"]),
+    (("sft",), {"sft__sources": {"a": {"path": "/none"}}}, ["--config.sft.sources.a.path=/none: there is no such"]),
+    (("sft",), {"sft__sources": {"a": {"options": {"template": "x"}}}}, ["a.options.template: 'x'", "qwen3_coder, "]),
+    (STAGES, {"sft__sources": {"a": {"kind": "x"}}}, ["--config.sft.sources.a.kind: 'x'", "chat, nano, package.module"]),
     (("sft",), {"sft__scaffold": "swe_agent"}, ["--config.sft.scaffold: 'swe_agent'", "nano"]),
     (("experts",), {"experts__scaffold": "mini_swe_agent"}, ["--config.experts.scaffold: 'mini_swe_agent'", "live sandbox"]),
     (("distill",), {"distill__scaffold": f"{__name__}:TALKER"}, ["scaffold talker cannot", "which expert single_turn asks for"]),
@@ -236,7 +253,7 @@ def test_several_faults_are_told_at_once(config):
 
 
 @pytest.mark.parametrize("key, path, words", [
-    ("sft__trajectories", "no_such.module:X", "module no_such.module cannot be imported: No module named 'no_such'"),
+    ("sft__sources__nano__kind", "no_such.module:X", "module no_such.module cannot be imported: No module named 'no_such'"),
     ("experts__reward", "qcn_jax.registry:none", "module qcn_jax.registry has no none"),
     ("distill__scaffold", "qcn_jax.registry:is_path", "is a function; scaffold needs a Scaffold"),
 ])
@@ -259,13 +276,15 @@ def test_sizes_alone_ask_for_no_repositories_and_no_weights():
 @pytest.mark.parametrize("file, stages", [
     ("nano.py", STAGES), ("nano.py:quick", STAGES), ("nano_long.py", STAGES),
     *((f"nano_base.py:{phase}", ("tasks", "midtrain")) for phase in ("code", "edits", "wide")),
-    *((f"qwen3_coder_next.py:{pod},{length}", ("sft", "experts", "distill")) for pod in ("v5p-128", "v5e-256")
+    *((f"qwen3_coder_next.py:{pod},{length}", ("experts", "distill")) for pod in ("v5p-128", "v5e-256")
       for length in ("8k", "262k")),
 ])
 def test_the_configurations_that_come_with_the_package_pass(file, stages):
     name, _, argument = file.partition(":")
     get_config = runpy.run_path(str(ROOT / "configs" / name))["get_config"]
-    config_checks.check(from_config_dict(RunConfig, get_config(*[argument] * bool(argument))), stages)
+    config = from_config_dict(RunConfig, get_config(*[argument] * bool(argument)))
+    config_checks.check(config, stages)
+    config_checks.check_sizes(config, STAGES)
 
 
 def test_the_defaults_pass_their_own_ranges():
@@ -274,13 +293,13 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-            element = next(iter(typing.get_args(hint)), None)
-            if dataclasses.is_dataclass(hint) or dataclasses.is_dataclass(element):
-                yield from unguarded(hint if dataclasses.is_dataclass(hint) else element)
+            groups = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and dataclasses.is_dataclass(part)]
+            if groups:
+                yield from unguarded(groups[0])
             elif hint is not bool and name not in free and "Annotated" not in str(hint):
                 yield f"{cls.__name__}.{name}"
 

@@ -19,11 +19,11 @@ def get_config():
     config = runpy.run_path({micro!r})["get_config"]()
     for stage in (config.sft, config.experts, config.distill, config.evaluate):
         stage.scaffold = "terse_recipe.scaffold:SCAFFOLD"
-    config.sft.trajectories, config.sft.options.checks = "terse_recipe.trajectories:SOURCE", 1
+    config.sft.sources = {{"fixes": {{"kind": "terse_recipe.trajectories:SOURCE", "path": "", "share": 1.0, "options": {{"checks": 1}}}}}}
     config.experts.names = ("swe", "terse_recipe.expert:CAREFUL")
     config.experts.objective = "terse_recipe.expert:plain_gradient"
     config.evaluate.baseline, config.evaluate.sft_control, config.evaluate.samples = "", False, 0
-    config.tokenizer.added_tokens, config.midtrain.edits = (), 0.0
+    config.tokenizer.added_tokens, config.midtrain.sources.edits.share = (), 0.0
     config.midtrain.train.steps = config.sft.train.steps = 2
     config.experts.updates = config.distill.updates = 1
     return config
@@ -45,7 +45,7 @@ def _folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("override, words", [
-    ("--config.sft.trajectories=nano", "--config.sft.options.checks: unknown key"),
+    ("--config.sft.sources.fixes.kind=nano", "--config.sft.sources.fixes.options.checks: unknown key"),
     ("--config.experts.names=terse_recipe.expert:Careful", "is a type; expert needs an Expert"),
     ("--config.experts.names=terse_recipe.expert:CAREFUL,single_turn", "scaffold terse cannot present a task"),
     ("--config.evaluate.baseline=heuristic", "plays several turns with nano's tools"),
@@ -61,7 +61,7 @@ def test_a_strangers_recipe_runs_through_every_stage(folder):
     done = run(folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = lambda stage: json.loads((folder / "run" / stage / "DONE.json").read_text())["results"]
-    assert list(results("sft")["scaffolds"]) == ["terse"] and results("sft")["trajectories"] > 0
+    assert list(results("sft")["labels"]) == ["terse"] and results("sft")["conversations"] > 0
     assert list(results("experts")["experts"]) == ["swe", "careful"]
     assert {"loss/swe", "loss/careful"} <= set(results("distill")["last"])
     summary = json.loads((folder / "run" / "report" / "summary.json").read_text())

@@ -26,10 +26,10 @@ _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<para
 class ChatEncoder:
     """Encodes conversations with one tokenizer.
 
-    Messages are chat.rendering's, with three further keys: a content part's `special` says that its text is the
+    Messages are chat.rendering's, with further keys: a content part's `special` says that its text is the
     scaffold's own and that added tokens in it are meant; a tool call's `special` lists arguments of which the same
     holds for the whole value; `template` names the tool-call template of an assistant's `tool_calls`. An assistant's
-    content without `tool_calls` is what it wrote, byte for byte.
+    content without `tool_calls` is what it wrote, byte for byte; its `weight`, by default 1, is that of its tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -58,7 +58,7 @@ class ChatEncoder:
         """
         before: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         pieces = list(self._pieces([*before, *observation], None, prompt=True))
-        start = next(i for i, (_, generated) in enumerate(pieces) if generated) + 1
+        start = next(i for i, (_, weight) in enumerate(pieces) if weight) + 1
         ids = [id_ for piece, _ in pieces[start:] for id_ in piece]
         return ids if closed else [self.end, *ids]
 
@@ -72,23 +72,23 @@ class ChatEncoder:
         """A whole conversation as a document for packing.
 
         Returns:
-          tokens int32 [T] and weights float32 [T]: 1 where the next token is the assistant's own (its `<|im_end|>`
-          included), else 0.
+          tokens int32 [T] and weights float32 [T]: the message's weight where the next token is the assistant's own
+          (its `<|im_end|>` included), else 0.
         """
         tokens: list[int] = []
-        own: list[bool] = []
-        for ids, generated in self._pieces(messages, tools, prompt=False):
+        own: list[float] = []
+        for ids, weight in self._pieces(messages, tools, prompt=False):
             tokens += ids
-            own += [generated] * len(ids)
+            own += [weight] * len(ids)
         return {
             "tokens": np.asarray(tokens, np.int32),
-            "weights": np.asarray([*own[1:], False][: len(own)], np.float32),
+            "weights": np.asarray([*own[1:], 0.0][: len(own)], np.float32),
         }
 
     def _pieces(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: bool
-    ) -> Iterator[tuple[list[int], bool]]:
-        """(ids, whether the assistant wrote them) of maximal runs of one author."""
+    ) -> Iterator[tuple[list[int], float]]:
+        """(ids, their weight, which is 0 where no assistant wrote them) of maximal runs of one author."""
         assistants = [message for message in messages if message["role"] == "assistant"]
         others = [message for message in messages if message["role"] != "assistant"]
         bare = [{"role": "assistant", "content": ""} if m["role"] == "assistant" else m for m in messages]
@@ -96,14 +96,15 @@ class ChatEncoder:
         text = ""
         for segment in rendering.segments(bare, tools, prompt):
             if segment.kind == "generated":
-                yield self._encode(text, mark), False
-                yield self.encode_answer(assistants.pop(0)), True
+                answer = assistants.pop(0)
+                yield self._encode(text, mark), 0.0
+                yield self.encode_answer(answer), answer.get("weight", 1.0)
                 text = ""
             elif segment.kind == "text":
                 text += self._untrusted(others.pop(0), mark)
             else:
                 text += segment.text
-        yield self._encode(text, mark), False
+        yield self._encode(text, mark), 0.0
 
     def _untrusted(self, message: Message, mark: str) -> str:
         content = message.get("content") or ""

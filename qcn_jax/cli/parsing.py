@@ -209,7 +209,8 @@ def _check_overrides(argv: Sequence[str]) -> None:
         for key in re.findall(r"\[\d+\]|[^.\[]+|\[", override):  # midtrain.phases[0].steps
             allowed = _members(group)
             if key not in allowed:
-                choice = f"allowed: {', '.join(sorted(allowed))}" if allowed else f"{prefix} is a single value"
+                single = "it has none" if hasattr(group, "keys") else f"{prefix} is a single value"
+                choice = f"allowed: {', '.join(sorted(allowed))}" if allowed else single
                 raise UserError(f"--config.{override}: unknown key {key!r} in {prefix}; {choice}")
             group, prefix = allowed[key], f"{prefix}{key}" if key.startswith("[") else f"{prefix}.{key}"
         if hasattr(group, "keys"):  # the keys that the value leaves out would silently get their defaults

@@ -2,8 +2,11 @@
 
 from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.config import RunConfig
+from qcn_jax.config_phases import chats_of, source_field, sources_of, used_sources
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.data.trajectories import TRAJECTORIES
+from qcn_jax.pipeline.data import filters
+from qcn_jax.pipeline.data.documents import FORMS
+from qcn_jax.pipeline.data.readers import CHATS, READERS
 from qcn_jax.pipeline.evaluate.baseline import baseline_of
 from qcn_jax.pipeline.experts import experts_of
 
@@ -13,9 +16,27 @@ def check_experts(config: RunConfig) -> None:
     experts_of(config.experts.names)
 
 
-def check_trajectories(config: RunConfig) -> None:
-    """Raises UserError for options, or a scaffold, that the source of trajectories has no use for."""
-    TRAJECTORIES.resolve(config.sft.trajectories, "--config.sft.trajectories").check(config)
+def check_sources(config: RunConfig) -> None:
+    """Raises UserError for a source of mid-training that cannot be read, or a form or filter that cannot be had."""
+    filters.check(config.midtrain.filters, "--config.midtrain.filters")
+    for name in used_sources(config):
+        source, field = sources_of(config.midtrain)[name], source_field(config, "midtrain", name)
+        FORMS.resolve(source.form, f"{field}.form")
+        READERS.resolve(source.kind, f"{field}.kind").check(config, source, field)
+
+
+def check_chats(config: RunConfig) -> None:
+    """Raises UserError for a source of SFT that cannot be read, or options that its reader has no use for."""
+    for name, source in chats_of(config.sft).items():
+        if not source.share:
+            continue
+        field = source_field(config, "sft", name)
+        CHATS.resolve(source.kind, f"{field}.kind").check(config, source, field)
+
+
+def needs_sandbox(config: RunConfig, stage: str) -> bool:
+    """Whether a stage that may execute code does so with this configuration."""
+    return stage != "sft" or any(CHATS.resolve(source.kind).sandbox for source in chats_of(config.sft).values())
 
 
 def check_scaffold(config: RunConfig, stage: str) -> None:

@@ -159,7 +159,7 @@ def _run_one(name: str, context: StageContext) -> dict[str, Any]:
     with distributed.first_before_others(f"start of {name}"):
         spent = work.record_start(folder, settings, anew=name == "report") if distributed.is_first() else None
     context.log("starts" if spent is None else f"resumes after {spent:.1f} s of an earlier attempt")
-    if STAGES[name].sandbox and distributed.is_first():
+    if STAGES[name].sandbox and distributed.is_first() and _executes(context.config, name):
         context.provider()  # a demanded sandbox that is missing is said before minutes of work
     try:
         stage_results = _results(name, context)
@@ -180,6 +180,12 @@ def _results(name: str, context: StageContext) -> dict[str, Any]:
         return run_stage(context)
     with distributed.first_before_others(name):
         return run_stage(context) if distributed.is_first() else {}
+
+
+def _executes(config: RunConfig, stage: str) -> bool:
+    from qcn_jax.pipeline import names
+
+    return names.needs_sandbox(config, stage)
 
 
 @contextlib.contextmanager

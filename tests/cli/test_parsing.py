@@ -140,9 +140,9 @@ def test_get_config_that_returns_something_else(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--config.sft={'trajectories_per_task': 1}", ["--config.sft is a group", "--config.sft.trajectories_per_task"]),
+    ("--config.sft={'malformed': 'skip'}", ["--config.sft is a group", "--config.sft.malformed"]),
     ("--config.experts.greedy_turns=a", ["--config.experts.greedy_turns", "expected int, got 'a'"]),
-    ("--config.sft.stepz=1", ["--config.sft.stepz", "'stepz'", "trajectories_per_task"]),
+    ("--config.sft.stepz=1", ["--config.sft.stepz", "'stepz'", "malformed"]),
     ("--config.sft.train.x.y=1", ["--config.sft.train.x.y", "'x'"]),
     ("--config.seed.x=1", ["config.seed is a single value"]),
     ("--config.seed=abc", ["--config.seed=abc"]),
@@ -214,7 +214,13 @@ def test_packaged_configurations_are_reached_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no clone
     assert _parse("--config=nano", "--config.seed=9").seed == 9
     assert _parse("--config=nano:quick") != _parse("--config=nano")
-    with pytest.raises(UserError, match="there is no file configs/nano.py; packaged: nano, nano_base, nano_long, qwen3"):
+    given = _parse("--config=nano", "--config.midtrain.sources.fim.share=0.5", "--config.midtrain.data=x").midtrain
+    assert (given.sources["fim"].share, given.sources["edits"].share, given.data) == (0.5, 0.7, "x")
+    with pytest.raises(UserError, match="unknown key 'fin' in config.midtrain.sources; allowed: edits, fim, repository"):
+        _parse("--config=nano", "--config.midtrain.sources.fin.share=0.5")
+    with pytest.raises(UserError, match="unknown key 'a' in config.midtrain.sources; it has none"):
+        _parse("--config=qwen3_coder_next", "--config.midtrain.sources.a.share=0.5")
+    with pytest.raises(UserError, match="there is no file configs/nano.py; packaged: finetune, nano, nano_base, nano_long, qwen3"):
         _parse("--config=configs/nano.py")
     (tmp_path / "nano").write_text("def get_config(): raise ValueError('a file comes first')")
     with pytest.raises(UserError, match="a file comes first|cannot be loaded"):

@@ -205,9 +205,9 @@ def test_no_digit():
 CONFIG = '''
 """A micro run for tests: repositories of this folder, a model of a few thousand parameters, a few steps a stage."""
 
-from qcn_jax.config import (DistillConfig, EvaluateConfig, MidtrainConfig, ModelConfig, OptimizerConfig, ExpertsConfig,
-                            RolloutConfig, RunConfig, SftConfig, TasksConfig, TokenizerConfig, TrainConfig,
-                            to_config_dict)
+from qcn_jax.config import (ChatSource, DistillConfig, EvaluateConfig, ExpertsConfig, MidtrainConfig, ModelConfig,
+                            OptimizerConfig, RolloutConfig, RunConfig, SftConfig, TasksConfig, TextSource, TokenizerConfig,
+                            TrainConfig, to_config_dict)
 from qcn_jax.recipes.nano.spans import LINE_TOKENS
 
 VOCABULARY = 512
@@ -217,6 +217,8 @@ def get_config():
     rollout = RolloutConfig(max_turns=3, max_new_tokens=24, max_length=384, slots=8)
     train = TrainConfig(steps=4, rows=2, sequence_length=384, checkpoint_every=2, log_every=1)
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
+    text = lambda form, share: TextSource(kind="nano", form=form, share=share, megabytes=0.2)
+    sources = {"repository": text("repository", 0.3), "fim": text("fim", 0.2), "edits": text("nano_edits", 0.5)}
     return to_config_dict(RunConfig(
         name="micro", init="random", sandbox="local", workers=2,
         model=ModelConfig(
@@ -228,8 +230,9 @@ def get_config():
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY, added_tokens=LINE_TOKENS),
         tasks=TasksConfig(repos_train=({train!r},), repos_heldout=({heldout!r},), train=12, heldout=6,
                           candidates_per_repo=40, test_timeout=10.0),
-        midtrain=MidtrainConfig(train=train, corpus_megabytes=0.2),
-        sft=SftConfig(train=train, trajectories_per_task=1),
+        midtrain=MidtrainConfig(train=train, sources=sources),
+        sft=SftConfig(train=train, sources={"nano": ChatSource(kind="nano", options={
+            "per_task": 1, "recovery": 0.5, "searches": 0, "guesses": 0})}),
         experts=ExpertsConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                     rollout=rollout),
         distill=DistillConfig(updates=2, prompts=3, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,

@@ -169,7 +169,7 @@ def test_a_finished_run_is_not_done_again_and_a_changed_one_is_refused(finished)
     done = subprocess.run(_command(config, workdir, "--stages=tasks,midtrain"), capture_output=True, text=True,
                           check=False, timeout=600, env=_environment())
     assert done.returncode == 0 and done.stdout.count("skipped") == 2
-    done = subprocess.run(_command(config, workdir, "--config.sft.trajectories_per_task=2"), capture_output=True, text=True,
+    done = subprocess.run(_command(config, workdir, "--config.sft.sources.nano.options.per_task=2"), capture_output=True, text=True,
                           check=False, timeout=600, env=_environment())
     assert done.returncode == 1
-    assert "config.sft.trajectories_per_task was" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "config.sft.sources.nano.options.per_task was" in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -87,8 +87,8 @@ def test_changed_configuration_is_named_and_restart_makes_it_anew(stages, tmp_pa
     root = tmp_path / "run"
     first = configuration()
     run.run(first, root)
-    changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, trajectories_per_task=3))
-    with pytest.raises(UserError, match=r"config\.sft\.trajectories_per_task was 2 and is 3"):
+    changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, data="x"))
+    with pytest.raises(UserError, match=r"config\.sft\.data was '' and is 'x'"):
         run.run(changed, root)
     before = len(_calls(root))
     run.run(changed, root, stages=("tasks", "midtrain"))  # these do not depend on sft

@@ -4,21 +4,23 @@ Everything is a function of (sources, seed): two iterators give the same batches
 saved continues with the same batches, because the state is only positions.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import grain
 import numpy as np
 
 from qcn_jax import files
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.data import packing
+from qcn_jax.pipeline.data import arrays, packing
 
 # Documents packed together hold this many rows' worth of tokens: enough that the last, part-filled row of a
 # window costs under 1 % with documents of a tenth of a row.
 _WINDOW_ROWS = 64
+_CHUNK = 1 << 20  # values that are summed at a time
 _SAMPLE = 64  # documents looked at to learn a source's mean length
 
 
@@ -45,9 +47,10 @@ class TokenStore:
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Opens a store that `write` made; raises UserError that names a file of it that is cut or missing."""
-        keys = files.read_json(folder / "store.json")["keys"]
-        self._offsets = _array(folder / "offsets.npy")
-        self._arrays = {key: _array(folder / f"{key}.npy", mmap_mode="r") for key in keys}
+        stored = files.read_json(folder / "store.json")
+        self._offsets = arrays.mapped(folder / "offsets.bin", np.int64, stored["documents"] + 1)
+        self._arrays = {key: arrays.mapped(folder / f"{key}.bin", dtype, stored["tokens"])
+                        for key, dtype in stored["dtypes"].items()}
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -61,6 +64,11 @@ class TokenStore:
         """Number of tokens of all documents."""
         return int(self._offsets[-1])
 
+    def total(self, key: str) -> int:
+        """Sum of an array over all documents, rounded; read a part at a time."""
+        values = self._arrays[key]
+        return round(sum(float(values[at:at + _CHUNK].sum(dtype=np.float64)) for at in range(0, len(values), _CHUNK)))
+
     @staticmethod
     def exists(folder: pathlib.Path) -> bool:
         """Whether a complete store is in `folder`."""
@@ -68,29 +76,32 @@ class TokenStore:
 
     @classmethod
     def write(cls, folder: pathlib.Path, documents: Iterable[Mapping[str, np.ndarray]]) -> "TokenStore":
-        """Writes a store; store.json comes last and marks it complete."""
-        documents = [document for document in documents if len(document["tokens"])]
-        if not documents:
+        """Writes a store, one document at a time; store.json comes last and marks it complete.
+
+        Raises:
+          UserError: there are no documents, or none that is not empty.
+        """
+        dtypes: dict[str, str] = {}
+        count = tokens = 0
+        with contextlib.ExitStack() as stack:
+            streams: dict[str, IO[bytes]] = {}
+            for document in documents:
+                if not len(document["tokens"]):
+                    continue
+                if not streams:
+                    dtypes = {key: "float32" if np.asarray(values).dtype.kind == "f" else "int32"
+                              for key, values in document.items()}
+                    streams = {key: stack.enter_context(files.atomic_open(folder / f"{key}.bin", "wb"))
+                               for key in ("offsets", *dtypes)}
+                    streams["offsets"].write(np.int64(0).tobytes())
+                for key, dtype in dtypes.items():
+                    streams[key].write(np.asarray(document[key], dtype).tobytes())
+                count, tokens = count + 1, tokens + len(document["tokens"])
+                streams["offsets"].write(np.int64(tokens).tobytes())
+        if not count:
             raise UserError(f"{folder}: there are no documents to train on")
-        offsets = np.concatenate([[0], np.cumsum([len(document["tokens"]) for document in documents])])
-        arrays = {"offsets": offsets}
-        for key in documents[0]:
-            values = np.concatenate([np.asarray(document[key]) for document in documents])
-            arrays[key] = values.astype(np.float32) if values.dtype.kind == "f" else _narrow(values)
-        for name, values in arrays.items():
-            with files.atomic_open(folder / f"{name}.npy", "wb") as stream:
-                np.save(stream, values)
-        files.write_json(folder / "store.json", {"keys": list(documents[0]), "documents": len(documents),
-                                                 "tokens": int(offsets[-1])})
+        files.write_json(folder / "store.json", {"dtypes": dtypes, "documents": count, "tokens": tokens})
         return cls(folder)
-
-
-def _array(path: pathlib.Path, **how: Any) -> np.ndarray:
-    try:
-        return np.load(path, **how)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; remove its folder, and it is made again"
-                        ) from error
 
 
 def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, method: str = "best_fit",
@@ -218,8 +229,3 @@ class _PackIterator(grain.DatasetIterator):
         self.statistics = self._before = packing.PackingStatistics(**state["statistics"])
         self._parent.set_state(self._begin)
         self._rows = None
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    small = values.size == 0 or (values.min() >= 0 and values.max() < 2**16)
-    return values.astype(np.uint16 if small else np.int32)

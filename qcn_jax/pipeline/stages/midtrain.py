@@ -1,28 +1,32 @@
 """Stage `midtrain`: from the initial model to one that knows code and edits.
 
-The stream mixes repository-level documents, fill-in-the-middle in two forms, and edit documents, by share of
-tokens, packed by best fit; the loss is next-token, router balance and multi-token prediction. The corpus is the
-training repositories and the standard library of this Python; held-out repositories only serve to keep copies of
-their code out of it.
+The stream mixes the documents of `config.midtrain.sources` by share of tokens, packed by best fit; the loss is
+next-token, router balance and multi-token prediction. A source's texts are read and filtered once, by the first
+process, into a store in the stage's folder that every process reads from; held-out repositories only serve to keep
+copies of their code out of it.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
-import numpy as np
 
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.config import MidtrainConfig, RunConfig
-from qcn_jax.config_phases import midtrain_phases
+from qcn_jax.config import RunConfig, TextSource
+from qcn_jax.config_phases import midtrain_phases, source_field, sources_of, used_sources
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.data import loader
-from qcn_jax.pipeline.data.documents import EDITS, fim, repository
+from qcn_jax.pipeline.data import filters, loader
+from qcn_jax.pipeline.data.documents import FORMS, Request, repository
+from qcn_jax.pipeline.data.readers import READERS
+from qcn_jax.pipeline.data.texts import Findings, TextStore
 from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
 from qcn_jax.sharding import distributed
@@ -36,8 +40,6 @@ ADDED_TOKENS = (
 TOKENIZER_SAMPLE_BYTES = 4_000_000  # of source text; more changes little in a vocabulary this small
 
 PHASE_SEED = 104_729  # apart from the next, so that no phase sees the order of another
-
-Corpus = dict[str, list[repository.Module]]
 
 
 def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
@@ -54,10 +56,10 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     phases = midtrain_phases(context.config)
     trainers = [make_trainer(config, mesh_here(config.mesh)) for _, config in phases]
     with distributed.first_before_others("midtrain's data"):  # what the first process writes, the others read
-        groups = read_corpus(context)
-        tokenizer = prepare_tokenizer(context, groups)
+        stores = read_texts(context)
+        tokenizer = prepare_tokenizer(context, stores)
         init = models.note_initial(context)
-        sources = [make_sources(dataclasses.replace(context, config=config), groups, tokenizer, number)
+        sources = [make_sources(dataclasses.replace(context, config=config), stores, tokenizer, number)
                    for number, (_, config) in enumerate(phases)]
     firsts = [0, *(last for last, _ in phases)]
     results = fit.fit(
@@ -70,7 +72,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     return results | {
         "init": init, "shares": shares, "vocabulary": tokenizer.vocab_size,
-        "corpus_characters": _characters(groups),
+        "sources": {name: store.summary for name, store in stores.items()},
         "line": f"{results['tokens']:,} tokens, {ending}, padding {results['packing']['padding']:.2f} %"}
 
 
@@ -80,56 +82,69 @@ def _batches(config: RunConfig, sources: list[loader.Source], phase: int) -> gra
                           method=config.midtrain.packing)
 
 
-def read_corpus(context: StageContext) -> Corpus:
-    """Python files by repository: the training repositories, then a seeded choice of the standard library.
+def read_texts(context: StageContext) -> dict[str, TextStore]:
+    """The texts of every source that has a share in some phase; sources that read the same share one store.
 
-    Copies of held-out code are left out of both.
+    Raises:
+      UserError: a source cannot be read, or nothing of it is left.
     """
-    config = context.config
-    training = set(context.result("tasks")["repos_train"])
-    found, heldout = {}, []
-    for name, spec in sorted(context.repositories().items()):
-        if name in training:
-            found[name] = repository.repository_modules(spec)
-        else:  # whatever is not for training is held out
-            heldout += repository.repository_modules(spec)
-    packages = sorted(repository.stdlib_repositories(repository.stdlib_modules()).items())
-    left = config.midtrain.corpus_megabytes * 1e6 - sum(len(text) for group in found.values() for _, text in group)
-    for index in np.random.default_rng(config.seed).permutation(len(packages)):
-        name, group = packages[index]
-        chosen = []
-        for path, text in group:
-            if left > 0:
-                chosen.append((path, text))
-                left -= len(text)
-        found[name] = chosen
-    kept = {name: repository.without_copies(group, heldout) for name, group in found.items() if group}
-    count = lambda groups: sum(map(len, groups.values()))
-    context.log(f"corpus: {count(kept)} files, {_characters(kept) / 1e6:.1f} MB, "
-                f"{count(found) - count(kept)} left out as copies of held-out code")
-    return {name: group for name, group in kept.items() if group}
+    stores: dict[str, TextStore] = {}
+    read: dict[str, TextStore] = {}
+    for name in used_sources(context.config):
+        source = sources_of(context.config.midtrain)[name]
+        same = json.dumps(dataclasses.asdict(source) | {"form": "", "share": 0}, sort_keys=True)
+        if same not in read:
+            read[same] = _read(context, name, source)
+        stores[name] = read[same]
+    return stores
 
 
-def _characters(groups: Corpus) -> int:
-    return sum(len(text) for group in groups.values() for _, text in group)
+def _read(context: StageContext, name: str, source: TextSource) -> TextStore:
+    folder = context.workdir / "data" / "texts" / name
+    if not TextStore.exists(folder):
+        field, findings = source_field(context.config, "midtrain", name), Findings(context.config.midtrain.malformed)
+        texts = READERS.resolve(source.kind, f"{field}.kind").read(context, source, findings)
+        kept = filters.filtered(texts, context.config.midtrain.filters, _heldout(context), findings)
+        store = TextStore.write(folder, kept, findings.summary)
+        context.log(f"{name}: {findings.line()}, {store.summary['characters'] / 1e6:.1f} MB")
+    store = TextStore(folder)
+    if not len(store):
+        counts = ", ".join(f"{key}: {store.summary[key]}" for key in ("read", "left_out", "malformed"))
+        field = source_field(context.config, "midtrain", name)
+        raise UserError(f"{field}: no text is left ({counts})")
+    return store
 
 
-def prepare_tokenizer(context: StageContext, groups: Corpus) -> Tokenizer:
-    """The initial model's tokenizer, or one trained on the corpus when `init` is random; kept for the run."""
+def _heldout(context: StageContext) -> Iterator[str]:
+    """The texts of held-out repositories; none where the run has no tasks."""
+    if (context.root / "tasks" / "DONE.json").exists():
+        training = set(context.result("tasks")["repos_train"])
+        for name, spec in sorted(context.repositories().items()):
+            if name not in training:  # whatever is not for training is held out
+                yield from (text for _, text in repository.repository_modules(spec))
+
+
+def prepare_tokenizer(context: StageContext, stores: Mapping[str, TextStore]) -> Tokenizer:
+    """The initial model's tokenizer, or one trained on the texts when `init` is random; kept for the run."""
     if context.tokenizer_path.exists():
         return context.tokenizer()
     context.tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
     if context.config.init == "random":
         texts, size = [], 0
-        for _, text in itertools.chain.from_iterable(groups.values()):
-            if size < TOKENIZER_SAMPLE_BYTES:
-                texts.append(text)
-                size += len(text)
+        for text in itertools.chain.from_iterable(_distinct(stores)):
+            if size >= TOKENIZER_SAMPLE_BYTES:
+                break
+            texts.append(text.text)
+            size += len(text.text)
         tokenizer = Tokenizer.train(texts, context.config.tokenizer.vocab_size, _added_tokens(context.config))
     else:
         tokenizer = Tokenizer.from_folder(models.initial_folder(context.config))
     tokenizer.save(context.tokenizer_path)
     return context.tokenizer()
+
+
+def _distinct(stores: Mapping[str, TextStore]) -> list[TextStore]:
+    return list({store.folder: store for store in stores.values()}.values())
 
 
 def _added_tokens(config: RunConfig) -> tuple[str, ...]:
@@ -159,44 +174,17 @@ def check_initial(config: RunConfig) -> None:
         raise UserError(f"--config.model.vocab_size: {config.model.vocab_size} is less than the tokenizer's {size}")
 
 
-def make_sources(context: StageContext, groups: Corpus, tokenizer: Tokenizer, phase: int = 0) -> list[loader.Source]:
-    """The three kinds of documents with their shares, as long as rows of the phase are."""
-    config, settings = context.config, context.config.midtrain
-    length = settings.train.sequence_length
-    modules = list(itertools.chain.from_iterable(groups.values()))
-    sources = []
-    if settings.repository > 0:
-        store = _repository_store(context, groups, tokenizer, phase)
-        sources.append(loader.Source("repository", store, settings.repository))
-    if settings.fim > 0:
-        documents = fim.FimDocuments(modules, tokenizer, seed=config.seed, max_tokens=length)
-        sources.append(loader.Source("fim", documents, settings.fim))
-    if settings.edits > 0:
-        make = EDITS.resolve(settings.edit_documents, "--config.midtrain.edit_documents")
-        documents = make(context, modules, tokenizer, length)
-        sources.append(loader.Source("edits", documents, settings.edits))
-    return sources
-
-
-def _repository_store(context: StageContext, groups: Corpus, tokenizer: Tokenizer, phase: int) -> loader.TokenStore:
-    """Repository documents, tokenised once, as many as the stage will read."""
-    folder = context.workdir / "data" / ("repository" if phase == 0 else f"repository_{phase + 1}")
-    if loader.TokenStore.exists(folder):
-        return loader.TokenStore(folder)
-    settings = context.config.midtrain
-    train = settings.train
-    length = train.sequence_length
-    wanted = train.steps * train.rows * length * _share(settings)
-    reader = repository.RepositoryDocuments(tokenizer, length)
-    documents: list[dict[str, np.ndarray]] = []
-    for name, group in groups.items():
-        if not documents or reader.tokens < wanted:
-            documents += reader.documents(name, group)
-    store = loader.TokenStore.write(folder, documents)
-    context.log(f"repository documents: {len(store)}, {store.tokens:,} tokens, "
-                f"{100 * reader.masked / max(1, reader.tokens):.1f} % masked as repeated")
-    return store
-
-
-def _share(settings: MidtrainConfig) -> float:
-    return settings.repository / (settings.repository + settings.fim + settings.edits)
+def make_sources(context: StageContext, stores: Mapping[str, TextStore], tokenizer: Tokenizer, phase: int = 0
+                 ) -> list[loader.Source]:
+    """The documents of every source that has a share in a phase, in the forms that the configuration names."""
+    stage, made = context.config.midtrain, []
+    sources = {name: source for name, source in sources_of(stage).items() if source.share > 0}
+    total = sum(source.share for source in sources.values())
+    tokens = stage.train.steps * stage.train.rows * stage.train.sequence_length
+    for name, source in sources.items():
+        form = FORMS.resolve(source.form, f"--config.midtrain.sources.{name}.form")
+        folder = context.workdir / "data" / (f"{name}.{phase + 1}" if phase else name)
+        request = Request(context, name, stores[name], tokenizer, stage.train.sequence_length,
+                          math.ceil(tokens * source.share / total), folder)
+        made.append(loader.Source(name, form(request), source.share))
+    return made

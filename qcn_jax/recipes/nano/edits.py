@@ -27,9 +27,11 @@ from qcn_jax import files
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.envs.synthesis.inject import Injection, candidates
 from qcn_jax.envs.testpaths import is_test_path
-from qcn_jax.pipeline.context import StageContext
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data.documents import Request
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent, line_token, minimal_edit
 
+_DRAWS = 1000  # of functions, until one fits into a row
 CODE_WEIGHT = 0.1  # of next-token loss on code lines, which are many; the edit's few tokens have weight 1
 
 
@@ -115,15 +117,17 @@ def _functions(module: tuple[str, str], max_lines: int, kinds: tuple[str, ...], 
     return result
 
 
-def documents(context: StageContext, modules: Iterable[tuple[str, str]], tokenizer: Tokenizer, max_tokens: int
-              ) -> "EditDocuments":
-    """Mid-training's edit documents of `modules`, tests left out, with the bug kinds of `config.tasks`."""
-    config = context.config
-    code = [(path, text) for path, text in modules if not is_test_path(path)]
+def documents(request: Request) -> "EditDocuments":
+    """The form `nano_edits` of a source: its Python files, tests left out, with the bug kinds of `config.tasks`."""
+    config = request.context.config
+    code = [(text.path, text.text) for text in request.texts if not is_test_path(text.path)]
     table = function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds, seed=config.seed,
-                           cache=context.workdir / "data" / "edits.json", processes=config.workers)
-    context.log(f"edits: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
-    return EditDocuments(table, tokenizer, seed=config.seed, max_tokens=max_tokens)
+                           cache=request.context.workdir / "data" / f"{request.name}.json", processes=config.workers)
+    request.context.log(f"{request.name}: {len(table)} functions, {sum(len(f.defects) for f in table)} defects")
+    if not table:
+        raise UserError(f"--config.midtrain.sources.{request.name}: no function of its texts has a defect of the kinds "
+                        "in --config.tasks.kinds")
+    return EditDocuments(table, request.tokenizer, seed=config.seed, max_tokens=request.length)
 
 
 class EditDocuments:
@@ -158,7 +162,7 @@ class EditDocuments:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Document `index`: `tokens` int32 [T] and `weights` float32 [T], of predicting token t + 1 at t."""
         rng = np.random.default_rng([self._seed, index])
-        while True:
+        for _ in range(_DRAWS):
             group = self._by_kind[rng.choice(len(self._kinds), p=self._probability)]
             i, j = group[rng.integers(len(group))]
             function = self._table[i]
@@ -169,6 +173,8 @@ class EditDocuments:
             document = self._document(function, [chosen[line] for line in sorted(chosen)])
             if document is not None:
                 return document
+        raise UserError(f"edit documents: none of {_DRAWS} functions with its edits has at most {self._max_tokens} "
+                        "tokens, --config.midtrain.train.sequence_length; give --config.tasks.max_function_lines less")
 
     def prompt(self, path: str, lines: Sequence[str]) -> list[int]:
         """Ids of a document up to where the edits begin."""

@@ -9,7 +9,7 @@ from qcn_jax.agents import collecting
 from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
-from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.config import ChatSource, RunConfig, from_config_dict
 from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
@@ -25,8 +25,9 @@ MAX_WRONG = 3  # edits on which tests fail, in trajectories that show a recovery
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `config.sft.options` may hold."""
+    """What the source's `options` may hold."""
 
+    per_task: int = 2  # trajectories with several turns of a task
     recovery: float = 0.5  # share of trajectories with wrong edits first
     searches: int = 0  # trajectories per task that look for the defect without knowing it, failed edits learned too
     guesses: int = 0  # edits per task sampled from the mid-trained model; recoveries begin with its wrong ones
@@ -35,23 +36,26 @@ class Options:
 class Scripted(TrajectorySource):
     """Trajectories of `solver` and `heuristic.search`; the tasks are shown as the configured scaffold shows them."""
 
-    def check(self, config: RunConfig) -> None:
-        """See TrajectorySource."""
-        options(config)
+    def check(self, config: RunConfig, source: ChatSource, field: str) -> None:
+        """See ChatReader."""
+        options(source, field)
         scaffold_of(config)
+        if source.path:
+            raise UserError(f"{field}.path: {source.path!r}; kind {source.kind} acts on the run's tasks and has no use "
+                            "for it")
 
     def collect(
-        self, context: "StageContext", tasks: Sequence[Task], stopped: Callable[[], bool]
+        self, context: "StageContext", source: ChatSource, tasks: Sequence[Task], stopped: Callable[[], bool]
     ) -> list[Trajectory] | None:
         """See TrajectorySource."""
-        chosen, scaffold, guessed = options(context.config), scaffold_of(context.config), {}
+        chosen, scaffold, guessed = options(source), scaffold_of(context.config), {}
         if chosen.guesses:
             from qcn_jax.recipes.nano import guesses
 
             guessed = guesses.propose(context, scaffold, tasks, chosen.guesses)
         requests = lambda number, task: plan(
-            task, number, context.config.seed, context.config.sft.trajectories_per_task, chosen, scaffold,
-            context.templates(), guessed.get(task.instance_id, ()))
+            task, number, context.config.seed, chosen, scaffold, context.templates(),
+            guessed.get(task.instance_id, ()))
         return collecting.collect(context.root / "sft" / "trajectories.jsonl", tasks, act, requests, context.pool(),
                                   context.log, stopped)
 
@@ -59,21 +63,20 @@ class Scripted(TrajectorySource):
 SCRIPTED = Scripted()
 
 
-def options(config: RunConfig) -> Options:
-    """Reads `config.sft.options`.
+def options(source: ChatSource, field: str = "--config.sft.sources") -> Options:
+    """Reads the options of a source.
 
     Raises:
       UserError: one that is unknown, of another type or out of range.
     """
-    found = from_config_dict(Options, config.sft.options, "config.sft.options")
+    found = from_config_dict(Options, source.options, f"{field.removeprefix('--')}.options")
     if not 0 <= found.recovery <= 1:
-        raise UserError(f"--config.sft.options.recovery: {found.recovery}; allowed: 0 to 1")
-    for name in ("searches", "guesses"):
+        raise UserError(f"{field}.options.recovery: {found.recovery}; allowed: 0 to 1")
+    for name in ("per_task", "searches", "guesses"):
         if getattr(found, name) < 0:
-            raise UserError(f"--config.sft.options.{name}: {getattr(found, name)}; allowed: at least 0")
-    if not config.sft.trajectories_per_task + found.searches:
-        raise UserError("--config.sft.trajectories_per_task: 0, as is options.searches; there would be nothing to "
-                        "learn from")
+            raise UserError(f"{field}.options.{name}: {getattr(found, name)}; allowed: at least 0")
+    if not found.per_task + found.searches:
+        raise UserError(f"{field}.options.per_task: 0, as is searches; there would be nothing to learn from")
     return found
 
 
@@ -81,8 +84,8 @@ def scaffold_of(config: RunConfig) -> NanoScaffold:
     """The configured scaffold; raises UserError for one that the solver cannot play."""
     scaffold = SCAFFOLDS.resolve(config.sft.scaffold, "--config.sft.scaffold")
     if not isinstance(scaffold, NanoScaffold):
-        raise UserError(f"--config.sft.scaffold: {config.sft.scaffold!r}; trajectories={config.sft.trajectories} plays "
-                        "nano's tools; name nano, or another source in --config.sft.trajectories")
+        raise UserError(f"--config.sft.scaffold: {config.sft.scaffold!r}; conversations of kind nano play nano's "
+                        "tools; name nano, or another kind in --config.sft.sources")
     return scaffold
 
 
@@ -101,23 +104,22 @@ class Request:
     search: bool = False
 
 
-def plan(task: Task, number: int, seed: int, multi_turn: int, chosen: Options, scaffold: NanoScaffold,
-         templates: Sequence[str], guesses: Sequence[tuple[int, str, str]] = ()) -> list[Request]:
+def plan(task: Task, number: int, seed: int, chosen: Options, scaffold: NanoScaffold, templates: Sequence[str],
+         guesses: Sequence[tuple[int, str, str]] = ()) -> list[Request]:
     """What is asked of the solver for one task: multi-turn, single-turn, and one tool-call template in turn.
 
     Args:
       task: whose id, with `seed`, decides which of the trajectories recover.
       number: its place in the list of tasks; templates are taken in turn.
       seed: of the run.
-      multi_turn: trajectories with tools and test runs.
-      chosen: how many recover, how many search.
+      chosen: how many have tools and test runs, how many of these recover, how many search.
       scaffold: with several turns.
       templates: of the format scaffold; none leaves it out.
       guesses: edits that a model proposed; each multi-turn trajectory takes its wrong edits from them in another order.
     """
     rng = random.Random(f"{seed} {task.instance_id}")
     requests = []
-    for index in range(multi_turn):
+    for index in range(chosen.per_task):
         wrong = rng.randint(1, MAX_WRONG) if rng.random() < chosen.recovery else 0
         ours = rng.sample(list(guesses), len(guesses)) if wrong else []
         requests.append(Request(scaffold, seed + index, wrong, tuple(map(tuple, ours))))

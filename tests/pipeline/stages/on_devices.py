@@ -14,6 +14,7 @@ def make_config():
     import jax
 
     from qcn_jax.config import (
+        ChatSource,
         DistillConfig,
         ExpertsConfig,
         MeshConfig,
@@ -23,6 +24,7 @@ def make_config():
         RolloutConfig,
         RunConfig,
         SftConfig,
+        TextSource,
         TokenizerConfig,
         TrainConfig,
     )  # fmt: skip
@@ -40,8 +42,9 @@ def make_config():
         init="random", model=dataclasses.replace(MODEL, vocab_size=VOCABULARY, num_nextn_predict_layers=1),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
         mesh=MeshConfig(fsdp=-1, expert=few, context=few),
-        midtrain=MidtrainConfig(train=dataclasses.replace(train, steps=4), phases=phases, repository=1.0, fim=0.0, edits=0.0, corpus_megabytes=0.02),
-        sft=SftConfig(train=dataclasses.replace(train, rows=2 * ROWS, accumulate=2)),
+        midtrain=MidtrainConfig(train=dataclasses.replace(train, steps=4), phases=phases, sources={
+            "repository": TextSource(kind="nano", form="repository", megabytes=0.02)}),
+        sft=SftConfig(train=dataclasses.replace(train, rows=2 * ROWS, accumulate=2), sources={"made": ChatSource()}),
         experts=ExpertsConfig(names=("swe", "single_turn"), prompts=6, kl_coef=0.1, **acting),
         distill=DistillConfig(prompts=8, **acting),
     )  # fmt: skip
@@ -91,6 +94,7 @@ def run(root: pathlib.Path, config):
     from qcn_jax.compile.stages import stage_step
     from qcn_jax.config_phases import of_phase
     from qcn_jax.pipeline.context import Shared, StageContext
+    from qcn_jax.pipeline.data.readers import chat
     from qcn_jax.pipeline.experts import expert
     from qcn_jax.pipeline.experts.expert import Prompt
     from qcn_jax.pipeline.stages import distill, experts, midtrain, sft
@@ -115,7 +119,7 @@ def run(root: pathlib.Path, config):
     trainer.make_step = watched
     rng = np.random.default_rng(0)
     documents = [{"tokens": rng.integers(2, 300, n), "weights": rng.random(n)} for n in rng.integers(8, 30, 64)]
-    sft.collect_trajectories, sft.encode = lambda context: [], lambda *_: (documents, 0)
+    chat.CHAT.read, sft.encoded = lambda *_: iter(()), lambda *_: iter(documents)
     for module in (experts, distill):
         module.make_services = lambda context: None
         module.training_prompts = lambda context, expert, stage: [Prompt(expert, n, SINGLE_TURN) for n in range(8)]

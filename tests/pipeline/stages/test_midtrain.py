@@ -18,6 +18,7 @@ from qcn_jax.config import (
     PhaseConfig,
     RunConfig,
     TasksConfig,
+    TextSource,
     TokenizerConfig,
     TrainConfig,
     from_config_dict,
@@ -40,7 +41,8 @@ CONFIG = RunConfig(
     init="random", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
     tokenizer=TokenizerConfig(vocab_size=VOCABULARY, added_tokens=LINE_TOKENS), tasks=TasksConfig(),
     midtrain=MidtrainConfig(
-        corpus_megabytes=0.03,
+        sources={name: TextSource(kind="nano", form=form, share=share, megabytes=0.03) for name, form, share in (
+            ("repository", "repository", 0.3), ("fim", "fim", 0.2), ("edits", "nano_edits", 0.5))},
         train=TrainConfig(steps=STEPS, rows=2, sequence_length=512, mtp_coef=0.0, checkpoint_every=2, log_every=1,
                           optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2))))
 
@@ -99,13 +101,14 @@ def test_results_curves_and_files(whole):
     _, base = models.initial(CONFIG)
     assert config.hidden_size == MODEL.hidden_size and results["init"] == {"init": "random"}
     assert np.abs(params["norm"]["weight"] - base["norm"]["weight"]).max() > 0
-    assert any("left out" in line for line in lines)
+    assert any(line.startswith("repository: ") and " kept" in line for line in lines)
+    assert results["sources"]["fim"]["kept"] == results["sources"]["fim"]["read"] > 0
 
 
 def test_tokenizer_and_corpus_know_nothing_of_heldout_repositories(whole):
     root, _, _ = whole
     context = _context(root)
-    text = json.dumps(midtrain.read_corpus(context))
+    text = json.dumps([dataclasses.asdict(text) for text in midtrain.read_texts(context)["fim"]])
     assert "first_missing" in text and "is_palindrome" not in text
     assert "palindrome" not in (root / "midtrain" / "tokenizer" / "tokenizer.json").read_text()
     added = (*midtrain.ADDED_TOKENS, *LINE_TOKENS)
@@ -116,8 +119,11 @@ def test_a_copy_of_heldout_code_in_a_training_repository_is_left_out(tmp_path):
     context = _context(tmp_path)
     copy = tmp_path / "repositories" / "shapes-1.0" / "shapes" / "borrowed.py"
     copy.write_text("# renamed\n" + chain.HELDOUT_REPOSITORY["words/core.py"])
-    groups = midtrain.read_corpus(context)
-    assert "shapes/core.py" in dict(groups["shapes==1.0"]) and "shapes/borrowed.py" not in dict(groups["shapes==1.0"])
+    stores = midtrain.read_texts(context)
+    paths = [text.path for text in stores["repository"] if text.repo == "shapes==1.0"]
+    assert "shapes/core.py" in paths and "shapes/borrowed.py" not in paths
+    assert stores["edits"].folder == stores["repository"].folder  # read once
+    assert stores["fim"].summary["left_out"]["copies of held-out code"] == 1
 
 
 def test_killed_and_resumed_gives_the_same_bytes(whole, tmp_path):

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import numpy as np
@@ -16,10 +17,12 @@ from qcn_jax.agents import collecting
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.config import OptimizerConfig, RunConfig, SftConfig, TokenizerConfig, TrainConfig
+from qcn_jax.config import ChatSource, OptimizerConfig, RunConfig, SftConfig, TokenizerConfig, TrainConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.data import splits
+from qcn_jax.pipeline.data.texts import Findings
+from qcn_jax.pipeline.data.trajectories import conversation
 from qcn_jax.pipeline.stages import sft
 from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
 from qcn_jax.recipes.nano import trajectories
@@ -34,7 +37,7 @@ VOCABULARY, STEPS = 384, 6  # batch shape, steps and optimizer as in test_midtra
 CONFIG = RunConfig(
     sandbox="local", workers=1, model=dataclasses.replace(MODEL, vocab_size=VOCABULARY),
     tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
-    sft=SftConfig(trajectories_per_task=2, options={"recovery": 0.5}, train=TrainConfig(
+    sft=SftConfig(sources={"nano": ChatSource(kind="nano", options={"recovery": 0.5})}, train=TrainConfig(
         steps=STEPS, rows=2, sequence_length=768, mtp_coef=0.0, checkpoint_every=2, log_every=1,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2))))
 
@@ -100,8 +103,9 @@ def test_trajectories_are_verified_and_counted(whole):
     rows = {row["key"]: row["value"] for row in _rows(root)}
     assert sorted(rows) == ["a", "b", "c", "d"] and rows["d"] == []
     assert {len(rows[name]) for name in "abc"} == {4}  # two with tools, one single turn, one of a template
-    assert results["trajectories"] == 12 and results["scaffolds"] == {"nano": 6, "nano_single": 3, "nano_format": 3}
-    assert 0 < results["recoveries"] < 6
+    labels = dict(results["labels"])
+    assert 0 < labels.pop("recovery") < 6 and labels == {"nano": 6, "nano_single": 3, "nano_format": 3}
+    assert results["conversations"] == 12 and results["sources"]["nano"]["kept"] == 12
     assert json.loads(json.dumps(results)) == results and results["steps"] == STEPS
     for trajectory in (row for group in rows.values() for row in group):
         assert trajectory["patch"] and all(trajectory["outcomes"][-1:])
@@ -111,11 +115,15 @@ def test_loss_is_on_the_assistants_words_but_not_on_refuted_turns(whole):
     root, _, _ = whole
     context = _context(root)
     tokenizer = context.tokenizer()
+
+    def encode(trajectories, length):
+        findings = Findings()
+        return list(sft.encoded(map(conversation, trajectories), ChatEncoder(tokenizer), length, findings, Counter())), findings
+
     made = [Trajectory.from_json(row) for group in _rows(root) for row in group["value"]]
     for trajectory in made:
-        documents, dropped = sft.encode([trajectory], ChatEncoder(tokenizer), 1024)
-        assert dropped == 0
-        tokens, weights = documents[0]["tokens"], documents[0]["weights"]
+        document, = encode([trajectory], 1024)[0]
+        tokens, weights = document["tokens"], document["weights"]
         counted = tokenizer.decode(tokens[1:][weights[:-1] > 0])
         runs, expected = iter(trajectory.outcomes), 0
         for message in trajectory.messages:
@@ -132,7 +140,7 @@ def test_loss_is_on_the_assistants_words_but_not_on_refuted_turns(whole):
                 {"role": "assistant", "content": "", "tool_calls": calls, "template": trajectory.template}))
             assert text in tokenizer.decode(tokens) and text not in counted
     assert any(trajectory.wrong_edits for trajectory in made)
-    assert sft.encode(made, ChatEncoder(tokenizer), 40)[1] > 0
+    assert encode(made, 40)[1].left_out["over 40 tokens"] > 0
 
 
 def test_training_learned_and_wrote_a_model(whole):
@@ -199,7 +207,7 @@ def test_the_control_continues_from_sft(whole):
 def test_plans_cover_scaffolds_and_templates():
     tasks = [tiny.make_task(instance_id=str(i)) for i in range(60)]
     plan = lambda number, *more, **options: trajectories.plan(
-        tasks[number], number, 0, 2, trajectories.Options(**options), NANO, *more or [("hermes", "qwen3_coder")])
+        tasks[number], number, 0, trajectories.Options(**options), NANO, *more or [("hermes", "qwen3_coder")])
     plans = [plan(number) for number in range(len(tasks))]
     assert plans[7] == plan(7)
     names = [[request.scaffold.name for request in requests] for requests in plans]

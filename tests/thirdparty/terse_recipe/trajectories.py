@@ -14,14 +14,14 @@ from terse_recipe.scaffold import SCAFFOLD
 
 
 class KnownFix(TrajectorySource):
-    """One trajectory a task; `config.sft.options.checks` says how often it looks at the tests."""
+    """One trajectory a task; the option `checks` says how often it looks at the tests."""
 
-    def check(self, config):
-        if set(config.sft.options) != {"checks"}:
-            raise UserError(f"--config.sft.options: {dict(config.sft.options)}; allowed: checks")
+    def check(self, config, source, field):
+        if set(source.options) != {"checks"}:
+            raise UserError(f"{field}.options: {dict(source.options)}; allowed: checks")
 
-    def collect(self, context, tasks, stopped):
-        request = lambda number, task: context.config.sft.options["checks"]
+    def collect(self, context, source, tasks, stopped):
+        request = lambda number, task: source.options["checks"]
         return collecting.collect(context.root / "sft" / "trajectories.jsonl", tasks, act, request, context.pool(),
                                   context.log, stopped)
 

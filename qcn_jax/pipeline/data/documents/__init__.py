@@ -1,9 +1,48 @@
-"""Documents that mid-training mixes: repositories, fill-in-the-middle, and edits from a source that is named.
+"""What mid-training makes of a source's texts: forms of documents, registered or `package.module:OBJECT`.
 
-A source of edits is a function (context, modules, tokenizer, max_tokens) -> documents: `modules` are pairs of path and
-source text, a document is `tokens` int32 [T] and `weights` float32 [T], and any index gives one, always the same.
+A form is a function Request -> documents (see loader.Documents): a document is `tokens` int32 [T] and `weights`
+float32 [T], of predicting the next token, and an index always gives the same one.
 """
 
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.pipeline.data.texts import Text
 from qcn_jax.registry import Registry
 
-EDITS: Registry = Registry("source of edit documents", None, {"nano": "qcn_jax.recipes.nano.edits:documents"})
+if TYPE_CHECKING:
+    from qcn_jax.pipeline.context import StageContext
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a form is asked for.
+
+    Attributes:
+      context: of stage `midtrain`, in the configuration of the phase.
+      name: of the source.
+      texts: to make documents of, with random access.
+      tokenizer: the run's.
+      length: tokens of a row; longer documents are split between rows.
+      tokens: how many the phase will read.
+      folder: for what the form keeps on disk, of this source and phase alone; not made yet.
+    """
+
+    context: "StageContext"
+    name: str
+    texts: Sequence[Text]
+    tokenizer: Tokenizer
+    length: int
+    tokens: int
+    folder: pathlib.Path
+
+
+FORMS: Registry = Registry("form of documents", None, {
+    "text": "qcn_jax.pipeline.data.documents.text:documents",
+    "repository": "qcn_jax.pipeline.data.documents.repository:documents",
+    "fim": "qcn_jax.pipeline.data.documents.fim:documents",
+    "nano_edits": "qcn_jax.recipes.nano.edits:documents",
+})

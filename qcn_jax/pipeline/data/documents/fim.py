@@ -15,11 +15,14 @@ Loss weights count every token of the sentinel form and the answer alone of the 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data.documents import Request
+from qcn_jax.pipeline.data.texts import Text, TextStore
 
 # Middles end at token or line boundaries; both occur, as cursor positions do.
 _LINE_SHARE = 0.5
@@ -97,27 +100,33 @@ def chat(span: Span, path: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     return _document(tokens, answer - 1)
 
 
+def documents(request: Request) -> "FimDocuments":
+    """The form `fim` of a source: see FimDocuments, half of them in the chat form."""
+    return FimDocuments(request.texts, request.tokenizer, seed=request.context.config.seed, max_tokens=request.length)
+
+
 class FimDocuments:
-    """Random access to FIM documents over (path, text) pairs: index i always gives the same document.
+    """Random access to FIM documents over texts: index i always gives the same document.
 
     Documents are windows of at most `max_tokens` of a file, cut at line starts; a share `chat_share` of them
     takes the chat form.
     """
 
-    def __init__(self, texts: list[tuple[str, str]], tokenizer: Tokenizer, *, seed: int, max_tokens: int,
+    def __init__(self, texts: Sequence[Text], tokenizer: Tokenizer, *, seed: int, max_tokens: int,
                  chat_share: float = 0.5) -> None:
-        self._texts = [(path, text) for path, text in texts if len(text) > 1]
-        if not self._texts:
+        if not any(len(text.text) > 1 for text in texts):
             raise UserError("fill in the middle: there is no text to cut")
+        self._texts = texts
         self._tokenizer, self._seed, self._max, self._chat = tokenizer, seed, max_tokens, chat_share
-        sizes = np.array([len(text) for _, text in self._texts], float)
-        self._ends = np.cumsum(sizes / sizes.sum())
+        self._ends = texts.ends if isinstance(texts, TextStore) else np.cumsum([len(text.text) for text in texts])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([self._seed, index])
-        # Every character of the corpus is equally likely to be in a window.
-        which = min(int(np.searchsorted(self._ends, rng.random(), side="right")), len(self._texts) - 1)
-        path, text = self._texts[which]
+        # Every part of the corpus is equally likely to be in a window.
+        path, text = "", ""
+        while len(text) < 2:
+            drawn = self._texts[int(np.searchsorted(self._ends, rng.integers(self._ends[-1]), side="right"))]
+            path, text = drawn.path, drawn.text
         span_of = self._max * 2  # characters; code has more than two a token, so this mostly fits at once
         begin = int(rng.integers(max(1, len(text) - span_of // 2)))
         begin = text.rfind("\n", 0, begin) + 1

@@ -1,21 +1,15 @@
-"""Natural code for mid-training: the Python standard library of this machine and the training repositories.
+"""Documents of whole repositories: natural code, or any other text, with what stands around it.
 
 Files of one repository make one document, imported files before their importers (the report's repository-level
-data), in Qwen's form:
+data), those whose imports say nothing in the order of their paths, in Qwen's form:
 
   <|repo_name|>NAME\n<|file_sep|>PATH\nSOURCE<|file_sep|>PATH\nSOURCE ... <|endoftext|>
 
-Nothing is read from site-packages, so held-out packages that happen to be installed never enter; what a training
-repository vendors or copies of a held-out one is left out by content. Spans that the corpus repeats are masked from
-the loss after their first occurrence.
+Spans that the corpus repeats are masked from the loss after their first occurrence.
 """
 
 import ast
 import functools
-import hashlib
-import os
-import pathlib
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -23,40 +17,17 @@ import numpy as np
 from qcn_jax.chat.tokenizer import END_OF_TEXT, Tokenizer
 from qcn_jax.envs.sandbox.repository import RepositorySpec, unpack
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data.documents import Request
+from qcn_jax.pipeline.data.documents.repetition import runs
+from qcn_jax.pipeline.data.loader import TokenStore
 
 Module = tuple[str, str]  # path in its repository, source text
 
 REPO_NAME, FILE_SEP = "<|repo_name|>", "<|file_sep|>"
 
-# Installed packages, tests (some hold deliberately broken code), bundled wheels, tables and demonstrations.
-_STDLIB_DROPPED = frozenset({
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "encodings", "pydoc_data",
-    "turtledemo", "lib2to3", "__pycache__", "__phello__"})
 _VENDORED = frozenset({
     "_vendor", "vendor", "vendored", "_vendored", "third_party", "thirdparty", "extern", "externals"})
-_MAX_FILE_BYTES = 200_000  # larger ones are generated tables
-_SIGNIFICANT = 24  # characters from which a line says where it comes from
-_COPY_SHARE = 0.3  # of a file's significant lines that a held-out repository also has
-_REPEAT_LINES = 6  # a block of so many lines that was seen before is masked
-
-
-def stdlib_modules() -> list[Module]:
-    """(path, source) of the standard library's Python files, sorted by path.
-
-    Raises:
-      UserError: this Python has no readable standard library (zipped or stripped).
-    """
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _STDLIB_DROPPED and not name.startswith("config-")]
-        for name in names:
-            path = pathlib.Path(folder, name)
-            if name.endswith(".py") and not name.startswith("test_") and path.stat().st_size <= _MAX_FILE_BYTES:
-                found.append((path.relative_to(root).as_posix(), path.read_bytes()))
-    if not found:
-        raise UserError(f"{root}: holds no Python files; the standard library of this Python cannot be read")
-    return _decoded(found)
+MAX_FILE_BYTES = 200_000  # larger ones are generated tables
 
 
 def repository_modules(spec: RepositorySpec) -> list[Module]:
@@ -66,29 +37,9 @@ def repository_modules(spec: RepositorySpec) -> list[Module]:
         kind, _, path = name.partition("/")
         parts = path.split("/")
         if (kind == "repo" and path.endswith(".py") and not _VENDORED & set(parts)
-                and len(member.data) <= _MAX_FILE_BYTES):
+                and len(member.data) <= MAX_FILE_BYTES):
             found.append((path, member.data))
-    return _decoded(found)
-
-
-def without_copies(modules: Iterable[Module], heldout: Iterable[Module]) -> list[Module]:
-    """`modules` without files that share more than a small part of their telling lines with `heldout` files."""
-    known = {line for _, text in heldout for line in _significant(text)}
-    kept = []
-    for path, text in modules:
-        lines = _significant(text)
-        if sum(line in known for line in lines) <= _COPY_SHARE * len(lines):
-            kept.append((path, text))
-    return kept
-
-
-def stdlib_repositories(modules: Sequence[Module]) -> dict[str, list[Module]]:
-    """Groups the standard library as repositories: each package one, and the single modules one together."""
-    groups: dict[str, list[Module]] = {}
-    for path, text in modules:
-        package = path.split("/")[0] if "/" in path else "modules"
-        groups.setdefault(f"cpython/{package}", []).append((path, text))
-    return groups
+    return decoded(found)
 
 
 def dependency_order(modules: Sequence[Module]) -> list[Module]:
@@ -116,6 +67,24 @@ def dependency_order(modules: Sequence[Module]) -> list[Module]:
         if path not in visiting:
             visit(path)
     return [(path, texts[path]) for path in ordered]
+
+
+def documents(request: Request) -> TokenStore:
+    """The form `repository` of a source: documents tokenised once, as many as the phase will read."""
+    if TokenStore.exists(request.folder):
+        return TokenStore(request.folder)
+    made = RepositoryDocuments(request.tokenizer, request.length)
+
+    def enough() -> Iterator[dict[str, np.ndarray]]:
+        for number, (name, texts) in enumerate(request.texts.repositories()):
+            if number and made.tokens >= request.tokens:
+                break
+            yield from made.documents(name, [(text.path, text.text) for text in texts])
+
+    store = TokenStore.write(request.folder, enough())
+    request.context.log(f"{request.name}: {len(store)} documents, {store.tokens:,} tokens, "
+                        f"{100 * made.masked / max(1, made.tokens):.1f} % masked as repeated")
+    return store
 
 
 class RepositoryDocuments:
@@ -156,7 +125,7 @@ class RepositoryDocuments:
         """Ids of a source text and, per id, whether it is new (1) or part of a repeated block (0)."""
         ids: list[int] = []
         weights: list[float] = []
-        for part, repeated in _runs(text, self._seen):
+        for part, repeated in runs(text, self._seen):
             encoded = self._tokenizer.encode_ordinary(part)
             ids += encoded
             weights += [0.0 if repeated else 1.0] * len(encoded)
@@ -171,42 +140,8 @@ class RepositoryDocuments:
         return {"tokens": np.asarray(tokens, np.int32), "weights": np.asarray([*told[1:], 0.0], np.float32)}
 
 
-def _runs(text: str, seen: set[bytes]) -> Iterator[tuple[str, bool]]:
-    """Cuts `text` at line starts into maximal runs of new lines and of lines in blocks that `seen` holds."""
-    lines = text.splitlines(keepends=True)
-    telling = [i for i, line in enumerate(lines) if line.strip()]
-    repeated = [False] * len(lines)
-    fresh = []
-    for first in range(len(telling) - _REPEAT_LINES + 1):
-        block = telling[first:first + _REPEAT_LINES]
-        key = _digest("\n".join(lines[i].strip() for i in block)) if _tells(lines, block) else None
-        if key in seen:
-            repeated[block[0]:block[-1] + 1] = [True] * (block[-1] - block[0] + 1)
-        elif key is not None:
-            fresh.append(key)
-    seen.update(fresh)
-    start = 0
-    for i in range(1, len(lines) + 1):
-        if i == len(lines) or repeated[i] != repeated[start]:
-            yield "".join(lines[start:i]), repeated[start]
-            start = i
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _tells(lines: Sequence[str], block: Sequence[int]) -> bool:
-    """Blocks of closing brackets and the like recur without being copies."""
-    return sum(len(lines[i].strip()) >= _SIGNIFICANT // 2 for i in block) > _REPEAT_LINES // 2
-
-
-def _significant(text: str) -> list[str]:
-    return [line for raw in text.splitlines() if len(line := raw.strip()) >= _SIGNIFICANT]
-
-
-def _decoded(found: Iterable[tuple[str, bytes]]) -> list[Module]:
-    """Files that are UTF-8, sorted by path, line ends made \\n."""
+def decoded(found: Iterable[tuple[str, bytes]]) -> list[Module]:
+    """Reads files that are UTF-8, sorted by path, line ends made \\n."""
     modules = []
     for path, data in sorted(found):
         try:
@@ -223,6 +158,8 @@ def _dotted(path: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _imported_names(path: str, text: str) -> tuple[tuple[int, str], ...]:
+    if not path.endswith(".py"):
+        return ()
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -6,6 +6,7 @@ import pytest
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.documents import fim
+from qcn_jax.pipeline.data.texts import Text
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TEXT = "".join(f"def function_{i}(value):\n    return value + {i}\n\n\n" for i in range(12))
@@ -50,7 +51,7 @@ def test_chat_form_is_an_edit_that_restores_the_text(tokenizer):
 
 
 def test_documents_are_a_function_of_their_index_and_fit(tokenizer):
-    texts = [("a.py", TEXT), ("b.py", "x = 1\ny = 2\n"), ("empty.py", "")]
+    texts = [Text(TEXT, "a.py"), Text("x = 1\ny = 2\n", "b.py"), Text("", "empty.py")]
     make = lambda: fim.FimDocuments(texts, tokenizer, seed=5, max_tokens=200)
     first, again = make(), make()
     documents = [first[i] for i in range(40)]
@@ -61,6 +62,6 @@ def test_documents_are_a_function_of_their_index_and_fit(tokenizer):
     chat = sum(document["tokens"][0] == tokenizer.id("<|im_start|>") for document in documents)
     assert 8 < chat < 32
     with pytest.raises(UserError, match="no text"):
-        fim.FimDocuments([("a", "")], tokenizer, seed=0, max_tokens=100)
+        fim.FimDocuments([Text("", "a")], tokenizer, seed=0, max_tokens=100)
     with pytest.raises(UserError, match="hold no document"):
         fim.FimDocuments(texts, tokenizer, seed=0, max_tokens=4)[0]

@@ -1,7 +1,6 @@
-"""The corpus: what is in it, what must never be, and the form of repository documents."""
+"""The form of repository documents, and what is read of a repository."""
 
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -34,34 +33,11 @@ def _write(folder, texts):
     return RepositorySpec(name="app==1.0", archive=str(folder))
 
 
-def test_stdlib_is_read_from_this_python_without_packages_and_tests():
-    modules = dict(repository.stdlib_modules())
-    assert len(modules) > 300 and "json/decoder.py" in modules and "textwrap.py" in modules
-    assert "class JSONDecoder" in modules["json/decoder.py"]
-    for path in modules:
-        parts = set(pathlib.PurePosixPath(path).parts)
-        assert not parts & {"site-packages", "dist-packages", "test", "tests", "ensurepip"}, path
-    heldout = {"boltons", "tabulate", "inflection", "isodate", "xmltodict"}
-    assert not heldout & {part.removesuffix(".py") for path in modules for part in path.split("/")}
-    assert "parse.py" not in modules and "schema.py" not in modules  # urllib/parse.py is another one
-    # Packages installed next to pytest lie below the standard library's folder.
-    installed = pathlib.Path(pytest.__file__).read_text()
-    assert installed not in modules.values()
-    assert list(modules) == sorted(modules) and sys.version_info >= (3, 11)
-
-
 def test_a_repository_is_read_without_vendored_and_broken_files(tmp_path):
     spec = _write(tmp_path, SOURCE | {"app/_vendor/boltons.py": "x = 1\n", "docs/a.txt": "no", "README.md": "no"})
     (tmp_path / "latin.py").write_bytes(b"# \xe9\xff\n")
     assert [path for path, _ in repository.repository_modules(spec)] == [
         "app/core.py", "app/helpers.py", "app/main.py", "app/zeta.py"]
-
-
-def test_copies_of_heldout_files_are_left_out():
-    heldout = [("b.py", "def slugify_everything(text, delimiter='_'):\n    return delimiter.join(text.lower().split())\n")]
-    renamed = "# copied\n" + heldout[0][1].replace("    return", "        return")
-    modules = [("mine.py", SOURCE["app/core.py"]), ("other.py", renamed)]
-    assert [path for path, _ in repository.without_copies(modules, heldout)] == ["mine.py"]
 
 
 def test_imported_files_come_before_importers_and_circles_end():
