@@ -46,7 +46,7 @@ def run(folder, *more):
     command = [sys.executable, "-m", "qcn_jax", "run", f"--config=finetune:{folder}/model", f"--workdir={folder}/run",
                "--stages=midtrain,sft", f"--config.midtrain.data={folder}/*.parquet", f"--config.sft.data={folder}/chats.jsonl",
                *(f"--config.{stage}.train.{key}" for stage in ("midtrain", "sft") for key in ("steps=2", "rows=2")), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, cwd=folder,
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=2700, cwd=folder,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -56,6 +56,7 @@ def test_a_malformed_row_stops_the_run_by_file_row_and_reason(folder):
     assert f"{folder}/corpus.parquet:31: its text is null, expected text; --config.midtrain.malformed=skip" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_on_files_alone(folder):
     done = run(folder, "--config.midtrain.malformed=skip")
     assert done.returncode == 0, done.stderr[-3000:]
