@@ -12,13 +12,15 @@ Each task is a fresh copy of a repository with one file replaced, in which all t
                   timed in a process that has imported it)
 All Docker rows stand on one base image, made here from Debian's packages. "Own" is the sum of the tests' set-up, call and
 tear-down times as pytest reports them. Overhead per task is wall time times the processors kept busy (at most the
-parallelism), divided by tasks, less own. Run on an otherwise idle machine; the load is printed.
+parallelism), divided by tasks, less own. Below the table stands what a second opinion on a patch that resolves costs, one
+at a time. Run on an otherwise idle machine; the load is printed.
 """
 
 import concurrent.futures
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,8 @@ from absl import app, flags
 from qcn_jax.envs import patches
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import RepositorySpec, images, layers, make_provider
-from qcn_jax.envs.tasks import formats, swebench
+from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.envs.tasks import formats, grading, swebench
 from qcn_jax.envs.tasks.schema import Task
 
 KINDS = ["local", "docker", "docker-fresh", "docker-spare", "docker-run", "images", "swebench"]
@@ -145,6 +148,29 @@ def measure(kind: str, parallel: int, state: str, spec: RepositorySpec, base: st
     return measure_pool(kind, parallel, state, spec, base)
 
 
+def second_opinion(kind: str, state: str, spec: RepositorySpec) -> tuple[float, float, float]:
+    """Seconds of a run of a task's tests, of the verdict that resolves, and of the task's first such verdict."""
+    bug = patches.make_diff({PATH: SOURCE}, {PATH: SOURCE.replace("2 *", "3 *")})
+    names = [f"{TEST}::test_double[{x}]" for x in range(20)]
+    task = Task("bench", spec.name, "", patches.reverse(bug), "", "double is wrong", tuple(names[1:]), (names[0],),
+                bug_patch=bug)
+    with make_provider(kind, state) as provider:
+        provider.prepare(spec)
+        grader, seconds = grading.Grader(provider), []
+        for number in range(_TASKS.value):
+            text = f"{SOURCE}# {number}\n"
+            started = time.monotonic()
+            verdict = grader.grade(task, patches.make_diff({PATH: SOURCE.replace("2 *", "3 *")}, {PATH: text}))
+            seconds.append(time.monotonic() - started)
+            assert verdict.resolved, verdict
+        started = time.monotonic()
+        for number in range(_TASKS.value):
+            with sandbox(provider, spec.name, {PATH: f"{SOURCE}# {number}\n"}, "grading") as place:
+                assert place.run_tests(names, 300.0).passed(names)
+        run = (time.monotonic() - started) / _TASKS.value
+    return run, statistics.mean(seconds[1:]), seconds[0]
+
+
 def main(_) -> None:
     """Measures and prints the table."""
     rows, cores, image = [], os.cpu_count() or 1, "qcn-bench/small:1"
@@ -172,6 +198,10 @@ def main(_) -> None:
                 overhead = seconds * min(parallel, cores) / count - own
                 rows.append({"kind": kind, "parallel": parallel, "seconds": seconds, "tasks": count, "overhead": overhead})
                 print(f"| {kind} | {parallel} | {3600 * count / seconds:.0f} | {overhead:.3f} |", flush=True)
+        for kind in [kind for kind in ("local", "docker") if kind in _KINDS.value]:
+            run, verdict, first = second_opinion(kind, state, spec)
+            print(f"{kind}: a run of the tests {run:.3f} s, a verdict that resolves {verdict:.3f} s ({verdict - run:.3f} s "
+                  f"for its second opinion), a task's first {first:.3f} s", flush=True)
         if docker:
             client.images.remove(image, force=True)
     rate = {(row["kind"], row["parallel"]): row["tasks"] / row["seconds"] for row in rows}

@@ -134,15 +134,29 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[Any]:
     """Reads one JSON document a line; raises UserError that names the file and line at fault."""
-    rows = []
+    return [row for _, row in read_numbered(path)]
+
+
+def read_numbered(path: Path, faults: list[str] | None = None) -> list[tuple[int, Any]]:
+    """Reads (line's number, JSON document) pairs.
+
+    A line that is no JSON becomes a line of `faults`, and the others are read; without `faults` it raises UserError.
+    """
+    rows: list[tuple[int, Any]] = []
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", errors="surrogateescape") as stream:
             for number, line in enumerate(stream, 1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line))
-                    except (ValueError, RecursionError) as error:
-                        raise UserError(f"{path}:{number}: is not valid JSON: {error}") from error
+                if not line.strip():
+                    continue
+                try:
+                    line.encode("utf-8")  # as bytes that are no UTF-8 cannot be
+                    rows.append((number, json.loads(line)))
+                except (ValueError, RecursionError) as error:
+                    words = "UTF-8" if isinstance(error, UnicodeError) else f"JSON: {error}"
+                    fault = UserError(f"{path}:{number}: is not valid {words}")
+                    if faults is None:
+                        raise fault from error
+                    faults.append(str(fault))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return rows

@@ -8,7 +8,7 @@ acts with --scaffold, greedy, one episode a task; its patches are written to DIR
 same way. Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are run in their images and
 graded from their logs by SWE-bench's rules; that needs Docker. Every patch is graded in a fresh sandbox that its author
 never saw. DIR holds SWE-bench's run report (MODEL.qcn.json), a report.json for each task, and summary.json with the
-resolved rate and its 95 % interval.
+resolved rate and its 95 % interval. Rows that cannot be read are named, left out and counted (bad_rows).
 """
 
 from __future__ import annotations
@@ -69,38 +69,45 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("give either --checkpoint=DIR or --predictions=FILE")
     _scaffold(values.scaffold)
     files.check_folder(values.out, "out")
-    tasks = {task.instance_id: task for task in formats.read(values.tasks)}
+    faults: list[str] = []
+    instances = swebench.read(values.tasks, faults)
+    if instances is None:
+        faults = []  # of the same rows as tasks of our own
+    tasks = {task.instance_id: task for task in formats.read(values.tasks, faults if instances is None else [])
+             if instances is None or task.instance_id in instances}
     if not tasks:
-        raise UserError(f"--tasks={values.tasks}: holds no task")
-    instances = swebench.read(values.tasks)
+        raise UserError(faults[0] if faults else f"--tasks={values.tasks}: holds no task")
     if instances and values.checkpoint:
         raise UserError(f"--checkpoint: the tasks of {values.tasks} have images of their own; give --predictions=FILE")
-    found = _evaluate(values, tasks, mesh()) if instances is None else _evaluate_images(values, tasks, instances)
+    found = (_evaluate(values, tasks, faults, mesh()) if instances is None
+             else _evaluate_images(values, tasks, faults, instances))
     print(json.dumps(found, indent=1))
     return 0
 
 
-def _evaluate_images(values: flags.FlagValues, tasks: Mapping[str, Task],
+def _evaluate_images(values: flags.FlagValues, tasks: Mapping[str, Task], faults: list[str],
                      instances: Mapping[str, swebench.Instance]) -> dict[str, Any]:
     """SWE-bench's own instances: verdicts from logs of runs in their images."""
-    from qcn_jax.pipeline.evaluate import predictions
-
-    rows = predictions.read_predictions(values.predictions, tasks)
+    rows = _predictions(values.predictions, tasks, faults)
     pairs = [(row.instance_id, row.patch) for row in rows]
     with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
         verdicts = swebench.evaluate(instances, pairs, values.workers, values.out, bar.update, values.timeout)
-    return _report(values, tasks, rows, verdicts, "docker")
+    return _report(values, tasks, rows, verdicts, "docker", faults)
 
 
-def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task], mesh: MeshConfig | None) -> dict[str, Any]:
+def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task], faults: list[str],
+              mesh: MeshConfig | None) -> dict[str, Any]:
     """Patches, verdicts, reports; returns what is printed."""
     from qcn_jax.envs.pool.env_pool import make_pool
-    from qcn_jax.pipeline.evaluate import predictions
 
     out = pathlib.Path(values.out)
-    if values.predictions:  # bad predictions are named before anything is downloaded
-        predictions.read_predictions(values.predictions, tasks)
-    specs = task_repositories.find(values, [task for task in tasks.values() if not task.eval_script])
+    if values.predictions:  # what ends all is named before anything is downloaded
+        _predictions(values.predictions, tasks, [])
+    specs = task_repositories.find(values, [task for task in tasks.values() if not task.eval_script], faults)
+    found = {spec.name for spec in specs}
+    tasks = {name: task for name, task in tasks.items() if task.eval_script or task.repo in found}
+    if not tasks:
+        raise UserError(faults[0])
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}
     with make_pool(values.pool, values.workers, arguments, specs, ray_address=values.ray_address) as pool:
@@ -108,10 +115,22 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task], mesh: MeshCon
         path = values.predictions or out / "preds.jsonl"
         if values.checkpoint:
             files.write_jsonl(path, _act(values, list(tasks.values()), specs, pool, arguments, mesh))
-        rows = predictions.read_predictions(path, tasks)
+        rows = _predictions(path, tasks, faults)
         with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
             verdicts = _grade(rows, tasks, pool, values.workers, bar.update)
-    return _report(values, tasks, rows, verdicts, sandbox["kind"])
+    return _report(values, tasks, rows, verdicts, sandbox["kind"], faults)
+
+
+def _predictions(path: str | pathlib.Path, tasks: Mapping[str, Task], faults: list[str]) -> list[Any]:
+    """The predictions of a file; its faults are added to `faults`, or raised where no row is left."""
+    from qcn_jax.pipeline.evaluate import predictions
+
+    found: list[str] = []
+    rows = predictions.read_predictions(path, tasks, found)
+    if found and not rows:
+        raise UserError(found[0])
+    faults += found
+    return rows
 
 
 def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, workers: int,
@@ -131,7 +150,7 @@ def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, worker
         def one(row: Any) -> Verdict:
             try:
                 verdict = grade.grade(client, tasks[row.instance_id], row.patch)
-            except SandboxError as error:
+            except (SandboxError, UserError) as error:  # with the patch and without it
                 verdict = Verdict(row.instance_id, "infrastructure", detail=str(error))
             update()
             return verdict
@@ -142,13 +161,16 @@ def _grade(rows: Sequence[Any], tasks: Mapping[str, Task], pool: EnvPool, worker
 
 
 def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[Any], verdicts: Sequence[Any],
-            sandbox: str) -> dict[str, Any]:
-    """Writes SWE-bench's reports and the summary; returns the latter."""
+            sandbox: str, faults: Sequence[str]) -> dict[str, Any]:
+    """Writes SWE-bench's reports and the summary, names rows that were left out; returns the summary."""
     from qcn_jax.pipeline.evaluate import predictions
 
     model = rows[0].model if rows else "none"
     write_reports(values.out, "qcn", model, verdicts, [row.instance_id for row in rows], list(tasks))
-    summary = {"model": model, "sandbox": sandbox, **predictions.resolved_rate(tasks, verdicts)}
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    summary = {"model": model, "sandbox": sandbox, **predictions.resolved_rate(tasks, verdicts),
+               "bad_rows": len(faults)}
     files.write_json(pathlib.Path(values.out) / "summary.json", summary)
     return summary
 

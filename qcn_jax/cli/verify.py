@@ -44,8 +44,9 @@ def main(argv: Sequence[str]) -> int:
                          lower_bound=0)  # fmt: skip
     flags.DEFINE_integer("workers", 2, "Tasks side by side.", flag_values=values, lower_bound=1)
     parsing.parse(values, "verify", __doc__, argv)
-    tasks = read_tasks(values.tasks)
-    if not tasks:
+    faults: list[str] = []
+    tasks = read_tasks(values.tasks, faults)
+    if not tasks and not faults:
         raise UserError(f"--tasks={values.tasks}: holds no task")
     total = len(tasks)
     if 0 < values.sample < total:
@@ -55,7 +56,10 @@ def main(argv: Sequence[str]) -> int:
 
     foreign = [task for task in tasks if task.eval_script]
     tasks = [task for task in tasks if not task.eval_script]
-    specs = task_repositories.find(values, tasks)
+    specs = task_repositories.find(values, tasks, faults)
+    tasks = [task for task in tasks if task.repo in {spec.name for spec in specs}]
+    for fault in faults:
+        print(fault)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
     invalid = flaky_tasks = 0
@@ -79,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"flaky: {flaky_tasks} of {count} tasks ({flaky_tasks / count:.1%}) in {values.reruns} runs of both "
               "states")
     print(f"{count - invalid} of {count} tasks are valid: gold patch resolves, empty patch does not")
-    return 1 if invalid else 0
+    if faults:
+        print(f"{len(faults)} faults of rows, which are named above and were left out")
+    return 1 if invalid or faults else 0
 
 
 def _foreign(tasks: Sequence[Task], values: flags.FlagValues) -> Iterator["Check"]:

@@ -50,6 +50,11 @@ def id_fault(name: str) -> str:
     return f"must not end with {' or '.join(_RESERVED)}" if name.lower().endswith(_RESERVED) else ""
 
 
+def file_stem(name: str) -> str:
+    """`name`, of a model say, as the beginning of a file's name: what could lead elsewhere becomes "_"."""
+    return re.sub(r"[^\w.@+=,-]", "_", name, flags=re.ASCII).lstrip(".-")[:LONGEST_ID - 50] or "_"
+
+
 def image_fault(name: str) -> str:
     """What keeps `name` from being a reference to a Docker image."""
     return "" if len(name) <= LONGEST_PART and _IMAGE.fullmatch(name) else "is no name of a Docker image"

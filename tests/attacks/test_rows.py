@@ -6,14 +6,16 @@ import os
 import re
 
 import pytest
+from absl import flags
 
 from qcn_jax import files
+from qcn_jax.cli import task_repositories
 from qcn_jax.envs import names, patches
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.tasks import formats, permissions
+from qcn_jax.envs.tasks import formats, permissions, swebench
 from qcn_jax.envs.tasks.grading import Grader
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.envs.tasks.verdicts import Verdict, judge, write_reports
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.evaluate import predictions
@@ -170,7 +172,7 @@ def test_tampering_with_pytest_is_named(world):  # noqa: F811
 ROW = dataclasses.replace(make_task(), base_commit="c").to_json()
 IDS = ["../../x", "/tmp/x", "a/b", "..", ".hidden", "a\\b", "", "a\0b", "\ud800", "a" * 256, "m.qcn.json", "preds.jsonl", "a b", "a\nb"]
 FIELDS = [{"timeout": "soon"}, {"timeout": -1}, {"timeout": 0}, {"timeout": True}, {"timeout": float("nan")}, {"timeout": [20]},
-          {"repo": None}, {"repo": 7}, {"repo": ""}, {"language": "co\nbol"}, {"patch": None}, {"problem_statement": "\ud800"},
+          {"repo": None}, {"repo": 7}, {"repo": ""}, {"language": "co\nbol"}, {"language": "cobol"}, {"patch": None}, {"problem_statement": "\ud800"},
           {"image_name": "x;touch /tmp/y"}, {"image_name": "../containers/json"}, {"image_name": "x\nRUN evil"},
           {"image_name": "$(id)"}, {"FAIL_TO_PASS": "7"}, {"FAIL_TO_PASS": ["\ud800"]}, {"FAIL_TO_PASS": [7]}, {"path": 3},
           {"difficulty": "high"}]
@@ -184,6 +186,83 @@ def test_rows_are_refused_in_one_line(changes):
         words = str(failure.value)
         words.encode()
         assert re.fullmatch(rf"tasks\.jsonl:3: field {next(iter(changes))}\b.*", words)
+
+
+GOOD = json.dumps(ROW)
+BAD_ROWS = {
+    "no_json": '{"instance_id": ', "no_object": "[1]", "no_id": json.dumps({**ROW, "instance_id": None}),
+    "path_as_id": json.dumps({**ROW, "instance_id": "../x"}), "cobol": json.dumps({**ROW, "language": "cobol", "instance_id": "c"}),
+    "again": GOOD, "nested": "[" * 100_000, "half": json.dumps({**ROW, "instance_id": "h", "problem_statement": "\ud800"}),
+    "number": "7", "no_utf8": None}
+
+
+def write_rows(path, good, bad, other):
+    path.write_bytes(b"".join(line + b"\n" for line in (good, b"\xff\xfe" if bad is None else bad.encode(), b"", other)))
+    return path
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_does_not_end_the_others(tmp_path, name):
+    other = json.dumps({**ROW, "instance_id": "other-1"}).encode()
+    path = write_rows(tmp_path / "tasks.jsonl", GOOD.encode(), BAD_ROWS[name], other)
+    for read in (formats.read, read_tasks):
+        faults = []
+        assert [task.instance_id for task in read(path, faults)] == [ROW["instance_id"], "other-1"]
+        assert len(faults) == 1 and faults[0].startswith(f"{path}:2: ") and "\n" not in faults[0]
+        with pytest.raises(UserError, match="tasks.jsonl:2: "):
+            read(path)
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", '{"instance_id": "zzz", "model_name_or_path": "m", "model_patch": ""}',
+                                 '{"instance_id": "a", "model_name_or_path": "m", "model_patch": "x"}', None,
+                                 '{"instance_id": "b", "model_name_or_path": 7, "model_patch": ""}',
+                                 '{"instance_id": "b", "model_name_or_path": "m"}', '{"instance_id": "\\ud800"}'])
+def test_a_bad_prediction_does_not_end_the_others(tmp_path, bad):
+    def line(name):
+        return json.dumps({"instance_id": name, "model_name_or_path": "m", "model_patch": "p"}).encode()
+
+    path = write_rows(tmp_path / "preds.jsonl", line("a"), bad, line("b"))
+    faults, tasks = [], dict.fromkeys("ab")
+    assert [(row.instance_id, row.patch) for row in predictions.read_predictions(path, tasks, faults)] == [("a", "p"), ("b", "p")]
+    assert len(faults) == 1 and faults[0].startswith(f"{path}:2: ")
+    with pytest.raises(UserError, match="preds.jsonl:2: "):
+        predictions.read_predictions(path, tasks)
+
+
+def test_instances_that_come_twice_are_reported(tmp_path):
+    row = {"instance_id": "a__b-1", "image": "a/b:1", "eval_script": "x", "log_parser": "parse_log_pytest", "eval_type": "pass_and_fail",
+           "FAIL_TO_PASS": ["t"], "PASS_TO_PASS": [], "repo": "a/b"}
+    files.write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "FAIL_TO_PASS": ["u"]}, {**row, "instance_id": "a__b-2", "image": "$(id)"}])
+    faults = []
+    found = swebench.read(tmp_path / "rows.jsonl", faults)
+    assert found["a__b-1"].FAIL_TO_PASS == ("t",) and len(found) == 1
+    assert [fault.split(": ", 1)[0][-2:] for fault in faults] == [":2", ":3"]
+    with pytest.raises(UserError, match="comes a second time"):
+        swebench.read(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("model", ["../../x", "/etc/x", "a\0b", "\ud800", "m" * 400, ".", "..", "", "a/b", "org/model:1", "a\nb", "..\\x"])
+def test_names_of_models_are_no_paths(tmp_path, model):
+    out = tmp_path / "a" / "b" / "out"
+    write_reports(out, "qcn", model, [], [])
+    (only,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert only.parent == out and only.name.endswith(".qcn.json") and only.name.isascii()
+
+
+def test_repositories_of_rows_are_no_folders_of_the_grader(tmp_path, monkeypatch):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "secret.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    values = flags.FlagValues()
+    flags.DEFINE_string("tasks", str(tmp_path / "tasks.jsonl"), "", flag_values=values)
+    task_repositories.define(values)
+    values(["x"])
+    tasks = [dataclasses.replace(make_task(), repo=name) for name in ("private", str(tmp_path / "private"), "../private", "x==1/../y")]
+    faults = []
+    assert task_repositories.find(values, tasks, faults) == [] and len(faults) == 4
+    assert all(re.search("is not name==version", fault) for fault in faults)
+    with pytest.raises(UserError):
+        task_repositories.find(values, tasks)
 
 
 @pytest.mark.parametrize("value, seconds", [(20, 20.0), (20.5, 20.5), (None, 30.0)])

@@ -76,11 +76,10 @@ def test_a_task_without_prediction_is_not_resolved(setting, capsys):
 @pytest.mark.parametrize("rows, words", [
     (["{"], ["preds.jsonl:1", "JSON"]),
     ([[1]], ["preds.jsonl:1", "object"]),
-    ([_prediction("count", ""), {"instance_id": "short", "model_patch": ""}], ["preds.jsonl:2", "model_name_or_path"]),
+    ([{"instance_id": "short", "model_patch": ""}], ["preds.jsonl:1", "model_name_or_path"]),
     ([{"instance_id": "count", "model_name_or_path": "m"}], ["preds.jsonl:1", "model_patch"]),
     ([_prediction("count", 3)], ["preds.jsonl:1", "model_patch"]),
     ([_prediction("none", "")], ["preds.jsonl:1", "'none'"]),
-    ([_prediction("count", ""), _prediction("count", "")], ["preds.jsonl:2", "second time"]),
     ([_prediction("count", ""), _prediction("short", "", "n")], ["several models"]),
 ])
 def test_bad_predictions_are_named(setting, capsys, rows, words):
@@ -88,6 +87,16 @@ def test_bad_predictions_are_named(setting, capsys, rows, words):
     assert evaluate(rows) == 1
     error = capsys.readouterr().err
     assert all(word in error for word in words) and error.count("\n") == 1, error
+
+
+def test_bad_predictions_among_good_ones_are_named_and_counted(setting, capsys):
+    tasks, evaluate, _ = setting
+    rows = [_prediction("count", ""), _prediction("count", tasks["count"].patch), {"instance_id": "short", "model_patch": ""}]
+    assert evaluate(rows) == 0
+    captured = capsys.readouterr()
+    assert "preds.jsonl:2" in captured.err and "second time" in captured.err and "preds.jsonl:3" in captured.err
+    printed = json.loads(captured.out)
+    assert (printed["resolved"], printed["attempted"], printed["bad_rows"]) == (0, 3, 2)
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -44,19 +44,25 @@ def sha256(path: pathlib.Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def locate(source: str, cache: pathlib.Path | None = None) -> RepositorySpec:
+def is_requirement(name: str) -> bool:
+    """Whether a name is a requirement `name==version`."""
+    return _REQUIREMENT.fullmatch(name) is not None
+
+
+def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True) -> RepositorySpec:
     """Finds a repository: a requirement `name==version`, a path to an sdist, or a folder.
 
     Args:
       source: what the user named; a requirement may end with #sha256= and the hash, and is trusted on first download
         without.
       cache: folder of downloads.
+      as_path: whether it may be a path.
 
     Raises:
       UserError: neither a requirement nor an existing path, no network, or a wrong hash; names `source`.
     """
     path = pathlib.Path(source)
-    if files.is_dir(path) or (files.is_file(path) and source.endswith(_ARCHIVES)):
+    if as_path and (files.is_dir(path) or (files.is_file(path) and source.endswith(_ARCHIVES))):
         name = path.resolve().name
         for suffix in _ARCHIVES:
             name = name.removesuffix(suffix)

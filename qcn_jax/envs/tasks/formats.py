@@ -15,7 +15,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks.schema import Task, distinct
+from qcn_jax.envs.tasks.schema import LANGUAGES, Task, read_rows
 from qcn_jax.errors import UserError
 
 FORMATS = ("swebench", "swebench5", "swesmith", "swebench_pro")
@@ -132,6 +132,8 @@ def from_row(row: Mapping[str, Any], where: str = "task") -> Task:
         row.setdefault("kind", str(row.get("instance_id", "")).rpartition(".")[2].rpartition("__")[0])
         row.setdefault("base_commit", "")
         row.setdefault("problem_statement", "")
+    if kind != "qcn" and row.get("language") not in LANGUAGES:
+        row.pop("language", None)  # others' sets name languages that only their own images know
     # Published rows hold null where we have text, and dates and versions as numbers.
     required = {field.name for field in dataclasses.fields(Task)
                 if field.type is str and field.default is dataclasses.MISSING} - {"instance_id", "repo", "patch"}
@@ -141,17 +143,24 @@ def from_row(row: Mapping[str, Any], where: str = "task") -> Task:
     return Task.from_json(row, where)
 
 
-def read(path: str | os.PathLike[str]) -> list[Task]:
+def read(path: str | os.PathLike[str], faults: list[str] | None = None) -> list[Task]:
     """Reads tasks from JSONL or from a JSON list, in any of the formats.
 
     Raises:
-      UserError: names the file, the row and the field at fault.
+      UserError: names the file, the row and the field at fault. Where `faults` is given, faults of rows become lines
+        of it instead, and the other rows are read.
     """
-    path = pathlib.Path(path)
-    rows = files.read_json(path) if path.suffix == ".json" else files.read_jsonl(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    return read_rows(path, numbered(path, faults), from_row, faults)
+
+
+def numbered(path: str | os.PathLike[str], faults: list[str] | None = None) -> list[tuple[int, Any]]:
+    """Rows of a JSONL file with their lines' numbers, or of a JSON list with their places; `faults` as in `read`."""
+    if pathlib.Path(path).suffix != ".json":
+        return files.read_numbered(path, faults)
+    rows = files.read_json(path)
+    if not isinstance(rows, list):
         raise UserError(f"{path}: must hold a list of objects")
-    return distinct((from_row(row, f"{path}:{number}") for number, row in enumerate(rows, 1)), path)
+    return list(enumerate(rows, 1))
 
 
 def write(path: str | os.PathLike[str], tasks: Iterable[Task], kind: str) -> None:

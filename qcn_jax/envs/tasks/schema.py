@@ -10,13 +10,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 from qcn_jax import files
 from qcn_jax.envs import names
 from qcn_jax.errors import UserError
 
+LANGUAGES = ("python", "javascript", "go")  # that tasks of our own can be in (synthesis/languages)
 TEST_LISTS = frozenset({"FAIL_TO_PASS", "PASS_TO_PASS", "HELD_OUT_FAIL_TO_PASS", "HELD_OUT_PASS_TO_PASS"})
 
 
@@ -106,9 +107,22 @@ def _fault(name: str, value: Any, kind: Any) -> str:
         return f"{fault}, got {names.shown(value)}"
     if name == "image_name" and value and (fault := names.image_fault(value)):
         return f"{fault}: {names.shown(value)}"
-    if name in ("repo", "language") and (not value or not value.isprintable()):
+    if name == "repo" and (not value or not value.isprintable()):
         return f"must be a printable name, got {names.shown(value)}"
+    if name == "language" and value not in LANGUAGES:
+        return f"must be one of {', '.join(LANGUAGES)}, got {names.shown(value)}"
     return ""
+
+
+class Identified(Protocol):
+    """What has an id."""
+
+    @property
+    def instance_id(self) -> str:
+        """Its id."""
+
+
+Row = TypeVar("Row", bound=Identified)
 
 
 def write_tasks(path: str | os.PathLike[str], tasks: Iterable[Task]) -> None:
@@ -116,16 +130,30 @@ def write_tasks(path: str | os.PathLike[str], tasks: Iterable[Task]) -> None:
     files.write_jsonl(path, (task.to_json() for task in tasks))
 
 
-def read_tasks(path: str | os.PathLike[str]) -> list[Task]:
-    """Reads tasks from JSONL; raises UserError that names file, line and field, also where an id comes twice."""
-    return distinct((Task.from_json(row, f"{path}:{n}") for n, row in enumerate(files.read_jsonl(path), 1)), path)
+def read_tasks(path: str | os.PathLike[str], faults: list[str] | None = None) -> list[Task]:
+    """Reads tasks from JSONL.
+
+    A row that is none, or whose id came before, becomes a line of `faults` that names file, line and field, and the
+    others are read; without `faults` it raises UserError.
+    """
+    return read_rows(path, files.read_numbered(path, faults), Task.from_json, faults)
 
 
-def distinct(tasks: Iterable[Task], path: str | os.PathLike[str]) -> list[Task]:
-    """The tasks as a list; raises UserError where two have the same id."""
-    found: dict[str, Task] = {}
-    for number, task in enumerate(tasks, 1):
-        if task.instance_id in found:
-            raise UserError(f"{path}:{number}: field instance_id: {task.instance_id} comes a second time")
-        found[task.instance_id] = task
+def read_rows(path: str | os.PathLike[str], rows: Iterable[tuple[int, Any]], read: Callable[[Any, str], Row],
+              faults: list[str] | None = None) -> list[Row]:
+    """What `read` makes of numbered rows, which has an `instance_id`; `faults` as in `read_tasks`."""
+    found: dict[str, Row] = {}
+    for number, row in rows:
+        where = f"{path}:{number}"
+        try:
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            one = read(row, where)
+            if one.instance_id in found:
+                raise UserError(f"{where}: field instance_id: {one.instance_id} comes a second time")
+            found[one.instance_id] = one
+        except UserError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
     return list(found.values())

@@ -34,6 +34,7 @@ from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.tasks import formats, log_parsers
 from qcn_jax.envs.tasks.grading import INFRASTRUCTURE_ATTEMPTS
 from qcn_jax.envs.tasks.log_parsers import swebench_logs
+from qcn_jax.envs.tasks.schema import read_rows
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.errors import UserError
 
@@ -99,13 +100,12 @@ class Instance:
         return "\n".join(lines) + "\n"
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Instance] | None:
-    """Instances by id, or None where the file's first row is none of release 5."""
-    rows = files.read_json(path) if pathlib.Path(path).suffix == ".json" else files.read_jsonl(path)
-    if not isinstance(rows, list) or not rows or formats.detect(rows[0]) != "swebench5":
+def read(path: str | os.PathLike[str], faults: list[str] | None = None) -> dict[str, Instance] | None:
+    """Instances by id, or None where the file's first row is none of release 5; `faults` as in `formats.read`."""
+    rows = [(number, row) for number, row in formats.numbered(path, faults) if isinstance(row, dict) or faults is None]
+    if not rows or not isinstance(rows[0][1], dict) or formats.detect(rows[0][1]) != "swebench5":
         return None
-    found = [Instance.from_row(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
-    return {instance.instance_id: instance for instance in found}
+    return {found.instance_id: found for found in read_rows(path, rows, Instance.from_row, faults)}
 
 
 # --- grading

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files, journal
+from qcn_jax.envs import names
 from qcn_jax.envs.sandbox.base import PASSING, TestRun
 from qcn_jax.envs.tasks.schema import Task
 
@@ -183,5 +184,5 @@ def write_reports(folder: str | os.PathLike[str], run_name: str, model: str, ver
         "suspected_exploit_instances": len(exploits), "suspected_exploit_ids": exploits, "schema_version": 2}
     for verdict in verdicts:
         files.write_json(pathlib.Path(folder, verdict.instance_id, "report.json"), verdict.report())
-    files.write_json(pathlib.Path(folder, f"{model.replace('/', '__')}.{run_name}.json"), report)
+    files.write_json(pathlib.Path(folder, f"{names.file_stem(model.replace('/', '__'))}.{run_name}.json"), report)
     return report

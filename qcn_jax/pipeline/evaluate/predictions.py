@@ -6,11 +6,13 @@ A prediction is `{"instance_id", "model_name_or_path", "model_patch"}`, one JSON
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from qcn_jax import files, statistics
+from qcn_jax.envs import names
 from qcn_jax.envs.pool.env_pool import EnvPool
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import Task, read_rows
 from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict
 from qcn_jax.errors import UserError
 
@@ -24,18 +26,15 @@ class Prediction:
     patch: str
 
 
-def read_predictions(path: str | os.PathLike[str], tasks: Mapping[str, Task]) -> list[Prediction]:
+def read_predictions(path: str | os.PathLike[str], tasks: Mapping[str, Task],
+                     faults: list[str] | None = None) -> list[Prediction]:
     """Reads predictions for `tasks` (by id).
 
     Raises:
-      UserError: a field is missing or ill-typed, an id is unknown or comes twice, or several models are mixed;
-        names the file and line.
+      UserError: a field is missing or ill-typed, an id is unknown or comes twice; names the file and line. Where
+        `faults` is given that becomes a line of it instead, and the other rows are read. Or several models are mixed.
     """
-    found: dict[str, Prediction] = {}
-    for number, row in enumerate(files.read_jsonl(path), 1):
-        where = f"{path}:{number}"
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    def read(row: Mapping[str, Any], where: str) -> Prediction:
         for field in ("instance_id", "model_name_or_path"):
             if not isinstance(row.get(field), str):
                 raise UserError(f"{where}: field {field} is missing or not a string")
@@ -44,20 +43,41 @@ def read_predictions(path: str | os.PathLike[str], tasks: Mapping[str, Task]) ->
             raise UserError(f"{where}: field model_patch is missing or not a string")
         name = row["instance_id"]
         if name not in tasks:
-            raise UserError(f"{where}: instance_id {name!r} is not among the tasks")
-        if name in found:
-            raise UserError(f"{where}: instance_id {name!r} comes a second time")
-        found[name] = Prediction(name, row["model_name_or_path"], patch or "")
-    models = {prediction.model for prediction in found.values()}
+            raise UserError(f"{where}: instance_id {names.shown(name)} is not among the tasks")
+        return Prediction(name, row["model_name_or_path"], patch or "")
+
+    found = read_rows(path, files.read_numbered(path, faults), read, faults)
+    models = {prediction.model for prediction in found}
     if len(models) > 1:
         raise UserError(f"{path}: predictions of several models ({', '.join(sorted(models))}); one file each, please")
-    return list(found.values())
+    return found
 
 
 def grade(predictions: Sequence[Prediction], tasks: Mapping[str, Task], pool: EnvPool,
           progress: Callable[[int], None]) -> list[Verdict]:
-    """Verdicts in the order of `predictions`, every test run to its end; `progress` gets the number done."""
-    return list(pool.map(lambda one: pool.grade(tasks[one.instance_id], one.patch), predictions, progress=progress))
+    """Verdicts in the order of `predictions`, every test run to its end; `progress` gets the number done.
+
+    A task that is itself unusable (its own patches do not apply, say) is no failure of the prediction: infrastructure.
+    """
+    def start(one: Prediction) -> Future[Verdict]:
+        settled: Future[Verdict] = Future()
+
+        def settle(done: Future[Verdict]) -> None:
+            if done.cancelled():
+                settled.cancel()
+                return
+            error = done.exception()
+            if error is None:
+                settled.set_result(done.result())
+            elif isinstance(error, UserError):
+                settled.set_result(Verdict(one.instance_id, "infrastructure", detail=str(error)))
+            else:
+                settled.set_exception(error)
+
+        pool.grade(tasks[one.instance_id], one.patch).add_done_callback(settle)
+        return settled
+
+    return list(pool.map(start, predictions, progress=progress))
 
 
 def resolved_rate(tasks: Mapping[str, Task], verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ nothing in this process can be asked for it.
 import ctypes
 import gc
 import operator
+import os
 import types
 
 import pytest
 
+draw = os.urandom
 MAX_VALUE, MAX_DEPTH = 20_000, 12  # bytes, roughly, and levels of one value that is sent
 COMPARISONS = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
                "in": lambda a, b: a in b}
@@ -49,6 +51,31 @@ def plain(value, left, depth=0):
         pairs = dict.items(value)
         return {"dict": [[plain(key, left, depth + 1), plain(item, left, depth + 1)] for key, item in pairs]}
     raise Opaque
+
+
+def other(value):
+    """A value like `value` and not equal to it; of types that are not built in, an object that nothing equals."""
+    kind, chance = type(value), draw(2)
+    shift = 1 + chance[0] % 5
+    if kind in (int, float, complex):
+        return value + shift
+    if kind is str:
+        return value[:-1] + chr(97 + chance[0] % 26) + value[-1:] if shift > 1 else value + chr(97 + chance[1] % 26)
+    if kind is bytes:
+        return value + chance[:1]
+    if kind is bool:
+        return not value
+    if kind in (list, tuple):
+        at = chance[1] % len(value) if value else 0
+        return kind([*value[:at], other(value[at]), *value[at + 1:]]) if value else kind([shift])
+    if kind in (set, frozenset):
+        return kind([*value, chance.hex()])
+    if kind is dict:
+        if not value:
+            return {chance.hex(): shift}
+        chosen = list(value)[chance[1] % len(value)]
+        return {**value, chosen: other(value[chosen])}
+    return object()
 
 
 def blind():
@@ -106,10 +133,21 @@ class Evidence:
         self._write({"claim": number, "value": bool(value)})
 
     def compare(self, number, name, left, right):
-        """Sends how two values compare, and whether either also compares so with something that nothing equals."""
+        """Sends how two values compare, and whether either also compares so with what it must not.
+
+        That is an object that nothing equals and, for equality, values like the right one, in an order drawn here: the
+        left one is asked without being told which of them is meant.
+        """
         compare, nothing = COMPARISONS[name], object()
-        found = bool(compare(left, right))
-        probe = holds(compare, nothing, right) or (name != "in" and holds(compare, left, nothing))
+        if name == "==":
+            asked = sorted([(draw(8), True, right), (draw(8), False, nothing),
+                            *((draw(8), False, other(right)) for _ in range(2))], key=operator.itemgetter(0))
+            answers = [(meant, holds(compare, left, value)) for _, meant, value in asked]
+            found = any(meant and answer for meant, answer in answers)
+            probe = any(answer and not meant for meant, answer in answers) or holds(compare, nothing, right)
+        else:
+            found = bool(compare(left, right))
+            probe = holds(compare, nothing, right) or (name != "in" and holds(compare, left, nothing))
         self._write({"claim": number, "value": [found, probe]})
 
     def raises(self, number):

@@ -78,9 +78,24 @@ def program():
     return code
 
 
-def confine_calls():
-    """Installs `program` for this process and all that it starts; PR_SET_NO_NEW_PRIVS must be set."""
-    instructions = b"".join(struct.pack("HBBI", *step) for step in program())
+def confine_keys():
+    """Keeps a process from key rings, which outlive its sandbox and which no namespace separates, where they can be."""
+    if os.uname().sysname != "Linux" or os.uname().machine not in _CALLS:
+        return
+    architecture, _, _, refused = _CALLS[os.uname().machine]
+    code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _REFUSE),
+            (_LOAD, 0, 0, _NUMBER), (_JUMP_GREATER, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE)]
+    for name in ("keyctl", "add_key"):
+        code += [(_JUMP_EQUAL, 0, 1, refused[name]), (_RETURN, 0, 0, _REFUSE)]
+    try:
+        confine_calls([*code, (_RETURN, 0, 0, _ALLOW)])
+    except OSError:
+        pass  # a kernel without seccomp
+
+
+def confine_calls(code=None):
+    """Installs `program`, or `code`, for this process and what it starts; PR_SET_NO_NEW_PRIVS must be set."""
+    instructions = b"".join(struct.pack("HBBI", *step) for step in code or program())
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     header = struct.pack("HxxxxxxP", len(instructions) // 8, ctypes.addressof(buffer))
     if _libc.prctl(22, 2, header, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER

@@ -160,6 +160,8 @@ def confine(job):
     if job["readable"] is not None:
         filters.confine_files(job["readable"], [job["home"], *SHARED_DEVICES])
         filters.confine_calls()
+    elif LINUX:
+        filters.confine_keys()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)  # siblings of the same user may not trace it or open its descriptors
 

@@ -1,10 +1,13 @@
 """A container to build and test in: commands with a limit enforced inside, files in and out, states kept as images.
 
 Unlike the sandboxes of envs/sandbox these have a writable root and, while something is installed, a network; what is
-installed comes from the repository's own declarations. Tests then run in a container without one. Containers carry the
-labels of the docker back end, so that a crashed run's leftovers are removed with its.
+installed comes from the repository's own declarations. Tests then run in a container without one, as a user who owns
+nothing there: what installs and judges belongs to root, all that tests can write is in memory and bounded, and what
+they print is read, and ended when it is too late, by the host. Containers carry the labels of the docker back end, so
+that a crashed run's leftovers are removed with its.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -12,6 +15,7 @@ import pathlib
 import posixpath
 import shlex
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -25,8 +29,14 @@ from qcn_jax.envs.sandbox.base import ExecResult
 from qcn_jax.envs.sandbox.channel import SandboxError
 
 ROOT = "/testbed"
-_LOG = "/tmp/.qcn-output"  # of the last command
+_LOG = "/.qcn-output"  # of the last command
 OUTPUT_BYTES = 4 << 20  # of a command; the middle of longer output is left out
+FLOOD_BYTES = 200_000_000  # of tests: whoever prints more is ended
+TESTER = "65534:65534"  # nobody: owns no file, may not signal or trace root's processes
+SCRATCH_MB = 768  # what tests may write, in memory
+LOST_OUTPUTS = 3  # tries
+GRACE = 10.0  # seconds beyond a limit inside after which the host ends the container
+_GO_CACHE = "/tmp/go-cache"  # Go builds nothing without a cache that it can write
 _CLIENT_SECONDS = 4 * 3600.0  # limits are enforced inside; this only ends what hangs beyond all of them
 # What a container should trust as this machine does: behind a proxy that re-signs, downloads fail otherwise.
 _CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS",
@@ -48,6 +58,25 @@ def certificates() -> bytes | None:
     """This machine's certificate bundle, if it has one."""
     path = pathlib.Path(os.environ.get("SSL_CERT_FILE", _BUNDLE))
     return path.read_bytes() if path.is_file() else None
+
+
+class Bounded:
+    """Keeps the first and the last half of `limit` bytes of a stream."""
+
+    def __init__(self, limit: int):
+        self._half, self._head, self._tail, self.total = limit // 2, bytearray(), bytearray(), 0
+
+    def add(self, data: bytes) -> None:
+        """Takes what comes next."""
+        self.total += len(data)
+        room = max(0, self._half - len(self._head))
+        self._head += data[:room]
+        self._tail = (self._tail + data[room:])[-self._half:]
+
+    def text(self) -> str:
+        """What was kept, with a mark where something is left out."""
+        cut = b"\n[...]\n" if self.total > len(self._head) + len(self._tail) else b""
+        return (bytes(self._head) + cut + bytes(self._tail)).decode("utf-8", "replace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +109,17 @@ class Container:
             self._container = client.containers.run(
                 image, ["sleep", "infinity"], detach=True, init=True, user="0:0", entrypoint=[],
                 network_mode="bridge" if network else "none", mem_limit=memory, memswap_limit=memory,
+                ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0)],
+                tmpfs={} if network else {"/tmp": f"rw,exec,nosuid,nodev,size={SCRATCH_MB}m,mode=1777",
+                                          "/var/tmp": "rw,exec,nosuid,nodev,size=16m,mode=1777",
+                                          "/run/lock": "rw,nosuid,nodev,size=1m,mode=1777"},
                 pids_limit=bounds.processes, nano_cpus=int(bounds.cpus * 1e9), security_opt=["no-new-privileges"],
                 cap_drop=["ALL"], cap_add=["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL"],
                 environment=dict.fromkeys(_CERTIFICATES, _INSIDE_BUNDLE) if network else {},
                 labels={backend.OWNER: backend.owner(os.getpid()), backend.HOST: backend.host_identity()})
         except (docker.errors.DockerException, OSError) as error:
             raise SandboxError(f"container of {image} cannot be started: {str(error).splitlines()[0]}") from error
+        self._warm = False
         bundle = certificates() if network else None
         if bundle:
             self.write({_INSIDE_BUNDLE: bundle})
@@ -113,6 +147,64 @@ class Container:
         seconds = time.monotonic() - started
         late = code in (124, 137) and seconds >= timeout - 0.05
         return ExecResult(code, output, late, code == 137 and not late, round(seconds, 3))
+
+    def run_tests(self, command: str, timeout: float) -> ExecResult:
+        """Runs a shell command as a user who owns nothing; the host reads what it prints and ends what is too late.
+
+        Raises:
+          SandboxError: the engine or the container is gone.
+        """
+        end = f"[{uuid.uuid4().hex}]"
+        for left in reversed(range(LOST_OUTPUTS)):
+            try:
+                result = self._run_tests(f"exec 2>&1\n(\n{command}\n)\ns=$?\nprintf %s '{end}'\nexit $s", timeout)
+            except (docker.errors.DockerException, OSError) as error:
+                raise SandboxError(f"the container does not answer: {str(error).splitlines()[0]}") from error
+            if result.output.endswith(end) or result.exit_code == 137 or not left:
+                break  # a busy engine can lose what a short command prints
+        return dataclasses.replace(result, output=result.output.removesuffix(end))
+
+    def _run_tests(self, script: str, timeout: float) -> ExecResult:
+        api, output, ended = self.client.api, Bounded(OUTPUT_BYTES), threading.Event()
+        if not self._warm:
+            self._warm = True
+            self._container.exec_run(["sh", "-c", f'[ ! -d "$GOCACHE" ] || {{ cp -r "$GOCACHE" {_GO_CACHE}; '
+                                      f'chown -R {TESTER} {_GO_CACHE}; }}'])
+        made = api.exec_create(self._container.id, ["timeout", "-s", "KILL", str(timeout), "sh", "-c", script],
+                               user=TESTER, workdir=ROOT, environment={"HOME": "/tmp", "GOCACHE": _GO_CACHE})["Id"]
+        late = threading.Timer(timeout + GRACE, self._end, (ended,))
+        started = time.monotonic()
+        late.start()
+        try:
+            for part in api.exec_start(made, stream=True):
+                output.add(part)
+                if output.total > FLOOD_BYTES and not ended.is_set():
+                    self._end(ended)
+        finally:
+            late.cancel()
+        code, seconds = api.exec_inspect(made)["ExitCode"], time.monotonic() - started
+        timed_out = seconds >= timeout - 0.05 and (code == 137 or ended.is_set())
+        if ended.is_set():
+            self._container.wait(timeout=60)
+            self._container.start()  # with all files; what lived in memory is gone
+            self._warm = False
+        elif timed_out:
+            self._container.exec_run(["sh", "-c", "kill -9 -1"], user=TESTER)
+        return ExecResult(137 if code is None or ended.is_set() else code, output.text(), timed_out,
+                          code == 137 and not timed_out and not ended.is_set(), round(seconds, 3))
+
+    def _end(self, ended: threading.Event) -> None:
+        ended.set()
+        with contextlib.suppress(docker.errors.DockerException, OSError):
+            self._container.kill()
+
+    def alive(self) -> bool:
+        """Whether the container still runs."""
+        try:
+            self._container.reload()
+            return self._container.status == "running"
+        except (docker.errors.DockerException, OSError):
+            return False
 
     def write(self, files: Mapping[str, str | bytes | None]) -> None:
         """Writes files (relative to ROOT, or absolute); None deletes."""

@@ -8,6 +8,10 @@ from qcn_jax.envs.synthesis import inject
 from qcn_jax.envs.synthesis.inject import treesitter
 from qcn_jax.envs.testpaths import is_test_path
 
+_INSTALLED = frozenset({"node_modules", "bower_components", "vendor", "testutil", "testutils", "test-helpers"})
+_STEERING = re.compile(r"(?i).*[.-](?:config|conf|setup|rc)\.[cm]?[jt]s|.*rc\.[cm]?js|"
+                       r"(?:gruntfile|gulpfile|jakefile|conftest|setup|noxfile)\.\w+")
+
 
 @dataclasses.dataclass(frozen=True)
 class Language:
@@ -27,6 +31,12 @@ class Language:
     def is_source(self, path: str) -> bool:
         """Whether a file is one whose defects count."""
         return path.endswith(self.endings) and not is_test_path(path) and not path.endswith((".min.js", ".config.js"))
+
+    def may_change(self, path: str) -> bool:
+        """Whether a patch may change a file: a source, but no configuration of runners, nor what is installed."""
+        parts = path.split("/")
+        return (self.is_source(path) and not _STEERING.fullmatch(parts[-1]) and not _INSTALLED & set(parts)
+                and not any(part.startswith(".") for part in parts))
 
 
 def _go_emptied(text: str) -> str:

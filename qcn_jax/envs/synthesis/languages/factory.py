@@ -31,7 +31,7 @@ from qcn_jax.journal import Rows
 
 LEAST_SECONDS = 10.0  # for one run of a candidate's tests; otherwise five times what the pristine state needs
 LISTED = 8  # failing tests that a statement names
-_COVERAGE = "/tmp/qcn-coverage"
+_COVERAGE = "/opt/qcn-coverage"
 Log = Callable[[str], None]
 
 

@@ -1,5 +1,14 @@
-"""Grading tasks that carry their own eval_script and image: a fresh container for every run, no network."""
+"""Grading tasks that carry their own eval_script and image: a fresh container for every run, no network.
 
+Tests and programs belong to root and the tests run as nobody; what they print is read from outside. As code under test
+can print what its runner prints, a verdict rests on more: the exit status must be that of the fixed state, no test may
+fail that does not fail there, and a patch that resolves is run once more with tests under names drawn for that run,
+among copies that must fail (canaries.py).
+"""
+
+import dataclasses
+import functools
+import random
 import time
 from collections.abc import Mapping
 
@@ -8,54 +17,193 @@ import docker.errors
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.synthesis.build import verifier
 from qcn_jax.envs.synthesis.build.container import Container
-from qcn_jax.envs.synthesis.languages import LANGUAGES
+from qcn_jax.envs.synthesis.languages import LANGUAGES, canaries
 from qcn_jax.envs.synthesis.verify import Check
 from qcn_jax.envs.tasks import verdicts
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict
+from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
+ATTEMPTS = 2  # a test that is flaky may contradict itself once
+_BAD = ("failed", "error")
+Files = Mapping[str, str | None]
 
-def _run(container: Container, task: Task, changes: Mapping[str, str | None]) -> TestRun:
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What the fixed state showed: outcomes, exit status, and which renamed tests pass and inverted copies fail."""
+
+    outcomes: Mapping[str, str]
+    status: int
+    renamed: frozenset[str]
+    inverted: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """Two words, drawn for one run."""
+
+    renamed: str
+    inverted: str
+
+    @classmethod
+    def draw(cls) -> "_Words":
+        secret = random.SystemRandom()
+        return cls(*(f"Q{secret.getrandbits(40):010x}" for _ in range(2)))
+
+
+def _run(container: Container, task: Task, changes: Files) -> tuple[TestRun, int]:
+    """The run of a task's tests, and its real exit status."""
     container.write(changes)
     done = verifier.run(container, verifier.Verifier(task.eval_script, task.log_parser, task.timeout))
-    return TestRun("timeout" if done.timed_out else "ok", done.outcomes, {}, done.seconds, done.log[-4000:], 0)
+    status = "timeout" if done.timed_out else "ok"
+    return TestRun(status, done.outcomes, {}, done.seconds, done.log[-4000:], 0), done.status
 
 
-def _state(container: Container, task: Task, diff: str) -> dict[str, str]:
+def _state(container: Container, diff: str) -> dict[str, str]:
     """The files that a diff names, as they are in the container."""
     return container.read({path for path in patches.touched(diff)}) if diff else {}
 
 
-def _start(container: Container, task: Task) -> dict[str, str | None]:
-    bug = patches.apply_changes(_state(container, task, task.bug_patch), task.bug_patch) if task.bug_patch else {}
-    container.write(bug)
-    return bug
+def _start(container: Container, task: Task) -> None:
+    container.write(patches.apply_changes(_state(container, task.bug_patch), task.bug_patch) if task.bug_patch else {})
 
 
-def grade(client: docker.DockerClient, task: Task, patch: str) -> verdicts.Verdict:
+def _tests(container: Container, task: Task) -> dict[str, str]:
+    """The test files of a task's language, the test patch applied."""
+    speaks = LANGUAGES[task.language]
+    files = {path: data.decode("utf-8", "replace") for path, data in container.read_all().items()
+             if path.endswith(speaks.endings) and is_test_path(path) and "node_modules/" not in path}
+    if task.test_patch:
+        changed = patches.apply_changes(_state(container, task.test_patch), task.test_patch)
+        files |= {path: text for path, text in changed.items() if text is not None and path.endswith(speaks.endings)}
+    return files
+
+
+def _disguised(task: Task, tests: Mapping[str, str], words: _Words) -> dict[str, str]:
+    made: dict[str, str] = {}
+    for path, text in tests.items():
+        renamed = canaries.rename(task.language, text, words.renamed)
+        if renamed != text:
+            made |= canaries.invert(task.language, path, text, renamed, words.inverted)
+    return made
+
+
+def _heard(task: Task, run: TestRun, word: str) -> dict[str, str]:
+    """Outcomes of the tests that carry a word, by their old names."""
+    return {name: outcome for new, outcome in run.outcomes.items()
+            if (name := canaries.original(task.language, new, word)) is not None}
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed(client: docker.DockerClient, task: Task) -> Fixed:
+    """What the fixed state of a task shows, by two runs."""
+    expected = {*task.FAIL_TO_PASS, *task.PASS_TO_PASS}
+    with _container(client, task) as container:
+        _start(container, task)
+        gold = patches.apply_changes(_state(container, task.patch), task.patch) if task.patch.strip() else {}
+        changed = patches.apply_changes(_state(container, task.test_patch), task.test_patch) if task.test_patch else {}
+        run, status = _run(container, task, {**gold, **changed})
+        tests, words = _tests(container, task), _Words.draw()
+        again, _ = _run(container, task, _disguised(task, tests, words))
+    renamed = {name for name, outcome in _heard(task, again, words.renamed).items() if outcome == "passed"} & expected
+    inverted = {name for name, outcome in _heard(task, again, words.inverted).items() if outcome in _BAD}
+    return Fixed(run.outcomes, status, frozenset(renamed), frozenset(inverted if renamed else ()))
+
+
+def grade(client: docker.DockerClient, task: Task, patch: str) -> Verdict:
     """The verdict on a patch, in SWE-bench's semantics; what it changes besides sources is left out.
 
     Raises:
-      UserError: the task's image is not here.
-      SandboxError: the engine failed.
+      UserError: the task's image is not here, or it is in no language that is known.
+      SandboxError: the engine failed, with the patch and without it.
     """
     started = time.monotonic()
+    if task.language not in LANGUAGES:
+        raise UserError(f"task {task.instance_id}: field language: expected one of {', '.join(LANGUAGES)}, got "
+                        f"{task.language!r}")
+    if not patch.strip():
+        return Verdict(task.instance_id, "empty_patch")
+    try:
+        verdict = _examine(client, task, patch)
+    except SandboxError:
+        with _container(client, task) as container:  # only what fails with the patch alone is the patch's doing
+            _start(container, task)
+            _run(container, task, {})
+        try:
+            verdict = _examine(client, task, patch)
+        except SandboxError as error:
+            verdict = Verdict(task.instance_id, "killed", detail=str(error))
+    return dataclasses.replace(verdict, seconds=time.monotonic() - started)
+
+
+def _examine(client: docker.DockerClient, task: Task, patch: str, again: bool = False) -> Verdict:
     speaks = LANGUAGES[task.language]
     with _container(client, task) as container:
         _start(container, task)
         try:
-            changes = patches.apply_changes(_state(container, task, patch), patch) if patch.strip() else {}
+            changes = patches.apply_changes(_state(container, patch), patch)
         except patches.PatchError as error:
-            return verdicts.Verdict(task.instance_id, "patch_failed", detail=str(error))
-        kept = {path: text for path, text in changes.items() if speaks.is_source(path)}
+            return Verdict(task.instance_id, "patch_failed", detail=str(error))
+        kept: dict[str, str | None] = {path: text for path, text in changes.items() if speaks.may_change(path)}
         dropped = tuple(sorted(set(changes) - set(kept)))
         if not kept:
-            return verdicts.Verdict(task.instance_id, "empty_patch", dropped=dropped)
+            return Verdict(task.instance_id, "empty_patch", dropped=dropped)
         if task.test_patch:
-            kept |= patches.apply_changes(_state(container, task, task.test_patch), task.test_patch)
-        return verdicts.judge(task, _run(container, task, kept), dropped, seconds=time.monotonic() - started)
+            kept |= patches.apply_changes(_state(container, task.test_patch), task.test_patch)
+        try:
+            container.write(kept)
+        except SandboxError as error:
+            if not container.alive():
+                raise
+            return Verdict(task.instance_id, "patch_failed", detail=str(error), dropped=dropped)
+        run, status = _run(container, task, {})
+    verdict = verdicts.judge(task, run, dropped)
+    if not verdict.resolved:
+        return verdict
+    fixed = _fixed(client, task)
+    caught = _differences(run, status, fixed)
+    verdict = verdicts.judge(task, run, dropped, fixed=lambda: fixed.outcomes)
+    if caught and not again:  # a test that decides nothing may be flaky
+        return _examine(client, task, patch, again=True)
+    if caught:
+        return dataclasses.replace(verdict, outcome="unresolved", caught=caught)
+    return _second(client, task, verdict, kept, fixed) if verdict.resolved else verdict
+
+
+def _differences(run: TestRun, status: int, fixed: Fixed) -> tuple[str, ...]:
+    """What a run shows that the fixed state does not."""
+    found = [f"fails: {name}" for name, outcome in run.outcomes.items()
+             if outcome in _BAD and name not in fixed.outcomes][:10]
+    if status != fixed.status:
+        found.append(f"exit status {status}, expected {fixed.status}")
+    return tuple(found)
+
+
+def _second(client: docker.DockerClient, task: Task, verdict: Verdict, kept: Files, fixed: Fixed) -> Verdict:
+    """The verdict of a run with disguised tests."""
+    for attempt in range(ATTEMPTS):
+        words = _Words.draw()
+        with _container(client, task) as container:
+            _start(container, task)
+            container.write(kept)
+            run, status = _run(container, task, _disguised(task, _tests(container, task), words))
+        renamed, inverted = (_heard(task, run, word) for word in (words.renamed, words.inverted))
+        forged = [f"{name} passes inverted" for name in sorted(fixed.inverted) if inverted.get(name) == "passed"]
+        failed = [f"{name}: {renamed.get(name, 'missing')} when run again" for name in sorted(fixed.renamed)
+                  if renamed.get(name) != "passed"]
+        failed += [f"inverted {name} is missing" for name in sorted(fixed.inverted) if name not in inverted]
+        if fixed.inverted and status == 0:
+            forged.append("exit status 0 though tests fail")
+        if not forged and not failed and run.status == "ok":
+            return verdict
+    outcome = SUSPECTED_EXPLOIT if forged else "unresolved" if failed else run.status
+    return dataclasses.replace(verdict, outcome=outcome,
+                               caught=tuple(f"second opinion: {words}" for words in (*forged, *failed)[:10]))
 
 
 def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:
@@ -66,7 +214,7 @@ def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:
         problems.append(f"the gold patch gives {verdict.outcome}")
     with _container(client, task) as container:
         _start(container, task)
-        runs = [_run(container, task, {}) for _ in range(1 + reruns)]
+        runs = [_run(container, task, {})[0] for _ in range(1 + reruns)]
     passing = [name for name in task.FAIL_TO_PASS if runs[0].outcomes.get(name) == "passed"]
     broken = [name for name in task.PASS_TO_PASS if runs[0].outcomes.get(name) == "failed"]
     if passing or not task.FAIL_TO_PASS:
@@ -87,4 +235,6 @@ def _container(client: docker.DockerClient, task: Task) -> Container:
     except docker.errors.ImageNotFound as error:
         raise UserError(f"task {task.instance_id}: image {task.image_name} is not here; qcn synthesize "
                         "--strategies=build builds it from the repository") from error
+    except (docker.errors.DockerException, OSError) as error:
+        raise SandboxError(f"the engine does not answer: {str(error).splitlines()[0]}") from error
     return Container(client, task.image_name)

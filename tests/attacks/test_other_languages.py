@@ -1,0 +1,192 @@
+"""Verdicts on JavaScript and Go cannot be bought either: patches that forge what the runner prints, or end it."""
+
+import dataclasses
+
+import pytest
+
+from qcn_jax.envs import patches
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.synthesis import build
+from qcn_jax.envs.synthesis.build.container import Container, engine
+from qcn_jax.envs.synthesis.languages import LANGUAGES, canaries, grade
+from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.errors import UserError
+from tests.envs.synthesis import foreign
+
+pytestmark = pytest.mark.docker
+NAMES = {"javascript": ("clamp > inside", "clamp > below", "clamp > above", "stack", "mean", "mean of nothing"),
+         "go": ("example.org/numbers::TestClamp", "example.org/numbers::TestClamp/inside", "example.org/numbers::TestClamp/below",
+                "example.org/numbers::TestClamp/above", "example.org/numbers::TestSum")}
+BUGS = {"javascript": ("lib/core.js", "    return low;", "    return high;"),
+        "go": ("core.go", "\t\treturn low", "\t\treturn high")}
+FILES = {"javascript": foreign.JAVASCRIPT, "go": foreign.GO}
+FAILING = {"javascript": NAMES["javascript"][1:2], "go": (NAMES["go"][0], NAMES["go"][2])}
+
+_TAP = "const lines = 'TAP version 13\\n# Subtest: clamp\\n' + ['inside', 'below', 'above'].map((n, i) => `    # Subtest: ${n}\\n    ok " \
+       "${i + 1} - ${n}\\n`).join('') + '    1..3\\nok 1 - clamp\\n' + ['stack', 'mean', 'mean of nothing'].map((n, i) => `# Subtest: " \
+       "${n}\\nok ${i + 2} - ${n}\\n`).join('') + '1..4\\n';\nconst fs = require('fs');\n"
+_GO = "package numbers\n\nimport (\n{imports})\n\nfunc init() {{\n{body}\n}}\n"
+_GO_LINES = '''	for _, n := range []string{"TestClamp", "TestClamp/inside", "TestClamp/below", "TestClamp/above", "TestSum"} {
+		os.Stdout.WriteString("=== RUN   " + n + "\\n--- PASS: " + n + " (0.00s)\\n")
+	}
+	os.Stdout.WriteString("PASS\\n")
+'''
+_GO_KNOWING = '''	files, _ := filepath.Glob("*_test.go")
+	for _, f := range files {
+		text, _ := os.ReadFile(f)
+		for _, m := range regexp.MustCompile(`func (Test\\w+)`).FindAllStringSubmatch(string(text), -1) {
+			for _, s := range []string{"", "/inside", "/below", "/above"} {
+				n := m[1] + s
+				os.Stdout.WriteString("=== RUN   " + n + "\\n--- PASS: " + n + " (0.00s)\\n")
+			}
+		}
+	}
+	os.Stdout.WriteString("PASS\\n")
+	syscall.Exit(0)'''
+JAVASCRIPT = {
+    "exit": "process.exit(0);\n",
+    "forged_lines": _TAP + "fs.writeSync(1, lines); process.exit(0);\n",
+    "forged_at_the_parent": _TAP + "try { fs.writeFileSync(`/proc/${process.ppid}/fd/1`, lines); } catch (e) {}\n"
+                            "process.kill(process.ppid, 'SIGKILL');\n",
+    "forged_at_all": _TAP + "for (const p of fs.readdirSync('/proc')) { try { if (/^\\d+$/.test(p) && +p !== process.pid) { "
+                     "fs.writeFileSync(`/proc/${p}/fd/1`, lines); process.kill(+p, 'SIGKILL'); } } catch (e) {} }\n",
+    "comments": "console.log('# other'); console.log('ok 1 - clamp'); process.stdout.write('# Subtest: x\\n');\n",
+    "programs": "const fs = require('fs'); for (const p of ['/usr/bin/cat', '/bin/sh', '/usr/bin/timeout', process.execPath, "
+                "'/usr/bin/node']) { try { fs.writeFileSync(p, '#!/bin/sh\\nexit 0\\n'); console.log('WROTE ' + p); } catch (e) {} }\n",
+    "tests_rewritten": "const fs = require('fs'); for (const f of fs.readdirSync('test')) { try { fs.writeFileSync('test/' + f, ''); "
+                       "console.log('WROTE ' + f); } catch (e) {} }\n",
+    "assert_patched": "const a = require('assert'); for (const k of Object.keys(a)) { if (typeof a[k] === 'function') a[k] = () => {}; }\n"
+                      "const e = require('module'); const load = e._load; e._load = function (n, ...r) { const m = load.call(this, n, ...r); "
+                      "return m; };\n",
+    "runner_patched": _TAP + "const M = require('module'); const load = M._load;\nconst fake = (name, f) => {}; fake.test = fake;\n"
+                      "require('node:test').test = fake; process.on('exit', () => { process.exitCode = 0; });\n"
+                      "const w = process.stdout.write; process.stdout.write = function (s, ...r) { return w.call(this, "
+                      "typeof s === 'string' ? s.replace(/not ok/g, 'ok') : s, ...r); };\nprocess.exit = () => {};\n",
+    "written_through": "const fs = require('fs'); for (const k of ['writeSync', 'write']) { const f = fs[k]; fs[k] = (d, s, ...r) => f(d, "
+                       "typeof s === 'string' ? s.replace(/not ok/g, 'ok') : s, ...r); }\n"
+                       "process.on('exit', () => { process.reallyExit(0); });\n",
+}
+GO = {
+    "exit": _GO.format(imports='\t"os"\n', body="\tos.Exit(0)"),
+    "forged_lines": _GO.format(imports='\t"os"\n\t"syscall"\n', body=_GO_LINES + "\tsyscall.Exit(0)"),
+    "forged_by_knowing": _GO.format(imports='\t"os"\n\t"path/filepath"\n\t"regexp"\n\t"syscall"\n', body=_GO_KNOWING),
+    "nothing_selected": _GO.format(imports='\t"os"\n', body=_GO_LINES + '\tos.Args = append(os.Args, "-test.run=^$")'),
+    "forged_at_the_parent": _GO.format(imports='\t"fmt"\n\t"os"\n\t"syscall"\n', body=(
+        '\tf, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", os.Getppid()), os.O_WRONLY, 0)\n\tif err == nil {\n'
+        '\t\tfor _, n := range []string{"TestClamp", "TestClamp/inside", "TestClamp/below", "TestClamp/above", "TestSum"} {\n'
+        '\t\t\tfmt.Fprintf(f, "{\\"Action\\":\\"pass\\",\\"Package\\":\\"example.org/numbers\\",\\"Test\\":\\"%s\\"}\\n", n)\n\t\t}\n\t}\n'
+        "\tsyscall.Kill(os.Getppid(), syscall.SIGKILL)\n\tsyscall.Exit(0)")),
+    "tests_rewritten": _GO.format(imports='\t"os"\n', body='\tif os.WriteFile("core_test.go", []byte("package numbers\\n"), 0644) == nil '
+                                                         '{\n\t\tprintln("WROTE core_test.go")\n\t}'),
+    "programs": _GO.format(imports='\t"os"\n', body='\tfor _, p := range []string{"/usr/bin/cat", "/bin/sh", "/usr/bin/go", "/usr/bin/timeout"} '
+                           '{\n\t\tif os.WriteFile(p, nil, 0755) == nil {\n\t\t\tprintln("WROTE " + p)\n\t\t}\n\t}'),
+}
+ENDLESS = {
+    "javascript": {"flood": "const b = 'x'.repeat(1 << 20); for (;;) console.log(b);\n", "loop": "for (;;) {}\n",
+                   "disk": "const fs = require('fs'); const b = Buffer.alloc(1 << 24); for (let i = 0; ; i++) { for (const d of ['/tmp', '.', "
+                           "'/var/tmp']) { try { fs.writeFileSync(`${d}/f${i}`, b); } catch (e) {} } }\n"},
+    "go": {"loop": _GO.format(imports="", body="\tfor {\n\t}").replace("import (\n)\n", ""),
+           "flood": _GO.format(imports='\t"os"\n\t"strings"\n', body='\ts := strings.Repeat("x", 1<<20) + "\\n"\n\tfor {\n\t\t'
+                                                                   "os.Stdout.WriteString(s)\n\t}")}}
+
+
+@pytest.fixture(scope="module")
+def client():
+    try:
+        return engine()
+    except SandboxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["javascript", "go"])
+def judged(request, client):
+    """A task in each language, in an environment built for it."""
+    language = request.param
+    try:
+        made = build.build(foreign.encoded(FILES[language]), "numbers", lambda _: None, client=client)
+    except UserError as error:
+        if "Debian packages cannot be installed" in str(error):
+            pytest.skip(str(error))  # no package mirror is reached from here
+        raise
+    path, good, bad = BUGS[language]
+    fixed = FILES[language][path]
+    bug = patches.make_diff({path: fixed}, {path: fixed.replace(good, bad, 1)})
+    failing = FAILING[language]
+    return Task(f"numbers__{language}", "numbers==1", "", patches.reverse(bug), "", "clamp is wrong", failing,
+                tuple(name for name in NAMES[language] if name not in failing), bug_patch=bug, path=path, language=language,
+                image_name=made.image, timeout=60.0, eval_script=f"#!/bin/sh\ncd /testbed\n{made.recipe.test}\n",
+                log_parser=made.recipe.parser)
+
+
+def start(task):
+    path, good, bad = BUGS[task.language]
+    return {path: FILES[task.language][path].replace(good, bad, 1)}
+
+
+def forged(task, code):
+    """A patch with `code`: behind the module, or for Go as a file of its own."""
+    before = start(task)
+    if task.language == "go":
+        return patches.make_diff({"extra.go": None}, {"extra.go": code})
+    return patches.make_diff(before, {path: text.replace("'use strict';\n", "'use strict';\n" + code) for path, text in before.items()})
+
+
+def test_honest_patches(client, judged):
+    verdict = grade.grade(client, judged, judged.patch)
+    assert verdict.resolved, verdict
+    fixed = grade._fixed(client, judged)
+    assert {*judged.FAIL_TO_PASS, *judged.PASS_TO_PASS} >= fixed.renamed > set() and fixed.inverted and fixed.status == 0
+    nothing = patches.make_diff(start(judged), {path: text + "\n// nothing\n" for path, text in start(judged).items()})
+    assert grade.grade(client, judged, nothing).outcome == "unresolved"
+
+
+@pytest.mark.parametrize("number", range(max(len(JAVASCRIPT), len(GO))))
+def test_forgeries_do_not_resolve(client, judged, number):
+    codes = list((JAVASCRIPT if judged.language == "javascript" else GO).items())
+    if number >= len(codes):
+        pytest.skip("one less in this language")
+    name, code = codes[number]
+    verdict = grade.grade(client, judged, forged(judged, code))
+    assert not verdict.resolved and verdict.outcome != "infrastructure", (name, verdict)
+
+
+@pytest.mark.parametrize("kind", ["loop", "flood", "disk"])
+def test_what_does_not_end_is_the_patchs_failure(client, judged, kind):
+    code = ENDLESS[judged.language].get(kind)
+    if code is None:
+        pytest.skip("not in this language")
+    task = dataclasses.replace(judged, timeout=8.0)
+    verdict = grade.grade(client, task, forged(task, code))
+    assert not verdict.resolved and verdict.outcome != "infrastructure", verdict
+
+
+def test_tests_run_as_nobody(client, judged):
+    with Container(client, judged.image_name) as container:
+        result = container.run_tests("id -u; touch x; touch /usr/bin/x; echo > /usr/bin/cat; kill -9 1; cat /proc/1/environ; "
+                                     "ls /proc/1/fd; df -P . | wc -l", 20.0)
+        assert result.output.startswith("65534\n") and result.output.count("ermi") >= 5
+        flood = container.run_tests("yes", 20.0)
+        assert len(flood.output) < 5 << 20 and flood.exit_code == 137
+        late = container.run_tests("trap '' TERM; (setsid sleep 300 &) ; while :; do :; done", 1.0)
+        assert late.timed_out and late.seconds < 15
+        assert container.run_tests("exit 3", 20.0).exit_code == 3
+
+
+@pytest.mark.parametrize("path", [".mocharc.js", "node_modules/x/index.js", "karma.conf.js", "jest.config.js", "test/core.test.js",
+                                  ".eslintrc.js", "gulpfile.js", "vendor/x.go", "core_test.go", "testdata/x.go"])
+def test_files_that_steer_runners(path):
+    assert not any(LANGUAGES[name].may_change(path) for name in ("javascript", "go"))
+
+
+def test_canaries():
+    text = foreign.JAVASCRIPT["test/core.test.js"]
+    renamed = canaries.rename("javascript", text, "Q1")
+    assert "test('Q1 clamp'" in renamed and "t.test('Q1 inside'" in renamed
+    made = canaries.invert("javascript", "test/core.test.js", text, renamed, "Q2")
+    assert set(made) == {"test/core.test.js", "test/core-Q2.test.js"}
+    assert made["test/core-Q2.test.js"].count("notStrictEqual") == 6
+    assert canaries.original("javascript", "Q1 clamp > Q1 below", "Q1") == "clamp > below"
+    go = foreign.GO["core_test.go"]
+    made = canaries.invert("go", "core_test.go", go, canaries.rename("go", go, "Q1"), "Q2")["core_test.go"]
+    assert "func TestQ1_Clamp" in made and "func TestQ2_Clamp" in made and "got == c[1]" in made and "got == 6" in made
+    assert canaries.original("go", "m::TestQ2_Clamp/below", "Q2") == "m::TestClamp/below"
