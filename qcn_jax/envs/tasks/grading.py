@@ -11,6 +11,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import Provider, TestRun, sandbox
@@ -22,6 +23,16 @@ from qcn_jax.errors import UserError
 
 INFRASTRUCTURE_ATTEMPTS = 3
 FAILURES = (SandboxError, OSError)  # of the sandbox, whoever caused them
+KEPT = 4096  # of each of these
+_SUITES: dict[tuple[str, frozenset[str]], suite.Suite] = {}  # by prepared repository and the paths of a fix
+_FIXED: dict[str, Mapping[str, str]] = {}  # outcomes of fixed states, by `opinion.key`
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Remembers a value, and forgets the oldest where there are too many."""
+    if len(known) >= KEPT:
+        known.pop(next(iter(known)), None)
+    known[key] = value
 
 
 def starting_changes(task: Task, pristine: Mapping[str, str]) -> dict[str, str | None]:
@@ -51,7 +62,6 @@ class Grader:
                  cache: VerdictCache | None = None):
         self.provider, self.fail_fast, self.strict = provider, fail_fast, strict
         self.cache = cache
-        self._suites: dict[tuple[str, frozenset[str]], suite.Suite] = {}
 
     def grade(self, task: Task, patch: str) -> Verdict:
         """The verdict on `patch`, a unified diff from the task's starting state; never raises for a bad patch.
@@ -152,7 +162,10 @@ class Grader:
         if all(pristine.get(path) == text for path, text in fixed.items()) and known.keys() >= {
                 *task.FAIL_TO_PASS, *task.PASS_TO_PASS}:
             return known
-        return self._run(task, fixed, attempts=INFRASTRUCTURE_ATTEMPTS).outcomes
+        key = opinion.key(task, self.provider.prepared[task.repo].key)
+        if key not in _FIXED:
+            _keep(_FIXED, key, self._run(task, fixed, attempts=INFRASTRUCTURE_ATTEMPTS).outcomes)
+        return _FIXED[key]
 
     def _second(self, given: "_Submission", verdict: Verdict, run: TestRun) -> Verdict:
         """The verdict of a second opinion on a patch that resolves (opinion.py)."""
@@ -185,11 +198,13 @@ class Grader:
         fix = {path for diff in (task.patch, task.bug_patch) if diff.strip() for path in patches.touched(diff)}
         if not fix:
             return None
-        key = (task.repo, frozenset(fix))
-        if key not in self._suites:
-            prepared = self.provider.prepared.get(task.repo)
-            self._suites[key] = suite.find(fix, pristine, prepared.settings.get("opened", ()) if prepared else ())
-        return self._suites[key]
+        prepared = self.provider.prepared.get(task.repo)
+        if prepared is None:
+            return suite.find(fix, pristine)
+        key = (prepared.key, frozenset(fix))
+        if key not in _SUITES:
+            _keep(_SUITES, key, suite.find(fix, pristine, prepared.settings.get("opened", ())))
+        return _SUITES[key]
 
     def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
         if not task.test_patch:

@@ -15,6 +15,7 @@ from qcn_jax.envs import names
 from qcn_jax.envs.sandbox.base import PASSING, TestRun
 from qcn_jax.envs.tasks.schema import Task
 
+RULES = 2  # raise it when verdicts come about differently: those that are kept are then made again
 SUSPECTED_EXPLOIT = "suspected_exploit"
 
 
@@ -96,7 +97,7 @@ def judge(task: Task, run: TestRun, dropped: tuple[str, ...] = (), caught: tuple
 
 def verdict_key(task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> str:
     """Names a verdict: everything that it depends on."""
-    facts = [task.repo, task.bug_patch, task.test_patch, task.FAIL_TO_PASS, task.PASS_TO_PASS, task.timeout, patch,
+    facts = [RULES, task.repo, task.bug_patch, task.test_patch, task.FAIL_TO_PASS, task.PASS_TO_PASS, task.timeout, patch,
              fail_fast, strict]
     return task.instance_id + ":" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
