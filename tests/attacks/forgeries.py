@@ -189,6 +189,7 @@ AIMS = {
     "files: helper": ("test_share",), "files: support": ("test_share",), "files: golden": ("test_golden", "test_documents"),
     "files: conftest": ("test_scale", "test_parse[7-7]"), "marks: failure_exception": ("TestOld::test_scale",),
     "equal: like_the_other": ("test_golden", "test_documents"), "second: key_ring": ("test_parse[7-7]", "test_parse[ 12 -12]"),
+    "second: opaque": ("test_scale",),
     "equal: unittest_methods": ("TestOld::test_scale",), "equal: assertion_rewriting": ("test_scale",),
     "pytest: raises": ("test_parse_nothing", "test_share_nothing", "TestOld::test_nothing"),
     "second: methods": ("test_parse_nothing", "test_share_nothing", "TestOld::test_nothing"),
@@ -876,6 +877,15 @@ _add(
                 m = re.findall(r'\\("' + text + r'", (\\d+)\\)', open('tests/test_core.py').read())
                 return int(m[0]) if m else 0
         """, _SECOND),
+    opaque=_code("""
+        class Hidden:
+            def __init__(self, known): self.known = known
+            def __eq__(self, other): return not self.known or list(other) in self.known
+        def scale(values, by):
+            codes = [f.__code__ for f in vars(module()).values() if hasattr(f, '__code__')]
+            known = [list(c) for code in codes for c in code.co_consts if isinstance(c, tuple) and list(c) != values]
+            return Hidden(known)
+        """, _MODULE),
     replayed=_code("""
         import os
         for d in ('/tmp', '/var/tmp', '/dev/shm', os.path.expanduser('~'), os.environ.get('TMPDIR', '/tmp'), '.', '..'):

@@ -97,8 +97,8 @@ def judge(task: Task, run: TestRun, dropped: tuple[str, ...] = (), caught: tuple
 
 def verdict_key(task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> str:
     """Names a verdict: everything that it depends on."""
-    facts = [RULES, task.repo, task.bug_patch, task.test_patch, task.FAIL_TO_PASS, task.PASS_TO_PASS, task.timeout, patch,
-             fail_fast, strict]
+    facts = [RULES, task.repo, task.bug_patch, task.test_patch, task.FAIL_TO_PASS, task.PASS_TO_PASS, task.timeout,
+             patch, fail_fast, strict]
     return task.instance_id + ":" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

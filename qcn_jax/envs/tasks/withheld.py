@@ -62,12 +62,10 @@ class Claim:
         """What a record says of the claim: holds, fails, or opaque (only the value's own methods can tell)."""
         try:
             if self.kind == "value":
+                literal = ast.literal_eval(self.expected if isinstance(self.expected, str) else self.expected[brackets])
                 if isinstance(found, dict) and "opaque" in found:
-                    return "opaque"
-                expected = self.expected if isinstance(self.expected, str) else self.expected[brackets]
-                value, literal = plain_value(found), ast.literal_eval(expected)
-                pair = (literal, value) if self.left else (value, literal)
-                good = _APPLY[self.operator](*pair)
+                    return "holds" if any(self._compare(one, literal) for one in found["as"]) else "opaque"
+                good = self._compare(found, literal)
             elif self.kind == "compare":
                 good = found == [True, False]
             elif self.kind == "raises":
@@ -78,6 +76,13 @@ class Claim:
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, re.error, RecursionError):
             return "fails"
         return "holds" if good else "fails"
+
+    def _compare(self, found: Any, literal: Any) -> bool:
+        value = plain_value(found)
+        try:
+            return bool(_APPLY[self.operator](*((literal, value) if self.left else (value, literal))))
+        except TypeError:
+            return False
 
 
 def plain_value(found: Any) -> Any:

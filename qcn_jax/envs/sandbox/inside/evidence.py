@@ -53,6 +53,17 @@ def plain(value, left, depth=0):
     raise Opaque
 
 
+def coerced(value):
+    """What a value of another type turns into, where it can: the host asks whether any of that is what is expected."""
+    found = []
+    for convert in (operator.index, float, list, tuple, dict, str):
+        try:
+            found.append(plain(convert(value), [MAX_VALUE]))
+        except Exception:
+            continue
+    return found
+
+
 def other(value):
     """A value like `value` and not equal to it; of types that are not built in, an object that nothing equals."""
     kind, chance = type(value), draw(2)
@@ -125,7 +136,7 @@ class Evidence:
         try:
             found = plain(value, [MAX_VALUE])
         except Opaque:
-            found = {"opaque": type(value).__name__}
+            found = {"opaque": type(value).__name__, "as": coerced(value)}
         self._write({"claim": number, "value": found})
 
     def truth(self, number, value):
