@@ -25,6 +25,7 @@ from qcn_jax.layers.norm import RMSNorm
 from qcn_jax.layers.products import accumulator, widened_einsum
 from qcn_jax.layers.remat import rematerialised
 from qcn_jax.layers.rotary import rotary_angles, rotary_dim
+from qcn_jax.layers.sharded import sharded_document_ids
 from qcn_jax.moe.router import RouterStatistics
 from qcn_jax.sharding.parallel import Parallel
 
@@ -218,7 +219,8 @@ class Qwen3Next(nn.Module):
                 raise ValueError("segment_ids cannot be given with a cache; use lengths for right padding")
             start = cache.length
         if segment_ids is not None:
-            segment_ids = document_ids(segment_ids)
+            spread = self.parallel is not None
+            segment_ids = sharded_document_ids(segment_ids, self.parallel) if spread else document_ids(segment_ids)
         if positions is None:
             if segment_ids is not None:
                 positions = segment_positions(segment_ids)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from qcn_jax.errors import UserError
+from qcn_jax.layers.context import document_ids
 from qcn_jax.layers.delta_rule import gated_delta_rule
 from qcn_jax.layers.flash import causal_attention
 from qcn_jax.sharding.parallel import Parallel
@@ -162,6 +163,24 @@ def _local_delta_rule(
     incoming = received_states(carried, added, continues, context)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return o + product("bthrk,bhrkv->bthrv", reach, incoming)
+
+
+def sharded_document_ids(segment_ids: Array, parallel: Parallel) -> Array:
+    """layers.context.document_ids of [B, T] whose length may be split over devices, which count on from one another."""
+    axes, tokens = parallel.axes("activation_length"), parallel.spec(*_TOKENS)
+    if not axes:
+        return parallel.per_device(document_ids, tokens, tokens)(segment_ids)
+
+    def local(ids: Array) -> Array:
+        first = jax.lax.axis_index(axes)
+        changed = jnp.concatenate([previous_tokens(ids, 1, axes), ids[:, :-1]], axis=1) != ids
+        changed = changed.at[:, 0].set(changed[:, 0] | (first == 0))
+        count = jnp.cumsum(changed, axis=1, dtype=jnp.int32)
+        ends = jax.lax.all_gather(count[:, -1], axes)  # [devices, B]
+        before = jnp.sum(jnp.where(jnp.arange(len(ends))[:, None] < first, ends, 0), axis=0)
+        return jnp.where(ids == 0, 0, count + before[:, None])
+
+    return parallel.per_device(local, tokens, tokens)(segment_ids)
 
 
 def continuing(segment_ids: Array, axes: Axes) -> Array:

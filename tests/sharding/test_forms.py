@@ -44,7 +44,8 @@ def packed_batch() -> dict[str, np.ndarray]:
     index = np.arange(LENGTH)
     ends = np.concatenate([starts[:, 1:], np.ones((ROWS, 1), bool)], axis=1)
     return {
-        "tokens": rng.integers(0, 48, (ROWS, LENGTH)).astype(np.int32), "segment_ids": ids.astype(np.int32),
+        "tokens": rng.integers(0, 48, (ROWS, LENGTH)).astype(np.int32),
+        "segment_ids": np.where(ids > 0, ids % 2 + 1, 0).astype(np.int32),  # an id that comes again is another document
         "positions": (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32),
         "weights": (rng.random((ROWS, LENGTH)) * (ids > 0) * ~ends).astype(np.float32),
     }

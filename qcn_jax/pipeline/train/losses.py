@@ -3,13 +3,14 @@
 Axes: B rows, T positions, D model width, V vocabulary. Position t predicts tokens[t + 1] with weight weights[t].
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from qcn_jax.layers.context import document_ids
 from qcn_jax.model import head_kernel
 from qcn_jax.moe.losses import balance_loss, max_violation, overflow
 from qcn_jax.moe.router import RouterStatistics
@@ -42,8 +43,8 @@ def mtp_weights(weights: jax.Array, segment_ids: jax.Array, step: int) -> jax.Ar
     It counts as much as predicting that token from the position before it does, and only where the two
     positions are of one document (weights end with their segment, so the target then is as well).
     """
-    documents = document_ids(segment_ids)
-    same = documents == next_tokens(documents, step + 1)
+    same = functools.reduce(operator.and_, (
+        next_tokens(segment_ids, ahead) == next_tokens(segment_ids, ahead + 1) for ahead in range(step + 1)))
     return next_tokens(weights, step + 1) * same
 
 
