@@ -172,8 +172,10 @@ class Reporter:
         self._phases[report.nodeid] = before
         if report.when == "teardown":
             outcome = self._phases.pop(report.nodeid)
-            whole = self._seen == ["setup", "call", "teardown"] or outcome != "passed"
-            self._finish(report.nodeid, outcome if whole else "error", ())
+            ends = [*self._seen[:1], *self._seen[-1:]]
+            # Every subtest has a report of its own call.
+            whole = ends == ["setup", "teardown"] and set(self._seen[1:-1]) == {"call"}
+            self._finish(report.nodeid, outcome if whole or outcome != "passed" else "error", ())
 
     def _finish(self, node_id, outcome, lines):
         message = self.messages.pop(node_id, None) or " ".join(lines)[:MAX_MESSAGE]
