@@ -13,9 +13,10 @@ import io
 import os
 import pathlib
 import posixpath
+import select
 import shlex
+import socket
 import tarfile
-import threading
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -35,6 +36,7 @@ FLOOD_BYTES = 200_000_000  # of tests: whoever prints more is ended
 TESTER = "65534:65534"  # nobody: owns no file, may not signal or trace root's processes
 SCRATCH_MB = 768  # what tests may write, in memory
 LOST_OUTPUTS = 3  # tries
+SILENCE = 1.0  # seconds without output after which the engine is asked whether the command still runs
 GRACE = 10.0  # seconds beyond a limit inside after which the host ends the container
 _GO_CACHE = "/tmp/go-cache"  # Go builds nothing without a cache that it can write
 _CLIENT_SECONDS = 4 * 3600.0  # limits are enforced inside; this only ends what hangs beyond all of them
@@ -165,38 +167,47 @@ class Container:
         return dataclasses.replace(result, output=result.output.removesuffix(end))
 
     def _run_tests(self, script: str, timeout: float) -> ExecResult:
-        api, output, ended = self.client.api, Bounded(OUTPUT_BYTES), threading.Event()
+        api, output = self.client.api, Bounded(OUTPUT_BYTES)
         if not self._warm:
             self._warm = True
             self._container.exec_run(["sh", "-c", f'[ ! -d "$GOCACHE" ] || {{ cp -r "$GOCACHE" {_GO_CACHE}; '
                                       f'chown -R {TESTER} {_GO_CACHE}; }}'])
         made = api.exec_create(self._container.id, ["timeout", "-s", "KILL", str(timeout), "sh", "-c", script],
                                user=TESTER, workdir=ROOT, environment={"HOME": "/tmp", "GOCACHE": _GO_CACHE})["Id"]
-        late = threading.Timer(timeout + GRACE, self._end, (ended,))
         started = time.monotonic()
-        late.start()
-        try:
-            for part in api.exec_start(made, stream=True):
-                output.add(part)
-                if output.total > FLOOD_BYTES and not ended.is_set():
-                    self._end(ended)
-        finally:
-            late.cancel()
+        with contextlib.closing(api.exec_start(made, socket=True)) as attached:
+            whole = self._read(getattr(attached, "_sock", attached), output, made, started + timeout + GRACE)
         code, seconds = api.exec_inspect(made)["ExitCode"], time.monotonic() - started
-        timed_out = seconds >= timeout - 0.05 and (code == 137 or ended.is_set())
-        if ended.is_set():
+        timed_out = seconds >= timeout - 0.05 and (code == 137 or not whole)
+        if not whole:
             self._container.wait(timeout=60)
             self._container.start()  # with all files; what lived in memory is gone
             self._warm = False
         elif timed_out:
             self._container.exec_run(["sh", "-c", "kill -9 -1"], user=TESTER)
-        return ExecResult(137 if code is None or ended.is_set() else code, output.text(), timed_out,
-                          code == 137 and not timed_out and not ended.is_set(), round(seconds, 3))
+        return ExecResult(137 if code is None or not whole else code, output.text(), timed_out,
+                          code == 137 and not timed_out and whole, round(seconds, 3))
 
-    def _end(self, ended: threading.Event) -> None:
-        ended.set()
-        with contextlib.suppress(docker.errors.DockerException, OSError):
-            self._container.kill()
+    def _read(self, stream: socket.socket, output: "Bounded", command: str, deadline: float) -> bool:
+        """Reads what a command prints until it ends; False where that is too late, or too much.
+
+        An engine can leave the stream open when the command has ended, so after each silence it is asked.
+        """
+        pending = bytearray()
+        while True:
+            ready, _, _ = select.select([stream], [], [], SILENCE)
+            part = stream.recv(1 << 20) if ready else b""
+            pending += part
+            while len(pending) >= 8 and len(pending) >= 8 + (size := int.from_bytes(pending[4:8], "big")):
+                output.add(bytes(pending[8:8 + size]))
+                del pending[:8 + size]
+            if time.monotonic() > deadline or output.total > FLOOD_BYTES:
+                self._container.kill()
+                while select.select([stream], [], [], GRACE)[0] and stream.recv(1 << 20):
+                    pass  # an engine ends no container while somebody owes it reading
+                return False
+            if not part and (ready or not self.client.api.exec_inspect(command)["Running"]):
+                return True
 
     def alive(self) -> bool:
         """Whether the container still runs."""
