@@ -167,12 +167,16 @@ class Qwen3Next(nn.Module):
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """As Linen's. Without `config.scan_layers` a pass that has no cache takes the stacked layers apart first."""
-        names = inspect.signature(self.__call__).parameters
-        given = dict(zip(names, args)) | kwargs
-        if self.unrolled or self.config.scan_layers or given.get("cache") is not None or "method" in kwargs:
+        if self.unrolled or self.config.scan_layers or "method" in kwargs or self._with_cache(*args, **kwargs):
             return super().apply(variables, *args, **kwargs)
         variables = {**variables, "params": unroll(self.config, variables["params"])}
         return self.clone(unrolled=True).apply(variables, *args, **kwargs)
+
+    @nn.nowrap
+    def _with_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether these arguments of `__call__` hold a cache, by name or position."""
+        names = inspect.signature(self.__call__).parameters
+        return (dict(zip(names, args)) | kwargs).get("cache") is not None
 
     @nn.nowrap
     def init_cache(self, batch: int, max_length: int) -> Cache:

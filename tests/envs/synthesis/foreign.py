@@ -1,4 +1,10 @@
-"""Small JavaScript, Go and Python repositories for tests of environments and of other languages."""
+"""Small JavaScript, Go and Python repositories for tests of environments and of other languages, and what builds them."""
+
+import pytest
+
+from qcn_jax.envs.synthesis import build
+from qcn_jax.envs.synthesis.build.container import engine
+from qcn_jax.errors import UserError
 
 JAVASCRIPT = {
     "package.json": '{"name": "numbers", "version": "1.0.0", "scripts": {"test": "eslint . && node --test test/"}}\n',
@@ -112,3 +118,19 @@ PYTHON = {
 def encoded(files):
     """The files as bytes."""
     return {path: text.encode() for path, text in files.items()}
+
+
+@pytest.fixture(scope="module", name="client")
+def docker_client():
+    """The Docker engine; tests that take it are marked `docker`."""
+    return engine()
+
+
+def built(files, client):
+    """The environment that rules build for `files`; skips where no package mirror is reached."""
+    try:
+        return build.build(encoded(files), "numbers", lambda _: None, client=client)
+    except UserError as error:
+        if "Debian packages cannot be installed" in str(error):
+            pytest.skip(str(error))
+        raise
