@@ -84,7 +84,7 @@ def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
     """
     values = config_to_hf(config) | {"dtype": dtype}
     known = tokenizer.added_tokens if tokenizer is not None else {}
-    pairs = {"eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT, "bos_token_id": END_OF_TEXT}
+    pairs = {"bos_token_id": END_OF_TEXT, "eos_token_id": TURN_END, "pad_token_id": END_OF_TEXT}
     ids = {name: known[token] for name, token in pairs.items() if token in known}
     if source is None:
         files.write_json(folder / CONFIG_FILE, values | ids)

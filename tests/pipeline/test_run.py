@@ -13,15 +13,20 @@ import time
 
 import pytest
 
-from qcn_jax.config import RunConfig, TasksConfig, TokenizerConfig
+from qcn_jax.config import MidtrainConfig, RunConfig, SftConfig, TasksConfig, TokenizerConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run, workdir
 from tests.rights import ordinary_user
 
+CHATS = pathlib.Path(__file__).with_name("chats.jsonl")
+
 
 def configuration(**changes):
-    """The smallest one that may be run: no tasks wanted, random weights."""
-    return RunConfig(init="random", tasks=TasksConfig(train=0, heldout=0), **changes)
+    """The smallest one that may be run: no tasks wanted, random weights, hardly any data."""
+    return RunConfig(**{
+        "init": "random", "tasks": TasksConfig(train=0, heldout=0), "midtrain": MidtrainConfig(data=str(CHATS.parent)),
+        "sft": SftConfig(data=str(CHATS)), **changes,
+    })
 
 
 STAGE = """
@@ -87,8 +92,8 @@ def test_changed_configuration_is_named_and_restart_makes_it_anew(stages, tmp_pa
     root = tmp_path / "run"
     first = configuration()
     run.run(first, root)
-    changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, data="x"))
-    with pytest.raises(UserError, match=r"config\.sft\.data was '' and is 'x'"):
+    changed = dataclasses.replace(first, sft=dataclasses.replace(first.sft, data=str(CHATS.parent)))
+    with pytest.raises(UserError, match=r"config\.sft\.data was '.*/pipeline/chats\.jsonl' and is '.*/pipeline'"):
         run.run(changed, root)
     before = len(_calls(root))
     run.run(changed, root, stages=("tasks", "midtrain"))  # these do not depend on sft

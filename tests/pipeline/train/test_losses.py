@@ -121,7 +121,8 @@ def test_slices_give_the_step_of_the_undivided_batch():
         assert float(got[name]) == pytest.approx(float(want[name]), rel=1e-4), name
     routed = jax.jit(losses.routing(Qwen3Next(config), 0.1))
     alone = [balance_loss(routed(params, {name: array[None, row] for name, array in batch.items()})) for row in range(4)]
-    assert np.mean(alone) > 1.1 * float(want["balance"])  # a mean of the slices' own losses is another number
+    # A mean of the slices' own losses is another number, by a hundred times what is allowed above.
+    assert np.mean(alone) > 1.01 * float(want["balance"])
 
 
 def test_cross_entropy_is_float32_whatever_the_logits_are():
