@@ -144,9 +144,8 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
                                f"def {failing}():\n    {EVIDENCE}.end({rewriter.number(Claim('-', 'end'))})\n"
                                "    raise AssertionError\n").body
     # pytest need not rewrite what no longer asserts.
-    has_words = isinstance(tree.body[0], ast.Expr) and isinstance(getattr(tree.body[0], "value", None), ast.Constant)
-    words = tree.body.pop(0).value.value if has_words and ast.get_docstring(tree, False) is not None else ""
-    tree.body.insert(0, ast.Expr(ast.Constant(f"{words}\nPYTEST_DONT_REWRITE")))
+    words = ast.get_docstring(tree, clean=False)
+    tree.body[: words is not None] = [ast.Expr(ast.Constant(f"{words or ''}\nPYTEST_DONT_REWRITE"))]
     return Rewritten(ast.unparse(ast.fix_missing_locations(tree)) + "\n", rewriter.claims, names, rewriter.brackets,
                      passing, failing)
 

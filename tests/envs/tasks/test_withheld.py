@@ -42,8 +42,8 @@ WANTED = {("test_table",): {"[1-eins]", "[2-zwei]"}, ("test_many",): {""}, ("Tes
 
 
 def rewritten(**options):
-    return withheld.rewrite(SOURCE, **{"wanted": WANTED, "plain": {("test_plain",)}, "inside": set(),
-                                       "rng": random.Random(0), **options})
+    return withheld.rewrite(**{"source": SOURCE, "wanted": WANTED, "plain": {("test_plain",)}, "inside": set(),
+                               "rng": random.Random(0), **options})
 
 
 def test_what_is_expected_is_gone():
@@ -61,6 +61,14 @@ def test_what_is_expected_is_gone():
     other = rewritten(rng=random.Random(1))
     assert {c.key for c in made.claims.values()} == {c.key for c in other.claims.values()}
     assert not made.claims.keys() & other.claims.keys() and made.names.keys() != other.names.keys()
+
+
+@pytest.mark.parametrize("source", ["", "# nothing\n", "\"\"\"Words.\"\"\"\n", "from __future__ import annotations\n",
+                                    "'''Words.'''\nfrom __future__ import annotations\nx = 1\n", "b'no words'\n"])
+def test_helpers_of_any_form_stay_python(source):
+    made = rewritten(source=source, wanted={}, plain=set())
+    exec(compile(made.text, "helper", "exec"), space := {})
+    assert "PYTEST_DONT_REWRITE" in space["__doc__"] and ("Words." in space["__doc__"]) == ("Words." in source)
 
 
 def test_claims_inside():
