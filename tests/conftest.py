@@ -23,6 +23,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Behind JAX's own variables, which it reads when it is imported; XLA reads its flags with the first program.
+from qcn_jax.testing.processes import QUICK_FLAGS  # noqa: E402
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
 
 QWEN_TOKENIZER = pathlib.Path(os.environ.get(
     "QCN_QWEN_TOKENIZER", ROOT / "../shared/data/qwen3-tokenizer/tokenizer.json"))

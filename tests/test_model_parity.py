@@ -27,8 +27,6 @@ SEEDS = range(int(COUNT)) if COUNT else (0, 1, 2, 7, 10, 12, 13, 15, 19)
 FAST = (0, 2)
 # Of these the function itself is compared, in float64: for one block and a tail, and for single and many experts.
 FLOAT64 = (0, 1, 7, 12, 13, 19)
-# Compilation is most of a test's time, and what it makes runs once.
-_QUICK = (("xla_backend_optimization_level", 0), ("xla_cpu_use_fusion_emitters", False))
 
 
 def random_config(seed):
@@ -101,11 +99,10 @@ def loss_and_output(config, params, tokens, real=None):
     return loss + config.router_aux_loss_coef * balance, (out.logits, loss, balance, out.aux.counts)
 
 
-def ours(config, params, tokens, folder, like, options=()):
+def ours(config, params, tokens, folder, like):
     """What our model makes of a batch (tests.oracle.Result), in config.dtype."""
     gradient = jax.grad(functools.partial(loss_and_output, config), has_aux=True)
-    run = jax.jit(gradient, compiler_options=dict(options) or None)
-    gradients, output = jax.device_get(run(params, jnp.asarray(tokens, jnp.int32)))
+    gradients, output = jax.device_get(jax.jit(gradient)(params, jnp.asarray(tokens, jnp.int32)))
     assert {leaf.dtype for leaf in jax.tree.leaves((gradients, output))} == {jnp.dtype(config.dtype)}
     return oracle.Result(*output, gradients=by_their_names(config, gradients, folder, like))
 
@@ -129,11 +126,10 @@ def test_logits_losses_and_gradients(seed, tmp_path):
     found = {"their chunks in float64": judge.errors(reference64.chunked(tokens), rounding.EPS64)}
     with oracle.recurrent():
         found["theirs"] = judge.errors(oracle.evaluate(model, tokens))
-    options = () if seed in FAST else _QUICK
-    found["ours"] = judge.errors(ours(config, params, tokens, tmp_path / "gradients", type(model), options))
+    found["ours"] = judge.errors(ours(config, params, tokens, tmp_path / "gradients", type(model)))
     if seed in FLOAT64:
         with jax.enable_x64(True):
-            wide = ours(*in_float64(config, params), tokens, tmp_path / "gradients", type(model), _QUICK)
+            wide = ours(*in_float64(config, params), tokens, tmp_path / "gradients", type(model))
         found["ours in float64"] = judge.errors(wide, rounding.EPS64)
     wrong = [(who, name, error) for who, errors in found.items() for name, error in errors.items()
              if not error < rounding.ALLOWED]

@@ -1,5 +1,6 @@
 """Processes with emulated devices: one, or several that are joined as the hosts of a pod are."""
 
+import importlib.metadata
 import inspect
 import os
 import pathlib
@@ -13,9 +14,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 # Programs of tests run once: optimising them takes longer than it saves. Generating code in parts, which shortens one
-# compilation on many processors, takes a sixth more processor time.
-_QUICK = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-          "--xla_cpu_parallel_codegen_split_count=1")
+# compilation on many processors, takes a sixth more processor time; the emitters of fusions double it (JAX 0.11 can no
+# longer do without them).
+QUICK_OPTIONS: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1}
+if tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]) < (0, 11):
+    QUICK_OPTIONS["xla_cpu_use_fusion_emitters"] = False
+QUICK_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS.items())
 TIMEOUT = 1200.0  # seconds; generous, as tests share processors with others
 
 
@@ -27,7 +33,7 @@ def emulated(devices: int, quick: bool = True) -> dict[str, str]:
       quick: compile with little optimisation, for programs that run once.
     """
     count = f"--xla_force_host_platform_device_count={devices}"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {count} {_QUICK if quick else ''}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count} {QUICK_FLAGS if quick else ''}"
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags.split())}
 
 

@@ -36,8 +36,6 @@ SEGMENTS = {
     "whole": np.zeros((B, T), np.int32),
 }
 STATE = np.random.default_rng(1).standard_normal((B, H, R, DK, DV)).astype(np.float32)
-# An interpreted kernel is a long program of small operations: compiling it well takes longer than running it badly.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def weight(*shape):
@@ -59,8 +57,7 @@ def kernels_of(form):
 
 @functools.cache
 def rule(form, chunk=CHUNK):
-    run = jax.jit(functools.partial(gated_delta_rule, form=form.replace("gpu", "pallas"), chunk_size=chunk),
-                  compiler_options=QUICK)
+    run = jax.jit(functools.partial(gated_delta_rule, form=form.replace("gpu", "pallas"), chunk_size=chunk))
 
     def call(*arrays):
         with kernels_of(form):
@@ -78,7 +75,7 @@ def with_gradients(form, dtype=jnp.float32):
         out, final = gated_delta_rule(q, k, v, g, beta, state, segments, form.replace("gpu", "pallas"), CHUNK)
         return jnp.sum(out * weight(*out.shape)) + jnp.sum(final**2), (out, final)
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True), compiler_options=QUICK)
+    run = jax.jit(jax.value_and_grad(loss, argnums=range(6), has_aux=True))
 
     def call(*arrays):
         with kernels_of(form):
@@ -150,7 +147,7 @@ def test_triangular_inverse_of_the_best_chunk(form, size, dtype, limit):
     dot = Products(jnp.dtype(dtype), True)
     inverse = {"pallas": lambda xs: unit_lower_inverses(xs, dot),
                "gpu": lambda xs: [delta_rule_gpu.unit_lower_inverse(x, dot) for x in xs]}[form]
-    inverse = jax.jit(inverse, compiler_options=QUICK)
+    inverse = jax.jit(inverse)
     keys = np.random.default_rng(0).standard_normal((3, size, 64))
     keys[1] = keys[1, :1] + 0.1 * keys[1]  # correlated
     keys[2] = keys[2, :1]  # repeated

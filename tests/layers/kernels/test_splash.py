@@ -11,7 +11,6 @@ from qcn_jax.layers import flash
 from qcn_jax.layers.kernels import splash
 
 B, K, R, T, H = 2, 2, 3, 150, 16  # one whole block of 128 queries and a part
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def inputs(seed=0):
@@ -21,7 +20,7 @@ def inputs(seed=0):
     return 3 * normal(B, K, R, T, H), normal(B, K, T, H), normal(B, K, T, H), segments, normal(B, K, R, T, H)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def run(attention, q, k, v, segments, weight):
     loss = lambda *x: (jnp.sum(attention(*x, segments).astype(jnp.float32) * weight), attention(*x, segments))
     (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
