@@ -5,7 +5,6 @@ parameter value) holds the very marker that a reader looks for, a backslash is w
 character and taken away again on reading. Reading never raises: what is wrong is named in `problems`.
 """
 
-import ast
 import dataclasses
 import functools
 import json
@@ -13,12 +12,22 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, coerce, format_value, parameter_schemas
+from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall
+from qcn_jax.chat.values import (
+    STRICT,
+    Expected,
+    NotJson,
+    Schemas,
+    check_depth,
+    coerce,
+    format_value,
+    parameter_schemas,
+    read_json,
+    read_literal,
+)
 from qcn_jax.errors import UserError
 
 IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_.\-]*"
-Schemas = Mapping[str, Mapping[str, Any]]
-_JSON = json.JSONDecoder()
 
 
 class Form(Protocol):
@@ -158,7 +167,8 @@ class JsonForm:
         head_pattern = re.compile(rf"\s*{head}(?=\s*\{{)" if self.separator is None else r"\s*" + head)
         while match := head_pattern.match(text, position):
             try:
-                value, end = _JSON.raw_decode(text, re.compile(r"\s*").match(text, match.end()).end())
+                value, end = STRICT.raw_decode(text, re.compile(r"\s*").match(text, match.end()).end())
+                check_depth(value)
                 call = self._to_call(match, value)
             except (ValueError, RecursionError):
                 call = None
@@ -245,8 +255,7 @@ class TaggedForm:
         """See `Form`."""
         after = _skip(_loose(self.begin), text, position)
         position = position if after is None else after
-        opening = re.compile(r"\s*" + _loose(self.call).replace(re.escape("{name}"), f"(?P<name>{IDENTIFIER})"))
-        while match := opening.match(text, position):
+        while match := self._opening.match(text, position):
             position = self._read_call(text, match, schemas.get(match["name"]) or {}, message)
         if not message.calls:
             message.problems.append("a call that cannot be read")
@@ -256,11 +265,13 @@ class TaggedForm:
             message.problems.append(f"missing {self.end.strip()}")
         return position if after is None else after
 
-    def _read_call(self, text: str, start: re.Match[str], schema: Mapping[str, Any], message: ParsedMessage) -> int:
+    def _read_call(
+        self, text: str, start: re.Match[str], schema: Mapping[str, Expected], message: ParsedMessage
+    ) -> int:
         arguments: dict[str, Any] = {}
         message.calls.append(ToolCall(start["name"], arguments))
         position, call_end = start.end(), _loose(self.call_end.replace("{name}", start["name"]))
-        while match := self._parameter.match(text, position):
+        while match := self._next_parameter(text, position, call_end, message):
             key = match["key"] or match["json_key"]
             stop = self._value_end(key)
             end = text.find(stop, match.end())
@@ -277,7 +288,27 @@ class TaggedForm:
         after = _skip(call_end, text, position)
         if after is None:
             message.problems.append(f"missing {self.call_end.replace('{name}', start['name']).strip()}")
-        return position if after is None else after
+            # What stands before the call's end, if no other call does, is no value: it is dropped.
+            closing, opening = re.compile(call_end).search(text, position), self._opening.search(text, position)
+            after = closing.end() if closing and not (opening and opening.start() < closing.start()) else position
+        return after
+
+    def _next_parameter(self, text: str, position: int, call_end: str, message: ParsedMessage) -> re.Match[str] | None:
+        """What opens the call's next value: at `position`, or behind text that can be no part of a call."""
+        match = self._parameter.match(text, position)
+        if match or _skip(call_end, text, position) is not None:
+            return match
+        later = self._parameter.search(text, position)
+        ends = (re.compile(call_end).search(text, position), self._opening.search(text, position))
+        if later is None or any(end and end.start() <= later.start() for end in ends):
+            return None
+        message.problems.append("text between parameters")
+        return later
+
+    @functools.cached_property
+    def _opening(self) -> re.Pattern[str]:
+        """What opens a call."""
+        return re.compile(r"\s*" + _loose(self.call).replace(re.escape("{name}"), f"(?P<name>{IDENTIFIER})"))
 
     @functools.cached_property
     def _parameter(self) -> re.Pattern[str]:
@@ -289,8 +320,8 @@ class TaggedForm:
     @staticmethod
     def _json(value: str, message: ParsedMessage) -> Any:
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return read_json(value)
+        except ValueError:
             message.problems.append("a value is no JSON")
             return value
 
@@ -354,9 +385,13 @@ def _read_arguments(text: str, start: re.Match[str], message: ParsedMessage) -> 
     arguments, position = {}, start.end()
     while match := _PYTHON_KEY.match(text, position):
         end = _literal_end(text, match.end())
+        written = text[match.end():end].strip()
         try:
-            arguments[match["key"]] = ast.literal_eval(text[match.end():end].strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            arguments[match["key"]] = read_literal(written)
+        except NotJson:
+            message.problems.append("a value is no JSON")
+            arguments[match["key"]] = written
+        except ValueError:
             return None
         position = _skip(",", text, end) or end
     closed = _skip(r"\)", text, position)

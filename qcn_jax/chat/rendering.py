@@ -9,14 +9,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcn_jax.chat.tool_calls import (
-    ParsedMessage,
-    ToolCall,
-    escape_content,
-    format_value,
-    parse_tool_calls,
-    render_tool_call,
-)
+from qcn_jax.chat.call_reader import parse_tool_calls
+from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, escape_content, render_tool_call
+from qcn_jax.chat.values import format_value
 from qcn_jax.errors import UserError
 
 __all__ = ["ParsedMessage", "Segment", "ToolCall", "parse_tool_calls", "render", "render_assistant",

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcn_jax.chat import call_syntax
+from qcn_jax.chat.call_reader import parse_tool_calls
 from qcn_jax.chat.call_syntax import Form, JsonForm, PythonForm, TaggedForm
 from qcn_jax.chat.rendering import render_assistant
-from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall, parse_tool_calls
+from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall
 from qcn_jax.errors import UserError
 
 NATIVE = "qwen3_coder"

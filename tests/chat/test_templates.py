@@ -142,7 +142,7 @@ def test_forms_are_those_of_their_models():
         ),
         ("hermes", "<tool_call>\n{'name': 'f'}\n</tool_call>", []),
         ("glm46", "<tool_call>f<arg_key>a</arg_key><arg_value>x", [ToolCall("f", {"a": "x"})]),
-        ("toolace", "[f(a=[1, (2, 3)], b='),]'), g(a=open('x'))]", [ToolCall("f", {"a": [1, (2, 3)], "b": "),]"})]),
+        ("toolace", "[f(a=[1, (2, 3)], b='),]'), g(a=open('x'))]", [ToolCall("f", {"a": [1, [2, 3]], "b": "),]"})]),
         ("xml_cline", "<f>\n<a>x\n</f>", [ToolCall("f", {"a": "x\n"})]),
         (
             "kimi_k2",

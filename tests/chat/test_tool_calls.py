@@ -214,7 +214,7 @@ def test_a_parameter_the_function_lacks_does_not_cut_a_value_short():
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "7", 7),
         ({"type": ["string", "null"]}, "x", "x"),
         ({"enum": ["a"]}, "a", "a"),
-        ({"type": "other"}, "(1, 2)", (1, 2)),
+        ({"type": "other"}, "(1, 2)", [1, 2]),
         ({"type": "string"}, "\n5 \n", "\n5 \n"),
     ],
 )
