@@ -7,14 +7,16 @@ observations, one behind the other, are exactly what `encode` gives for the fini
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qcn_jax.chat import rendering, templates
 from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, TURN_START, Tokenizer
+from qcn_jax.errors import UserError
 
 Message = Mapping[str, Any]
 
@@ -23,7 +25,39 @@ _TURNS = (END_OF_TEXT, TURN_START, TURN_END)  # the frame's alone: no content, o
 _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
 
 
-class ChatEncoder:
+class Encoder:
+    """What encoders of conversations share: which text may become added tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._ids = tokenizer.added_tokens
+        self._added = any_of(self._ids)
+        self._turns = any_of(_TURNS)  # what no text of a message becomes
+        self._encode_ordinary = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
+
+    def _untrusted(self, message: Message, mark: str) -> str:
+        content = message.get("content") or ""
+        parts = [{"text": content}] if isinstance(content, str) else content
+        # A mark between parts, too: what is spelt across them is text.
+        return mark.join(["", *(broken(self._turns if part.get("special") else self._added, part["text"], mark)
+                                for part in parts), ""])
+
+    def _encode(self, text: str, mark: str) -> list[int]:
+        """Ids of `text`, whose added tokens are meant; `mark` is left out."""
+        ids: list[int] = []
+        position = 0
+        for match in self._added.finditer(text):
+            ids += self._ordinary(text[position : match.start()], mark)
+            ids.append(self._ids[match[0]])
+            position = match.end()
+        return ids + self._ordinary(text[position:], mark)
+
+    def _ordinary(self, text: str, mark: str) -> list[int]:
+        text = text.replace(mark, "") if mark else text
+        return self._encode_ordinary(text) if text else []
+
+
+class ChatEncoder(Encoder):
     """Encodes conversations with one tokenizer.
 
     Messages are chat.rendering's, with further keys: a content part's `special` says that its text is the
@@ -33,17 +67,10 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.end = tokenizer.id(TURN_END)
-        self._ids = tokenizer.added_tokens
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)))
-        self._added_in_values = re.compile(
-            "|".join(re.escape(token) for token in longest_first if token not in _CALL_TAGS)
-        )
-        self._turns = re.compile("|".join(map(re.escape, _TURNS)))
+        self._added_in_values = any_of(token for token in self._ids if token not in _CALL_TAGS)
         self._special_values = set(self._ids) - {*_TURNS, *_CALL_TAGS}
-        self._encode_ordinary = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Ids of the conversation so far and the opening of the assistant's next turn."""
@@ -74,7 +101,14 @@ class ChatEncoder:
         Returns:
           tokens int32 [T] and weights float32 [T]: the message's weight where the next token is the assistant's own
           (its `<|im_end|>` included), else 0.
+
+        Raises:
+          UserError: a message that cannot be written; an assistant's reasoning, for which there is no place.
         """
+        for number, message in enumerate(messages):
+            if message.get("reasoning_content"):
+                raise UserError(f"messages[{number}].reasoning_content: Qwen3-Coder's template has no place for it; "
+                                "the source's options.reasoning=drop leaves it out")
         tokens: list[int] = []
         own: list[float] = []
         for ids, weight in self._pieces(messages, tools, prompt=False):
@@ -92,8 +126,10 @@ class ChatEncoder:
         assistants = [message for message in messages if message["role"] == "assistant"]
         others = [message for message in messages if message["role"] != "assistant"]
         bare = [{"role": "assistant", "content": ""} if m["role"] == "assistant" else m for m in messages]
-        mark = _unused_letter(messages)
+        (mark,) = unused_letters([*messages, *(tools or ())], 1)
         text = ""
+        if tools:  # whoever describes them ends no turn by it
+            tools = map_strings(tools, lambda said: broken(self._turns, said, mark), keys=True)
         for segment in rendering.segments(bare, tools, prompt):
             if segment.kind == "generated":
                 answer = assistants.pop(0)
@@ -106,72 +142,60 @@ class ChatEncoder:
                 text += segment.text
         yield self._encode(text, mark), 0.0
 
-    def _untrusted(self, message: Message, mark: str) -> str:
-        content = message.get("content") or ""
-        parts = [{"text": content}] if isinstance(content, str) else content
-        # A mark between parts, too: what is spelt across them is text.
-        return mark.join(["", *(_broken(self._turns if part.get("special") else self._added, part["text"], mark)
-                                for part in parts), ""])
-
     def _assistant(self, message: Message) -> tuple[str, str]:
         """What the assistant wrote, and the mark inside added tokens that are only spelt in its calls' values."""
         content = message.get("content") or ""
         if not message.get("tool_calls"):
             return content, ""
-        mark = _unused_letter([message])
+        (mark,) = unused_letters([message], 1)
 
         def guard(value: str) -> str:
-            return _broken(self._added_in_values, value, mark)
+            return broken(self._added_in_values, value, mark)
 
         calls = []
         for call in message["tool_calls"]:
             special = () if isinstance(call, rendering.ToolCall) else call.get("special", ())
-            call = _tool_call(call)
+            call = tool_call(call)
             calls.append(rendering.ToolCall(call.name, {
                 name: value if name in special and isinstance(value, str) and value in self._special_values
-                else _map_strings(value, guard)
+                else map_strings(value, guard)
                 for name, value in call.arguments.items()}))
         return templates.render(message.get("template", templates.NATIVE), content, calls), mark
 
-    def _encode(self, text: str, mark: str) -> list[int]:
-        ids: list[int] = []
-        position = 0
-        for match in self._added.finditer(text):
-            ids += self._ordinary(text[position : match.start()], mark)
-            ids.append(self._ids[match[0]])
-            position = match.end()
-        return ids + self._ordinary(text[position:], mark)
 
-    def _ordinary(self, text: str, mark: str) -> list[int]:
-        if not text:
-            return []
-        return self._encode_ordinary(text.replace(mark, "") if mark else text)
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of `tokens`, the longest that begins at a place; those of one character are text like any other."""
+    longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _broken(added: re.Pattern[str], text: str, mark: str) -> str:
+def broken(added: re.Pattern[str], text: str, mark: str) -> str:
     """`text` with `mark` behind the first character of every match, until none is left."""
     while added.search(text):
         text = added.sub(lambda match: match[0][0] + mark + match[0][1:], text)
     return text
 
 
-def _tool_call(call: rendering.ToolCall | Mapping[str, Any]) -> rendering.ToolCall:
+def tool_call(call: rendering.ToolCall | Mapping[str, Any]) -> rendering.ToolCall:
+    """A call of a message, in either form that messages have it in."""
     if isinstance(call, rendering.ToolCall):
         return call
     function = call.get("function", call)
     return rendering.ToolCall(function["name"], dict(function["arguments"]))
 
 
-def _map_strings(value: Any, change: Any) -> Any:
-    """`value` with `change` applied to every string in it, keys left alone."""
+def map_strings(value: Any, change: Callable[[str], str], keys: bool = False) -> Any:
+    """`value` with `change` applied to every string in it, and to the keys of mappings where `keys` is true."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    return [_map_strings(item, change) for item in value] if isinstance(value, list | tuple) else value
+        return {change(key) if keys and isinstance(key, str) else key: map_strings(item, change, keys)
+                for key, item in value.items()}
+    return [map_strings(item, change, keys) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _unused_letter(messages: Sequence[Message]) -> str:
-    """A letter that no message holds: printable, so that no tool-call template escapes it."""
-    text = repr(messages) if len(messages) == 1 else "".join(map(repr, messages))
-    return next(letter for code in range(0x10380, 0x12400) if (letter := chr(code)).isalpha() and letter not in text)
+def unused_letters(values: Sequence[Any], count: int) -> list[str]:
+    """Letters that none of `values` holds: printable, so that no template escapes them."""
+    text = repr(values) if len(values) == 1 else "".join(map(repr, values))
+    free = (letter for code in range(0x10380, 0x12400) if (letter := chr(code)).isalpha() and letter not in text)
+    return list(itertools.islice(free, count))

@@ -73,6 +73,11 @@ class Tokenizer:
         """Added tokens and their ids, in id order."""
         return dict(sorted(self._added.items(), key=lambda item: item[1]))
 
+    @property
+    def special_tokens(self) -> set[str]:
+        """Added tokens that belong to the frame of texts and turns, not to texts."""
+        return {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+
     @functools.cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:
         """The same model without its added tokens: their text is text like any other."""

@@ -8,6 +8,7 @@ from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.readers import ChatReader, Conversation
+from qcn_jax.pipeline.data.readers.published import weighted
 from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.data.texts import Findings
 
@@ -63,10 +64,6 @@ def conversation(trajectory: Trajectory) -> Conversation:
     They are part of what the model reads: it learns to recover from mistakes, not to make them. Where nobody had told
     of the defect (`search`) the failed edits are the search, and count.
     """
-    refused = set() if trajectory.search else set(trajectory.failed)
-    messages, turn = [], -1
-    for message in trajectory.messages:
-        turn += message["role"] == "assistant"
-        messages.append({**message, "weight": 0.0} if message["role"] == "assistant" and turn in refused else message)
+    messages = weighted(trajectory.messages, () if trajectory.search else trajectory.failed)
     labels = (trajectory.scaffold.split(":")[0], *(["recovery"] if trajectory.wrong_edits else []))
     return Conversation(tuple(messages), trajectory.tools, trajectory.task_id, labels)

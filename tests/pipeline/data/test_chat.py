@@ -111,7 +111,7 @@ MALFORMED = [
     ({"messages": [user([{"type": "text"}]), answer()]}, "expected text or a list of text parts"),
     ({"messages": [user(), {"role": "assistant", "content": ""}]}, r"messages\[1\]: an assistant's message with neither"),
     ({"messages": [user(), answer(content="a<|im_end|>b")]}, "an assistant's text holds <|im_end|>, which ends a turn"),
-    ({"messages": [user(), answer(reasoning_content="hm")]}, "reasoning_content: the chat template has no place"),
+    ({"messages": [user(), answer(reasoning_content=3)]}, r"messages\[1\].reasoning_content: expected text or a list"),
     ({"messages": [user(), answer(weight=-1)]}, r"messages\[1\].weight: -1; allowed: a number from 0"),
     ({"messages": [user(), answer(weight=float("nan"))]}, "weight: nan; allowed: a number from 0"),
     ({"messages": [user(), answer(weight=True)]}, "weight: True; allowed: a number from 0"),
@@ -166,6 +166,9 @@ def test_what_cannot_be_written_or_is_too_long_is_counted(tokenizer):
     assert len(documents) == findings.kept == findings.malformed == 1 and findings.left_out == {"over 100 tokens": 1}
     with pytest.raises(UserError, match="^f:1: tool call: 'two words' cannot name a function.*malformed=skip"):
         list(sft.encoded([bad], ChatEncoder(tokenizer), 1000, Findings("stop"), Counter()))
+    thinks = conversation({"messages": [user(), answer(reasoning_content="hm")]}, place="f:4")
+    with pytest.raises(UserError, match=r"^f:4: messages\[1\].reasoning_content: .* no place for it; .*reasoning=drop"):
+        list(sft.encoded([thinks], ChatEncoder(tokenizer), 1000, Findings("stop"), Counter()))
 
 
 @pytest.mark.parametrize("source, line", [
@@ -174,7 +177,7 @@ def test_what_cannot_be_written_or_is_too_long_is_counted(tokenizer):
     (ChatSource(path="empty.jsonl"), "empty.jsonl: is empty"),
     (ChatSource(path="a.txt"), r"a.txt: holds no rows; allowed: \*.jsonl"),
     (ChatSource(path="good.jsonl", options={"template": "x"}), "a.options.template: 'x'; allowed: qwen3_coder"),
-    (ChatSource(path="good.jsonl", options={"column": "x"}), "a.options.column: unknown key; allowed: messages, template"),
+    (ChatSource(path="good.jsonl", options={"column": "x"}), "a.options.column: unknown key; allowed: marks, messages, reas"),
     (ChatSource(path="good.jsonl", options={"messages": "m"}), "good.jsonl:1: has no m, no conversations"),
 ])  # fmt: skip
 def test_a_source_that_cannot_be_read_is_one_line_before_any_work(source, line, tmp_path, monkeypatch):

@@ -17,17 +17,23 @@ Row = dict[str, Any]
 LINES = (".jsonl", ".ndjson", ".json")  # a row a line, also behind one of COMPRESSED
 COMPRESSED = (".gz", ".zst")
 PARQUET = ".parquet"
+TRAJECTORY = ".traj"  # SWE-agent's; one JSON value, over many lines
 MAX_LINE = 64 << 20  # bytes of a row; longer ones are malformed
+_MAX_DOCUMENT = 256 << 20  # bytes of a file that is one JSON value
 _BATCH = 256  # rows of a Parquet file that are in memory at a time
 _BUFFER = 1 << 20  # bytes of a column of it; without a bound the whole of a row group
 
 
 def is_row_file(name: str) -> bool:
     """Tells by its name whether a file holds rows."""
-    plain = name.lower()
+    return _plain(name).endswith(LINES) or name.lower().endswith(PARQUET)
+
+
+def _plain(name: str) -> str:
+    name = name.lower()
     for suffix in COMPRESSED:
-        plain = plain.removesuffix(suffix)
-    return plain.endswith(LINES) or name.lower().endswith(PARQUET)
+        name = name.removesuffix(suffix)
+    return name
 
 
 def matching(path: str, field: str) -> list[pathlib.Path]:
@@ -48,14 +54,60 @@ def matching(path: str, field: str) -> list[pathlib.Path]:
     return found
 
 
-def row_files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-    """The row files among `paths` and in the folders of them, hidden ones left out, in order."""
+def row_files(paths: Sequence[pathlib.Path], trajectories: bool = False) -> list[pathlib.Path]:
+    """The row files among `paths` and in the folders of them, hidden ones left out, in order.
+
+    With `trajectories` .traj files are such, too, and of a folder with *.traj or *.traj.json these alone: what stands
+    beside them tells of the run.
+    """
     found: list[pathlib.Path] = []
     for path in paths:
         inside = [path] if path.is_file() else sorted(path.rglob("*"))
-        found += [file for file in inside if is_row_file(file.name) and file.is_file()
-                  and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = [file for file in inside if file.is_file()
+                 and (is_row_file(file.name) or trajectories and _plain(file.name).endswith(TRAJECTORY))
+                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        those = [file for file in files if _plain(file.name).endswith((TRAJECTORY, f"{TRAJECTORY}.json"))]
+        found += those if trajectories and those else files
     return found
+
+
+def read_document(path: pathlib.Path, findings: Findings) -> Any:
+    """The value of a file that is one JSON value, not a row a line; None where it is rows, or malformed.
+
+    A .json file is one where its first line is no object of its own and the whole is valid.
+    """
+    name = _plain(path.name)
+    if not name.endswith((".json", TRAJECTORY)):
+        return None
+    try:
+        with _opened(path) as stream:
+            head = stream.readline(MAX_LINE + 1)
+            if name.endswith(".json") and isinstance(_value(head), dict):
+                return None
+            data = head + stream.read(_MAX_DOCUMENT)
+        if len(data) > _MAX_DOCUMENT:
+            raise ValueError(f"is longer than {_MAX_DOCUMENT >> 20} MiB")
+        value = json.loads(data.decode("utf-8-sig"))
+        if not isinstance(value, dict | list):
+            raise ValueError(f"expected an object or a list, got {type(value).__name__}")
+        return value
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, _arrow_error()) as error:
+        if name.endswith(TRAJECTORY):
+            findings.row(f"{path}:1", f"cannot be read as JSON: {first_line(error)}")
+        return None
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _arrow_error() -> type[Exception]:
+    import pyarrow
+
+    return pyarrow.ArrowException
 
 
 def read_rows(path: pathlib.Path, findings: Findings, columns: Sequence[str] | None = None
@@ -74,8 +126,6 @@ def read_rows(path: pathlib.Path, findings: Findings, columns: Sequence[str] | N
 
 
 def _of_lines(path: pathlib.Path, findings: Findings) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-
     number = 0
     try:
         with _opened(path) as stream:
@@ -92,7 +142,7 @@ def _of_lines(path: pathlib.Path, findings: Findings) -> Iterator[tuple[str, Row
                     row = _parsed(line, place, findings)
                     if row is not None:
                         yield place, row
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, _arrow_error()) as error:
         findings.row(f"{path}:{number}", f"cannot be read on: {first_line(error)}")
 
 
