@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from qcn_jax.testing.processes import QUICK_FLAGS
 from tests.conftest import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -26,7 +27,8 @@ def run(folder: pathlib.Path, kind: str, text: str) -> str:
         script.chmod(0o755)
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(ROOT / "configs")
-    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                   "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(QUICK_FLAGS, "")}  # as a reader of the page has it
     (folder / "block.py").write_text(text)
     command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else [sys.executable, "block.py"]
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=TIMEOUT,
