@@ -3,12 +3,15 @@
     qcn compile --config=configs/qwen3_coder_next.py:v5p-128
     qcn compile --config=configs/qwen3_coder_next.py:v5p-512 --stage=midtrain --phase=2
     qcn compile --config=configs/qwen3_coder_next.py:v5p-128 --stage=rollout
-    qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
+    qcn run     --config=configs/qwen3_coder_next.py:v5p-128 --workdir=DIR --config.init=HF_FOLDER \\
+        --config.midtrain.data='corpus/*.parquet' --config.sft.data=chats.jsonl \\
+        --config.tasks.data=tasks.jsonl --config.tasks.heldout_data=heldout.jsonl
 
-`qcn run` is given on every host of the pod, with a workdir that all of them see. The argument is a pod, named by its
-cores (v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a comma mid-training's length: 8k,
-32k, 262k, or 32k-262k (default): a phase of each, as in the report. benchmarks/pod_compile.py says which of them have
-been compiled, and what they take.
+`qcn run` is given on every host of the pod, with a workdir that all of them see; docs/data.md says what the files may
+be. Experts, distillation and evaluation act with a shell in sandboxes, in episodes of 300 turns. The argument is a pod,
+named by its cores (v5p-128, v5p-512), chips (v5e-256, v6e-256) or devices (tpu7x-128), and after a comma mid-training's
+length: 8k, 32k, 262k, or 32k-262k (default): a phase of each, as in the report, and then episodes of 64k tokens.
+benchmarks/pod_compile.py says which of them have been compiled, and what they take.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ import ml_collections
 
 from qcn_jax.config import (
     DistillConfig,
+    EvaluateConfig,
     ExpertsConfig,
     MeshConfig,
     MidtrainConfig,
@@ -26,6 +30,7 @@ from qcn_jax.config import (
     RolloutConfig,
     RunConfig,
     SftConfig,
+    TasksConfig,
     TrainConfig,
     to_config_dict,
 )
@@ -49,6 +54,9 @@ LENGTHS = {"8k": (8192, 1), "32k": (32_768, 4), "262k": (262_144, 16)}
 # The last steps of mid-training are those on the longest rows.
 STEPS, LONG_STEPS = 10_000, 1000
 _PHASES = "32k-262k"
+EPISODE = 65_536  # tokens, where mid-training has had rows that long
+TURNS = 300  # as in the report's evaluations
+SCAFFOLD = "mini_swe_agent"
 
 
 def _spread(pod: str, length: str) -> tuple[int, int, int, MeshConfig]:
@@ -74,26 +82,31 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
         raise UserError(f"--config: {argument!r} is not POD[,LENGTH] with a pod of {', '.join(PODS)} and a length of "
                         f"{', '.join([*LENGTHS, _PHASES])}")
     tokens, rows, short, mesh = _spread(pod, length.split("-")[0])
-    phases = ()
+    phases, episode = (), short
     if length == _PHASES:
+        episode = EPISODE
         longest, fewer, _, split = _spread(pod, "262k")
         phases = (PhaseConfig(steps=STEPS - LONG_STEPS),
                   PhaseConfig(steps=LONG_STEPS, sequence_length=longest, rows=fewer,
                               mesh={"fsdp": split.fsdp, "expert": split.expert, "context": split.context}))
-    acting = RolloutConfig(max_turns=300, max_new_tokens=2048, max_length=short, slots=SLOTS[pod] * PODS[pod][1],
-                           prefill_rows=PODS[pod][1], prefill_chunk=512)
+    rollout = RolloutConfig(max_turns=TURNS, max_new_tokens=2048, max_length=episode, slots=SLOTS[pod] * PODS[pod][1],
+                            prefill_rows=PODS[pod][1], prefill_chunk=512)
     optimizer = OptimizerConfig(learning_rate=3e-5, warmup_steps=500, master_copy=True)
     gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)
     train = lambda steps, rows, length, optimizer: TrainConfig(
         steps=steps, rows=rows, sequence_length=length, mtp_coef=0.0, checkpoint_every=250, keep=3, optimizer=optimizer)
+    acting = {"scaffold": SCAFFOLD, "rollout": rollout}
+    learning = {"rows": rows, "sequence_length": episode, "optimizer": gentle, **acting}
     return to_config_dict(RunConfig(
         name="qwen3_coder_next",
         topology=PODS[pod][0],
+        tasks=TasksConfig(train=0, heldout=0),
         model=ModelConfig(
             param_dtype="bfloat16", remat="full", attention="splash", delta_rule="pallas", chunk_size=128),
         mesh=mesh,
         midtrain=MidtrainConfig(train=train(STEPS, rows, tokens, optimizer), phases=phases),
         sft=SftConfig(train=train(2000, rows, short, dataclasses.replace(optimizer, learning_rate=1e-5))),
-        experts=ExpertsConfig(updates=500, rows=rows, sequence_length=short, optimizer=gentle, rollout=acting),
-        distill=DistillConfig(updates=300, rows=rows, sequence_length=short, optimizer=gentle, rollout=acting),
+        experts=ExpertsConfig(names=("swe",), updates=500, **learning),
+        distill=DistillConfig(updates=300, **learning),
+        evaluate=EvaluateConfig(tasks=500, pass_k_tasks=0, baseline="", sft_control=False, **acting),
     ))

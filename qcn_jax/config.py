@@ -135,12 +135,18 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
-    """Stage `tasks`: source distributions in, verified tasks out."""
+    """Stage `tasks`: tasks of given files are read and checked, or source distributions become verified tasks."""
 
-    # PyPI requirements, "toolz==1.2.0" or with a hash "toolz==1.2.0#sha256=9667...", or archives or folders.
+    data: str = ""  # a file, a folder or a glob of training tasks; where given, none are made of repositories
+    heldout_data: str = ""  # likewise of held-out ones
+    malformed: Malformed = "stop"  # what a task of `data` that cannot be used does: stop, or skip it and count it
+    verify: Count = 16  # of each file's tasks, executed with their gold patch and without, first; 0: none
+    setup: tuple[str, ...] = ()  # shell commands that install what the repositories of `data` need (docker)
+    # PyPI requirements, "toolz==1.2.0" or with a hash "toolz==1.2.0#sha256=9667...", or archives or folders; beside
+    # `data`, where its tasks' repositories are if neither beside it nor to be downloaded.
     repos_train: tuple[str, ...] = ()
     repos_heldout: tuple[str, ...] = ()
-    train: Count = 800  # verified tasks wanted
+    train: Count = 800  # verified tasks wanted, where none are given
     heldout: Count = 200
     candidates_per_repo: Positive = 400  # at most this many are executed
     max_function_lines: Positive = 30
@@ -278,7 +284,7 @@ class ExpertsConfig:
     """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `names`."""
 
     names: tuple[ExpertName, ...] = ("swe", "single_turn", "tool_format")  # pipeline.experts
-    scaffold: ScaffoldName = "nano"  # how tasks are presented; without a shell, as rollouts hold no live sandbox
+    scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds); with a shell: in a live sandbox
     objective: Objective = "clipped"  # loss of a token (pipeline.rl.objectives)
     reward: Reward = ""  # takes the place of each expert's own
     updates: Positive = 30

@@ -18,7 +18,7 @@ from qcn_jax.config import (
     to_config_dict,
     training_settings,
 )
-from qcn_jax.config_phases import chats_of, midtrain_phases, sources_of
+from qcn_jax.config_phases import chats_of, has_data, midtrain_phases, sources_of
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
 
@@ -213,11 +213,28 @@ def _evaluate(config: RunConfig) -> Iterator[str]:
 
 def _tasks(config: RunConfig) -> Iterator[str]:
     tasks = config.tasks
-    for name, wanted, repos in (("train", tasks.train, tasks.repos_train),
-                                ("heldout", tasks.heldout, tasks.repos_heldout)):
-        if wanted and not repos:
-            yield f"--config.tasks.{name}: {wanted} tasks wanted, but repos_{name} is empty"
-    yield from in_both(tasks.repos_train, tasks.repos_heldout)
+    splits = (("train", tasks.train, tasks.repos_train, "data", tasks.data),
+              ("heldout", tasks.heldout, tasks.repos_heldout, "heldout_data", tasks.heldout_data))
+    for name, wanted, repos, field, given in splits:
+        if wanted and not repos and not given:
+            yield (f"--config.tasks.{name}: {wanted} tasks wanted, but repos_{name} is empty, as is {field}; name "
+                   "repositories to make them of or a file of tasks, or want 0")
+    if not any(wanted or repos or given for _, wanted, repos, _, given in splits):
+        yield ("--config.tasks.data: is empty, as are heldout_data, repos_train and repos_heldout; name a file of "
+               "tasks, or repositories to make them of")
+    if not tasks.data and not tasks.heldout_data:
+        yield from in_both(tasks.repos_train, tasks.repos_heldout)
+
+
+def _wants(split: str, field: str, what: str) -> Callable[[RunConfig], Iterator[str]]:
+    """A rule of stages that act: there must be tasks to act on."""
+
+    def rule(config: RunConfig) -> Iterator[str]:
+        if not getattr(config.tasks, field) and not getattr(config.tasks, split):
+            yield (f"--config.tasks.{field}: is empty and --config.tasks.{split} is 0; {what} tasks: name a file of "
+                   "them, or how many to make of repositories")
+
+    return rule
 
 
 def in_both(train: Sequence[str], heldout: Sequence[str]) -> Iterator[str]:
@@ -233,6 +250,21 @@ def _initial_model(config: RunConfig) -> Iterator[str]:
         midtrain.check_initial(config)
     except UserError as error:
         yield str(error)
+
+
+def _start(*before: str) -> Callable[[RunConfig], Iterator[str]]:
+    """A rule of stages that begin from the initial model where the stages `before` have no data."""
+
+    def rule(config: RunConfig) -> Iterator[str]:
+        if any(has_data(config, stage) for stage in before):
+            return
+        if config.init == "random":
+            names = " or ".join(f"--config.{stage}.data" for stage in before)
+            yield f"--config.init: random; without {names} name a Hugging Face folder to begin from"
+        else:
+            yield from _initial_model(config)
+
+    return rule
 
 
 def _pool(config: RunConfig) -> Iterator[str]:
@@ -258,7 +290,12 @@ _SIZE_RULES = (
 )
 _INPUT_RULES = (
     (_tasks, ("tasks",)),
+    (_fits("check_tasks"), ("tasks",)),
+    (_wants("train", "data", "experts and distill need"), ("experts", "distill")),
+    (_wants("heldout", "heldout_data", "evaluate needs"), ("evaluate",)),
     (_initial_model, ("midtrain",)),
+    (_start("midtrain"), ("sft",)),
+    (_start("midtrain", "sft"), ("experts", "distill", "evaluate")),
     *((_sources(stage), (stage,)) for stage in ("midtrain", "sft")),
     (_each_phase(_shares("midtrain")), ("midtrain",)),
     (_shares("sft"), ("sft",)),

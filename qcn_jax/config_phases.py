@@ -17,6 +17,11 @@ def chats_of(stage: SftConfig) -> dict[str, ChatSource]:
     return {"data": ChatSource(path=stage.data)} if stage.data else dict(stage.sources)
 
 
+def has_data(config: RunConfig, stage: str) -> bool:
+    """Whether a configuration has something to learn from in midtrain or sft; without, a run may do without them."""
+    return bool(getattr(config, stage).data or getattr(config, stage).sources)
+
+
 def source_field(config: RunConfig, stage: str, name: str) -> str:
     """The flag that gives the source called `name` of a stage, midtrain or sft."""
     return f"--config.{stage}.data" if getattr(config, stage).data else f"--config.{stage}.sources.{name}"

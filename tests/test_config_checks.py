@@ -126,6 +126,8 @@ FIELDS = [
     ("midtrain__filters__near_duplicates", 1.5, "at most 1"),
     ("midtrain__packing", "first_fit", "best_fit, restart_last"),
     ("sft__malformed", "ignore", "stop, skip"),
+    ("tasks__malformed", "ignore", "stop, skip"),
+    ("tasks__verify", -1, "at least 0"),
     ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, qwen_code, nano, package.module:OBJECT"),
     ("experts__objective", "ppo", "clipped, package.module:OBJECT"),
     ("evaluate__baseline", "best", "heuristic, package.module:OBJECT"),
@@ -198,7 +200,7 @@ RULES = [
     (("sft",), {"sft__sources": {"a": {"options": {"template": "x"}}}}, ["a.options.template: 'x'", "qwen3_coder, "]),
     (STAGES, {"sft__sources": {"a": {"kind": "x"}}}, ["--config.sft.sources.a.kind: 'x'", "chat, nano, package.module"]),
     (("sft",), {"sft__scaffold": "swe_agent"}, ["--config.sft.scaffold: 'swe_agent'", "nano"]),
-    (("experts",), {"experts__scaffold": "mini_swe_agent"}, ["--config.experts.scaffold: 'mini_swe_agent'", "live sandbox"]),
+    (("experts",), {"experts__scaffold": "mini_swe_agent"}, ["--config.experts.scaffold: 'mini_swe_agent'", "which expert single_turn"]),
     (("distill",), {"distill__scaffold": f"{__name__}:TALKER"}, ["scaffold talker cannot", "which expert single_turn asks for"]),
     (("evaluate",), {"evaluate__scaffold": f"{__name__}:TALKER", "experts__names": ("swe",)},
      ["--config.evaluate.baseline: 'heuristic'", "talker", "leave it empty"]),
@@ -214,7 +216,18 @@ RULES = [
     (("distill",), {"experts__names": ("swe", "swe")}, ["'swe' is there twice"]),
     (("distill",), {"distill__prompts": 2}, ["distill.prompts: 2", "3 experts", "swe, single_turn, tool_format"]),
     (("evaluate",), {"evaluate__pass_k_tasks": 5}, ["evaluate.pass_k_tasks: 5", "tasks, 4"]),
-    (("tasks",), {"tasks__repos_train": ()}, ["tasks.train: 12", "repos_train is empty"]),
+    (("tasks",), {"tasks__repos_train": ()}, ["tasks.train: 12", "repos_train is empty, as is data"]),
+    (("tasks",), {"tasks__repos_heldout": ()}, ["tasks.heldout: 6", "repos_heldout is empty, as is heldout_data"]),
+    (("tasks",), {"tasks__train": 0, "tasks__heldout": 0, "tasks__repos_train": (), "tasks__repos_heldout": ()},
+     ["--config.tasks.data: is empty, as are heldout_data, repos_train and repos_heldout"]),
+    (("tasks",), {"tasks__data": "/none/*.jsonl"}, ["--config.tasks.data=/none/*.jsonl: matches no file"]),
+    (("tasks",), {"tasks__heldout_data": str(ROOT / "pyproject.toml")}, ["tasks.heldout_data: ", "holds no tasks; allowed: *.jsonl"]),
+    (("experts",), {"tasks__train": 0}, ["--config.tasks.data: is empty and --config.tasks.train is 0; experts and distill"]),
+    (("distill",), {"tasks__train": 0}, ["--config.tasks.data: is empty", "experts and distill need tasks"]),
+    (("evaluate",), {"tasks__heldout": 0}, ["--config.tasks.heldout_data: is empty", "evaluate needs tasks"]),
+    (("sft",), {"midtrain__sources": {}}, ["--config.init: random; without --config.midtrain.data name a Hugging"]),
+    (("experts",), {"midtrain__sources": {}, "sft__sources": {}}, ["--config.init: random", "midtrain.data or --config.sft.data"]),
+    (("evaluate",), {"midtrain__sources": {}, "sft__sources": {}, "init": "/nowhere"}, ["init=/nowhere", "config.json"]),
     (("tasks",), {"tasks__repos_train": ("a==1",), "tasks__repos_heldout": ("a==2",)}, ["a is in repos_train too"]),
     (("midtrain",), {"init": "/nowhere"}, ["init=/nowhere", "config.json"]),
     (("midtrain",), {"init": "base"}, ["--config.model.", "but the checkpoint in"]),
@@ -276,8 +289,8 @@ def test_sizes_alone_ask_for_no_repositories_and_no_weights():
 @pytest.mark.parametrize("file, stages", [
     ("nano.py", STAGES), ("nano.py:quick", STAGES), ("nano_long.py", STAGES),
     *((f"nano_base.py:{phase}", ("tasks", "midtrain")) for phase in ("code", "edits", "wide")),
-    *((f"qwen3_coder_next.py:{pod},{length}", ("experts", "distill")) for pod in ("v5p-128", "v5e-256")
-      for length in ("8k", "262k")),
+    *((f"qwen3_coder_next.py:{pod},{length}", ("report",)) for pod in ("v5p-128", "v5p-512", "v5e-256", "v6e-256", "tpu7x-128")
+      for length in ("8k", "32k", "262k", "32k-262k")),
 ])
 def test_the_configurations_that_come_with_the_package_pass(file, stages):
     name, _, argument = file.partition(":")
@@ -293,7 +306,7 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences", "heldout_data", "setup"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():

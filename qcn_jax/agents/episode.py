@@ -111,6 +111,9 @@ class Executor(Protocol):
     def diff(self) -> str:
         """Unified diff of everything changed so far."""
 
+    def close(self) -> None:
+        """Gives back what it acts on; nothing is asked of it afterwards."""
+
 
 class Episode:
     """State of one episode.

@@ -3,7 +3,7 @@
 A tool is a `ToolSpec`: a name, a schema and an operation (`agents.operations`). Scaffolds give the same operations
 different names and parameters. A `ToolExecutor` holds one episode's workspace and runs the calls of one assistant
 turn; it knows no text format and can be pickled if its workspace can, so it works where the agent loop runs as well as
-in a worker process beside a live sandbox (`SessionExecutor`).
+in a worker process beside a live sandbox (`agents.sessions`).
 """
 
 import dataclasses
@@ -13,14 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.agents import python_code
-from qcn_jax.agents.workspace import SandboxWorkspace, Workspace, WorkspaceError, relative_path
+from qcn_jax.agents.workspace import Workspace, WorkspaceError, relative_path
 from qcn_jax.chat.rendering import ToolCall
-from qcn_jax.envs.pool.env_pool import Session
-from qcn_jax.envs.sandbox.base import ExecResult, Sandbox, TestRun
+from qcn_jax.envs.sandbox.base import ExecResult, TestRun
 from qcn_jax.envs.tasks.schema import Task
 
 MAX_CALLS = 16  # calls of one turn that are executed; more than any scaffold needs
-SESSION_DEADLINE = 1800.0  # seconds for one turn's calls in a worker; each is bounded by itself
 MESSAGE_LENGTH = 200  # characters of a failure's last line
 _ADDRESS = re.compile(r"0x[0-9a-f]{4,}")
 FIRST_TESTS = 16  # F2P tests that run to the end before the rest runs up to its first failure
@@ -117,7 +115,7 @@ class ToolExecutor:
     Args:
       task: says what is on view at first and which tests `run_tests` runs.
       tools: the scaffold's tools.
-      workspace: the task's starting state; None only on the way to a worker (`SessionExecutor`).
+      workspace: the task's starting state; None only on the way to a worker (`agents.sessions`).
       output_limit: characters of one result; both ends of longer ones are kept.
     """
 
@@ -151,6 +149,9 @@ class ToolExecutor:
     def diff(self) -> str:
         """Unified diff of everything changed so far."""
         return self.workspace.diff()
+
+    def close(self) -> None:
+        """Does nothing: the workspace is somebody else's."""
 
     def _call(self, call: ToolCall) -> ToolResult:
         spec = self._tools.get(call.name)
@@ -242,38 +243,6 @@ class ToolExecutor:
             if not summary.passed:
                 break
         return dataclasses.replace(summary, seconds=seconds)
-
-
-class SessionExecutor:
-    """Runs tool calls in the pool worker that holds the sandbox of a session: one round trip for each turn.
-
-    Args:
-      session: holds the task's starting state.
-      executor: of the scaffold's tools, without a workspace (None); its state travels with the calls.
-    """
-
-    def __init__(self, session: Session, executor: ToolExecutor) -> None:
-        self._session, self._executor = session, executor
-
-    def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """As `ToolExecutor.execute`."""
-        future = self._session.call(execute_in, self._executor, list(calls), deadline=SESSION_DEADLINE)
-        self._executor, results = future.result()
-        return results
-
-    def diff(self) -> str:
-        """As `ToolExecutor.diff`; raises SandboxError."""
-        return self._session.diff().result()
-
-
-def execute_in(
-    sandbox: Sandbox, executor: ToolExecutor, calls: Sequence[ToolCall]
-) -> tuple[ToolExecutor, list[ToolResult]]:
-    """Runs in a pool worker: `executor`'s calls on `sandbox`; returns the executor's new state, without workspace."""
-    executor.workspace = SandboxWorkspace(sandbox)
-    results = executor.execute(calls)
-    executor.workspace = None
-    return executor, results
 
 
 def skipped(call: ToolCall) -> ToolResult:

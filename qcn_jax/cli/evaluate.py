@@ -25,7 +25,7 @@ import tqdm
 from absl import flags
 
 from qcn_jax import files
-from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
+from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.config import MeshConfig
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parsing.parse(values, "evaluate", __doc__, argv)
     if bool(values.checkpoint) == bool(values.predictions):
         raise UserError("give either --checkpoint=DIR or --predictions=FILE")
-    _scaffold(values.scaffold)
+    SCAFFOLDS.resolve(values.scaffold, "--scaffold")
     files.check_folder(values.out, "out")
     faults: list[str] = []
     instances = swebench.read(values.tasks, faults)
@@ -175,14 +175,6 @@ def _report(values: flags.FlagValues, tasks: Mapping[str, Task], rows: Sequence[
     return summary
 
 
-def _scaffold(name: str) -> Scaffold:
-    scaffold = SCAFFOLDS.resolve(name, "--scaffold")
-    if scaffold.has_shell:
-        raise UserError(f"--scaffold: {name!r}; runs shell commands, and rollouts hold no live sandbox for them yet; "
-                        "allowed: a scaffold without a shell, such as nano")
-    return scaffold
-
-
 def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[RepositorySpec], pool: EnvPool,
          provider_arguments: Mapping[str, Any], mesh: MeshConfig | None) -> list[dict[str, str]]:
     """Lets the checkpoint work on the tasks; returns predictions."""
@@ -192,14 +184,15 @@ def _act(values: flags.FlagValues, tasks: Sequence[Task], specs: Sequence[Reposi
     from qcn_jax.inference.checkpoint import load_to_act
     from qcn_jax.pipeline.evaluate.bench import Bench
     from qcn_jax.pipeline.experts.expert import Expert
-    from qcn_jax.pipeline.experts.services import pool_services
+    from qcn_jax.pipeline.experts.services import check_shell, pool_services
 
-    scaffold = _scaffold(values.scaffold)
+    scaffold = SCAFFOLDS.resolve(values.scaffold, "--scaffold")
     limits = RolloutConfig(max_turns=values.max_turns, max_new_tokens=values.max_new_tokens,
                            max_length=values.max_length, slots=values.slots)
     encoder = ChatEncoder(Tokenizer.from_folder(values.checkpoint))
     model, params, parallel = load_to_act(values.checkpoint, mesh)
     with contextlib.closing(make_provider(**provider_arguments)) as provider:
+        check_shell(scaffold, provider, "--scaffold")
         services = pool_services({spec.name: spec for spec in specs}, provider, pool)
         bench = Bench(tasks, [Expert("agent", "agent", headline=True)], scaffold, (), EvaluateConfig(rollout=limits),
                       encoder, services, 0, print, parallel)

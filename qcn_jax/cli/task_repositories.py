@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from absl import flags
 
-from qcn_jax import files
-from qcn_jax.envs import names as names_of_rows
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks.schema import Task
@@ -35,21 +33,9 @@ def find(values: flags.FlagValues, tasks: Iterable[Task], faults: list[str] | No
       UserError: a given one is no repository; or a task's, which may only be a requirement, cannot be downloaded. Where
         `faults` is given the latter becomes a line of it instead.
     """
-    names = sorted({task.repo for task in tasks})
-    described = pathlib.Path(values.tasks).with_name("repositories.json")  # where qcn run leaves them
-    hashes = {row["name"]: row["sha256"] for row in files.read_json(described)} if described.exists() else {}
-    beside = pathlib.Path(f"{values.tasks}.work", "archives")  # where qcn synthesize leaves those of mined tasks
-    mined = [str(path) for name in names if (path := beside / f"{name}.tar.gz").exists()]
-    found = {spec.name: spec for spec in (sources.locate(source) for source in [*values.repo, *mined])}
-    for name in names:
-        if name in found:
-            continue
-        try:
-            if not sources.is_requirement(name):  # names of rows never become paths
-                raise UserError(f"field repo: {names_of_rows.shown(name)} is not name==version and not given by --repo")
-            found[name] = sources.locate(f"{name}#sha256={hashes[name]}" if hashes.get(name) else name, as_path=False)
-        except UserError as error:
-            if faults is None:
-                raise
-            faults.append(f"{values.tasks}: {error}")
+    found, missing = sources.of_tasks({task.repo for task in tasks}, [pathlib.Path(values.tasks)], values.repo)
+    for reason in missing.values():
+        if faults is None:
+            raise UserError(reason)
+        faults.append(f"{values.tasks}: {reason}")
     return [dataclasses.replace(spec, setup=tuple(values.setup)) for spec in found.values()]

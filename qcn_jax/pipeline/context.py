@@ -5,8 +5,9 @@ in `DIR/<stage>/DONE.json`. The layout of a work directory, fixed here and nowhe
 
   DIR/tasks/{train,heldout}.jsonl      verified tasks (SWE-bench schema)
   DIR/tasks/repositories.json          list of RepositorySpec fields, one per repository
-  DIR/midtrain/tokenizer/              tokenizer.json of the run
-  DIR/midtrain/init.json               which checkpoint the run starts from (see pipeline.models)
+  DIR/midtrain/tokenizer/              tokenizer.json of the run; without mid-training, that of config.init
+  DIR/midtrain/init.json               which checkpoint the run starts from (see pipeline.models), in the folder of
+                                       the first stage that reads it
   DIR/midtrain/model/, DIR/sft/model/, DIR/experts/<expert>/model/, DIR/distill/model/,
   DIR/evaluate/sft_control/model/      weights in Hugging Face form, with tokenizer, chat template and ids of its ends
   DIR/<stage>/metrics.jsonl, DIR/experts/<expert>/metrics.jsonl     curves, one row per logged step
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcn_jax import files
 from qcn_jax.config import RunConfig
+from qcn_jax.config_phases import has_data
 from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.sharding import distributed
@@ -129,16 +131,40 @@ class StageContext:
         rows = files.read_json(self.root / "tasks" / "repositories.json")
         return {row["name"]: RepositorySpec(**{key: _tuples(value) for key, value in row.items()}) for row in rows}
 
+    def start(self, stage: str) -> str:
+        """The model that a stage begins from: of the trained ones before it the last, `base` where there is none.
+
+        Args:
+          stage: sft, or one behind it, which all begin from the same.
+
+        Raises:
+          UserError: one of those before it has data and has not finished.
+        """
+        for before in ("midtrain",) if stage == "sft" else ("sft", "midtrain"):
+            if has_data(self.config, before) or (self.root / before / "DONE.json").exists():
+                self.result(before)
+                return before
+        if self.config.init == "random":
+            raise UserError(f"stage {stage} needs a model: --config.init=random, and {self.root} holds none that a "
+                            "stage has trained; name a Hugging Face folder, or run it with --stages=midtrain,sft")
+        return "base"
+
     @property
     def tokenizer_path(self) -> pathlib.Path:
         """The run's tokenizer.json; written by stage midtrain."""
         return self.root / "midtrain" / "tokenizer" / "tokenizer.json"
 
     def tokenizer(self) -> Any:
-        """The run's tokenizer (chat.tokenizer.Tokenizer)."""
+        """The run's tokenizer (chat.tokenizer.Tokenizer): stage midtrain's, or that of `config.init` without it."""
         from qcn_jax.chat.tokenizer import Tokenizer
+        from qcn_jax.pipeline.models import initial_folder
 
-        return self.shared.get("tokenizer", lambda: Tokenizer.from_file(self.tokenizer_path))
+        def build() -> Tokenizer:
+            if has_data(self.config, "midtrain") or self.tokenizer_path.exists() or self.config.init == "random":
+                return Tokenizer.from_file(self.tokenizer_path)
+            return Tokenizer.from_folder(initial_folder(self.config))
+
+        return self.shared.get("tokenizer", build)
 
     def templates(self) -> tuple[str, ...]:
         """Names of the tool-call templates of the format domain."""

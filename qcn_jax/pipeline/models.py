@@ -132,7 +132,9 @@ def _initialised(model: ModelConfig, seed: int, parallel: Parallel | None, names
 
 
 def note_initial(context: StageContext) -> dict[str, str]:
-    """Notes in midtrain/init.json which checkpoint the run starts from; later, checks that it is still that one.
+    """Notes in STAGE/init.json which checkpoint the run starts from; later, checks that it is still that one.
+
+    STAGE is the first that reads it: midtrain, or the first that is run without mid-training.
 
     Returns:
       {"init"}, and of a checkpoint "folder" and "sha256" (see `hub.identity`).
@@ -143,13 +145,15 @@ def note_initial(context: StageContext) -> dict[str, str]:
     init = context.config.init
     if init == "random":
         return {"init": init}
-    folder, path = initial_folder(context.config), context.root / "midtrain" / "init.json"
+    folder = initial_folder(context.config)
+    places = [context.root / stage / "init.json" for stage in ("midtrain", "sft", "experts", "distill")]
+    path = next(filter(files.is_file, places), context.workdir / "init.json")
     found = {"init": init, "folder": str(folder.absolute()), "sha256": hub.identity(folder)}
     if path.exists():
         noted = files.read_json(path)
         if noted["sha256"] != found["sha256"]:
             raise UserError(f"--config.init={init}: {folder} is no longer the checkpoint that the run started from; "
-                            "put that back, or --restart=midtrain")
+                            f"put that back, or --restart={path.parent.name}")
     elif distributed.is_first():
         files.write_json(path, found)
     return found

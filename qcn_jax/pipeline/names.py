@@ -6,7 +6,7 @@ from qcn_jax.config_phases import chats_of, source_field, sources_of, used_sourc
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data import filters
 from qcn_jax.pipeline.data.documents import FORMS
-from qcn_jax.pipeline.data.readers import CHATS, READERS
+from qcn_jax.pipeline.data.readers import CHATS, READERS, task_sets
 from qcn_jax.pipeline.evaluate.baseline import baseline_of
 from qcn_jax.pipeline.experts import experts_of
 
@@ -34,18 +34,20 @@ def check_chats(config: RunConfig) -> None:
         CHATS.resolve(source.kind, f"{field}.kind").check(config, source, field)
 
 
+def check_tasks(config: RunConfig) -> None:
+    """Raises UserError for a file of tasks that cannot be read or holds none."""
+    task_sets.check(config.tasks)
+
+
 def needs_sandbox(config: RunConfig, stage: str) -> bool:
     """Whether a stage that may execute code does so with this configuration."""
     return stage != "sft" or any(CHATS.resolve(source.kind).sandbox for source in chats_of(config.sft).values())
 
 
 def check_scaffold(config: RunConfig, stage: str) -> None:
-    """Raises UserError where an expert cannot present tasks by the scaffold of `stage`, or rollouts cannot run it."""
+    """Raises UserError where an expert cannot present tasks by the scaffold of `stage`."""
     name, field = getattr(config, stage).scaffold, f"--config.{stage}.scaffold"
     scaffold = SCAFFOLDS.resolve(name, field)
-    if scaffold.has_shell:
-        raise UserError(f"{field}: {name!r}; runs shell commands, and rollouts hold no live sandbox for them yet; "
-                        "allowed: a scaffold without a shell, such as nano")
     for expert in experts_of(config.experts.names):
         try:
             expert.present(scaffold)

@@ -11,7 +11,7 @@ from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
-from qcn_jax.agents.tools import SessionExecutor
+from qcn_jax.agents.sessions import SessionExecutor
 from qcn_jax.agents.workspace import SandboxWorkspace
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.pool.env_pool import EnvPool
@@ -217,7 +217,7 @@ def pool():
 def test_a_session_in_a_pool_worker_tells_the_agent_the_same(pool, seed):
     texts = random_texts(random.Random(seed))
     with pool.open_session("tiny==1", starting_changes(TASK, tiny.PRISTINE)) as session:
-        remote = play(Episode(TASK, NANO, SessionExecutor(session, NANO.executor(TASK, None))), texts)
+        remote = play(Episode(TASK, NANO, SessionExecutor(lambda: session, NANO.executor(TASK, None))), texts)
     assert remote == play(start(), texts)
 
 
@@ -233,7 +233,7 @@ def test_tests_of_an_overlay_run_in_the_pool(pool):
 
 def test_a_lost_session_ends_the_episode_as_infrastructure(pool):
     with pool.open_session("tiny==1", starting_changes(TASK, tiny.PRISTINE)) as session:
-        episode = Episode(TASK, NANO, SessionExecutor(session, NANO.executor(TASK, None)))
+        episode = Episode(TASK, NANO, SessionExecutor(lambda: session, NANO.executor(TASK, None)))
         assert not episode.step(VIEW).done
     assert episode.step(RIGHT).done  # the sandbox is gone
     assert episode.result().reason is EndReason.INFRASTRUCTURE

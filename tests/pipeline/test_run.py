@@ -22,9 +22,9 @@ CHATS = pathlib.Path(__file__).with_name("chats.jsonl")
 
 
 def configuration(**changes):
-    """The smallest one that may be run: no tasks wanted, random weights, hardly any data."""
+    """The smallest one that may be run: random weights, hardly any data, and tasks that these stages never make."""
     return RunConfig(**{
-        "init": "random", "tasks": TasksConfig(train=0, heldout=0), "midtrain": MidtrainConfig(data=str(CHATS.parent)),
+        "init": "random", "tasks": TasksConfig(repos_train=("a==1",), repos_heldout=("b==1",)), "midtrain": MidtrainConfig(data=str(CHATS.parent)),
         "sft": SftConfig(data=str(CHATS)), **changes,
     })
 

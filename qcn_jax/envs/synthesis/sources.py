@@ -1,4 +1,4 @@
-"""Repositories to make tasks from: source distributions from PyPI, local archives, local folders.
+"""Repositories to make tasks from, and those of given tasks: sdists from PyPI, local archives, local folders.
 
 Downloads come from the index that pip is set to (over its JSON interface, where nothing of the distribution is run;
 where that does not answer, through pip, which asks the distribution for its metadata), are kept in a cache and checked
@@ -18,8 +18,10 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable, Sequence
 
 from qcn_jax import files
+from qcn_jax.envs import names as names_of_rows
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.errors import UserError
 
@@ -76,6 +78,44 @@ def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True)
                         "which may be followed by #sha256= and 64 hexadecimal digits")
     archive = download(asked[1], asked[2], cache or default_cache())
     return RepositorySpec(asked[1], str(archive), sha256(archive))
+
+
+def of_tasks(names: Iterable[str], beside: Iterable[pathlib.Path], given: Sequence[str] = (), flag: str = "--repo"
+             ) -> tuple[dict[str, RepositorySpec], dict[str, str]]:
+    """Finds the repositories that tasks name: given ones, starting states beside the tasks' files, or downloaded ones.
+
+    Args:
+      names: as the tasks have them, which may only be requirements where they are neither given nor there.
+      beside: the tasks' files.
+      given: what `locate` takes.
+      flag: that gave them, for messages.
+
+    Returns:
+      Specs by name, all of `given` among them; and by name why one is not among them.
+
+    Raises:
+      UserError: a given one is no repository.
+    """
+    places, hashes, mined = sorted(set(beside)), {}, []
+    for path in places:
+        described = path.with_name("repositories.json")  # where qcn run leaves them
+        hashes |= {row["name"]: row["sha256"] for row in files.read_json(described)} if described.exists() else {}
+    names = sorted(set(names))
+    for name in names:  # where qcn synthesize leaves those of mined tasks
+        archives = [pathlib.Path(f"{path}.work", "archives", f"{name}.tar.gz") for path in places]
+        if not names_of_rows.path_fault(f"{name}.tar.gz"):
+            mined += [str(path) for path in archives if path.exists()][:1]
+    found, missing = {spec.name: spec for spec in map(locate, [*given, *mined])}, {}
+    for name in names:
+        if name in found:
+            continue
+        try:
+            if not is_requirement(name):  # names of rows never become paths
+                raise UserError(f"field repo: {names_of_rows.shown(name)} is not name==version and not given by {flag}")
+            found[name] = locate(f"{name}#sha256={hashes[name]}" if hashes.get(name) else name, as_path=False)
+        except UserError as error:
+            missing[name] = str(error)
+    return found, missing
 
 
 def download(requirement: str, expected: str | None, cache: pathlib.Path) -> pathlib.Path:

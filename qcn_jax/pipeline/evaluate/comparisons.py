@@ -9,7 +9,7 @@ from qcn_jax.pipeline.experts.expert import BASELINE, OWN, Expert
 Models = Mapping[str, Mapping[str, Any]]
 
 
-def comparisons(models: Models, experts: Sequence[Expert], baseline: str = "") -> dict[str, Any]:
+def comparisons(models: Models, experts: Sequence[Expert], baseline: str = "", start: str = "sft") -> dict[str, Any]:
     """Paired tests on the tasks that both models of a pair have verdicts for.
 
     Greedy episodes by McNemar's exact test; where tasks were sampled too, the shares of solved samples by a sign-flip
@@ -19,21 +19,22 @@ def comparisons(models: Models, experts: Sequence[Expert], baseline: str = "") -
       models: numbers by model, each from `Bench`.
       experts: whose comparisons are made.
       baseline: name of the model that stands for BASELINE.
+      start: name of the one that stands for `sft`, from which experts begin.
     """
     tests = {}
     for expert in experts:
-        named = {OWN: expert.model, BASELINE: baseline}
+        named = {OWN: expert.model, BASELINE: baseline, "sft": start}
         for first, second in ((named.get(a, a), named.get(b, b)) for a, b in expert.comparisons):
             pair, domain = (models.get(first, {}), models.get(second, {})), expert.name
             a, b = map(expert.solved, pair)
-            common = sorted(a.keys() & b.keys())
+            common = sorted(a.keys() & b.keys()) if first != second else []
             if common:
                 test = statistics.paired_test([a[key] for key in common], [b[key] for key in common])
                 tests[f"{first}_vs_{second}_{domain}"] = {
                     "first": first, "second": second, "domain": domain, "tasks": len(common),
                     "only_first": test.only_first, "only_second": test.only_second,
                     "difference": round(test.difference, 6), "p_value": test.p_value}
-            if expert.headline and (found := _sampled_comparison(*pair)):
+            if expert.headline and first != second and (found := _sampled_comparison(*pair)):
                 tests[f"{first}_vs_{second}_{domain}_sampled"] = {
                     "first": first, "second": second, "domain": f"{domain}, sampled"} | found
     return tests

@@ -1,7 +1,8 @@
 """An episode on a task as the rollout sees it: tokens in, tokens out.
 
-An episode's files live in memory; only test runs and gradings go to sandboxes, through `Services`. A verdict comes
-from a fresh grading sandbox that saw nothing of the episode but its patch.
+An episode's files live in memory, and only test runs and gradings go to sandboxes, through `Services`; where the
+scaffold has a shell they live in a sandbox of the episode's own, and a guard looks at every call. A verdict comes from
+a fresh grading sandbox that saw nothing of the episode but its patch.
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from qcn_jax.agents.episode import EndReason, Episode, EpisodeResult
 from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.scaffolds import Message, Scaffold
+from qcn_jax.agents.sessions import SessionExecutor
 from qcn_jax.agents.workspace import open_overlay
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.envs.tasks.schema import Task
@@ -44,11 +46,12 @@ class TaskConversation:
     def episode(self) -> Episode:
         """Made when first needed: a run holds far more prompts than open episodes."""
         task, scaffold, services = self._task, self._scaffold, self._services
+        if scaffold.has_shell:
+            live = SessionExecutor(functools.partial(services.open, task), scaffold.executor(task, None))
+            return Episode(task, scaffold, live, max_turns=self._max_turns, guard=Guard())
         runner = functools.partial(services.run_tests, task.repo)
         workspace = open_overlay(task, services.files(task.repo), runner)
-        executor = scaffold.executor(task, workspace)
-        guard = Guard() if scaffold.has_shell else None
-        return Episode(task, scaffold, executor, max_turns=self._max_turns, guard=guard)
+        return Episode(task, scaffold, scaffold.executor(task, workspace), max_turns=self._max_turns)
 
     @property
     def messages(self) -> list[Message]:
@@ -76,7 +79,10 @@ class TaskConversation:
         """Grades the patch."""
         if truncated:
             self.episode.end(EndReason.LENGTH_LIMIT)
-        result = self.episode.result()
+        try:
+            result = self.episode.result()
+        finally:
+            self.episode.executor.close()
         broken = result.reason is EndReason.INFRASTRUCTURE
         if self._reward is None:
             return Outcome(0.0, False, result.reason is EndReason.SUBMITTED, infrastructure=broken)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from qcn_jax.agents.workspace import ProviderRunner
 from qcn_jax.envs.sandbox.base import Provider, TestRun
-from qcn_jax.envs.tasks.grading import Grader
+from qcn_jax.envs.tasks.grading import Grader, starting_changes
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
+from qcn_jax.errors import UserError
 from qcn_jax.memo import Once
 
 if TYPE_CHECKING:
-    from qcn_jax.envs.pool.env_pool import EnvPool
+    from qcn_jax.agents.scaffolds import Scaffold
+    from qcn_jax.envs.pool.env_pool import EnvPool, Session
     from qcn_jax.envs.sandbox.repository import RepositorySpec
     from qcn_jax.pipeline.context import StageContext
 
@@ -27,11 +29,13 @@ class Services:
     files: repository name -> its pristine text files.
     run_tests: (repository, changed files, node ids, timeout, fail fast) -> TestRun.
     grade: (task, patch) -> Verdict, in a fresh sandbox.
+    open: task -> a live sandbox in the task's starting state, for agents with a shell; the caller closes it.
     """
 
     files: Callable[[str], Mapping[str, str]]
     run_tests: Callable[[str, Mapping[str, str | None], Sequence[str] | None, float, bool], TestRun]
     grade: Callable[[Task, str], Verdict]
+    open: Callable[[Task], "Session"] | None = None
 
     def remembering(self) -> "Services":
         """The same services, every test run and grading done once; only clean results are remembered."""
@@ -46,7 +50,7 @@ class Services:
         def grade(task, patch):
             return verdicts.get((task.instance_id, patch), lambda: self.grade(task, patch))
 
-        return Services(self.files, run_tests, grade)
+        return dataclasses.replace(self, run_tests=run_tests, grade=grade)
 
 
 def _digest(changed: Mapping[str, str | None]) -> str:
@@ -69,8 +73,21 @@ def provider_services(provider: Provider) -> Services:
 
 
 def make_services(context: "StageContext") -> Services:
-    """Services of a run."""
-    return pool_services(context.repositories(), context.provider(), context.pool())
+    """Services of a stage that acts.
+
+    Raises:
+      UserError: its scaffold has a shell, and the sandbox lets no command run.
+    """
+    provider = context.provider()
+    check_shell(context.scaffold(context.stage), provider, f"--config.{context.stage}.scaffold")
+    return pool_services(context.repositories(), provider, context.pool())
+
+
+def check_shell(scaffold: "Scaffold", provider: Provider, field: str) -> None:
+    """Raises UserError, which begins with `field`, where a scaffold runs commands and the sandbox refuses them."""
+    if scaffold.has_shell and not provider.commands_allowed:
+        raise UserError(f"{field}: {scaffold.name!r}; runs shell commands, which this sandbox cannot keep in "
+                        f"({provider.describe()}); use docker, or a scaffold without a shell, such as nano")
 
 
 def pool_services(repositories: Mapping[str, "RepositorySpec"], provider: Provider, pool: "EnvPool") -> Services:
@@ -91,5 +108,6 @@ def pool_services(repositories: Mapping[str, "RepositorySpec"], provider: Provid
         files=pristine,
         run_tests=lambda *arguments: pool.run_tests(*arguments).result(),
         grade=lambda task, patch: pool.grade(task, patch, fail_fast=True).result(),
+        open=lambda task: pool.open_session(task.repo, starting_changes(task, pristine(task.repo))),
     )
     return services.remembering()

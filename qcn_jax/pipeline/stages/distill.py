@@ -202,7 +202,7 @@ def _shares(records: Sequence[RolloutRecord]) -> dict[str, float]:
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
-    """Distils every expert of the run into the SFT model and writes the unified model.
+    """Distils every expert of the run into the model that they began from and writes the unified model.
 
     Returns:
       {"first", "last"}: metrics of the first and last updates; "mesh".
@@ -212,7 +212,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    (_, params), experts = models.load(context, "sft", parallel), context.experts()
+    start, experts = context.start("distill"), context.experts()
+    _, params = models.load(context, start, parallel)
     teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}
     graded = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
@@ -228,7 +229,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     episodes.say_where(parallel, context.log)
     result = trainer.run(context.workdir, layout.copied(params), feed, config.updates, config,
                          log=context.log, line=_line, frozen=tuple(teachers.values())[: trainer.frozen])
-    models.save(context, "sft", context.model_path("unified"), trainer.model, result.state.params)
+    models.save(context, start, context.model_path("unified"), trainer.model, result.state.params)
     rows = read_metrics(context.workdir / "metrics.jsonl")
     first, last = rows[0], rows[-1]
     line = f"{config.loss} {first['loss']:.4g} to {last['loss']:.4g}, same choice at {last['agreement']:.1%} of tokens"

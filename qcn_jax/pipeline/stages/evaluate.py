@@ -22,7 +22,7 @@ SHOWN = 10  # sample trajectories of the report
 
 def run_stage(context: StageContext) -> dict[str, Any]:
     """Measures all models; returns their numbers, paired tests, retention, and what the sandboxes were."""
-    bench = make_bench(context)
+    bench, start = make_bench(context), context.start("evaluate")
     models: dict[str, dict[str, Any]] = {}
 
     def measured(name: str, measure, write=distributed.write_json) -> None:
@@ -40,12 +40,13 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     for name in model_names(context):
         measured(name, lambda name=name: bench.model(name, *load(context, name, bench.parallel)))
     if distributed.is_first():
-        files.write_jsonl(context.workdir / "trajectories.jsonl", choose_trajectories(models, bench, baseline))
+        chosen = choose_trajectories(models, bench, baseline, start)
+        files.write_jsonl(context.workdir / "trajectories.jsonl", chosen)
     for model in models.values():
         model.pop("messages", None)
     results = {
         "models": models,
-        "tests": comparisons.comparisons(models, bench.experts, baseline.name if baseline else ""),
+        "tests": comparisons.comparisons(models, bench.experts, baseline.name if baseline else "", start),
         "retention": comparisons.retention(models, bench.experts),
         "sandbox": context.provider().kind, "isolation": context.provider().describe(),
         "line": _line(models, headline(bench.experts).model),
@@ -59,9 +60,10 @@ def first_guess(baseline: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_names(context: StageContext) -> list[str]:
-    """Models that this run trains, in the order of the report."""
+    """The initial model and those that this run trains, in the order of the report."""
+    trained = [stage for stage in ("midtrain", "sft") if (context.root / stage / "DONE.json").exists()]
     experts = [expert.model for expert in context.experts()]
-    return ["base", "midtrain", "sft", *(["sft_control"] if has_control(context) else []), *experts, "unified"]
+    return ["base", *trained, *(["sft_control"] if has_control(context) else []), *experts, "unified"]
 
 
 def has_control(context: StageContext) -> bool:
@@ -108,9 +110,13 @@ def train_control(context: StageContext) -> dict[str, Any]:
     return control
 
 
-def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baseline: Baseline | None
+def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baseline: Baseline | None, start: str = "sft"
                         ) -> list[dict[str, Any]]:
-    """Conversations worth reading: first a recovery, then what reinforcement learning changed, then failures."""
+    """Conversations worth reading: first a recovery, then what reinforcement learning changed, then failures.
+
+    Args:
+      start: the model that reinforcement learning began from.
+    """
     kinds = {task.instance_id: task.kind for task in bench.tasks}
     picks: list[tuple[str, str]] = []
 
@@ -118,12 +124,12 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baselin
         return sum(message["role"] == "assistant" for message in models[model]["messages"][task])
 
     best = headline(bench.experts).model
-    solved, before = models[best]["solved"], models["sft"]["solved"]
+    solved, before = models[best]["solved"], models[start]["solved"]
     recovered = sorted((task for task in solved if solved[task]), key=lambda task: (-turns(best, task), task))
     gained = [task for task in recovered if not before.get(task, False)]
     picks += [(best, task) for task in recovered[:2]]
     for task in gained[:2]:
-        picks += [(best, task), ("sft", task)]
+        picks += [(best, task), (start, task)]
     picks += [("unified", task) for task, ok in sorted(models["unified"]["solved"].items()) if ok][:1]
     picks += [(best, task) for task in sorted(solved) if not solved[task]][:2]
     if baseline is not None:
@@ -134,5 +140,5 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baselin
 
 
 def _line(models: dict[str, dict[str, Any]], expert: str) -> str:
-    shown = [name for name in ("midtrain", "sft", "sft_control", expert, "unified") if name in models]
+    shown = [name for name in ("base", "midtrain", "sft", "sft_control", expert, "unified") if name in models]
     return "resolved " + ", ".join(f"{name} {models[name]['rate']:.1%}" for name in shown)

@@ -16,6 +16,7 @@ from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import reward_of
 from qcn_jax.pipeline.experts.expert import Expert, Prompt
 from qcn_jax.pipeline.experts.services import Services, make_services
+from qcn_jax.pipeline.names import needs_sandbox
 from qcn_jax.pipeline.rl import episodes, learner
 from qcn_jax.pipeline.rl.learner import Learner
 from qcn_jax.pipeline.rl.rollout import sequence_seed
@@ -36,18 +37,19 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
-    """Trains every expert of `config.experts.names` from the SFT model.
+    """Trains every expert of `config.experts.names` from the SFT model, or from what there is instead of one.
 
     Returns:
       {"experts": {name: {"seconds", "prompts", "first", "last", "mesh"}}} with the metrics of the first and last
-      updates, and "mesh".
+      updates, "start" (the model that they begin from) and "mesh".
     """
     config = context.config.experts
     experts = context.experts()
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
+    start = context.start("experts")
     services, encoder = make_services(context), ChatEncoder(context.tokenizer())
-    _, params = models.load(context, "sft", parallel)
+    _, params = models.load(context, start, parallel)
     engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length,
                                   parallel)
     episodes.say_where(parallel, context.log)
@@ -55,13 +57,14 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     for expert in experts:
         done = context.workdir / expert.name / "DONE.json"
         if not done.exists():
-            distributed.write_json(done, _train_expert(context, expert, params, engine, trainer, encoder, services))
+            distributed.write_json(done, _train_expert(context, expert, start, params, engine, trainer, encoder,
+                                                       services))
         results[expert.name] = files.read_json(done)
     line = ", ".join(f"{n} {r['first']['pass_rate']:.0%} to {r['last']['pass_rate']:.0%}" for n, r in results.items())
-    return {"experts": results, "mesh": results[experts[-1].name]["mesh"], "line": f"pass rate {line}"}
+    return {"experts": results, "start": start, "mesh": results[experts[-1].name]["mesh"], "line": f"pass rate {line}"}
 
 
-def _train_expert(context: StageContext, expert: Expert, params: Any, engine: Engine, trainer: Trainer,
+def _train_expert(context: StageContext, expert: Expert, start: str, params: Any, engine: Engine, trainer: Trainer,
                   encoder: ChatEncoder, services: Services) -> dict[str, Any]:
     config, directory, reward = context.config.experts, context.workdir / expert.name, reward_of(context.config)
     log = lambda line: context.log(f"{expert.name}: {line}")
@@ -81,7 +84,7 @@ def _train_expert(context: StageContext, expert: Expert, params: Any, engine: En
     frozen = (trainer.place_params(params),) * trainer.frozen
     result = trainer.run(directory, layout.copied(params), feed, config.updates, config, log=log, line=_line,
                          frozen=frozen)
-    models.save(context, "sft", directory / "model", trainer.model, result.state.params)
+    models.save(context, start, directory / "model", trainer.model, result.state.params)
     rows = read_metrics(directory / "metrics.jsonl")
     return {
         "seconds": round(sum(max(row["seconds_per_step"], row["seconds_rollout"]) for row in rows), 2),
@@ -113,8 +116,10 @@ def _every_tenth(log: Callable[[str], None]) -> Callable[[int, int], None]:
 
 
 def training_prompts(context: StageContext, expert: Expert, stage: str) -> list[Prompt]:
-    """Prompts of `stage`, experts or distill: tasks that SFT has not seen."""
-    _, tasks = split_tasks(context.tasks("train"), context.config.seed)
+    """Prompts of `stage`, experts or distill: the training tasks, without those that SFT has seen."""
+    tasks = context.tasks("train")
+    if needs_sandbox(context.config, "sft"):  # it imitates solutions of half of them
+        _, tasks = split_tasks(tasks, context.config.seed)
     return expert.prompts(tasks, context.scaffold(stage), context.templates())
 
 

@@ -46,13 +46,13 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
-    """Reads or makes conversations, trains the mid-trained model on them, writes sft/model/."""
+    """Reads or makes conversations, trains the mid-trained or the initial model on them, writes sft/model/."""
     with distributed.first_before_others("conversations"):  # the first process has the sandboxes, the others read
         if distributed.is_first() and not (context.workdir / DOCUMENTS / SUMMARY).exists():
             write_documents(context)
         sources, summary = _sources(context), files.read_json(context.workdir / DOCUMENTS / SUMMARY)
     results = _train(context, sources, context.config.sft.train.steps, context.workdir,
-                     "midtrain", "sft", context.config.seed)
+                     context.start("sft"), "sft", context.config.seed)
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     line = f"{summary['conversations']} conversations, {results['steps']} steps, {ending}"
     return results | summary | {"line": line}

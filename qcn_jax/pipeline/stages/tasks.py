@@ -1,4 +1,4 @@
-"""Stage `tasks`: source distributions in, verified tasks out, training and held-out repositories apart.
+"""Stage `tasks`: verified tasks, training and held-out ones apart; read from files, or made of source distributions.
 
 Resumable: downloads, surveys and verdicts are kept as they come, and a rerun continues with the same result.
 """
@@ -12,9 +12,11 @@ from qcn_jax import files
 from qcn_jax.config_checks import in_both
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import plan, sources, synthesize
-from qcn_jax.envs.tasks.schema import write_tasks
+from qcn_jax.envs.tasks.schema import Task, write_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.data import given_tasks
+from qcn_jax.pipeline.data.readers.task_sets import FIELDS
 
 _DOWNLOADS = 4  # at a time
 
@@ -23,34 +25,37 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     """Makes `train.jsonl`, `heldout.jsonl` and `repositories.json` in the stage's folder.
 
     Raises:
-      UserError: no network, a wrong hash, a repository in both splits, or none that can be used.
+      UserError: no network, a wrong hash, a repository in both splits, none that can be used, or a task of a file that
+        cannot.
     """
     config = context.config.tasks
-    specs = _locate(context, [*config.repos_train, *config.repos_heldout])
-    # Asked again, by name: archives and folders only have one now.
-    names_of = lambda sources: [specs[source].name for source in sources]
-    for line in in_both(names_of(config.repos_train), names_of(config.repos_heldout)):
-        raise UserError(line)
+    given = {split for split, field in FIELDS.items() if getattr(config, field)}
+    names = {"train": config.repos_train, "heldout": config.repos_heldout}
+    specs = _locate(context, [name for split in names if split not in given for name in names[split]])
+    if not given:  # asked again, by name: archives and folders only have one now
+        for line in in_both(*([specs[source].name for source in sources] for sources in names.values())):
+            raise UserError(line)
     results: dict[str, Any] = {"candidates": 0, "yields": {}, "repository_yields": {}, "outcomes": {}, "left_out": {}}
-    usable: list[RepositorySpec] = []
-    for split, names, target in (
-        ("train", config.repos_train, config.train), ("heldout", config.repos_heldout, config.heldout),
-    ):  # fmt: skip
-        chosen = [specs[name] for name in names]
-        if target == 0:
-            found = synthesize.Result([], [], chosen, {})
+    tasks: dict[str, list[Task]] = {}
+    used: dict[str, list[RepositorySpec]] = {}
+    for split in ("heldout", "train") if given else ("train", "heldout"):  # what is held out bounds what is trained on
+        if split in given:
+            apart = given_tasks.heldout_apart(tasks.get("heldout", ()), used.get("heldout", ()))
+            found = given_tasks.load(config, split, context.pool(), context.workdir / "archives", context.log, apart)
+            tasks[split], used[split] = found.tasks, found.repositories
+            results.setdefault("given", {})[split] = found.summary
+            results |= {split: len(found.tasks), f"repos_{split}": [spec.name for spec in found.repositories]}
         else:
-            found = synthesize.synthesize(context.pool(), chosen, _settings(context, target), context.workdir,
-                                          context.log, split)  # fmt: skip
-        if len(found.tasks) < target:
-            context.log(f"{split}: only {len(found.tasks)} of {target} tasks could be made; more repositories, kinds "
-                        "or candidates_per_repo would help")
-        write_tasks(context.workdir / f"{split}.jsonl", found.tasks)
-        usable += found.repositories
-        _add(results, split, found)
-    files.write_json(context.workdir / "repositories.json", [dataclasses.asdict(spec) for spec in usable])
-    results["line"] = (f"{results['train']} training and {results['heldout']} held-out tasks from "
-                       f"{results['candidates']} candidates")
+            chosen = [specs[name] for name in names[split]]
+            if split == "train":
+                _check_apart(chosen, used.get("heldout", ()))
+            made = _make(context, split, chosen, results)
+            tasks[split], used[split] = made.tasks, made.repositories
+        write_tasks(context.workdir / f"{split}.jsonl", tasks[split])
+    rows = {spec.name: dataclasses.asdict(spec) for spec in (*used["train"], *used["heldout"])}
+    files.write_json(context.workdir / "repositories.json", list(rows.values()))
+    results["line"] = f"{results['train']} training and {results['heldout']} held-out tasks" + (
+        f" from {results['candidates']} candidates" if results["candidates"] else "")
     return results
 
 
@@ -59,8 +64,34 @@ def _locate(context: StageContext, names: Sequence[str]) -> dict[str, Repository
     cache = sources.default_cache()
     with concurrent.futures.ThreadPoolExecutor(_DOWNLOADS) as executor:
         found = list(executor.map(lambda name: sources.locate(name, cache), names))
-    context.log(f"{len(found)} source distributions, hashes checked, in {cache}")
+    if found:
+        context.log(f"{len(found)} source distributions, hashes checked, in {cache}")
     return dict(zip(names, found))
+
+
+def _make(context: StageContext, split: str, chosen: list[RepositorySpec], results: dict[str, Any]
+          ) -> synthesize.Result:
+    """Makes the tasks of a split of repositories; adds its numbers to the stage's results."""
+    target = getattr(context.config.tasks, split)
+    if target == 0:
+        found = synthesize.Result([], [], chosen, {})
+    else:
+        found = synthesize.synthesize(context.pool(), chosen, _settings(context, target), context.workdir, context.log,
+                                      split)
+    if len(found.tasks) < target:
+        context.log(f"{split}: only {len(found.tasks)} of {target} tasks could be made; more repositories, kinds "
+                    "or candidates_per_repo would help")
+    _add(results, split, found)
+    return found
+
+
+def _check_apart(train: Sequence[RepositorySpec], heldout: Sequence[RepositorySpec]) -> None:
+    """Raises UserError where tasks would be made of a project that given held-out tasks are of."""
+    projects = {given_tasks.project(spec.name): spec.name for spec in heldout}
+    for spec in train:
+        if (other := projects.get(given_tasks.project(spec.name))) is not None:
+            raise UserError(f"--config.tasks.repos_train: {spec.name} is of the project of {other}, which is held out; "
+                            "the splits must be disjoint")
 
 
 def _settings(context: StageContext, target: int) -> plan.Settings:

@@ -5,17 +5,19 @@ import dataclasses
 
 import pytest
 
+from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
 from qcn_jax.chat import templates
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import EXPERTS, experts_of, headline
 from qcn_jax.pipeline.experts.expert import Expert
-from qcn_jax.pipeline.experts.services import Services, provider_services
+from qcn_jax.pipeline.experts.services import Services, check_shell, pool_services, provider_services
 from qcn_jax.pipeline.experts.single_turn import SINGLE_TURN
 from qcn_jax.pipeline.experts.swe import SWE
 from qcn_jax.pipeline.experts.tool_format import TOOL_FORMAT
@@ -43,9 +45,9 @@ def services() -> Services:
     return provider_services(tiny.provider()).remembering()
 
 
-def begin(encoder, services, task, expert=SWE, template=templates.NATIVE, **options):
+def begin(encoder, services, task, expert=SWE, template=templates.NATIVE, scaffold=NANO, **options):
     """A conversation of `expert` on `task`."""
-    (prompt,) = expert.prompts([task], NANO, [template])
+    (prompt,) = expert.prompts([task], scaffold, [template])
     return expert.conversation(prompt, encoder, services, **{"max_turns": 6, "unfinished_penalty": 0.25} | options)
 
 
@@ -173,6 +175,63 @@ def test_failing_tests_refute_a_turn(encoder, services) -> None:
     replies = [conversation.reply(say(calls), True) for calls in turns]
     assert [reply.failing for reply in replies] == [False, True, True, False, False]
     assert [reply.repeated for reply in replies] == [False, False, True, False, False]
+
+
+@pytest.fixture(name="live", scope="module")
+def _live():
+    """Services of a pool whose worker holds live sandboxes, and the pool."""
+    arguments = {"kind": "local", "state_dir": tiny.provider().state_dir}
+    with EnvPool(1, arguments, [tiny.spec()]) as pool:
+        yield pool_services({"tiny==1": tiny.spec()}, tiny.provider(), pool), pool
+
+
+def shell(*commands):
+    """mini-swe-agent's turns."""
+    return [MINI_SWE_AGENT.render("I look.", [ToolCall("bash", {"command": command})]) for command in commands]
+
+
+MEND = "sed -i 's/if value > low/if value < low/' calc/core.py"
+DONE = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+
+
+def test_a_scaffold_with_a_shell_acts_in_a_live_sandbox(encoder, live) -> None:
+    services, pool = live
+    turns = shell("grep -n 'value >' calc/core.py", MEND, "git remote add o https://github.com/o/tiny && git fetch o", DONE)
+    outcome, tokens, flags = play(encoder, services, tiny.make_task(), turns, scaffold=MINI_SWE_AGENT)
+    assert outcome.reward == 1.0 and outcome.detail["resolved"] and flags == [False] * 4
+    assert outcome.detail["blocked"] == 1 and outcome.detail["scaffold"] == "mini_swe_agent"
+    said = encoder.tokenizer.decode(tokens)
+    assert "if value > low:" in said and "This call was blocked" in said and "<returncode>0</returncode>" in said
+    assert pool._open == [0]  # its sandbox was given back
+
+
+def test_two_episodes_at_once_have_sandboxes_of_their_own_and_idle_ones_have_none(encoder, live) -> None:
+    services, pool = live
+    first, second, idle = (begin(encoder, services, tiny.make_task(), scaffold=MINI_SWE_AGENT) for _ in range(3))
+    say = lambda conversation, command: conversation.reply(
+        [*encoder.tokenizer.encode(shell(command)[0]), encoder.end], True)
+    assert first.opening() == second.opening() == idle.opening() and pool._open == [0]
+    assert not say(first, MEND).done and not say(second, "rm calc/core.py").done and pool._open == [2]
+    assert say(first, DONE).done and say(second, DONE).done
+    assert first.outcome(False).solved and not second.outcome(False).solved
+    assert idle.outcome(True).detail["outcome"] == "empty_patch" and pool._open == [0]
+
+
+def test_a_live_sandbox_that_is_lost_is_nobodys_fault(encoder, live) -> None:
+    services, pool = live
+    conversation = begin(encoder, services, tiny.make_task(), scaffold=MINI_SWE_AGENT)
+    conversation.opening()
+    say = lambda command: conversation.reply([*encoder.tokenizer.encode(shell(command)[0]), encoder.end], True)
+    assert not say("true").done
+    pool._lines[0].kill()  # the worker
+    assert say("true").done and conversation.outcome(False).infrastructure and pool._open == [0]
+
+
+def test_a_shell_where_no_command_may_run_is_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(tiny.provider(), "commands_allowed", False)
+    with pytest.raises(UserError, match="^--scaffold: 'mini_swe_agent'; runs shell commands, which this sandbox cannot"):
+        check_shell(MINI_SWE_AGENT, tiny.provider(), "--scaffold")
+    check_shell(NANO, tiny.provider(), "--scaffold")
 
 
 def test_prompts_and_splits() -> None:

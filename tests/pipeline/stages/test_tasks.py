@@ -7,10 +7,13 @@ import pytest
 from qcn_jax import files
 from qcn_jax.config import RunConfig, TasksConfig
 from qcn_jax.envs.sandbox import make_provider
+from qcn_jax.envs.tasks import formats
 from qcn_jax.envs.tasks.grading import Grader
+from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run
 from qcn_jax.pipeline.context import Shared, StageContext
+from tests.agents import tiny
 from tests.envs.synthesis.small import write_repository
 
 
@@ -49,6 +52,39 @@ def test_stage(config, tmp_path, capsys):
     run.run(config, tmp_path / "run", ("tasks",))
     assert (folder / "train.jsonl").read_bytes() == before["train.jsonl"]
     assert (folder / "heldout.jsonl").read_bytes() == before["heldout.jsonl"]
+
+
+def test_given_tasks_take_the_place_of_made_ones(tmp_path, capsys):
+    """Training tasks of a file, held-out ones of another, on repositories that are named; counts say what became of them."""
+    train, heldout = tiny.write_tree(tmp_path / "tiny-1"), tiny.write_tree(tmp_path / "other-2")
+    task = tiny.make_task()
+    rows = [task, dataclasses.replace(task, instance_id="unknown", repo="gone"), dataclasses.replace(task, instance_id="kept_apart",
+                                                                                                   repo="other==1")]
+    formats.write(tmp_path / "train.jsonl", rows, "swesmith")
+    write_tasks(tmp_path / "heldout.jsonl", [tiny.make_task(
+        "return n % 2 == 0", "return n % 2 == 1", "is_even", ("even",), instance_id="h", repo="other==2", problem_statement="Odd.")])
+    config = RunConfig(sandbox="local", workers=1, tasks=TasksConfig(
+        data=str(tmp_path / "train.jsonl"), heldout_data=str(tmp_path / "heldout.jsonl"), malformed="skip", verify=1,
+        repos_train=(str(train),), repos_heldout=(str(heldout),)))
+    results = run.run(config, tmp_path / "run", ("tasks",))["tasks"]
+    assert (results["train"], results["heldout"], results["candidates"]) == (1, 1, 0)
+    assert (results["repos_train"], results["repos_heldout"]) == (["tiny==1"], ["other==2"])
+    given = results["given"]["train"]
+    assert [given[key] for key in ("read", "kept", "malformed", "executed")] == [3, 1, 1, 1]
+    assert given["left_out"] == {"its project is held out": 1} and "train.jsonl:2: field repo: 'gone'" in given["malformed_rows"][0]
+    assert "train: 1 of 3 kept, 1 malformed" in capsys.readouterr().out
+    context = StageContext(config, tmp_path / "run", "sft", Shared(config, tmp_path / "run"))
+    (read,) = context.tasks("train")
+    assert (read.instance_id, read.repo, read.bug_patch) == (task.instance_id, task.repo, task.bug_patch)
+    assert set(context.repositories()) == {"tiny==1", "other==2"}
+
+
+def test_nothing_is_made_of_a_project_that_given_tasks_hold_out(config, tmp_path):
+    write_tasks(tmp_path / "heldout.jsonl", [dataclasses.replace(tiny.make_task(), repo="numbers-pkg==0.9")])
+    archive = tiny.write_tree(tmp_path / "older" / "numbers-pkg-0.9")
+    changed = dataclasses.replace(config.tasks, heldout_data=str(tmp_path / "heldout.jsonl"), repos_heldout=(str(archive),), verify=0)
+    with pytest.raises(UserError, match="repos_train: numbers_pkg==1.0 is of the project of numbers-pkg==0.9, which is held out"):
+        run.run(dataclasses.replace(config, tasks=changed), tmp_path / "run", ("tasks",))
 
 
 def test_no_tasks_wanted(config, tmp_path):
