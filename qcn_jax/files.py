@@ -21,6 +21,11 @@ _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # as mkstemp and mkdtemp 
 _OLD = ".old"  # after that: a folder that is being replaced
 
 
+def cache_folder(name: str) -> pathlib.Path:
+    """Where things of this kind are kept for later runs: $XDG_CACHE_HOME/qcn_jax/NAME or ~/.cache/qcn_jax/NAME."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "qcn_jax" / name
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file or folder of this name is one that this module was writing."""
     return _TEMPORARY.fullmatch(name) is not None

@@ -29,7 +29,6 @@ from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.config import MeshConfig
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
-from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks import formats, swebench
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict, write_reports
@@ -109,7 +108,7 @@ def _evaluate(values: flags.FlagValues, tasks: Mapping[str, Task], faults: list[
     if not tasks:
         raise UserError(faults[0])
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
-                 "state_dir": str(sources.default_cache().parent / "sandbox")}
+                 "state_dir": str(files.cache_folder("sandbox"))}
     with make_pool(values.pool, values.workers, arguments, specs, ray_address=values.ray_address) as pool:
         sandbox = pool.describe()  # or says why there is none
         path = values.predictions or out / "preds.jsonl"

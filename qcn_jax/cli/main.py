@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from qcn_jax import files
 from qcn_jax.errors import UserError
 from qcn_jax.hostmemory import keep_freed_memory
 
@@ -57,8 +58,10 @@ def main(argv: Sequence[str]) -> int:
     verb, arguments = argv[0], list(argv[1:])
     if verb not in VERBS:
         return _fail("qcn", f"unknown verb {verb!r}; verbs: {', '.join(available_verbs())}")
-    if verb in _COMPUTING:
-        keep_freed_memory()  # now, because JAX is imported later
+    if verb in _COMPUTING:  # now, because JAX is imported later
+        keep_freed_memory()
+        if verb != "run":  # which keeps what it compiles beside its results
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(files.cache_folder("xla")))
     return _run_verb(verb, arguments)
 
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import tqdm
 from absl import flags
 
+from qcn_jax import files
 from qcn_jax.cli import parsing, task_repositories
-from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.errors import UserError
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     for fault in faults:
         print(fault)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
-                 "state_dir": str(sources.default_cache().parent / "sandbox")}  # fmt: skip
+                 "state_dir": str(files.cache_folder("sandbox"))}  # fmt: skip
     invalid = flaky_tasks = 0
     count = len(tasks) + len(foreign)
     with contextlib.ExitStack() as stack:

@@ -69,7 +69,7 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
     tasks: list[Task] = []
     yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
     specs, foreign = _sorted_out(request)
-    arguments = {"kind": request.sandbox, "state_dir": str(sources.default_cache().parent / "sandbox")}
+    arguments = {"kind": request.sandbox, "state_dir": str(files.cache_folder("sandbox"))}
     with EnvPool(request.workers, arguments) as pool:
         log(f"sandbox: {pool.describe()['description']}")
         if specs:

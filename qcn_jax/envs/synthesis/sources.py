@@ -9,7 +9,6 @@ import functools
 import hashlib
 import http.client
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -30,12 +29,6 @@ _ARCHIVES = (".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz")
 _DOWNLOAD_SECONDS = 300.0
 _INDEX_SECONDS = 30.0  # without a byte, after which pip is tried
 _DEFAULT_INDEX = "https://pypi.org/simple"
-
-
-def default_cache() -> pathlib.Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/qcn_jax/sources or ~/.cache/qcn_jax/sources."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "qcn_jax" / "sources"
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -76,7 +69,7 @@ def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True)
     if not asked:
         raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version, "
                         "which may be followed by #sha256= and 64 hexadecimal digits")
-    archive = download(asked[1], asked[2], cache or default_cache())
+    archive = download(asked[1], asked[2], cache or files.cache_folder("sources"))
     return RepositorySpec(asked[1], str(archive), sha256(archive))
 
 

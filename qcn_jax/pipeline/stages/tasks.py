@@ -61,7 +61,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
 
 def _locate(context: StageContext, names: Sequence[str]) -> dict[str, RepositorySpec]:
     """Finds or downloads the repositories, several at a time."""
-    cache = sources.default_cache()
+    cache = files.cache_folder("sources")
     with concurrent.futures.ThreadPoolExecutor(_DOWNLOADS) as executor:
         found = list(executor.map(lambda name: sources.locate(name, cache), names))
     if found:
