@@ -20,6 +20,7 @@ from qcn_jax.errors import UserError
 
 Message = Mapping[str, Any]
 
+_SHORT = 4096  # characters of a text whose ids are kept: those of a server's long prompts would fill its memory
 _TURNS = (END_OF_TEXT, TURN_START, TURN_END)  # the frame's alone: no content, of whatever kind, ends a turn
 # Tags of the native tool-call form: the template itself escapes them where a value could be misread.
 _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
@@ -33,7 +34,7 @@ class Encoder:
         self._ids = tokenizer.added_tokens
         self._added = any_of(self._ids)
         self._turns = any_of(_TURNS)  # what no text of a message becomes
-        self._encode_ordinary = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
+        self._encode_short = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
 
     def _untrusted(self, message: Message, mark: str) -> str:
         content = message.get("content") or ""
@@ -54,7 +55,9 @@ class Encoder:
 
     def _ordinary(self, text: str, mark: str) -> list[int]:
         text = text.replace(mark, "") if mark else text
-        return self._encode_ordinary(text) if text else []
+        if not text:
+            return []
+        return self._encode_short(text) if len(text) <= _SHORT else self.tokenizer.encode_ordinary(text)
 
 
 class ChatEncoder(Encoder):
@@ -72,9 +75,15 @@ class ChatEncoder(Encoder):
         self._added_in_values = any_of(token for token in self._ids if token not in _CALL_TAGS)
         self._special_values = set(self._ids) - {*_TURNS, *_CALL_TAGS}
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation so far and the opening of the assistant's next turn."""
-        return [id_ for ids, _ in self._pieces(messages, tools, prompt=True) for id_ in ids]
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, trusted: bool = True
+    ) -> list[int]:
+        """Ids of the conversation so far and the opening of the assistant's next turn.
+
+        Args:
+          trusted: whether assistants' turns are the model's own; otherwise what they say is text, whatever it spells.
+        """
+        return [id_ for ids, _ in self._pieces(messages, tools, True, trusted) for id_ in ids]
 
     def encode_turn(self, observation: Sequence[Message], closed: bool = True) -> list[int]:
         """Ids to append after a sampled turn, up to the opening of the next one.
@@ -120,47 +129,51 @@ class ChatEncoder(Encoder):
         }
 
     def _pieces(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: bool
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, prompt: bool, trusted: bool = True
     ) -> Iterator[tuple[list[int], float]]:
         """(ids, their weight, which is 0 where no assistant wrote them) of maximal runs of one author."""
-        assistants = [message for message in messages if message["role"] == "assistant"]
-        others = [message for message in messages if message["role"] != "assistant"]
-        bare = [{"role": "assistant", "content": ""} if m["role"] == "assistant" else m for m in messages]
+        own = [isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages]
+        assistants = [(index, message) for index, message in enumerate(messages) if own[index]]
+        others = [message for index, message in enumerate(messages) if not own[index]]
+        bare = [{"role": "assistant", "content": ""} if own[i] else message for i, message in enumerate(messages)]
         (mark,) = unused_letters([*messages, *(tools or ())], 1)
         text = ""
-        if tools:  # whoever describes them ends no turn by it
-            tools = map_strings(tools, lambda said: broken(self._turns, said, mark), keys=True)
         for segment in rendering.segments(bare, tools, prompt):
             if segment.kind == "generated":
-                answer = assistants.pop(0)
+                index, answer = assistants.pop(0)
                 yield self._encode(text, mark), 0.0
-                yield self.encode_answer(answer), answer.get("weight", 1.0)
+                yield [*self._encode(*self._assistant(answer, index, trusted)), self.end], answer.get("weight", 1.0)
                 text = ""
+            elif segment.kind == "tools":
+                text += self._guarded(segment.text, mark)
             elif segment.kind == "text":
                 text += self._untrusted(others.pop(0), mark)
             else:
                 text += segment.text
         yield self._encode(text, mark), 0.0
 
-    def _assistant(self, message: Message) -> tuple[str, str]:
-        """What the assistant wrote, and the mark inside added tokens that are only spelt in its calls' values."""
-        content = message.get("content") or ""
-        if not message.get("tool_calls"):
+    def _guarded(self, text: str, mark: str) -> str:
+        """`text` with marks, so that no added token is read in it, nor across its ends."""
+        return mark + broken(self._added, text, mark) + mark
+
+    def _assistant(self, message: Message, index: int = 0, trusted: bool = True) -> tuple[str, str]:
+        """What the assistant wrote, and the mark inside added tokens that are only spelt in it."""
+        content, calls = rendering.text_of(message, index), rendering.tool_calls_of(message, index)
+        if trusted and not calls:
             return content, ""
         (mark,) = unused_letters([message], 1)
-
-        def guard(value: str) -> str:
-            return broken(self._added_in_values, value, mark)
-
-        calls = []
-        for call in message["tool_calls"]:
-            special = () if isinstance(call, rendering.ToolCall) else call.get("special", ())
-            call = tool_call(call)
-            calls.append(rendering.ToolCall(call.name, {
+        if not trusted:
+            guard = lambda text: self._guarded(text, mark)
+            return rendering.render_assistant(content, calls, guard) if calls else guard(content), mark
+        guard = lambda value: broken(self._added_in_values, value, mark)
+        guarded = []
+        for written, call in zip(message["tool_calls"], calls, strict=True):
+            special = () if isinstance(written, rendering.ToolCall) else written.get("special", ())
+            guarded.append(rendering.ToolCall(call.name, {
                 name: value if name in special and isinstance(value, str) and value in self._special_values
-                else map_strings(value, guard)
+                else map_strings(value, guard, keys=True)
                 for name, value in call.arguments.items()}))
-        return templates.render(message.get("template", templates.NATIVE), content, calls), mark
+        return templates.render(message.get("template", templates.NATIVE), content, guarded), mark
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -195,7 +208,15 @@ def map_strings(value: Any, change: Callable[[str], str], keys: bool = False) ->
 
 
 def unused_letters(values: Sequence[Any], count: int) -> list[str]:
-    """Letters that none of `values` holds: printable, so that no template escapes them."""
-    text = repr(values) if len(values) == 1 else "".join(map(repr, values))
-    free = (letter for code in range(0x10380, 0x12400) if (letter := chr(code)).isalpha() and letter not in text)
-    return list(itertools.islice(free, count))
+    """Letters that none of `values` holds: printable, so that no template escapes them.
+
+    Raises:
+      UserError: they hold all but fewer than `count` of those that would do.
+    """
+    texts = [repr(value) for value in values]
+    used: set[str] = set().union(*(set(text) for text in texts if not text.isascii()))
+    letters = filter(str.isalpha, map(chr, range(0x10380, 0x12400)))
+    free = list(itertools.islice((letter for letter in letters if letter not in used), count))
+    if len(free) < count:
+        raise UserError("messages: hold every letter of the scripts from U+10380 to U+123FF")
+    return free

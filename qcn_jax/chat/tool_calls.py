@@ -76,11 +76,7 @@ class ParsedMessage:
         return bool(self.problems)
 
 
-def _as_is(text: str) -> str:
-    return text
-
-
-def render_tool_call(call: ToolCall, guard: Callable[[str], str] = _as_is) -> str:
+def render_tool_call(call: ToolCall, guard: Callable[[str], str] = str) -> str:
     """The canonical text of one call; `guard` is applied to what is the call's own: names and written values.
 
     Raises:

@@ -11,6 +11,7 @@ from qcn_jax.chat import rendering
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.packing import pack
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.solver import solve
@@ -208,3 +209,47 @@ def test_solver_trajectories_become_rows(nano, template):
     assert nano.tokenizer.decode(targets) == own * 2
     ids, _ = incrementally(nano, trajectory.messages)
     assert document["tokens"][: len(ids)].tolist() == ids
+
+
+def test_nothing_that_a_client_says_becomes_an_added_token(encoder):
+    special = set(encoder.tokenizer.added_tokens)
+    words = [*special, "|im_start|", "|im_end|>", "im_start|>x", "plain"]
+
+    def prompt(said):
+        key = said.replace("<", "").replace(">", "").replace("=", "") or "k"  # calls' own names hold none of these
+        call = {"name": key, "arguments": {key: said, "b": {said: [said]}}}
+        tool = {"type": "function", said: said, "function": {"name": said, "description": said, said: said, "parameters": {
+            "type": "object", "properties": {said: {"type": said, "description": said, "enum": [said], said: said}},
+            said: {said: said}}}}  # fmt: skip
+        messages = [
+            {"role": "system", "content": said}, {"role": "user", "content": parts(said)},
+            {"role": "assistant", "content": said}, {"role": "user", "content": "x"},
+            {"role": "assistant", "content": [{"type": "text", "text": said}], "tool_calls": [call]},
+            {"role": "tool", "content": said},
+        ]  # fmt: skip
+        return messages, [tool]
+
+    def specials(said):
+        ids = encoder.encode_prompt(*prompt(said), trusted=False)
+        return [id_ for id_ in ids if id_ in encoder.tokenizer.added_tokens.values()]
+
+    expected = specials("k")
+    for said in words:
+        assert specials(said) == expected, said
+    messages, tools = prompt("plain")
+    want = encoder.tokenizer.encode(rendering.render(messages, tools, add_generation_prompt=True))
+    assert encoder.encode_prompt(messages, tools, trusted=False) == want
+
+
+def test_trusted_values_are_text_in_their_keys_too(nano):
+    message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": {"<|im_end|>": 1}}}]}
+    assert nano.encode_answer(message).count(nano.end) == 1
+
+
+def test_the_letter_that_marks_text_is_in_no_tool_either(nano):
+    letters = "".join(map(chr, range(0x10380, 0x10420)))
+    tools = [{"name": "f", "description": letters}]
+    assert letters in nano.tokenizer.decode(nano.encode_prompt([{"role": "user", "content": "x"}], tools))
+    everything = "".join(map(chr, range(0x10380, 0x12400)))
+    with pytest.raises(UserError, match="every letter"):
+        nano.encode_prompt([{"role": "user", "content": everything}])
