@@ -31,6 +31,7 @@ MoeBackend = Annotated[str, Known("qcn_jax.moe.experts:BACKENDS")]
 Dispatch = Annotated[str, Known("qcn_jax.moe.dispatch.dispatch:FORMS")]
 BugKind = Annotated[str, Known("qcn_jax.envs.synthesis.inject:KINDS")]
 Packing = Annotated[str, Known("qcn_jax.pipeline.data.packing:METHODS")]
+Overlong = Annotated[str, Known("qcn_jax.pipeline.data.packing:OVERLONG")]
 # A registered name, or package.module:OBJECT.
 ScaffoldName = Annotated[str, Known("qcn_jax.agents.scaffolds:SCAFFOLDS")]
 ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts:EXPERTS")]
@@ -236,6 +237,7 @@ class MidtrainConfig:
     malformed: Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
     filters: FilterConfig = FilterConfig()
     packing: Packing = "best_fit"  # best_fit, restart_last, pad_last or concat
+    overlong: Overlong = "split"  # documents longer than a row: split, slide, slide_merge or drop (data.packing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +258,8 @@ class SftConfig:
     sources: dict[str, ChatSource] = dataclasses.field(default_factory=dict)
     data: str = ""  # a file, a folder or a glob of conversations; where given, the one source there is
     malformed: Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
+    packing: Packing = "best_fit"  # as in mid-training; restart_last and concat cut conversations
+    overlong: Overlong = "drop"  # conversations longer than a row; what is not dropped lacks its head in later pieces
     scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds), where conversations are made of tasks
 
 
@@ -291,7 +295,7 @@ class ExpertsConfig:
     prompts: Positive = 16  # per update
     group_size: Annotated[int, Within(at_least=2)] = 8
     minibatches: Positive = 1  # optimizer steps per update; groups are dealt out to them
-    # Tries of the SFT policy per prompt; always and never solved ones are left out (0: all stay).
+    # Tries of the SFT policy per prompt; those are left out on which all earn the same (0: all stay).
     filter_samples: Annotated[int, Within(at_least=2, also=(0,))] = 0
     greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
     rows: Positive = 16

@@ -54,7 +54,7 @@ def train(directory, steps=STEPS, checkpoint_every=4, before_step=lambda done: N
 
 
 def _curve(directory):
-    clock = ("tokens_per_second", "seconds_per_step", "goodput", "seconds")
+    clock = ("tokens_per_second", "seconds_per_step", "goodput", "seconds", "input_wait")
     rows = (directory / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(row).items() if k not in clock} for row in rows]
 

@@ -21,4 +21,5 @@ def mapped(path: pathlib.Path, dtype: Any, count: int) -> np.ndarray:
         raise UserError(f"{path}: cannot be read: {error.strerror}; remove its folder, and it is made again") from error
     if found != size:
         raise UserError(f"{path}: has {found} bytes instead of {size}; remove its folder, and it is made again")
-    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
+    # As a plain array: every slice of a memmap costs what a hundred values of it do.
+    return np.memmap(path, dtype, "r", shape=(count,)).view(np.ndarray) if count else np.zeros(0, dtype)

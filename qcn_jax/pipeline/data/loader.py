@@ -7,7 +7,7 @@ saved continues with the same batches, because the state is only positions.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol
 
 import grain
@@ -19,7 +19,8 @@ from qcn_jax.pipeline.data import arrays, packing
 
 # Documents packed together hold this many rows' worth of tokens: enough that the last, part-filled row of a
 # window costs under 1 % with documents of a tenth of a row.
-_WINDOW_ROWS = 64
+WINDOW_ROWS = 64
+_FRUITLESS = 10_000  # documents, of which none gave a row, until that is said
 _CHUNK = 1 << 20  # values that are summed at a time
 _SAMPLE = 64  # documents looked at to learn a source's mean length
 
@@ -27,6 +28,7 @@ _SAMPLE = 64  # documents looked at to learn a source's mean length
 class Documents(Protocol):
     """Random access to documents: mappings of equally long 1-D arrays with at least `tokens`.
 
+    A number under `head` says how many tokens the turn has that defines the tools of a conversation.
     An endless source (one that makes documents up from the index) has no `__len__`.
     """
 
@@ -49,15 +51,24 @@ class TokenStore:
         """Opens a store that `write` made; raises UserError that names a file of it that is cut or missing."""
         stored = files.read_json(folder / "store.json")
         self._offsets = arrays.mapped(folder / "offsets.bin", np.int64, stored["documents"] + 1)
-        self._arrays = {key: arrays.mapped(folder / f"{key}.bin", dtype, stored["tokens"])
+        sizes = {key: stored["documents" if key in stored["single"] else "tokens"] for key in stored["dtypes"]}
+        self._arrays = {key: arrays.mapped(folder / f"{key}.bin", dtype, sizes[key])
                         for key, dtype in stored["dtypes"].items()}
+        self._single = frozenset(stored["single"])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        a, b = self._offsets[index], self._offsets[index + 1]
-        return {key: np.asarray(values[a:b]) for key, values in self._arrays.items()}
+        return self.several([index])[0]
+
+    def several(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """The documents of these numbers; for many of them, looking up each costs more than reading it."""
+        starts, stops = self._offsets[indices].tolist(), self._offsets[1:][indices].tolist()
+        columns = [self._arrays[key][indices] if key in self._single else
+                   [values[start:stop] for start, stop in zip(starts, stops, strict=True)]
+                   for key, values in self._arrays.items()]
+        return [dict(zip(self._arrays, document)) for document in zip(*columns, strict=True)]
 
     @property
     def tokens(self) -> int:
@@ -78,10 +89,14 @@ class TokenStore:
     def write(cls, folder: pathlib.Path, documents: Iterable[Mapping[str, np.ndarray]]) -> "TokenStore":
         """Writes a store, one document at a time; store.json comes last and marks it complete.
 
+        Args:
+          documents: alike: arrays of a document's length, and single numbers of the document as a whole.
+
         Raises:
           UserError: there are no documents, or none that is not empty.
         """
         dtypes: dict[str, str] = {}
+        single: list[str] = []
         count = tokens = 0
         with contextlib.ExitStack() as stack:
             streams: dict[str, IO[bytes]] = {}
@@ -91,6 +106,7 @@ class TokenStore:
                 if not streams:
                     dtypes = {key: "float32" if np.asarray(values).dtype.kind == "f" else "int32"
                               for key, values in document.items()}
+                    single = [key for key, values in document.items() if not np.ndim(values)]
                     streams = {key: stack.enter_context(files.atomic_open(folder / f"{key}.bin", "wb"))
                                for key in ("offsets", *dtypes)}
                     streams["offsets"].write(np.int64(0).tobytes())
@@ -100,12 +116,13 @@ class TokenStore:
                 streams["offsets"].write(np.int64(tokens).tobytes())
         if not count:
             raise UserError(f"{folder}: there are no documents to train on")
-        files.write_json(folder / "store.json", {"dtypes": dtypes, "documents": count, "tokens": tokens})
+        files.write_json(folder / "store.json",
+                         {"dtypes": dtypes, "single": single, "documents": count, "tokens": tokens})
         return cls(folder)
 
 
 def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, method: str = "best_fit",
-            overlong: str = "split") -> grain.DatasetIterator:
+            overlong: str = "split", origins: bool = False) -> grain.DatasetIterator:
     """An endless, checkpointable iterator of packed batches.
 
     Args:
@@ -113,119 +130,227 @@ def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, met
       rows, length: shape of a batch, the same in every process: what is learned does not depend on their number.
       seed: decides order, mixture and every later epoch.
       method, overlong: see `packing.plan`.
+      origins: rows have `source` [rows, length], too: the number, among those used, of the source of each token.
     Returns:
       Iterator of {tokens, segment_ids, positions, weights}: [rows, length], see `packing.pack`.
     Raises:
-      UserError: no source has a share, or a source is empty.
+      UserError: no source has a share, or a source is empty; from the iterator: no document gives a row.
     """
     used = [source for source in sources if source.share > 0]
     if not used:
         raise UserError("the data mixture is empty: every share is 0")
     streams, document_shares, means = [], [], []
     for number, source in enumerate(used):
-        streams.append(_stream(source, seed + 7919 * number))
+        streams.append(_stream(source, number, seed + 7919 * number))
         means.append(_mean_length(source))
         # Grain mixes documents, not tokens.
         document_shares.append(source.share / means[-1])
     total = sum(document_shares)
     mean = sum(m * s / total for m, s in zip(means, document_shares))
     mixed = grain.MapDataset.mix(streams, [s / total for s in document_shares])
-    window = max(1, round(_WINDOW_ROWS * length / mean))
     # No reader threads: documents are in memory or mapped, and the threads' bookkeeping cost more than reading.
-    stream = mixed.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    packed = _PackIterDataset(stream, window, length, method, overlong, seed)
+    windows = _Windows(mixed, max(1, round(WINDOW_ROWS * length / mean))).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    packed = _PackIterDataset(windows, tuple(source.name for source in used), length, method, overlong, seed, origins)
     return iter(packed.batch(rows, drop_remainder=True))
 
 
 def statistics(iterator: grain.DatasetIterator) -> packing.PackingStatistics:
     """What packing did up to the current window of an iterator of `batches`."""
+    return _packer(iterator).progress.packing
+
+
+def summary(iterator: grain.DatasetIterator) -> dict[str, Any]:
+    """`statistics` in JSON-ready form, with what else is known of packing.
+
+    Returns:
+      `method`, `rule` for overlong documents, counts and rates (see packing.PackingStatistics); `sources`: documents
+      and tokens that were read of each; `variants`: fragmentation and padding of every method on the first window.
+    """
+    packer = _packer(iterator)
+    dataset, progress = packer.dataset, packer.progress
+    read = {name: {"documents": documents, "tokens": tokens}
+            for name, documents, tokens in zip(dataset.names, progress.documents, progress.tokens, strict=True)}
+    return {"method": dataset.method, "rule": dataset.overlong, **progress.packing.as_dict(), "sources": read,
+            "variants": progress.variants}
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Words what `summary` gives, a line each: what packing cost, what other methods would, and whatever is amiss."""
+    rates = lambda values: f"fragmentation {values['fragmentation']:.2f} %, padding {values['padding']:.2f} %"
+    yield f"packing {found['method']}: {rates(found)}, {found['documents']:,} documents"
+    if found["variants"]:
+        yield "on the first documents: " + "; ".join(f"{name}: {rates(of)}" for name, of in found["variants"].items())
+    if found["overlong"]:
+        rule = f"{found['dropped']:,} of them dropped" if found["dropped"] else found["rule"]
+        yield f"{found['overlong']:,} documents are longer than a row ({rule})"
+    if found["cut_heads"]:
+        yield (f"{found['cut_heads']:,} of {found['heads']:,} conversations are cut such that a piece lacks their tool "
+               "definitions")
+    for name, read in found["sources"].items():
+        if not read["documents"]:
+            yield f"{name}: no document of it was read; its share is too small for so few steps"
+
+
+def _packer(iterator: grain.DatasetIterator) -> "_PackIterator":
     while not isinstance(iterator, _PackIterator):
         iterator = iterator._parents[0]  # Grain names no public way to the parent
-    return iterator.statistics
+    iterator.settle()
+    return iterator
 
 
-class _Endless(grain.MapDataset):
-    """Documents made from their index; as long as Grain can count."""
+class _Numbered(grain.MapDataset):
+    """Documents with the number of their source; those made from an index alone are as many as Grain can count."""
 
-    def __init__(self, documents: Documents) -> None:
+    def __init__(self, documents: Documents, number: int) -> None:
         super().__init__()
-        self._documents = documents
+        self._documents, self._number = documents, number
 
     def __len__(self) -> int:
-        return 2**40
+        return len(self._documents) if hasattr(self._documents, "__len__") else 2**40
+
+    def __getitem__(self, index):
+        return self.slice(index) if isinstance(index, slice) else self._getitems([index])[0]
+
+    def _getitems(self, indices: Sequence[int]) -> list[tuple[int, Mapping[str, np.ndarray]]]:
+        within = [int(index) % len(self) for index in indices]
+        several = getattr(self._documents, "several", None)
+        found = several(within) if several else [self._documents[index] for index in within]
+        return [(self._number, document) for document in found]
+
+
+class _Windows(grain.MapDataset):
+    """Lists of documents that follow one another.
+
+    Grain's own `batch` asks for them one by one, which costs more than reading and packing them.
+    """
+
+    def __init__(self, parent: grain.MapDataset, size: int) -> None:
+        super().__init__(parent)
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._size
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        return self._documents[int(index)]
+        return self._parent._getitems(range(index * self._size, (index + 1) * self._size))
 
 
-def _stream(source: Source, seed: int) -> grain.MapDataset:
+def _stream(source: Source, number: int, seed: int) -> grain.MapDataset:
+    stream = _Numbered(source.documents, number)
     if not hasattr(source.documents, "__len__"):
-        return _Endless(source.documents)
+        return stream
     if not len(source.documents):
         raise UserError(f"data source {source.name}: 0 documents")
-    return grain.MapDataset.source(source.documents).seed(seed).shuffle().repeat()
+    return stream.seed(seed).shuffle().repeat()
 
 
 def _mean_length(source: Source) -> float:
     count = len(source.documents) if hasattr(source.documents, "__len__") else _SAMPLE
     picks = np.unique(np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int))
-    return float(np.mean([len(source.documents[int(i)]["tokens"]) for i in picks]))
+    mean = float(np.mean([len(source.documents[int(i)]["tokens"]) for i in picks]))
+    if not mean:
+        raise UserError(f"data source {source.name}: its documents have no tokens")
+    return mean
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """What has been read and packed: in all, documents and tokens of each source, and the methods' rates at first."""
+
+    packing: packing.PackingStatistics
+    documents: tuple[int, ...]
+    tokens: tuple[int, ...]
+    variants: Mapping[str, Mapping[str, float]]
 
 
 class _PackIterDataset(grain.IterDataset):
     """Packs windows of documents into rows and shuffles the rows of a window."""
 
-    def __init__(self, parent: grain.IterDataset, window: int, length: int, method: str, overlong: str,
-                 seed: int) -> None:
+    def __init__(self, parent: grain.IterDataset, names: tuple[str, ...], length: int, method: str, overlong: str, seed: int, origins: bool) -> None:
         super().__init__(parent)
-        self.window, self.length, self.method, self.overlong, self.seed = window, length, method, overlong, seed
+        self.names, self.length, self.method = names, length, method
+        self.overlong, self.seed, self.origins = overlong, seed, origins
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackIterator(iter(self._parent), self)
 
 
 class _PackIterator(grain.DatasetIterator):
-    """State: where the parent was when the window began, the window's number, rows given out, statistics before."""
+    """State: where the parent was when the window began, the window's number, rows given out, progress before."""
 
     def __init__(self, parent: grain.DatasetIterator, dataset: _PackIterDataset) -> None:
         super().__init__(parent)
-        self._dataset = dataset
+        self.dataset = dataset
         self._begin = parent.get_state()
         self._number = 0
         self._given = 0
+        self._documents = 0  # of the window
         self._rows: list[dict[str, np.ndarray]] | None = None
-        self.statistics = self._before = packing.PackingStatistics()
+        none = (0,) * len(dataset.names)
+        self.progress = self._before = _Progress(packing.PackingStatistics(), none, none, {})
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._rows is None:
             self._rows = self._pack()
-        if self._given == len(self._rows):
-            self._begin, self._before = self._parent.get_state(), self.statistics
+        fruitless = 0
+        while self._given == len(self._rows):
+            fruitless = 0 if self._rows else fruitless + self._documents
+            if fruitless >= _FRUITLESS:
+                raise UserError(f"none of {fruitless:,} documents fits into a row of {self.dataset.length} tokens, and "
+                                f"overlong={self.dataset.overlong} leaves out all that do not")
+            self._begin, self._before = self._parent.get_state(), self.progress
             self._number, self._given = self._number + 1, 0
             self._rows = self._pack()
         row = self._rows[self._given]
         self._given += 1
         return row
 
+    def settle(self) -> None:
+        """Packs the window of which rows were given out before the state was set: it is part of the progress."""
+        if self._rows is None and self._given:
+            self._rows = self._pack()
+
     def _pack(self) -> list[dict[str, np.ndarray]]:
-        dataset = self._dataset
-        documents = [next(self._parent) for _ in range(dataset.window)]
-        lengths = [len(document["tokens"]) for document in documents]
+        dataset, before = self.dataset, self._before
+        origins, documents = zip(*next(self._parent), strict=True)
+        self._documents = len(documents)
+        lengths = np.asarray([len(document["tokens"]) for document in documents])
+        heads = [document.get("head", 0) for document in documents]
         planned = packing.plan(lengths, dataset.length, dataset.method, dataset.overlong)
-        self.statistics = self._before + packing.statistics(lengths, dataset.length, planned)
-        arrays = packing.fill(documents, planned, dataset.length)
+        read = lambda before, weights: tuple(
+            (np.asarray(before) + np.bincount(origins, weights, len(before)).astype(int)).tolist())
+        self.progress = _Progress(
+            before.packing + packing.statistics(lengths, dataset.length, planned, heads),
+            read(before.documents, None), read(before.tokens, lengths),
+            before.variants or _variants(lengths, dataset.length, dataset.overlong))
+        if dataset.origins:
+            documents = [{**document, "source": np.full(len(document["tokens"]), origin)}
+                         for origin, document in zip(origins, documents)]
+        filled = packing.fill(documents, planned, dataset.length)
         # Best-fit decreasing puts the longest documents first; steps should not see them in that order.
         order = np.random.default_rng([dataset.seed, self._number]).permutation(planned.rows)
-        return [{key: values[row] for key, values in arrays.items()} for row in order]
+        return [{key: values[row] for key, values in filled.items()} for row in order]
 
     def get_state(self) -> dict[str, Any]:
         return {"begin": self._begin, "number": self._number, "given": self._given,
-                "statistics": dataclasses.asdict(self._before)}
+                "progress": dataclasses.asdict(self._before)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._begin, self._number, self._given = state["begin"], state["number"], state["given"]
-        self.statistics = self._before = packing.PackingStatistics(**state["statistics"])
+        before = state["progress"]
+        self.progress = self._before = _Progress(
+            packing.PackingStatistics(**before["packing"]), tuple(before["documents"]), tuple(before["tokens"]),
+            before["variants"])
         self._parent.set_state(self._begin)
         self._rows = None
+
+
+def _variants(lengths: np.ndarray, length: int, overlong: str) -> dict[str, dict[str, float]]:
+    """Fragmentation and padding of every method."""
+    found = {method: packing.statistics(lengths, length, packing.plan(lengths, length, method, overlong))
+             for method in packing.METHODS}
+    return {method: {"fragmentation": round(values.fragmentation, 4), "padding": round(values.padding, 4)}
+            for method, values in found.items()}

@@ -3,12 +3,15 @@
 Four methods (Table 13 of the report): `best_fit` keeps every document whole and fills rows by best-fit
 decreasing; `pad_last` keeps documents whole in stream order and pads; `restart_last` fills the tail of a row
 with the head of a document that starts again, whole, in the next row; `concat` cuts documents at row ends.
-A document longer than a row is split, read through a sliding window, or dropped.
+A document longer than a row is split, dropped, or read through a window that slides by half a row: `slide` moves the
+last window back to the document's end, so that it is full, `slide_merge` moves the one before it on to there instead,
+which leaves one window fewer and that one less context.
 
 Segment ids let the model start afresh at every piece (attention, convolution window, recurrent state and
 positions), so rows never leak between documents. Only numpy; the result depends on the input alone.
 """
 
+import array
 import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +21,7 @@ import numpy as np
 from qcn_jax.errors import UserError
 
 METHODS = ("best_fit", "restart_last", "pad_last", "concat")
-OVERLONG = ("split", "slide", "drop")
+OVERLONG = ("split", "slide", "slide_merge", "drop")
 
 Document = Mapping[str, np.ndarray | Sequence[float]]
 
@@ -42,28 +45,38 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class PackingStatistics:
-    """What packing cost. Percentages as in the report's Table 13.
+    """What packing cost.
 
-    fragmentation: share of pieces that are cut although their document fits into a row; padding: share of
-    row positions that hold no token; overlong: documents longer than a row; dropped: those left out.
+    Attributes:
+      documents: how many there were.
+      pieces: what became of them.
+      fragmented: documents of which some piece is cut although they fit into a row.
+      overlong: documents longer than a row.
+      dropped: documents left out.
+      heads: documents with a head, the turn that defines the tools of a conversation.
+      cut_heads: those of them of which some piece lacks the head or a part of it.
+      tokens: in all rows; what is written twice counts twice.
+      positions: of all rows.
     """
 
     documents: int = 0
     pieces: int = 0
-    fragments: int = 0
+    fragmented: int = 0
     overlong: int = 0
     dropped: int = 0
+    heads: int = 0
+    cut_heads: int = 0
     tokens: int = 0
     positions: int = 0
 
     @property
     def fragmentation(self) -> float:
-        """Per cent of the pieces."""
-        return 100.0 * self.fragments / max(1, self.pieces)
+        """Fragmented documents, per cent of all documents (report, Table 13)."""
+        return 100.0 * self.fragmented / max(1, self.documents)
 
     @property
     def padding(self) -> float:
-        """Per cent of the positions."""
+        """Padding, per cent of all positions (report, Table 13)."""
         return 100.0 * (self.positions - self.tokens) / max(1, self.positions)
 
     def __add__(self, other: "PackingStatistics") -> "PackingStatistics":
@@ -84,8 +97,8 @@ def plan(lengths: Sequence[int] | np.ndarray, length: int, method: str = "best_f
       lengths: tokens of each document; empty documents are left out.
       length: tokens of a row.
       method: one of METHODS.
-      overlong: what happens to documents longer than a row, one of OVERLONG; a sliding window moves by half
-        a row. `concat` cuts every document alike and ignores it.
+      overlong: what happens to documents longer than a row, one of OVERLONG. `concat` cuts every document alike and
+        ignores it.
     Raises:
       UserError: an unknown method.
     """
@@ -96,24 +109,37 @@ def plan(lengths: Sequence[int] | np.ndarray, length: int, method: str = "best_f
     lengths = np.asarray(lengths, np.int64)
     if method == "concat":
         return _concat(lengths, length)
-    pieces = _pieces(lengths, length, overlong)  # [n, 4]: document, start, stop, fresh
-    sizes = pieces[:, 2] - pieces[:, 1]
+    pieces = _pieces(lengths, length, overlong)  # [4, n]: document, start, stop, fresh
+    sizes = pieces[2] - pieces[1]
     if method == "best_fit":
         order, row, column = _best_fit(sizes, length)
-        return _plan(pieces[order], row, column)
+        return _plan(pieces[:, order], row, column)
     return _in_order(pieces, sizes, length, restart=method == "restart_last")
 
 
-def statistics(lengths: Sequence[int] | np.ndarray, length: int, planned: Plan) -> PackingStatistics:
-    """Counts what `planned` did with documents of these lengths in rows of `length`."""
+def statistics(lengths: Sequence[int] | np.ndarray, length: int, planned: Plan,
+               heads: Sequence[int] | np.ndarray | None = None) -> PackingStatistics:
+    """Counts what `planned` did with documents of these lengths in rows of `length`.
+
+    Args:
+      heads: tokens of each document's head, 0 where it has none.
+    """
     lengths = np.asarray(lengths, np.int64)
-    whole = lengths[planned.document]
+    heads = np.zeros_like(lengths) if heads is None else np.asarray(heads, np.int64)
+    whole, head = lengths[planned.document], heads[planned.document]
     size = planned.stop - planned.start
+
+    def distinct(pieces: np.ndarray) -> int:
+        seen = np.zeros(len(lengths), bool)
+        seen[planned.document[pieces]] = True
+        return int(seen.sum())
+
     return PackingStatistics(
         documents=len(lengths), pieces=len(size),
-        fragments=int(np.sum((size < whole) & (whole <= length))),
+        fragmented=distinct((size < whole) & (whole <= length)),
         overlong=int(np.sum(lengths > length)),
-        dropped=int(len(np.setdiff1d(np.flatnonzero(lengths), planned.document))),
+        dropped=int(np.sum(lengths > 0)) - distinct(size > 0),
+        heads=int(np.sum(heads > 0)), cut_heads=distinct((head > 0) & ((planned.start > 0) | (planned.stop < head))),
         tokens=int(size.sum()), positions=planned.rows * length)
 
 
@@ -122,34 +148,39 @@ def fill(documents: Sequence[Document], planned: Plan, length: int,
     """Writes the planned pieces into arrays [rows, length]; `pack` says what they hold."""
     count = planned.rows if rows is None else -(-planned.rows // rows) * rows
     size = planned.stop - planned.start
-    ends = np.cumsum(size)
-    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - size, size)
-    target = np.repeat(planned.row * length + planned.column, size) + within
-    # Segment ids count the pieces of a row from 1; pieces come in row order.
-    first = np.searchsorted(planned.row, planned.row, side="left")
-    segment = np.arange(len(size)) - first + 1
+    at = planned.row * length + planned.column  # pieces come in this order
+    runs = np.stack([size, np.diff(at, append=count * length) - size], axis=1).ravel()  # a piece, the gap behind it, ...
 
-    def scatter(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        out = np.zeros(count * length, dtype)
-        out[target] = values
-        return out.reshape(count, length)
+    def spread(values: np.ndarray) -> np.ndarray:
+        """[pieces] to every position of each piece, 0 in gaps."""
+        if not len(values):
+            return np.zeros(count * length, np.int32)
+        return np.repeat(np.stack([values, np.zeros_like(values)], axis=1).ravel(), runs)
 
-    arrays = {
-        "tokens": scatter(_gather(documents, "tokens", planned), np.int32),
-        "segment_ids": scatter(np.repeat(segment, size), np.int32),
-        "positions": scatter(within, np.int32),
-    }
-    # The last token of a piece has nothing to predict in its row; a window's context counted before.
-    counts = within + np.repeat(planned.start, size) >= np.repeat(planned.fresh - 1, size)
-    counts &= within < np.repeat(size - 1, size)
-    weights = (_gather(documents, "weights", planned)
-               if documents and "weights" in documents[0] else np.ones(len(within)))
-    arrays["weights"] = scatter(weights * counts, np.float32)
-    for key in documents[0] if documents else ():
-        if key not in ("tokens", "weights"):
-            values = _gather(documents, key, planned)
-            arrays[key] = scatter(values, np.float32 if values.dtype.kind == "f" else np.int32)
-    return arrays
+    # Segment ids count the pieces of a row from 1.
+    segments = spread(np.arange(len(size)) - np.searchsorted(planned.row, planned.row, side="left") + 1)
+    used = segments > 0
+    lengths = np.asarray([len(document["tokens"]) for document in documents], np.int64)
+    begins = (np.cumsum(lengths) - lengths)[planned.document] + planned.start  # of pieces, in documents in their order
+    positions = np.arange(count * length) - spread(at)
+    origins = (positions + spread(begins))[used]
+
+    def placed(key: str) -> np.ndarray:
+        values = np.concatenate([document[key] for document in documents])
+        out = np.zeros(count * length, np.float32 if values.dtype.kind == "f" else np.int32)
+        out[used] = values[origins]
+        return out
+
+    first = documents[0] if documents else {}
+    arrays = {"tokens": np.zeros(count * length, np.int32)}
+    arrays |= {key: placed(key) for key, values in first.items() if np.ndim(values)}
+    weights = arrays.get("weights", used).astype(np.float32)
+    weights[at + size - 1] = 0.0  # the last token of a piece has nothing to predict in its row
+    for piece in np.flatnonzero(planned.fresh > planned.start).tolist():  # a window's context counted before
+        weights[at[piece] : at[piece] + planned.fresh[piece] - planned.start[piece] - 1] = 0.0
+    arrays |= {"segment_ids": segments.astype(np.int32), "weights": weights,
+               "positions": (positions * used).astype(np.int32)}
+    return {key: values.reshape(count, length) for key, values in arrays.items()}
 
 
 def pack(documents: Sequence[Document], length: int, rows: int | None = None, method: str = "best_fit",
@@ -158,7 +189,8 @@ def pack(documents: Sequence[Document], length: int, rows: int | None = None, me
 
     Args:
       documents: each a mapping of equally long 1-D arrays: `tokens` (int), optionally `weights` (loss weight
-        of predicting tokens[t + 1] from position t; default one), and any further per-token arrays.
+        of predicting tokens[t + 1] from position t; default one), and any further per-token arrays; what is no
+        array says something of the document as a whole and is left out.
       length: tokens of a row.
       rows: the number of rows is padded up to a multiple of this (None: as many as needed).
       method, overlong: see `plan`.
@@ -174,74 +206,97 @@ def pack(documents: Sequence[Document], length: int, rows: int | None = None, me
     return fill(documents, planned, length, rows)
 
 
-def _gather(documents: Sequence[Document], key: str, planned: Plan) -> np.ndarray:
-    parts = [np.asarray(documents[d][key])[a:b] for d, a, b in
-             zip(planned.document.tolist(), planned.start.tolist(), planned.stop.tolist())]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
 def _pieces(lengths: np.ndarray, length: int, overlong: str) -> np.ndarray:
-    """Rows (document, start, stop, fresh) of pieces no longer than a row, documents in order."""
-    whole = np.flatnonzero((lengths > 0) & (lengths <= length))
-    pieces = [(d, 0, n, 0) for d, n in zip(whole.tolist(), lengths[whole].tolist())]
+    """Pieces no longer than a row, documents in order, [4, n]: document, start, stop, fresh."""
     stride = length if overlong == "split" else max(1, length // 2)
-    for d in np.flatnonzero(lengths > length).tolist() if overlong != "drop" else ():
-        total, start, seen = int(lengths[d]), 0, 0
-        while seen < total:
-            stop = min(total, start + length)
-            pieces.append((d, start, stop, seen))
-            start, seen = start + stride, stop
-    pieces.sort()
-    return np.asarray(pieces, np.int64).reshape(-1, 4)
+    beyond = np.maximum(lengths - length, 0)  # what the first window leaves
+    merged = overlong == "slide_merge"
+    more = np.maximum(beyond // stride, beyond > 0) if merged else -(-beyond // stride)
+    count = np.where(lengths > 0, 1 + more, 0)
+    if overlong == "drop":
+        count[beyond > 0] = 0
+    document = np.repeat(np.arange(len(lengths)), count)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    start = number * stride
+    if overlong != "split":  # the last window ends with its document
+        start = np.where((number > 0) & (number == more[document]), beyond[document], start)
+    stop = np.minimum(start + length, lengths[document])
+    fresh = np.where(number > 0, (number - 1) * stride + length, 0)  # where the window before ends
+    return np.stack([document, start, stop, fresh])
 
 
 def _best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Best-fit decreasing: (order of pieces, row of each, column of each), all in row order."""
+    """Best-fit decreasing: (order of pieces, row of each, column of each), all in row order.
+
+    Pieces go one by one, the longest first, to the row with the least room that is enough. Those of one size go to
+    rows of one room together: such a row takes as many of them as fit, as it is the best one until it has no room for
+    another. So the work grows with the number of different sizes and rooms rather than with that of pieces.
+    """
     decreasing = np.argsort(-sizes, kind="stable")
-    rows_with: list[list[int]] = [[] for _ in range(length + 1)]  # by free positions
-    capacities: list[int] = []  # sorted: free positions that some row has
+    ordered = sizes[decreasing]
+    begins = np.flatnonzero(np.diff(ordered, prepend=-1))
+    counts = np.diff(begins, append=len(ordered))
+    rows_with: list[list[int]] = [[] for _ in range(length + 1)]  # by their room
+    rooms: list[int] = []  # sorted: those that some row has
+    row, column = array.array("i"), array.array("i")
     used = 0
-    row = np.empty(len(sizes), np.int64)
-    column = np.empty(len(sizes), np.int64)
-    for i, size in enumerate(sizes[decreasing].tolist()):
-        at = bisect.bisect_left(capacities, size)
-        if at == len(capacities):
-            target, free = used, length
-            used += 1
-        else:
-            free = capacities[at]
-            target = rows_with[free].pop()
-            if not rows_with[free]:
-                del capacities[at]
-        row[i], column[i] = target, length - free
-        left = free - size
-        if left:
-            if not rows_with[left]:
-                bisect.insort(capacities, left)
-            rows_with[left].append(target)
-    by_row = np.argsort(row, kind="stable")
-    return decreasing[by_row], row[by_row], column[by_row]
+
+    def leave(rows: list[int], room: int) -> None:
+        if rows and room:
+            if not rows_with[room]:
+                bisect.insort(rooms, room)
+            rows_with[room] += rows
+
+    for size, count in zip(ordered[begins].tolist(), counts.tolist()):
+        while count:
+            at = bisect.bisect_left(rooms, size)
+            room = rooms[at] if at < len(rooms) else length
+            each = room // size
+            wanted = -(-count // each)
+            if at == len(rooms):
+                rows = list(range(used, used + wanted))
+                used += wanted
+            else:
+                rows = rows_with[room][:-wanted - 1:-1]  # the last one that came to this room is the first to go
+                del rows_with[room][-wanted:]
+                if not rows_with[room]:
+                    del rooms[at]
+            taken, begin = min(count, each * len(rows)), length - room
+            if each == 1:
+                row.extend(rows)
+                column.extend([begin] * taken)
+                leave(rows, room - size)
+            else:
+                row.extend([number for number in rows for _ in range(each)][:taken])
+                column.extend((list(range(begin, begin + each * size, size)) * len(rows))[:taken])
+                full, rest = divmod(taken, each)
+                leave(rows[:full], room - each * size)
+                leave(rows[full:], room - rest * size)
+            count -= taken
+    rows_of, columns_of = np.frombuffer(row, np.int32), np.frombuffer(column, np.int32)
+    by_row = np.argsort(rows_of, kind="stable")
+    return decreasing[by_row], rows_of[by_row], columns_of[by_row]
 
 
 def _in_order(pieces: np.ndarray, sizes: np.ndarray, length: int, restart: bool) -> Plan:
-    """Stream order; a piece that does not fit starts the next row, after its head filled this one if
-    `restart`."""
-    placed, row, column = [], [], []
-    current, at = 0, 0
-    for piece, size in zip(pieces.tolist(), sizes.tolist()):
-        if at + size > length:
-            if restart and at < length:
-                document, start, _, fresh = piece
-                placed.append((document, start, start + length - at, fresh))
-                row.append(current)
-                column.append(at)
-            current, at = current + 1, 0
-        placed.append(tuple(piece))
-        row.append(current)
-        column.append(at)
-        at += size
-    return _plan(np.asarray(placed, np.int64).reshape(-1, 4), np.asarray(row, np.int64),
-                 np.asarray(column, np.int64))
+    """Stream order; a piece that does not fit starts the next row, after its head filled this one if `restart`."""
+    ends = np.cumsum(sizes)
+    first, taken = [], 0  # the first piece of every row; tokens before it
+    while not first or first[-1] < len(sizes):
+        first.append(int(np.searchsorted(ends, taken + length, side="right")) if first else 0)
+        taken = int(ends[first[-1] - 1]) if first[-1] else 0
+    first = np.asarray(first[:-1], np.int64)  # the last one is of no piece
+    row = np.repeat(np.arange(len(first)), np.diff(first, append=len(sizes)))
+    column = ends - sizes - (ends - sizes)[first][row]
+    if restart:
+        filled = np.diff((ends - sizes)[first])  # of every row but the last
+        short = np.flatnonzero(filled < length)
+        at = first[short + 1]
+        heads = pieces[:, at]
+        heads[2] = heads[1] + length - filled[short]
+        pieces = np.insert(pieces, at, heads, axis=1)
+        row, column = np.insert(row, at, short), np.insert(column, at, filled[short])
+    return _plan(pieces, row, column)
 
 
 def _concat(lengths: np.ndarray, length: int) -> Plan:
@@ -252,10 +307,10 @@ def _concat(lengths: np.ndarray, length: int) -> Plan:
     begin, end = cuts[:-1], cuts[1:]
     document = np.searchsorted(ends, begin, side="right")
     origin = (ends - lengths)[document] if total else begin
-    pieces = np.stack([document, begin - origin, end - origin, begin - origin], axis=1).astype(np.int64)
+    pieces = np.stack([document, begin - origin, end - origin, begin - origin])
     return _plan(pieces, begin // length, begin % length)
 
 
 def _plan(pieces: np.ndarray, row: np.ndarray, column: np.ndarray) -> Plan:
-    return Plan(pieces[:, 0], pieces[:, 1], pieces[:, 2], pieces[:, 3], row.astype(np.int64),
-                column.astype(np.int64), int(row[-1]) + 1 if len(row) else 0)
+    return Plan(*pieces.astype(np.int64), row.astype(np.int64), column.astype(np.int64),
+                int(row[-1]) + 1 if len(row) else 0)

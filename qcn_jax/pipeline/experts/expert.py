@@ -109,8 +109,9 @@ class Expert:
     def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> rollout.Outcome:
         """1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself."""
         finished = result.reason is EndReason.SUBMITTED
-        reward = float(verdict.resolved) - (0.0 if finished else unfinished_penalty)
-        return rollout.Outcome(reward, verdict.resolved, finished, detail=detail_of(result, verdict))
+        penalty = 0.0 if finished else unfinished_penalty
+        return rollout.Outcome(float(verdict.resolved) - penalty, verdict.resolved, finished,
+                               detail=detail_of(result, verdict), penalty=penalty)
 
     def metrics(self, rows: Sequence[metrics.Row]) -> dict[str, Any]:
         """What evaluation reports of its greedy episodes (see experts.metrics), by keys of a model's numbers."""

@@ -7,23 +7,24 @@ nothing here adds.
 import numpy as np
 
 from qcn_jax.config import ExpertsConfig
+from qcn_jax.pipeline.rl.objectives import STD_FLOOR
 from qcn_jax.pipeline.rl.rollout import RolloutRecord
 
 
 def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRecord]]:
-    """Records by prompt, without infrastructure failures and without prompts whose pass rate is 0 or 1.
+    """Records by prompt, without infrastructure failures and without prompts whose samples all earned the same.
 
     Prompts that are always or never solved say nothing about which sample was better (report, RL of the
-    software-engineering expert; DAPO's dynamic sampling).
+    software-engineering expert; DAPO's dynamic sampling). Where execution earns parts of a reward, samples of one
+    verdict may differ all the same, as two answers in the right format do of which one resolves the task. Penalties
+    do not count: which of several failures ended in time is nothing to learn from.
     """
     groups: dict[int, list[RolloutRecord]] = {}
     for record in records:
         if not record.outcome.infrastructure:
             groups.setdefault(record.prompt, []).append(record)
-    return {
-        prompt: group for prompt, group in groups.items()
-        if 0 < sum(record.outcome.solved for record in group) < len(group)
-    }  # fmt: skip
+    earned = lambda group: [record.outcome.reward + record.outcome.penalty for record in group]
+    return {prompt: group for prompt, group in groups.items() if np.std(earned(group)) > STD_FLOOR}
 
 
 def token_advantages(record: RolloutRecord, advantage: float, config: ExpertsConfig) -> np.ndarray:

@@ -3,7 +3,7 @@
 For every update the policy acts several times on each of a few prompts. An episode's advantage is its reward's
 standard score within its prompt's group (GRPO); the loss is DAPO's: clipped with separate bounds, averaged over
 all sampled tokens alike (or as GRPO does, over groups, episodes and tokens in turn: failures are longer, and a small
-policy that is mostly told what not to do loses its format); prompts that are always or never solved are left out; a
+policy that is mostly told what not to do loses its format); prompts whose samples earned the same are left out; a
 turn that broke the tool format has its own tokens penalised. The policy is softmax(logits / temperature) on both sides:
 the one that acted, the one that is moved, and the one it is held to. The router's balance loss plays no part: a few
 thousand tokens of one domain should not be spread evenly over experts.
@@ -158,6 +158,6 @@ class Learner:
         return episodes.pack_rows(documents, self.config.sequence_length, self.config.rows)
 
     def useful(self, params: Any, samples: int, progress: Callable[[int, int], None] | None = None) -> list[int]:
-        """Indices of the prompts that the given policy solves sometimes, but not always, in `samples` tries."""
+        """Indices of the prompts on which the given policy earns more and less in `samples` tries."""
         records = self.act(params, PROBE, self.prompts, samples, progress=progress)
         return sorted(informative_groups(records))

@@ -54,10 +54,12 @@ class Reply:
 class Outcome:
     """What execution said about a finished conversation.
 
+    reward: what the episode earned, less `penalty`.
     solved: the tests pass (or whatever the domain executes succeeds); the pass rate counts these.
     finished: the policy ended the episode itself, before any limit of turns or tokens.
     infrastructure: the verdict is missing for a reason that is not the policy's; such an episode teaches nothing.
     detail: JSON-ready particulars for reports.
+    penalty: for how it ended; that alone never makes a prompt one to learn from.
     """
 
     reward: float
@@ -65,6 +67,7 @@ class Outcome:
     finished: bool
     infrastructure: bool = False
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+    penalty: float = 0.0
 
 
 class Conversation(Protocol):

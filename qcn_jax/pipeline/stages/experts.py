@@ -93,12 +93,12 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
 
 
 def _filtered(feed: Learner, params: Any, path: pathlib.Path, log: Callable[[str], None]) -> list[Any]:
-    """The prompts that the SFT model solves sometimes; written down, so that a resumed run keeps the same."""
+    """The prompts on which the SFT model's tries earn more and less; written down, so that a resumed run keeps them."""
     if not path.exists():
         kept = feed.useful(params, feed.config.filter_samples, _every_tenth(log))
         distributed.write_json(path, {"of": len(feed.prompts), "kept": kept})
     kept = files.read_json(path)["kept"]
-    log(f"{len(kept)} of {len(feed.prompts)} prompts are solved sometimes, but not always")
+    log(f"{len(kept)} of {len(feed.prompts)} prompts tell tries apart")
     return [feed.prompts[index] for index in kept]
 
 

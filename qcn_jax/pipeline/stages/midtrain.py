@@ -1,6 +1,6 @@
 """Stage `midtrain`: from the initial model to one that knows code and edits.
 
-The stream mixes the documents of `config.midtrain.sources` by share of tokens, packed by best fit; the loss is
+The stream mixes the documents of `config.midtrain.sources` by share of tokens, packed into rows; the loss is
 next-token, router balance and multi-token prediction. A source's texts are read and filtered once, by the first
 process, into a store in the stage's folder that every process reads from; held-out repositories only serve to keep
 copies of their code out of it.
@@ -79,7 +79,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
 def _batches(config: RunConfig, sources: list[loader.Source], phase: int) -> grain.DatasetIterator:
     train = config.midtrain.train
     return loader.batches(sources, rows=train.rows, length=train.sequence_length, seed=config.seed + PHASE_SEED * phase,
-                          method=config.midtrain.packing)
+                          method=config.midtrain.packing, overlong=config.midtrain.overlong)
 
 
 def read_texts(context: StageContext) -> dict[str, TextStore]:
@@ -176,7 +176,11 @@ def check_initial(config: RunConfig) -> None:
 
 def make_sources(context: StageContext, stores: Mapping[str, TextStore], tokenizer: Tokenizer, phase: int = 0
                  ) -> list[loader.Source]:
-    """The documents of every source that has a share in a phase, in the forms that the configuration names."""
+    """The documents of every source that has a share in a phase, in the forms that the configuration names.
+
+    Raises:
+      UserError: texts of which a form can make nothing; the line names the source.
+    """
     stage, made = context.config.midtrain, []
     sources = {name: source for name, source in sources_of(stage).items() if source.share > 0}
     total = sum(source.share for source in sources.values())
@@ -186,5 +190,9 @@ def make_sources(context: StageContext, stores: Mapping[str, TextStore], tokeniz
         folder = context.workdir / "data" / (f"{name}.{phase + 1}" if phase else name)
         request = Request(context, name, stores[name], tokenizer, stage.train.sequence_length,
                           math.ceil(tokens * source.share / total), folder)
-        made.append(loader.Source(name, form(request), source.share))
+        try:
+            made.append(loader.Source(name, form(request), source.share))
+        except UserError as error:
+            field = source_field(context.config, "midtrain", name)
+            raise error if str(error).startswith("--config") else UserError(f"{field}: {error}") from error
     return made

@@ -54,7 +54,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     results = _train(context, sources, context.config.sft.train.steps, context.workdir,
                      context.start("sft"), "sft", context.config.seed)
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
-    line = f"{summary['conversations']} conversations, {results['steps']} steps, {ending}"
+    line = (f"{summary['conversations']} conversations, {results['steps']} steps, {ending}, padding "
+            f"{results['packing']['padding']:.2f} %")
     return results | summary | {"line": line}
 
 
@@ -71,12 +72,12 @@ def write_documents(context: StageContext) -> None:
     tokens = loss_tokens = 0
     encoder = ChatEncoder(context.tokenizer())
     with stop_signals() as stop:
-        for name, source in _used(context.config).items():
+        for name, source in used(context.config).items():
             field = source_field(context.config, "sft", name)
             findings = Findings(context.config.sft.malformed, "--config.sft.malformed")
             read = CHATS.resolve(source.kind, f"{field}.kind").read(context, source, findings, stop.is_set)
             length, counts = context.config.sft.train.sequence_length, Counter[str]()
-            documents = encoded(read, encoder, length, findings, counts)
+            documents = encoded(read, encoder, longest(context.config), findings, counts)
             first = next(documents, None)
             if stop.is_set():
                 raise interrupted(stop.number, "while conversations were read", context.log)
@@ -96,7 +97,13 @@ def write_documents(context: StageContext) -> None:
         "collecting_seconds": round(time.monotonic() - began, 1)})
 
 
-def _used(config: RunConfig) -> dict[str, ChatSource]:
+def longest(config: RunConfig) -> int | None:
+    """Tokens of the longest conversation that is kept; None where longer ones than a row are cut."""
+    return config.sft.train.sequence_length if config.sft.overlong == "drop" else None
+
+
+def used(config: RunConfig) -> dict[str, ChatSource]:
+    """The sources that have a share, by name."""
     return {name: source for name, source in chats_of(config.sft).items() if source.share > 0}
 
 
@@ -104,7 +111,7 @@ def _sources(context: StageContext) -> list[loader.Source]:
     """What the stage learns from, as `write_documents` left it."""
     folder = context.root / "sft" / DOCUMENTS
     return [loader.Source(name, loader.TokenStore(folder / name), source.share)
-            for name, source in _used(context.config).items()]
+            for name, source in used(context.config).items()]
 
 
 def train_control(context: StageContext, steps: int, directory: pathlib.Path) -> dict[str, Any]:
@@ -121,11 +128,13 @@ def train_control(context: StageContext, steps: int, directory: pathlib.Path) ->
     return results | {"seconds": results["seconds_per_step"] * steps}
 
 
-def encoded(conversations: Iterable[Conversation], encoder: ChatEncoder, length: int, findings: Findings,
-            labels: Counter[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Yields documents with loss weights; longer ones than `length` are left out, what cannot be encoded is malformed.
+def encoded(conversations: Iterable[Conversation], encoder: ChatEncoder, length: int | None, findings: Findings,
+            labels: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yields documents for packing: tokens, loss weights, and the tokens of the `head`, the system turn with the tools.
 
     Args:
+      conversations: what cannot be encoded of them is malformed.
+      length: longer ones are left out; None keeps all.
       labels: counts those of what is kept.
     """
     for conversation in conversations:
@@ -134,12 +143,13 @@ def encoded(conversations: Iterable[Conversation], encoder: ChatEncoder, length:
         except UserError as error:
             findings.row(conversation.place, str(error))
             continue
-        if len(document["tokens"]) > length:
+        if length is not None and len(document["tokens"]) > length:
             findings.without(f"over {length} tokens")
             continue
         findings.kept += 1
         labels.update(conversation.labels)
-        yield document
+        has_head = conversation.tools or conversation.messages[0]["role"] == "system"
+        yield document | {"head": np.flatnonzero(document["tokens"] == encoder.end)[0] + 1 if has_head else 0}
 
 
 def _train(context: StageContext, sources: list[loader.Source], steps: int, directory: pathlib.Path,
@@ -147,7 +157,8 @@ def _train(context: StageContext, sources: list[loader.Source], steps: int, dire
     config = context.config
     train = dataclasses.replace(config.sft.train, steps=steps)
     trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
-    batches = lambda: loader.batches(sources, rows=train.rows, length=train.sequence_length, seed=seed)
+    batches = lambda: loader.batches(sources, rows=train.rows, length=train.sequence_length, seed=seed,
+                                     method=config.sft.packing, overlong=config.sft.overlong)
     return fit.fit(directory, [fit.Phase(trainer, batches, train, 0, steps)],
                    lambda parallel: models.load(context, start, parallel)[1],
                    save=functools.partial(models.save, context, start, context.model_path(out)), log=context.log)

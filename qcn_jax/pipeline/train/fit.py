@@ -77,7 +77,7 @@ def fit(directory: pathlib.Path, phases: Sequence[Phase], params: Callable[[Para
       log: gets a line of progress.
     Returns:
       JSON-ready results: steps, tokens, loss and its parts at the end, seconds_per_step (without
-      compilation), packing statistics and the mesh of the last phase, and the phases where there are several.
+      compilation), packing (loader.summary) and the mesh of the last phase, and the phases where there are several.
     Raises:
       UserError: see train.loop.
     """
@@ -94,12 +94,14 @@ def fit(directory: pathlib.Path, phases: Sequence[Phase], params: Callable[[Para
         result = trainer.run(directory, start, loop.Stream(batches, trainer.place), phase.last, phase.config, log=log,
                              first=phase.first)
     save(trainer.model, result.state.params)
+    for words in loader.lines(packed := loader.summary(batches)):
+        log(words)
     shapes = [phase.results() for phase in phases]
     return {
         "steps": phases[-1].last,
         "tokens": sum(shape["steps"] * shape["rows"] * shape["sequence_length"] for shape in shapes),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
-        **_recorded(directory), "packing": loader.statistics(batches).as_dict(),
+        **_recorded(directory), "packing": packed,
         "mesh": layout.mesh_of(result.state), **({"phases": shapes} if len(phases) > 1 else {}),
     }
 

@@ -7,6 +7,7 @@ save, or when a loss or gradient is not finite, with one line that says where th
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -31,12 +32,14 @@ class Work:
       tokens: of all batches, without padding rows.
       metrics: JSON-ready values for the step's row of metrics.jsonl.
       absent: sections of the batch's shape that no slice is of; they have no metrics.
+      waited: seconds in which the host made the batches ready, where nothing else was done meanwhile.
     """
 
     batches: Sequence[Batch]
     tokens: int
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     absent: frozenset[str] = frozenset()
+    waited: float | None = None
 
 
 class Feed(Protocol):
@@ -68,8 +71,9 @@ class Stream:
 
     def next(self, step: int, state: TrainState, stop: Callable[[], bool]) -> Work:
         """See Feed."""
+        began = time.perf_counter()
         batch = self._place(dict(next(self.stream)))
-        return Work([batch], batch["tokens"].size)
+        return Work([batch], batch["tokens"].size, waited=time.perf_counter() - began)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +108,9 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient: the run is broken,
 
 def progress(values: Mapping[str, Any]) -> str:
     """Words a row of metrics.jsonl for the progress line of a supervised stage."""
+    waited = f"  input {values['input_wait']:.1%}" if "input_wait" in values else ""
     return (f"loss {values['loss']:.4g}  grad {values['grad_norm']:.3g}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s")
+            f"{values['tokens_per_second']:,.0f} tokens/s{waited}")
 
 
 def loop(directory: pathlib.Path, state: TrainState, step_fn: Callable, feed: Feed, steps: int, *,
@@ -214,7 +219,7 @@ class _Recorder:
             self._meter.skip()
             self._first = False
         else:
-            self._meter.add(work.tokens)
+            self._meter.add(work.tokens, work.waited)
 
     def skip(self) -> None:
         """What has passed since the last row was no training."""

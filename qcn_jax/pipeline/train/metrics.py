@@ -43,7 +43,10 @@ def read_metrics(path: files.Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Speed of a loop: tokens a second since the last reading, utilisation, and goodput.
+    """Speed of a loop: tokens a second since the last reading, wait for input, utilisation, and goodput.
+
+    `input_wait` is the share of the time in which the host made batches ready. Devices are busy with the step before
+    meanwhile, so that they wait for at most that long.
 
     Goodput is the share of the wall time since the meter began that went into steps, the rest being
     compilation, checkpoints and start-up. Utilisation (MFU) is the model's FLOPs, without recomputation, over
@@ -58,11 +61,14 @@ class Meter:
         self._useful = 0.0
         self._tokens = 0
         self._steps = 0
+        self._waited: float | None = None
 
-    def add(self, tokens: int, steps: int = 1) -> None:
-        """Counts finished work."""
+    def add(self, tokens: int, waited: float | None = None) -> None:
+        """Counts a finished step of so many tokens; `waited` are the seconds in which its input was made ready."""
         self._tokens += tokens
-        self._steps += steps
+        self._steps += 1
+        if waited is not None:
+            self._waited = (self._waited or 0.0) + waited
 
     def skip(self) -> None:
         """The time since the last reading was not training (a compilation, a checkpoint)."""
@@ -81,7 +87,9 @@ class Meter:
         }
         if self._flops is not None and self._peak is not None:
             values["mfu"] = values["tokens_per_second"] * self._flops / self._peak
-        self._mark, self._tokens, self._steps = now, 0, 0
+        if self._waited is not None:
+            values["input_wait"] = self._waited / elapsed
+        self._mark, self._tokens, self._steps, self._waited = now, 0, 0, None
         return values
 
 

@@ -49,6 +49,16 @@ def test_assistants_tokens_and_no_others_count_with_their_messages_weight(tokeni
     assert list(tokens).count(tokenizer.id("<|im_end|>")) == 7 and list(tokens).count(tokenizer.id("<|im_start|>")) == 7
 
 
+def test_a_documents_head_is_the_turn_with_the_tools_and_long_ones_go_or_stay_whole(tokenizer):
+    encoder, plain = ChatEncoder(tokenizer), {"messages": OPENAI["messages"][1:3]}
+    encode = lambda row, length: list(sft.encoded([conversation(row)], encoder, length, findings, Counter()))
+    findings = Findings()
+    (document,), (other,) = encode(OPENAI, None), encode(plain, None)
+    assert tokenizer.decode(document["tokens"][:document["head"]]) == render(OPENAI["messages"][:1], TOOLS).rstrip("\n")
+    assert other["head"] == 0 and findings.left_out == {}
+    assert not encode(OPENAI, 40) and findings.left_out == {"over 40 tokens": 1} and findings.kept == 2
+
+
 def forms():
     said = [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye"), ("assistant", "Ciao")]
     openai = [{"role": role, "content": text} for role, text in said]

@@ -51,7 +51,10 @@ def test_two_runs_and_a_resume_give_the_same_batches_over_many_windows():
         resumed.set_state(state)
         assert _same(whole[stop:stop + 8], _take(resumed, 8))
         _take(first, 8)
-        assert loader.statistics(resumed) == loader.statistics(first)
+        assert loader.summary(resumed) == loader.summary(first)
+        unread = _batches()  # as a run that was killed behind its last step
+        unread.set_state(json.loads(json.dumps(first.get_state())))
+        assert loader.summary(unread) == loader.summary(first)
 
 
 def test_shares_are_shares_of_tokens():
@@ -67,6 +70,44 @@ def test_padding_is_small_and_reported():
     assert padding < 0.02
     assert loader.statistics(iterator).padding < 2 and loader.statistics(iterator).fragmentation == 0
     assert loader.statistics(iterator).documents > 100
+
+
+def test_what_was_read_of_every_source_and_what_other_methods_cost():
+    iterator = loader.batches([*_sources(), loader.Source("rare", _Made(), 1e-9)], rows=4, length=64, seed=3,
+                              method="pad_last", origins=True)
+    first = next(iterator)
+    assert set(np.unique(first["source"][first["segment_ids"] > 0])) <= {0, 1, 2}
+    assert np.all((first["tokens"] == 9) == (first["source"] == 2))
+    found = loader.summary(iterator)
+    assert found["sources"]["rare"] == {"documents": 0, "tokens": 0}
+    assert sum(of["documents"] for of in found["sources"].values()) == found["documents"]
+    assert found["variants"]["pad_last"] == {"fragmentation": 0.0, "padding": found["padding"]}
+    assert found["variants"]["concat"]["fragmentation"] > 5 and found["variants"]["best_fit"]["padding"] < 2
+    lines = list(loader.lines(found))
+    assert lines[0].startswith("packing pad_last: fragmentation 0.00 %, padding ") and "concat: " in lines[1]
+    assert lines[-1].startswith("rare: no document of it was read")
+    cut = loader.lines(found | {"overlong": 7, "heads": 9, "cut_heads": 3, "dropped": 0, "rule": "slide"})
+    assert {"7 documents are longer than a row (slide)", "3 of 9 conversations are cut such that a piece lacks their "
+            "tool definitions"} <= set(cut)
+
+
+def test_documents_that_give_no_row_are_said_to(monkeypatch):
+    monkeypatch.setattr(loader, "_FRUITLESS", 500)
+    dropped = lambda documents: loader.batches([loader.Source("a", documents, 1.0)], rows=2, length=8, seed=0,
+                                               overlong="drop")
+    with pytest.raises(UserError, match="none of 5.. documents fits into a row of 8 tokens, and overlong=drop"):
+        next(dropped([{"tokens": np.ones(9, int)}]))
+    few = dropped([{"tokens": np.ones(9, int)}] * 300 + [{"tokens": np.full(5, 2)}])
+    assert (next(few)["tokens"] == 2).sum() == 10
+    with pytest.raises(UserError, match="source a: its documents have no tokens"):
+        dropped([{"tokens": np.zeros(0, int)}])
+
+
+def test_a_store_keeps_numbers_of_documents(tmp_path):
+    documents = [{"tokens": np.arange(n), "head": n - 1} for n in (3, 5)]
+    loader.TokenStore.write(tmp_path, documents)
+    again = loader.TokenStore(tmp_path)
+    assert [int(again[i]["head"]) for i in (0, 1)] == [2, 4] and again[1]["tokens"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_token_store_round_trip(tmp_path):

@@ -1,5 +1,6 @@
 """Packing: every token placed once, nothing leaks, and the methods differ as the report says they do."""
 
+import bisect
 import time
 
 import numpy as np
@@ -56,15 +57,65 @@ def test_best_fit_keeps_documents_whole_and_never_opens_a_needless_row(lengths):
     assert len(filled) < 2 or np.sort(filled)[:2].sum() > length
 
 
+def _one_by_one(sizes, length):
+    """Best-fit decreasing as it is usually written: the row of each piece."""
+    free, rows = [], [0] * len(sizes)  # (room, minus the time at which it came to be, row), sorted
+    used = time_ = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = bisect.bisect_left(free, (sizes[i],))
+        room, _, row = free.pop(at) if at < len(free) else (length, 0, used)
+        used, time_, rows[i] = max(used, row + 1), time_ - 1, row
+        if room > sizes[i]:
+            bisect.insort(free, (room - sizes[i], time_, row))
+    return rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 24), max_size=120), st.sampled_from([24, 32]))
+def test_pieces_of_one_size_go_where_they_would_one_by_one(lengths, length):
+    planned = packing.plan(lengths, length)
+    rows = np.zeros(len(lengths), int)
+    rows[planned.document] = planned.row
+    assert rows.tolist() == _one_by_one(lengths, length)
+
+
 def test_overlong_documents():
     documents = _documents([25])
-    split = list(_pieces(packing.pack(documents, 10)))
-    assert [len(p[0]) for p in split] == [10, 10, 5]
-    slide = list(_pieces(packing.pack(documents, 10, overlong="slide")))
-    counted = [t + 1 for tokens, weights, *_ in slide for t in tokens[weights > 0]]
-    # Every token but the first is predicted exactly once, although windows overlap.
-    assert sorted(counted) == list(range(1001, 1025))
+    windows = lambda **options: [p[0].tolist() for p in _pieces(packing.pack(documents, 10, **options))]
+    of = lambda start, stop: list(range(1000 + start, 1000 + stop))
+    assert windows() == [of(0, 10), of(10, 20), of(20, 25)]
     assert packing.pack(documents, 10, overlong="drop")["tokens"].shape == (0, 10)
+    documents = _documents([23])
+    assert windows(overlong="slide") == [of(0, 10), of(5, 15), of(10, 20), of(13, 23)]
+    assert windows(overlong="slide_merge") == [of(0, 10), of(5, 15), of(13, 23)]
+    documents = _documents([12])  # the first window stays, whatever is behind it
+    assert windows(overlong="slide") == windows(overlong="slide_merge") == [of(0, 10), of(2, 12)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=6), st.integers(1, 13),
+       st.sampled_from(["slide", "slide_merge"]), st.sampled_from(["best_fit", "pad_last"]))
+def test_sliding_windows_predict_every_token_once(lengths, length, overlong, method):
+    pieces = list(_pieces(packing.pack(_documents(lengths), length, method=method, overlong=overlong)))
+    counted = [t + 1 for tokens, weights, *_ in pieces for t in tokens[weights > 0]]
+    # Rows of one token predict nothing; else all but a document's first token are predicted.
+    assert sorted(counted) == [1000 * (d + 1) + t for d, n in enumerate(lengths) for t in range(1, n) if length > 1]
+    long = {1000 * (d + 1) for d, n in enumerate(lengths) if n > length}
+    assert all(len(tokens) == length for tokens, *_ in pieces if tokens[0] - tokens[0] % 1000 in long)
+
+
+def test_fragmentation_counts_documents_and_heads_that_are_cut():
+    # Rows of 10: the second document is cut, the third in three parts; the fourth is longer than a row.
+    lengths, heads = [6, 8, 30, 2], [3, 5, 4, 0]
+    found = packing.statistics(lengths, 10, packing.plan(lengths, 10, "concat"), heads)
+    assert (found.documents, found.fragmented, found.overlong, found.fragmentation) == (4, 1, 1, 25.0)
+    assert (found.heads, found.cut_heads) == (3, 2)
+    restarted = packing.statistics(lengths, 10, packing.plan(lengths, 10, "restart_last"), heads)
+    assert restarted.fragmented == 1 and restarted.cut_heads == 2  # 4 of its first 5 tokens end the first row
+    kept = packing.statistics(lengths, 10, packing.plan(lengths, 10, overlong="drop"), heads)
+    assert (kept.fragmented, kept.cut_heads, kept.dropped, kept.padding) == (0, 0, 1, 20.0)
+    split = packing.statistics(lengths, 10, packing.plan(lengths, 10), heads)
+    assert (split.fragmented, split.cut_heads, split.dropped) == (0, 1, 0)
 
 
 def test_restart_last_repeats_the_cut_document_whole():
@@ -76,7 +127,9 @@ def test_restart_last_repeats_the_cut_document_whole():
 def test_statistics_order_the_methods_as_the_report_does():
     lengths = np.random.default_rng(0).lognormal(5, 1, 3000).astype(int) % 1024 + 1
     found = {m: packing.statistics(lengths, 1024, packing.plan(lengths, 1024, m)) for m in packing.METHODS}
-    assert found["concat"].fragmentation > found["restart_last"].fragmentation > 5
+    # Of documents, not of pieces: what restarts is cut once and whole once, and there are more rows to cut at.
+    assert found["restart_last"].fragmentation > found["concat"].fragmentation > 5
+    assert found["concat"].fragmented == found["concat"].pieces - 3000 > 0
     assert found["concat"].padding < 0.2 and found["restart_last"].padding < 0.2
     assert found["pad_last"].fragmentation == 0 and found["pad_last"].padding > 5
     assert found["best_fit"].fragmentation == 0 and found["best_fit"].padding < 0.3
@@ -100,6 +153,11 @@ def test_unknown_method_is_one_line():
 
 def test_planning_is_fast():
     lengths = np.random.default_rng(1).integers(1, 1024, 50_000)
-    begin = time.perf_counter()
-    packing.plan(lengths, 1024)
-    assert time.perf_counter() - begin < 5
+    begin = time.process_time()
+    for method in packing.METHODS:
+        packing.plan(lengths, 1024, method)
+    assert time.process_time() - begin < 5
+
+
+def test_what_is_no_array_is_not_packed():
+    assert set(packing.pack([{"tokens": [5, 6], "head": 1}], 4)) == {"tokens", "weights", "segment_ids", "positions"}

@@ -97,7 +97,7 @@ def test_what_earns_nothing_and_what_is_penalised(encoder, services) -> None:
     empty, _, _ = play(encoder, services, task, [[SUBMIT]])
     assert empty.reward == 0.0 and empty.detail["outcome"] == "empty_patch"
     limit, _, _ = play(encoder, services, task, [[VIEW]] * 6)
-    assert limit.reward == -0.25 and not limit.finished and limit.detail["reason"] == "turn_limit"
+    assert limit.reward == -limit.penalty == -0.25 and not limit.finished and limit.detail["reason"] == "turn_limit"
     late, _, _ = play(encoder, services, task, [[VIEW], [RIGHT]], truncated=True)
     assert late.reward == 0.75 and late.solved and late.detail["reason"] == "length_limit"
 

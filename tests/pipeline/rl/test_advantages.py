@@ -16,7 +16,7 @@ def record(prompt: int, reward: float, solved: bool, infrastructure: bool = Fals
     sampled = np.zeros(n, bool)
     for turn in turns:
         sampled[turn.start : turn.stop] = True
-    outcome = Outcome(reward, solved, finished=reward >= 0, infrastructure=infrastructure)
+    outcome = Outcome(reward, solved, finished=reward >= 0, infrastructure=infrastructure, penalty=max(0.0, -reward))
     return RolloutRecord(prompt, 0, np.arange(n, dtype=np.int32), sampled, np.zeros(n, np.float32), turns, outcome)
 
 
@@ -26,6 +26,9 @@ def test_groups_that_teach() -> None:
         record(2, -0.2, False), record(3, 1, True), record(3, 0, False, infrastructure=True),
     ]  # fmt: skip
     assert list(advantages.informative_groups(records)) == [0]
+    # All in the right format, one of them resolved: there is something to learn.
+    parts = [record(4, 0.5, True), record(4, 1, True), record(5, 0.5, True), record(5, 0.5, True)]
+    assert list(advantages.informative_groups(parts)) == [4]
     summary = advantages.summarize(records)
     assert summary["infrastructure"] == 1 and summary["episodes"] == 7
     assert summary["pass_rate"] == pytest.approx(4 / 7) and summary["reward"] == pytest.approx(3.6 / 7)

@@ -236,7 +236,7 @@ def test_reward_rises_on_a_bandit(params, engine, trainer) -> None:
 def test_groups_of_one_mind_and_broken_sandboxes_teach_nothing(params, engine, trainer) -> None:
     class Hopeless(Bandit):
         def outcome(self, truncated: bool) -> Outcome:
-            return Outcome(-0.2 * self.first, False, finished=False)
+            return Outcome(-0.2 * self.first, False, finished=False, penalty=0.2 * self.first)
 
     class Broken(Bandit):
         def outcome(self, truncated: bool) -> Outcome:

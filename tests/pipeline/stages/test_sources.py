@@ -96,6 +96,13 @@ def test_a_source_of_which_nothing_is_left_is_named(folder, tmp_path):
         midtrain.read_texts(context_of(folder, tmp_path, sources=sources, filters=FilterConfig(min_characters=100_000)))
 
 
+def test_texts_that_are_too_short_for_a_form_name_their_source(tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    sources = {"holes": TextSource(path=f"{tmp_path}/short.jsonl", form="fim")}
+    with pytest.raises(UserError, match="^--config.midtrain.sources.holes: fill in the middle: there is no text to cut"):
+        sources_of(context_of(tmp_path, tmp_path, sources=sources))
+
+
 def test_texts_without_tokenizer_tokens_of_the_form_are_one_line(folder, tmp_path):
     context = context_of(folder, tmp_path, data=f"{folder}/b.jsonl")
     stores = midtrain.read_texts(context)

@@ -71,7 +71,7 @@ def run(directory, step_fn=STEP, log=lambda line: None, **options):
 
 def curve(directory):
     """Logged rows without what depends on the clock."""
-    clock = ("tokens_per_second", "seconds_per_step", "goodput", "seconds")
+    clock = ("tokens_per_second", "seconds_per_step", "goodput", "seconds", "input_wait")
     return [{k: v for k, v in row.items() if k not in clock} for row in metrics.read_metrics(directory / "metrics.jsonl")]
 
 
