@@ -22,6 +22,7 @@ VERBS = {
     "verify": ("qcn_jax.cli.verify", "check tasks: the gold patch passes, the empty patch fails"),
     "evaluate": ("qcn_jax.cli.evaluate", "resolved rate of a checkpoint or of predictions, with 95 % interval"),
     "convert": ("qcn_jax.cli.convert", "Hugging Face checkpoint in and out"),
+    "preview-data": ("qcn_jax.cli.preview_data", "rows as a stage trains on them: tokens, segments, loss"),
     "compile": ("qcn_jax.cli.compile", "compile a config's step for a named TPU topology"),
     "generate": ("qcn_jax.cli.generate", "text from a checkpoint"),
     "serve": ("qcn_jax.cli.serve", "OpenAI-compatible HTTP server for a checkpoint"),
@@ -127,6 +128,6 @@ def _fail(who: str, line: str) -> int:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:<11} {VERBS[verb][1]}" for verb in available_verbs())
+    verbs = "\n".join(f"  {verb:<12} {VERBS[verb][1]}" for verb in available_verbs())
     return ("qcn: repositories become verifiable tasks, an agent acts in them, tests become reward, reward becomes "
             f"better weights\n\nusage: qcn VERB [--flags]\n\n{verbs}\n\nqcn VERB --help explains a verb.")
