@@ -269,7 +269,8 @@ class _Progress:
 class _PackIterDataset(grain.IterDataset):
     """Packs windows of documents into rows and shuffles the rows of a window."""
 
-    def __init__(self, parent: grain.IterDataset, names: tuple[str, ...], length: int, method: str, overlong: str, seed: int, origins: bool) -> None:
+    def __init__(self, parent: grain.IterDataset, names: tuple[str, ...], length: int, method: str, overlong: str,
+                 seed: int, origins: bool) -> None:
         super().__init__(parent)
         self.names, self.length, self.method = names, length, method
         self.overlong, self.seed, self.origins = overlong, seed, origins

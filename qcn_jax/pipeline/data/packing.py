@@ -149,7 +149,7 @@ def fill(documents: Sequence[Document], planned: Plan, length: int,
     count = planned.rows if rows is None else -(-planned.rows // rows) * rows
     size = planned.stop - planned.start
     at = planned.row * length + planned.column  # pieces come in this order
-    runs = np.stack([size, np.diff(at, append=count * length) - size], axis=1).ravel()  # a piece, the gap behind it, ...
+    runs = np.stack([size, np.diff(at, append=count * length) - size], axis=1).ravel()  # a piece and the gap behind it
 
     def spread(values: np.ndarray) -> np.ndarray:
         """[pieces] to every position of each piece, 0 in gaps."""
