@@ -1,5 +1,6 @@
 """Texts to learn from, on their way from somebody's files to documents: read once, filtered, kept on disk."""
 
+import array
 import contextlib
 import dataclasses
 import json
@@ -12,6 +13,9 @@ import numpy as np
 from qcn_jax import files
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data import arrays
+
+_ENDS = 4096  # of texts that are written at a time
+_head = json.JSONEncoder().encode
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,9 +56,9 @@ class TextStore(Sequence[Text]):
             raise IndexError(index)
         index %= len(self)
         record = self._bytes[self._offsets[index]:self._offsets[index + 1]].tobytes()
-        head, _, text = record.partition(b"\n")
-        repo, path, language, licence = json.loads(head)
-        return Text(text.decode("utf-8", "surrogatepass"), path, repo, language, licence)
+        end = record.index(b"\n")
+        repo, path, language, licence = json.loads(record[:end])
+        return Text(str(memoryview(record)[end + 1:], "utf-8", "surrogatepass"), path, repo, language, licence)
 
     @property
     def ends(self) -> np.ndarray:
@@ -92,13 +96,17 @@ class TextStore(Sequence[Text]):
         with contextlib.ExitStack() as stack:
             data = stack.enter_context(files.atomic_open(folder / "texts.bin", "wb"))
             offsets = stack.enter_context(files.atomic_open(folder / "offsets.bin", "wb"))
-            offsets.write(np.int64(0).tobytes())
+            ends = array.array("q", [0])
             for text in texts:
-                head = json.dumps([text.repo, text.path, text.language, text.licence])
-                record = f"{head}\n{text.text}".encode("utf-8", "surrogatepass")
-                data.write(record)
-                count, size, characters = count + 1, size + len(record), characters + len(text.text)
-                offsets.write(np.int64(size).tobytes())
+                head = _head([text.repo, text.path, text.language, text.licence]).encode()
+                body = text.text.encode("utf-8", "surrogatepass")
+                data.writelines((head, b"\n", body))
+                count, size, characters = count + 1, size + len(head) + 1 + len(body), characters + len(text.text)
+                ends.append(size)
+                if len(ends) == _ENDS:
+                    ends.tofile(offsets)
+                    del ends[:]
+            ends.tofile(offsets)
         files.write_json(folder / "store.json", {"texts": count, "bytes": size, "characters": characters, **summary()})
         return cls(folder)
 

@@ -6,6 +6,7 @@ What a path is, is seen from its name and its inside: a file or folder of *.json
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import tarfile
@@ -89,18 +90,27 @@ def _of_rows(file: pathlib.Path, columns: Columns, findings: Findings) -> Iterat
     given = dataclasses.asdict(columns)
     names = {key: (given[key],) if given[key] else USUAL[key] for key in USUAL}
     wanted = [name for group in names.values() for name in group]
+
+    @functools.lru_cache(maxsize=64)  # rows of a file are mostly alike
+    def chosen(keys: tuple[str, ...]) -> tuple[str | None, ...]:
+        """Which column is the text, the path and so on; nothing where a wanted one is missing."""
+        if any(name and name not in keys for name in given.values()):
+            return (None,) * len(names)
+        return tuple(next((name for name in names[key] if name in keys), None)
+                     for key in ("text", "path", "repo", "language", "licence"))
+
     for place, row in read_rows(file, findings, wanted):
         findings.read += 1
-        missing = next((name for name in given.values() if name and name not in row), None)
-        found = {key: next((row[name] for name in group if name in row), None) for key, group in names.items()}
-        if missing is not None or not any(name in row for name in names["text"]):
+        name, *others = chosen(tuple(row))
+        if name is None:
+            missing = next((name for name in given.values() if name and name not in row), None)
             findings.row(place, f"has no column {missing or ' or '.join(names['text'])}, only {_shown(row)}")
-        elif not isinstance(found["text"], str):
-            findings.row(place, f"its text is {_kind(found['text'])}, expected text")
-        elif not found["text"].strip():
+        elif not isinstance(row[name], str):
+            findings.row(place, f"its text is {_kind(row[name])}, expected text")
+        elif not row[name] or row[name].isspace():
             findings.without("empty")
         else:
-            yield Text(found["text"], *(_word(found[key]) for key in ("path", "repo", "language", "licence")), place)
+            yield Text(row[name], *[_word(row[other]) if other else "" for other in others], place)
 
 
 def _shown(row: Mapping[str, Any]) -> str:
@@ -113,6 +123,8 @@ def _kind(value: Any) -> str:
 
 def _word(value: Any) -> str:
     """A column's value in one word or several with commas between; licences are often lists."""
+    if isinstance(value, str):
+        return value
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 

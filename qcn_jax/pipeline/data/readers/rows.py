@@ -1,5 +1,6 @@
 """Rows of JSONL and Parquet files: in their order, in bounded memory, each with its place."""
 
+import codecs
 import glob
 import gzip
 import io
@@ -138,7 +139,7 @@ def _of_lines(path: pathlib.Path, findings: Findings) -> Iterator[tuple[str, Row
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_LINE)
                     findings.row(place, f"is longer than {MAX_LINE >> 20} MiB")
-                elif line.strip():
+                elif not line.isspace():
                     row = _parsed(line, place, findings)
                     if row is not None:
                         yield place, row
@@ -148,7 +149,7 @@ def _of_lines(path: pathlib.Path, findings: Findings) -> Iterator[tuple[str, Row
 
 def _parsed(line: bytes, place: str, findings: Findings) -> Row | None:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(str(line.removeprefix(codecs.BOM_UTF8), "utf-8"))
     except UnicodeDecodeError as error:
         findings.row(place, f"is not UTF-8: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
