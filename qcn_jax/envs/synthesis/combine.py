@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from qcn_jax.envs.synthesis import validate
+from qcn_jax.envs.synthesis.survey import Survey
 from qcn_jax.envs.tasks.schema import Task
 
 FILE, MODULE = "combine_file", "combine_module"
@@ -19,7 +20,7 @@ _ATTEMPTS = 20  # to find parts that go together, for each combination that is w
 
 
 def combinations(
-    kept: Sequence[tuple[validate.Candidate, Task]], survey: validate.Survey, count: int, seed: int
+    kept: Sequence[tuple[validate.Candidate, Task]], survey: Survey, count: int, seed: int
 ) -> list[validate.Candidate]:
     """At most `count` combinations of one repository's verified defects, half of them within one file.
 
@@ -44,7 +45,7 @@ def combinations(
 
 
 def _of(
-    kind: str, groups: Mapping[str, Sequence[tuple[validate.Candidate, Task]]], survey: validate.Survey,
+    kind: str, groups: Mapping[str, Sequence[tuple[validate.Candidate, Task]]], survey: Survey,
     rng: random.Random, attempts: int,
 ) -> Iterator[validate.Candidate]:
     names = sorted(name for name, found in groups.items() if len(found) > 1)
@@ -71,7 +72,7 @@ def _span(candidate: validate.Candidate) -> tuple[int, int, str]:
 
 
 def _join(
-    kind: str, parts: Sequence[tuple[validate.Candidate, Task]], survey: validate.Survey
+    kind: str, parts: Sequence[tuple[validate.Candidate, Task]], survey: Survey
 ) -> validate.Candidate | None:
     """One candidate of several parts in order of their places; None where they touch the same function or text."""
     if len({(candidate.path, candidate.function) for candidate, _ in parts}) < len(parts):

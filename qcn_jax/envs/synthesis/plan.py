@@ -15,6 +15,7 @@ from qcn_jax.chat import endpoint
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, validate
 from qcn_jax.envs.synthesis.inject import rewrite
+from qcn_jax.envs.synthesis.survey import Survey, callers
 from qcn_jax.envs.tasks import permissions
 
 WAVE = 192  # candidates of one wave; bounds what is executed beyond the target
@@ -60,7 +61,7 @@ class Settings:
 @dataclasses.dataclass
 class _Repository:
     spec: RepositorySpec
-    survey: validate.Survey
+    survey: Survey
     cells: dict[str, list[inject.Injection]]  # by kind; the next one last
     taken: int = 0
 
@@ -79,7 +80,7 @@ class Plan:
         self.kept: collections.Counter[str] = collections.Counter()
         self._exhausted: set[str] = set()
 
-    def add(self, spec: RepositorySpec, survey: validate.Survey, files: Mapping[str, str]) -> int:
+    def add(self, spec: RepositorySpec, survey: Survey, files: Mapping[str, str]) -> int:
         """Finds the candidates of a repository; returns how many there are."""
         cells: dict[str, list[inject.Injection]] = collections.defaultdict(list)
         seen: set[tuple[str, int, int, str]] = set()
@@ -89,7 +90,7 @@ class Plan:
                 continue  # a fix of it would not be graded
             rng = random.Random(f"{self.settings.seed}/{spec.name}/{path}")
             found = self._injections(files.get(path, ""), path, survey, rng)
-            called = {name for name in {i.qualname for i in found} if validate.callers(survey, path, name)}
+            called = {name for name in {i.qualname for i in found} if callers(survey, path, name)}
             for injection in found:
                 place = (path, injection.start, injection.end, injection.new)
                 wanted = injection.qualname in called and place not in seen
@@ -102,7 +103,7 @@ class Plan:
         return sum(map(len, cells.values()))
 
     def _injections(
-        self, text: str, path: str, survey: validate.Survey, rng: random.Random
+        self, text: str, path: str, survey: Survey, rng: random.Random
     ) -> list[inject.Injection]:
         """Defects of one file by rules and by the model."""
         found: list[inject.Injection] = []

@@ -43,8 +43,31 @@ def find(
     return next((o for o in differing(buggy, fixed) if only in (None, (o.path, o.function))), None)
 
 
+def stable(calls: Sequence[Mapping[str, Any]], again: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`calls`, each with `stable`: whether its counterpart in another recording of the same state ended alike.
+
+    Clocks, random numbers, counters and identities differ from process to process; what tells the day of the recording
+    (`dated`) differs from day to day.
+    """
+    known: dict[tuple, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for call in again:
+        known[_key(call)].append(call)
+    seen: collections.Counter[tuple] = collections.Counter()
+    marked = []
+    for call in calls:
+        key = _key(call)
+        others = known.get(key, ())
+        alike = seen[key] < len(others) and _difference(call, others[seen[key]]) is None
+        marked.append({**call, "stable": alike and not call.get("dated", False)})
+        seen[key] += 1
+    return marked
+
+
 def differing(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]) -> Iterator[Observation]:
-    """All calls in `buggy` that ended otherwise than their counterparts, in the order in which they ended."""
+    """All calls in `buggy` that ended otherwise than their counterparts, in the order in which they ended.
+
+    Calls that are marked as not `stable` are passed over.
+    """
     known: dict[tuple, list[Mapping[str, Any]]] = collections.defaultdict(list)
     for call in fixed:
         known[_key(call)].append(call)
@@ -53,8 +76,9 @@ def differing(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, A
         key = _key(call)
         counterparts = known.get(key, ())
         if seen[key] < len(counterparts):
-            difference = _difference(call, counterparts[seen[key]])
-            if difference is not None:
+            wanted = counterparts[seen[key]]
+            difference = _difference(call, wanted)
+            if difference is not None and call.get("stable", True) and wanted.get("stable", True):
                 arguments = tuple((name, text) for name, text in call["args"])
                 yield Observation(call["path"], call["name"], arguments, *difference)
         seen[key] += 1

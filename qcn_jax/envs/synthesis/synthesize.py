@@ -14,6 +14,7 @@ from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import combine, plan, validate
+from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.journal import Rows
@@ -79,15 +80,15 @@ class Journal(Rows):
 
 def survey_all(
     pool: EnvPool, specs: Sequence[RepositorySpec], folder: pathlib.Path, log: Log
-) -> tuple[dict[str, validate.Survey], dict[str, str]]:
+) -> tuple[dict[str, Survey], dict[str, str]]:
     """Surveys by repository, kept in `folder` between runs, and why the others could not be used."""
-    surveys: dict[str, validate.Survey] = {}
+    surveys: dict[str, Survey] = {}
     skipped: dict[str, str] = {}
     pool.register(specs)
 
     def one(spec: RepositorySpec) -> Any:
         return spec, (None if path(spec).exists() else pool.submit(
-            validate.survey, spec, SURVEY_SECONDS, repository=spec.name, deadline=900.0))
+            take_survey, spec, SURVEY_SECONDS, repository=spec.name, deadline=900.0))
 
     def path(spec: RepositorySpec) -> pathlib.Path:
         state = hashlib.sha256(repr(spec).encode()).hexdigest()[:12]
@@ -96,7 +97,7 @@ def survey_all(
     for spec, future in [one(spec) for spec in specs]:
         try:
             if future is None:
-                surveys[spec.name] = validate.Survey.from_json(files.read_json(path(spec)))
+                surveys[spec.name] = Survey.from_json(files.read_json(path(spec)))
                 continue
             found = surveys[spec.name] = future.result()
         except UserError as error:

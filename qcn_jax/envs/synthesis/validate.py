@@ -1,17 +1,13 @@
 """Candidates to verified tasks, by execution: tests that passed now fail, and the reverse patch fixes them.
 
-`survey` runs a repository's suite once and learns which functions each test calls; `check` then runs, for one
-candidate, only tests that call the function it changes. Everything of the repository runs in sandboxes.
+`check` runs, for one candidate, only tests that call the function it changes (survey.py knows which). Everything of the
+repository runs in sandboxes.
 """
 
-import collections
 import dataclasses
 import hashlib
-import importlib.resources
-import json
 import math
 import random
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,45 +16,14 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import heldout, inject, quality, statement
+from qcn_jax.envs.synthesis.survey import OBSERVE, Survey, callers
 from qcn_jax.envs.tasks import permissions
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.envs.testpaths import is_test_path
-from qcn_jax.errors import UserError
 
 MAX_TESTS = 40  # run for one candidate
-MAX_TEST_SECONDS = 1.0  # slower tests are not used
-# Processes that list a repository's tests. A list made from a set of two types, ordered by their addresses, looks
-# the same in all of them once in 2 ** (LISTINGS - 1).
-LISTINGS = 4
 TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they need without the defect
 LEAST_SECONDS = 1.0  # of processor time that every run may use
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
-_INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
-_SCRIPT, _COLLECT = ((_INSIDE / name).read_text() for name in ("observe.py", "collect.py"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """What one traced run of a repository's suite showed; JSON-ready through `dataclasses.asdict`.
-
-    `seconds` is processor time. `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests
-    in suite order).
-    """
-
-    repository: str
-    tests: tuple[str, ...]
-    seconds: tuple[float, ...]
-    callers: dict[str, tuple[int, ...]]
-    breadth: tuple[int, ...]  # number of repository functions that each test calls
-    failing: int  # tests left out because they failed before any defect
-    unstable: int  # tests left out because runs disagreed or their ids do not last
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> "Survey":
-        """Reads what `dataclasses.asdict` gave."""
-        callers = {name: tuple(found) for name, found in row["callers"].items()}
-        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth")}
-        return cls(**{**row, **lists, "callers": callers})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,81 +64,6 @@ class Candidate:
         others = [text for path, _, after in self.others for text in (path, after)]
         text = "\0".join((self.repository, self.path, self.kind, self.function, self.after, *others))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> Survey:
-    """Prepares a repository and learns which tests call which functions, in at most `seconds` of processor time.
-
-    Left out are tests that fail, that disagree between the preparing and the traced run, or whose ids mean something
-    else in another process (parameters taken from a set, say).
-
-    Raises:
-      UserError: the repository's tests cannot run at all or none of them passes; names the repository.
-    """
-    baseline = provider.prepare(spec).baseline
-    with provider.create(spec.name) as sandbox:
-        run = sandbox.run_python(_SCRIPT, {"mode": "calls", "seconds": seconds}, timeout=10 * seconds)
-    if run.status != "ok":
-        raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
-    value = run.value
-    wandering = _wandering(_listings(provider, spec, 10 * seconds))
-    ids = list(value["calls"])
-    passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
-    stable = [name for name in passing
-              if baseline.outcomes.get(name) in PASSING and name.split("[")[0] not in wandering]
-    failing = sum(outcome in ("failed", "error") for outcome in value["outcomes"].values())
-    if not passing:
-        reason = next(iter(value["messages"].values()), "no tests were found")
-        raise UserError(f"{spec.name}: none of its tests passes before any defect ({failing} fail): {reason}")
-    kept = [name for name in stable if value["seconds"].get(name, 0.0) <= MAX_TEST_SECONDS]
-    calling: dict[str, list[int]] = collections.defaultdict(list)
-    for number, name in enumerate(kept):
-        for index in value["calls"][name]:
-            path, function = value["functions"][index]
-            if not is_test_path(path):
-                calling[f"{path}::{function}"].append(number)
-    return Survey(
-        spec.name,
-        tuple(kept),
-        tuple(value["seconds"].get(name, 0.0) for name in kept),
-        {name: tuple(found) for name, found in sorted(calling.items())},
-        tuple(len(value["calls"][name]) for name in kept),
-        failing,
-        len(passing) - len(stable),
-    )
-
-
-def _listings(provider: Provider, spec: RepositorySpec, timeout: float) -> list[dict[str, str | None]]:
-    """Parameters by id of all tests (None: see collect.py), from interpreters whose sets have different orders."""
-    collected = "qcn_collected.json"  # in this sandbox alone
-    command = f"python -c {shlex.quote(_COLLECT)} {collected} {shlex.join(spec.pytest_args)} > /dev/null 2>&1"
-    found = []
-    with provider.create(spec.name) as sandbox:
-        for seed in range(LISTINGS):
-            sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
-            try:
-                found.append(json.loads(sandbox.read(collected)))
-            except (FileNotFoundError, ValueError) as error:
-                raise UserError(f"{spec.name}: its tests cannot be collected") from error
-    return found
-
-
-def _wandering(listings: Sequence[Mapping[str, str | None]]) -> set[str]:
-    """Test functions of which some id is missing, has other parameters in some process, or numbers members of a set."""
-    first = listings[0]
-    names = set().union(*listings)
-    return {name.split("[")[0] for name in names
-            if first.get(name) is None or any(found.get(name) != first[name] for found in listings)}
-
-
-def callers(known: Survey, path: str, qualname: str) -> tuple[int, ...]:
-    """Tests that call a function; of a class, those that call any of its methods."""
-    exact = known.callers.get(f"{path}::{qualname}")
-    if exact is not None:
-        return exact
-    prefix = f"{path}::{qualname}."
-    callers = (found for name, found in known.callers.items() if name.startswith(prefix))
-    return tuple(sorted({number for found in callers for number in found}))
 
 
 def make_candidate(
@@ -290,6 +180,12 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
         raise _Rejected("not_fixed")
     if any(a["again"] in PASSING or b["again"] not in PASSING for a, b in zip(buggy, fixed)):
         raise _Rejected("flaky")
+    observed = [(run["test"],) for run in buggy]
+    # The same state in other processes, where clocks, random values and addresses differ.
+    fixed = [{**run, "calls": statement.stable(run["calls"], _run(
+        sandbox, candidate, test, timeout, spent, always=True, tests=test, disturb=1)["calls"])}
+        for run, test in zip(fixed, observed)]
+    buggy = _agreeing(sandbox, candidate, buggy, passing, options, spent)
     observations, text = _statement(candidate, buggy, fixed, failing, options)
     if statement.contains_fix(text, gold):  # the tests' own words may quote the line
         quiet = [{**run, "messages": {}} for run in buggy]
@@ -299,12 +195,11 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if options.words:
         text = statement.worded(text, observations[0].function if observations else "", gold, options.words)
     wanted = _unseen_calls(candidate, buggy, fixed) if options.held_out else []
-    fixed_calls = heldout.call_all(sandbox, wanted, timeout)
-    for _ in range(options.reruns):
+    if wanted:
         sandbox.reset()
-        again = _run(sandbox, candidate, (), timeout, spent)
-        if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
-            raise _Rejected("flaky")
+        for path, content in fixed_files.items():
+            sandbox.write(path, content)
+    fixed_calls = heldout.call_all(sandbox, wanted, timeout)
     task = _task(candidate, gold, failing, passing, observations[0] if observations else None, text)
     if fixed_calls:
         sandbox.reset()
@@ -314,6 +209,27 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
         sandbox.reset()
         task = heldout.mirrored(task, sandbox, fixed_files, timeout)
     return quality.scored(task, candidate.callers, candidate.suite)
+
+
+def _agreeing(
+    sandbox: Sandbox, candidate: Candidate, buggy: Sequence[dict[str, Any]], passing: Sequence[str], options: Options,
+    spent: list[tuple[float, float]],
+) -> list[dict[str, Any]]:
+    """The runs of the defective state, with those calls marked that further runs of it confirm.
+
+    Raises:
+      _Rejected: flaky, where a test ends otherwise.
+    """
+    timeout, marked = options.timeout, list(buggy)
+    for number in range(options.reruns):
+        sandbox.reset()
+        tests = () if number else (buggy[0]["test"],)
+        again = _run(sandbox, candidate, tests, timeout, spent, always=True, disturb=number + 2)
+        if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
+            raise _Rejected("flaky")
+        if number == 0:
+            marked[0] = {**buggy[0], "calls": statement.stable(buggy[0]["calls"], again["calls"])}
+    return marked
 
 
 def _unseen_calls(
@@ -351,7 +267,7 @@ def _statement(
 
 def _run(
     sandbox: Sandbox, candidate: Candidate, observe: Sequence[str], timeout: float, spent: list[tuple[float, float]],
-    always: bool = False, tests: Sequence[str] | None = None,
+    always: bool = False, tests: Sequence[str] | None = None, disturb: int = 0,
 ) -> dict[str, Any]:
     """One run of the candidate's tests (or of `tests` alone): what observe.py returned.
 
@@ -361,9 +277,9 @@ def _run(
     # Of all tests more than MAX_SHARE would fail if those not run failed like those run.
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
     arguments = {"mode": "check", "tests": candidate.tests if tests is None else tests, "observe": observe,
-                 "always": always, "sources": candidate.sources, "too_many": too_many,
+                 "always": always, "disturb": disturb, "sources": candidate.sources, "too_many": too_many,
                  "seconds": min(timeout, LEAST_SECONDS + 4 * candidate.seconds)}  # fmt: skip
-    run = sandbox.run_python(_SCRIPT, arguments, timeout)
+    run = sandbox.run_python(OBSERVE, arguments, timeout)
     spent.append((run.seconds, run.value["cpu"] if run.value else 0.0))
     if run.status != "ok":
         raise _Rejected(run.status if run.status in ("timeout", "out_of_memory") else "crashed")

@@ -40,6 +40,8 @@ def verify_task(provider: Provider, task: Task, reruns: int = 0) -> Check:
 
 def _problems(provider: Provider, task: Task) -> tuple[list[str], float]:
     problems = []
+    if not task.problem_statement.strip():
+        problems.append("problem_statement is empty")
     if not task.FAIL_TO_PASS:
         problems.append("FAIL_TO_PASS is empty")
     verdict = grading.Grader(provider).grade(task, task.patch)

@@ -7,6 +7,7 @@ import pytest
 
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import inject, plan, validate
+from qcn_jax.envs.synthesis.survey import Survey
 from qcn_jax.envs.tasks.schema import Task
 from tests.envs.synthesis.small import SOURCE
 
@@ -18,7 +19,7 @@ def make_plan(settings, names=("a==1", "b==1"), copies=4):
     names_called = ("clamp", "mean", "Stack.push", "Stack.pop", "countdown", "unused")
     callers = {f"{path}::{name}": (0,) for path in files for name in names_called}
     for name in names:
-        survey = validate.Survey(name, ("tests/t.py::t",), (0.01,), callers, (3,), 0, 0)
+        survey = Survey(name, ("tests/t.py::t",), (0.01,), callers, (3,), 0, 0)
         made.add(RepositorySpec(name, ""), survey, files)
     return made
 
@@ -80,7 +81,7 @@ def test_balanced_trims_the_most_frequent_kinds():
 def test_files_that_no_fix_may_touch():
     """Defects are put only where a grader accepts a patch."""
     made = plan.Plan(plan.Settings())
-    survey = validate.Survey("a==1", ("t.py::t",), (0.01,), {"setup.py::mean": (0,), "pkg/m.py::mean": (0,)}, (1,), 0, 0)
+    survey = Survey("a==1", ("t.py::t",), (0.01,), {"setup.py::mean": (0,), "pkg/m.py::mean": (0,)}, (1,), 0, 0)
     files = {"setup.py": SOURCE, "pkg/m.py": SOURCE}
     assert made.add(RepositorySpec("a==1", ""), survey, files) > 0
     assert {c.path for c in made.next_wave()} == {"pkg/m.py"}

@@ -19,6 +19,7 @@ from qcn_jax.envs.synthesis import (
     validate,
     verify,
 )  # fmt: skip
+from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks import grading
 from qcn_jax.errors import UserError
 from tests.envs.synthesis.small import SOURCE, write_repository
@@ -32,7 +33,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     spec = sources.locate(str(write_repository(folder)))
     with make_provider("local", str(folder / "state")) as provider:
-        yield provider, spec, validate.survey(provider, spec)
+        yield provider, spec, take_survey(provider, spec)
 
 
 def write(root, files):
@@ -61,7 +62,7 @@ def test_survey(place):
     assert called[f"{PATH}::clamp"] == [f"test_clamp[{case}]" for case in ("5-5", "-1-0", "11-10", "0-0", "10-10")]
     assert called[f"{PATH}::Stack.pop"] == ["test_stack", "test_empty_stack"]
     assert called[f"{PATH}::countdown"] == ["test_countdown"] and f"{PATH}::unused" not in called
-    assert survey == validate.Survey.from_json(json.loads(json.dumps(dataclasses.asdict(survey))))
+    assert survey == Survey.from_json(json.loads(json.dumps(dataclasses.asdict(survey))))
 
 
 def test_kept_candidate(place):
@@ -148,7 +149,7 @@ def test_failing_test_that_leaves_something_behind(tmp_path):
     })  # fmt: skip
     spec = sources.locate(str(tmp_path / "repo"))
     with make_provider("local", str(tmp_path / "state")) as provider:
-        survey = validate.survey(provider, spec)
+        survey = take_survey(provider, spec)
         (injection,) = inject.candidates(source, "pkg/a.py", ["change_arithmetic"])
         task = validate.check(provider, validate.make_candidate(injection, spec, survey, random.Random(0))).task
         assert task.FAIL_TO_PASS == ("tests/test_second.py::test_up",)
@@ -164,6 +165,8 @@ def test_verify_notices_wrong_tasks(place):
     assert "gold patch gives patch_failed" in verify.verify_task(provider, useless).problems[0]
     solved = dataclasses.replace(task, FAIL_TO_PASS=task.PASS_TO_PASS, PASS_TO_PASS=())
     assert any("passes" in problem for problem in verify.verify_task(provider, solved).problems)
+    silent = dataclasses.replace(task, problem_statement=" \n")
+    assert verify.verify_task(provider, silent).problems == ("problem_statement is empty",)
 
 
 def test_ids_that_do_not_last(place, tmp_path):
@@ -190,7 +193,7 @@ def test_numbered(pair, other, number):
 def test_listed(pair):
     assert mean([2]) == 2
 """)
-    survey = validate.survey(place[0], sources.locate(str(root)))
+    survey = take_survey(place[0], sources.locate(str(root)))
     assert {name.split("::")[1].split("[")[0] for name in survey.tests} == {"test_told"}
     assert (len(survey.tests), survey.failing, survey.unstable) == (4, 0, 10)
 
@@ -199,7 +202,7 @@ def test_repository_without_passing_tests(place, tmp_path):
     root = write_repository(tmp_path, "failing-1.0")
     (root / "tests/test_core.py").write_text("def test_no():\n    assert False\n")
     with pytest.raises(UserError, match="none of its tests passes before any defect"):
-        validate.survey(place[0], sources.locate(str(root)))
+        take_survey(place[0], sources.locate(str(root)))
 
 
 def test_combined_defects(place):
@@ -232,7 +235,7 @@ def test_combined_in_one_module(tmp_path):
     })  # fmt: skip
     spec = sources.locate(str(tmp_path / "repo"))
     with make_provider("local", str(tmp_path / "state")) as provider:
-        survey = validate.survey(provider, spec)
+        survey = take_survey(provider, spec)
         kept = []
         for name, function in (("a", "up"), ("b", "more")):
             (injection,) = inject.candidates(text.format(function), f"pkg/{name}.py", ["change_arithmetic"])
@@ -307,3 +310,70 @@ def test_flaky_tests(place):
     found = quality.flaky_tests(provider, dataclasses.replace(
         task, bug_patch=wavering, patch=patches.make_diff({PATH: "x"}, {PATH: "x"})), 6)  # fmt: skip
     assert found and all("of 6 pass" in words for words in found.values())
+
+
+CHANGING = '''"""What no statement may tell."""
+
+import datetime
+import itertools
+import random
+import time
+
+_numbers = itertools.count()
+
+
+def stamp(flag):
+    return time.time() if flag else 0
+
+
+def drawn(flag):
+    return random.random() if flag else 0
+
+
+def numbered(flag):
+    return next(_numbers) + 1 if flag else 0
+
+
+def placed(flag):
+    return id([flag]) if flag else 0
+
+
+def dated(flag):
+    return datetime.date.today() if flag else 0
+
+
+def measured(flag):
+    return 1234567890123.000000000001 if flag else 0
+
+
+def checked(flag):
+    return bool(stamp(flag) and drawn(flag) and numbered(flag) and placed(flag) and dated(flag))
+'''
+
+
+@pytest.mark.parametrize("name", ["stamp", "drawn", "numbered", "placed", "dated", "measured"])
+def test_what_differs_between_processes_is_not_told(changing, name):
+    """A clock, chance, a counter, an identity and today's date differ elsewhere; a long number is a value."""
+    provider, spec, survey = changing
+    holder = next(f for f in inject.functions(ast.parse(CHANGING)) if f.qualname == name)
+    start = CHANGING.index("if flag", CHANGING.index(f"def {name}"))
+    injection = inject.Injection("negate", "changing/core.py", name, holder.start_line, holder.end_line, CHANGING, start,
+                                 start + len("if flag"), "if not flag")
+    task = validate.check(provider, validate.make_candidate(injection, spec, survey, random.Random(0))).task
+    if name == "measured":
+        assert "returned 0; expected 1234567890123.0" in task.problem_statement
+    else:
+        assert task.function == "checked" and "checked(True)" in task.problem_statement
+        assert "returned False; expected True" in task.problem_statement
+
+
+@pytest.fixture(scope="module", name="changing")
+def _changing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("changing")
+    root = folder / "changing-1.0"
+    write(root, {"changing/__init__.py": "", "changing/core.py": CHANGING, "tests/test_core.py": (
+        "from changing.core import checked, measured\n\n\ndef test_checked():\n    assert checked(True)\n\n\n"
+        "def test_measured():\n    assert measured(True)\n")})
+    spec = sources.locate(str(root))
+    with make_provider("local", str(folder / "state")) as provider:
+        yield provider, spec, take_survey(provider, spec)

@@ -7,6 +7,7 @@ are seen through sys.settrace; nothing of the repository is changed.
 import contextlib
 import dis
 import os
+import random
 import re
 import reprlib
 import signal
@@ -26,7 +27,6 @@ PLAIN = (int, float, complex, bool, str, bytes, type(None), type, range, type(le
 LEAVING = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "SEND") if name in dis.opmap}
 IS_FUNCTION, IS_GENERATOR = 0x1, 0x20 | 0x80 | 0x200  # CO_OPTIMIZED; generator, coroutine, asynchronous generator
 ADDRESS = re.compile(r"0x[0-9a-fA-F]{4,}")
-LONG_NUMBER = re.compile(r"\d{12,}")  # identities and hashes: different in every process
 SCRATCH = re.compile(r"pytest-of-\w+/pytest-\d+")
 
 
@@ -135,7 +135,7 @@ class Brief(reprlib.Repr):
         """Takes addresses and folders of this workspace out of a text."""
         for place in self.places:
             text = text.replace(place, "")
-        return LONG_NUMBER.sub("#", SCRATCH.sub("pytest", ADDRESS.sub("0x", text)))
+        return SCRATCH.sub("pytest", ADDRESS.sub("0x", text))
 
     def repr_instance(self, value, level):
         kind = type(value)
@@ -161,6 +161,7 @@ class Recorder(Tracing):
         super().__init__()
         self.paths = {os.path.join(ROOT, path): path for path in args["sources"]}
         self.wanted, self.always, self.too_many = args["observe"], args["always"], args["too_many"]
+        self.before = min(args["disturb"], 1)  # runs more than usual, which counters count
         self.brief, self.calls, self.open, self.busy, self.deadline = Brief(), [], {}, False, 0.0
         self.changeable = {}  # frame: [(name, value)] of the arguments that the call may change
         self.failed, self.test, self.again = set(), None, "missing"
@@ -181,6 +182,9 @@ class Recorder(Tracing):
         names = [name for name in self.wanted if name in items and (self.always or name in self.failed)]
         if names and len(self.failed) <= self.too_many:
             self.test, item = names[0], items[names[0]]
+            for _ in range(self.before):
+                item._initrequest()
+                runtestprotocol(item, log=False, nextitem=None)
             item._initrequest()  # as for a new item: its fixtures are set up again
             self.deadline = time.process_time() + MAX_SECONDS
             with self.tracing(self.test):
@@ -285,11 +289,39 @@ class ProcessorLimit:
         raise pytest.exit.Exception("out of processor time")
 
 
+def dated(call, days):
+    """Whether a call's texts tell the day on which it was recorded."""
+    texts = [call["raised"], *call["result"], *(text for _, text in (*call["args"], *call["after"]))]
+    return any(day in text for text in texts for day in days)
+
+
+def today():
+    """The present day as programs write it, in local time and in UTC."""
+    forms = ("%Y-%m-%d", "%Y/%m/%d", "%Y%m%d", "%d %b %Y", "%b %d %Y", "%b %d, %Y", "%m/%d/%Y", "%d.%m.%Y")
+    days = (time.localtime(), time.gmtime())
+    return {text for day in days for text in (
+        *(time.strftime(form, day) for form in forms), f"{day.tm_year}, {day.tm_mon}, {day.tm_mday}")}
+
+
+HELD = []  # what shifts addresses
+
+
+def disturb(number):
+    """Makes this process unlike the others: chance falls out otherwise, and objects lie at other addresses."""
+    random.seed(number)
+    HELD.extend(object() for _ in range(1009 * number))
+    HELD.extend(bytearray(4099 * (size + 1)) for size in range(13 * number))
+
+
 def check(args):
-    """Runs `tests` and records one of them (see Recorder) where `observe` names any."""
+    """Runs `tests` and records one of them (see Recorder) where `observe` names any; `disturb` is 0 or a number."""
+    disturb(args["disturb"])
     recorder = Recorder(args)
     with ProcessorLimit(args["seconds"]) as limit:
         _, outcomes, messages = run_pytest(args["tests"], plugins=[recorder] if args["observe"] else [])
     messages = {name: recorder.brief.scrub(text) for name, text in messages.items()}
+    calls, days = recorder.finish(), today()
+    for call in calls:
+        call["dated"] = dated(call, days)
     return {"outcomes": outcomes, "messages": messages, "test": recorder.test, "again": recorder.again,
-            "calls": recorder.finish(), "cpu": round(time.process_time(), 4), "timeout": limit.reached}
+            "calls": calls, "cpu": round(time.process_time(), 4), "timeout": limit.reached}

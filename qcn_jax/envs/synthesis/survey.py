@@ -1,0 +1,120 @@
+"""What one traced run of a repository's suite shows: which of its functions each test calls."""
+
+import collections
+import dataclasses
+import importlib.resources
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qcn_jax.envs.sandbox.base import PASSING, Provider
+from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.testpaths import is_test_path
+from qcn_jax.errors import UserError
+
+MAX_TEST_SECONDS = 1.0  # slower tests are not used
+# Processes that list a repository's tests. A list made from a set of two types, ordered by their addresses, looks
+# the same in all of them once in 2 ** (LISTINGS - 1).
+LISTINGS = 4
+_INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
+OBSERVE, _COLLECT = ((_INSIDE / name).read_text() for name in ("observe.py", "collect.py"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What one traced run of a repository's suite showed; JSON-ready through `dataclasses.asdict`.
+
+    `seconds` is processor time. `callers` maps "path::qualname" to indices into `tests` (passing, fast, stable tests
+    in suite order).
+    """
+
+    repository: str
+    tests: tuple[str, ...]
+    seconds: tuple[float, ...]
+    callers: dict[str, tuple[int, ...]]
+    breadth: tuple[int, ...]  # number of repository functions that each test calls
+    failing: int  # tests left out because they failed before any defect
+    unstable: int  # tests left out because runs disagreed or their ids do not last
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Survey":
+        """Reads what `dataclasses.asdict` gave."""
+        callers = {name: tuple(found) for name, found in row["callers"].items()}
+        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth")}
+        return cls(**{**row, **lists, "callers": callers})
+
+
+def take_survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0) -> Survey:
+    """Prepares a repository and learns which tests call which functions, in at most `seconds` of processor time.
+
+    Left out are tests that fail, that disagree between the preparing and the traced run, or whose ids mean something
+    else in another process (parameters taken from a set, say).
+
+    Raises:
+      UserError: the repository's tests cannot run at all or none of them passes; names the repository.
+    """
+    baseline = provider.prepare(spec).baseline
+    with provider.create(spec.name) as sandbox:
+        run = sandbox.run_python(OBSERVE, {"mode": "calls", "seconds": seconds}, timeout=10 * seconds)
+    if run.status != "ok":
+        raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
+    value = run.value
+    wandering = _wandering(_listings(provider, spec, 10 * seconds))
+    ids = list(value["calls"])
+    passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
+    stable = [name for name in passing
+              if baseline.outcomes.get(name) in PASSING and name.split("[")[0] not in wandering]
+    failing = sum(outcome in ("failed", "error") for outcome in value["outcomes"].values())
+    if not passing:
+        reason = next(iter(value["messages"].values()), "no tests were found")
+        raise UserError(f"{spec.name}: none of its tests passes before any defect ({failing} fail): {reason}")
+    kept = [name for name in stable if value["seconds"].get(name, 0.0) <= MAX_TEST_SECONDS]
+    calling: dict[str, list[int]] = collections.defaultdict(list)
+    for number, name in enumerate(kept):
+        for index in value["calls"][name]:
+            path, function = value["functions"][index]
+            if not is_test_path(path):
+                calling[f"{path}::{function}"].append(number)
+    return Survey(
+        spec.name,
+        tuple(kept),
+        tuple(value["seconds"].get(name, 0.0) for name in kept),
+        {name: tuple(found) for name, found in sorted(calling.items())},
+        tuple(len(value["calls"][name]) for name in kept),
+        failing,
+        len(passing) - len(stable),
+    )
+
+
+def _listings(provider: Provider, spec: RepositorySpec, timeout: float) -> list[dict[str, str | None]]:
+    """Parameters by id of all tests (None: see collect.py), from interpreters whose sets have different orders."""
+    collected = "qcn_collected.json"  # in this sandbox alone
+    command = f"python -c {shlex.quote(_COLLECT)} {collected} {shlex.join(spec.pytest_args)} > /dev/null 2>&1"
+    found = []
+    with provider.create(spec.name) as sandbox:
+        for seed in range(LISTINGS):
+            sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
+            try:
+                found.append(json.loads(sandbox.read(collected)))
+            except (FileNotFoundError, ValueError) as error:
+                raise UserError(f"{spec.name}: its tests cannot be collected") from error
+    return found
+
+
+def _wandering(listings: Sequence[Mapping[str, str | None]]) -> set[str]:
+    """Test functions of which some id is missing, has other parameters in some process, or numbers members of a set."""
+    first = listings[0]
+    names = set().union(*listings)
+    return {name.split("[")[0] for name in names
+            if first.get(name) is None or any(found.get(name) != first[name] for found in listings)}
+
+
+def callers(known: Survey, path: str, qualname: str) -> tuple[int, ...]:
+    """Tests that call a function; of a class, those that call any of its methods."""
+    exact = known.callers.get(f"{path}::{qualname}")
+    if exact is not None:
+        return exact
+    prefix = f"{path}::{qualname}."
+    callers = (found for name, found in known.callers.items() if name.startswith(prefix))
+    return tuple(sorted({number for found in callers for number in found}))
