@@ -1,10 +1,12 @@
 """What one traced run of a repository's suite shows: which of its functions each test calls."""
 
+import base64
 import collections
 import dataclasses
 import importlib.resources
 import json
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,8 +98,8 @@ def _listings(provider: Provider, spec: RepositorySpec, timeout: float) -> list[
         for seed in range(LISTINGS):
             sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
             try:
-                found.append(json.loads(sandbox.read(collected)))
-            except (FileNotFoundError, ValueError) as error:
+                found.append(json.loads(zlib.decompress(base64.b85decode(sandbox.read(collected)))))
+            except (OSError, ValueError, zlib.error) as error:
                 raise UserError(f"{spec.name}: its tests cannot be collected") from error
     return found
 

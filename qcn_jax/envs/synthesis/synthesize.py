@@ -100,9 +100,10 @@ def survey_all(
                 surveys[spec.name] = Survey.from_json(files.read_json(path(spec)))
                 continue
             found = surveys[spec.name] = future.result()
-        except UserError as error:
-            skipped[spec.name] = str(error)
-            log(f"left out: {error}")
+        except Exception as error:  # whatever is wrong with one repository, the others are none the worse
+            skipped[spec.name] = str(error) if isinstance(error, UserError) else (
+                f"{spec.name}: {type(error).__name__}: {error}")
+            log(f"left out: {skipped[spec.name]}")
             continue
         files.write_json(path(spec), dataclasses.asdict(found))
         left_out = ""

@@ -1,6 +1,7 @@
 """Validation by execution, on a small repository in a local sandbox."""
 
 import ast
+import concurrent.futures
 import dataclasses
 import json
 import random
@@ -16,6 +17,7 @@ from qcn_jax.envs.synthesis import (
     quality,
     sources,
     statement,
+    synthesize,
     validate,
     verify,
 )  # fmt: skip
@@ -377,3 +379,35 @@ def _changing(tmp_path_factory):
     spec = sources.locate(str(root))
     with make_provider("local", str(folder / "state")) as provider:
         yield provider, spec, take_survey(provider, spec)
+
+
+def test_list_of_tests_beyond_what_one_file_may_hold(tmp_path):
+    """Ids of 2.4 MB, where a sandbox gives files of 2 MB."""
+    write(tmp_path / "long", {
+        "pkg/__init__.py": "def up(x):\n    return x + 1\n",
+        "tests/test_up.py": "import pytest\nfrom pkg import up\n\n\n"
+                            "@pytest.mark.parametrize('x', range(400), ids=lambda x: f'{x:06000}')\n"
+                            "def test_up(x):\n    assert up(x) == x + 1\n"})
+    with make_provider("local", str(tmp_path / "state")) as provider:
+        assert len(take_survey(provider, sources.locate(str(tmp_path / "long"))).tests) == 400
+
+
+def test_one_repository_costs_no_other(place, tmp_path):
+    spec, survey = place[1:]
+
+    class Pool:
+        """Answers the first repository's survey, and breaks at the second's."""
+
+        def register(self, specs):
+            pass
+
+        def submit(self, function, asked, seconds, **_):
+            future = concurrent.futures.Future()
+            future.set_result(survey) if asked is spec else future.set_exception(RuntimeError("its server ended"))
+            return future
+
+    lines = []
+    other = dataclasses.replace(spec, name="other==1.0")
+    found, skipped = synthesize.survey_all(Pool(), [spec, other], tmp_path, lines.append)
+    assert found == {spec.name: survey} and skipped == {"other==1.0": "other==1.0: RuntimeError: its server ended"}
+    assert lines[-1] == "left out: other==1.0: RuntimeError: its server ended"
