@@ -6,6 +6,7 @@ the whole rendered text. The assistant's turns are encoded on their own, so a pr
 observations, one behind the other, are exactly what `encode` gives for the finished conversation.
 """
 
+import abc
 import functools
 import itertools
 import re
@@ -26,8 +27,14 @@ _TURNS = (END_OF_TEXT, TURN_START, TURN_END)  # the frame's alone: no content, o
 _CALL_TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
 
 
-class Encoder:
-    """What encoders of conversations share: which text may become added tokens."""
+class Encoder(abc.ABC):
+    """What encoders of conversations share: which text may become added tokens.
+
+    Attributes:
+      end: id of the token that ends a turn; -1 where there is none.
+    """
+
+    end: int
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -35,6 +42,12 @@ class Encoder:
         self._added = any_of(self._ids)
         self._turns = any_of(_TURNS)  # what no text of a message becomes
         self._encode_short = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
+
+    @abc.abstractmethod
+    def encode(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, np.ndarray]:
+        """A whole conversation as a document for packing: tokens int32 [T], weights float32 [T] of the next token."""
 
     def _untrusted(self, message: Message, mark: str) -> str:
         content = message.get("content") or ""

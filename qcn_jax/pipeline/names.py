@@ -26,7 +26,10 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_chats(config: RunConfig) -> None:
-    """Raises UserError for a source of SFT that cannot be read, or options that its reader has no use for."""
+    """Raises UserError for a source of SFT that cannot be read, options that nobody has a use for, or no template."""
+    from qcn_jax.pipeline.stages import sft
+
+    sft.chat_template(config)
     for name, source in chats_of(config.sft).items():
         if not source.share:
             continue

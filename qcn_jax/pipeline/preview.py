@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from qcn_jax import files
-from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import RunConfig
 from qcn_jax.config_phases import of_phase, source_field, sources_of
@@ -155,8 +154,8 @@ def _conversations(context: _Reading, name: str) -> Any:
                         "has made them")
     findings = Findings(config.sft.malformed, "--config.sft.malformed")
     read = reader.read(context, source, findings, lambda: False)
-    documents = sft.encoded(read, ChatEncoder(_tokenizer(context)), sft.longest(config), findings,
-                            collections.Counter())
+    encoder = sft.encoder_of(config, reader, _tokenizer(context))
+    documents = sft.encoded(read, encoder, sft.longest(config), findings, collections.Counter())
     found = list(_enough(documents, loader.WINDOW_ROWS * config.sft.train.sequence_length))
     context.log(f"{name}: {findings.line()}")
     if not found:

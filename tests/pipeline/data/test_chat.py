@@ -181,6 +181,23 @@ def test_what_cannot_be_written_or_is_too_long_is_counted(tokenizer):
         list(sft.encoded([thinks], ChatEncoder(tokenizer), 1000, Findings("stop"), Counter()))
 
 
+def test_the_folders_own_template_writes_conversations_unless_told_otherwise(tmp_path, tokenizer):
+    folder, other = tmp_path / "model", tmp_path / "other.jinja"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    other.write_text("{{ messages[0].role }}")
+
+    def chosen(init, name=""):
+        return sft.chat_template(RunConfig(init=init, sft=SftConfig(chat_template=name)))
+
+    assert chosen(str(folder)) is chosen("random") is None
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert chosen(str(folder)).render([user("Hi")]) == chosen("random", str(folder)).render([user("Hi")]) == "Hi"
+    assert chosen(str(folder), "native") is None and chosen(str(folder), str(other)).render([user()]) == "user"
+    with pytest.raises(UserError, match=f"^--config.sft.chat_template={tmp_path}/none: holds no chat template; allowed: nat"):
+        chosen("random", f"{tmp_path}/none")
+
+
 @pytest.mark.parametrize("source, line", [
     (ChatSource(), "sources.a.path: is empty; allowed: a file, a folder or a glob"),
     (ChatSource(path="none.jsonl"), "sources.a.path=none.jsonl: there is no such file or folder"),
