@@ -207,7 +207,7 @@ class TextSource:
 
     kind: TextReader = "files"  # who reads (pipeline.data.readers)
     path: str = ""  # a file, a folder or a glob
-    form: DocumentForm = "text"  # what becomes of the texts (pipeline.data.documents): text, repository, fim
+    form: DocumentForm = "text"  # what becomes of the texts (pipeline.data.documents)
     share: Amount = 1.0  # of the tokens; shares need not sum to one
     megabytes: Amount = 0.0  # of text that is read at most; 0: all
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the reader, which says what it knows

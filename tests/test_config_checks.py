@@ -179,8 +179,8 @@ RULES = [
     (STAGES, {"midtrain__phases": ({"steps": 0},)}, ["phases.steps: 0", "at least 1"]),
     (("midtrain",), {"midtrain__sources": {"a": {"kind": "nano", "share": 0.0}}}, ["every share is 0 (a)", "above 0"]),
     (STAGES, {"midtrain__sources": {"a": {"share": -0.3}}}, ["--config.midtrain.sources.a.", "at least 0"]),
-    (STAGES, {"midtrain__sources": {"a": {"kind": "x"}}}, ["--config.midtrain.sources.a.", "files, nano, package.module:OBJECT"]),
-    (STAGES, {"midtrain__sources": {"a": {"form": "x"}}}, ["--config.midtrain.sources.a.", "text, repository, fim, nano_edits, package.module:OBJECT"]),
+    (STAGES, {"midtrain__sources": {"a": {"kind": "x"}}}, ["--config.midtrain.sources.a.", "files, pull_requests, nano, package.module:OBJECT"]),
+    (STAGES, {"midtrain__sources": {"a": {"form": "x"}}}, ["--config.midtrain.sources.a.", "text, repository, fim, fim_sentinels, fim_chat, fim_edits, pull_request, pull_request_edits, pull_request_diff, nano_edits, package.module:OBJECT"]),
     (STAGES, {"midtrain__sources": {"a": {"megabytes": float("inf")}}}, ["--config.midtrain.sources.a.", "at least 0"]),
     (("midtrain",), {"midtrain__sources": {}}, ["--config.midtrain.data: is empty, as is sources"]),
     (("midtrain",), {"midtrain__sources": {"a-b": {"kind": "nano"}}}, ["sources: a-b", "letters, digits and _"]),
@@ -306,7 +306,7 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences", "heldout_data", "setup"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences", "heldout_data", "setup", "chat_template"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():

@@ -44,5 +44,11 @@ FORMS: Registry = Registry("form of documents", None, {
     "text": "qcn_jax.pipeline.data.documents.text:documents",
     "repository": "qcn_jax.pipeline.data.documents.repository:documents",
     "fim": "qcn_jax.pipeline.data.documents.fim:documents",
+    "fim_sentinels": "qcn_jax.pipeline.data.documents.fim:sentinels",
+    "fim_chat": "qcn_jax.pipeline.data.documents.fim:chats",
+    "fim_edits": "qcn_jax.pipeline.data.documents.fim:edits",
+    "pull_request": "qcn_jax.pipeline.data.documents.pull_request:documents",
+    "pull_request_edits": "qcn_jax.pipeline.data.documents.pull_request:edits",
+    "pull_request_diff": "qcn_jax.pipeline.data.documents.pull_request:diffs",
     "nano_edits": "qcn_jax.recipes.nano.edits:documents",
 })

@@ -1,21 +1,28 @@
 """Fill in the middle: the middle of a document is moved behind its surroundings and predicted there.
 
-Two forms. The sentinel form (Bavarian et al., arXiv 2207.14255) in prefix-suffix-middle order, with Qwen's tokens:
+Three forms, of code and of any other text. Sentinels (Bavarian et al., arXiv 2207.14255), in prefix-suffix-middle order
+and with Qwen's tokens:
 
   <|fim_prefix|>PREFIX<|fim_suffix|>SUFFIX<|fim_middle|>MIDDLE<|endoftext|>
 
-and the chat form, a user turn with a marked gap and an answer that is a search-and-replace edit of it, which the
-report finds better than sentinels inside ChatML at equal size:
+chat, the same tokens inside ChatML:
+
+  <|im_start|>system\nYou are a code completion assistant.<|im_end|>\n
+  <|im_start|>user\n<|fim_prefix|>PREFIX<|fim_suffix|>SUFFIX<|fim_middle|><|im_end|>\n
+  <|im_start|>assistant\nMIDDLE<|im_end|>\n
+
+and an edit, a user turn with a marked gap and an answer that is a search-and-replace edit of it, which the report finds
+better than sentinels inside ChatML at equal size:
 
   <|im_start|>user\nFill in <|fim_middle|>.\nPATH\nPREFIX<|fim_middle|>SUFFIX<|im_end|>\n
   <|im_start|>assistant\n<|fim_prefix|>SEARCH<|fim_suffix|>REPLACE<|im_end|>\n
 
 SEARCH is the gap with the shortest context that makes it unique, REPLACE the same context with the gap filled.
-Loss weights count every token of the sentinel form and the answer alone of the chat form.
+Loss weights count every token of the sentinel form and the answer alone of the others.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +34,7 @@ from qcn_jax.pipeline.data.texts import Text, TextStore
 # Middles end at token or line boundaries; both occur, as cursor positions do.
 _LINE_SHARE = 0.5
 _MAX_MIDDLE = 0.5  # of the document
+_SYSTEM = "You are a code completion assistant."
 _CONTEXT_CHARACTERS = 24  # on each side of the gap in SEARCH
 
 
@@ -88,7 +96,18 @@ def search_and_replace(span: Span) -> tuple[str, str]:
 
 
 def chat(span: Span, path: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """The chat form as tokens int32 [n] and weights float32 [n], zero before the answer."""
+    """The chat form as tokens int32 [n] and weights float32 [n], zero before the answer; `path` is not shown."""
+    special, encode = tokenizer.id, tokenizer.encode_ordinary
+    start, end = special("<|im_start|>"), special("<|im_end|>")
+    tokens = [start, *encode(f"system\n{_SYSTEM}"), end, *encode("\n"), start, *encode("user\n"),
+              special("<|fim_prefix|>"), *encode(span.prefix), special("<|fim_suffix|>"), *encode(span.suffix),
+              special("<|fim_middle|>"), end, *encode("\n"), start, *encode("assistant\n")]
+    answer = len(tokens)
+    return _document([*tokens, *encode(span.middle), end], answer - 1)
+
+
+def edit(span: Span, path: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """The edit as tokens int32 [n] and weights float32 [n], zero before the answer."""
     special, encode = tokenizer.id, tokenizer.encode_ordinary
     left, right = search_and_replace(span)
     gap, start, end = special("<|fim_middle|>"), special("<|im_start|>"), special("<|im_end|>")
@@ -100,24 +119,32 @@ def chat(span: Span, path: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     return _document(tokens, answer - 1)
 
 
-def documents(request: Request) -> "FimDocuments":
-    """The form `fim` of a source: see FimDocuments, half of them in the chat form."""
-    return FimDocuments(request.texts, request.tokenizer, seed=request.context.config.seed, max_tokens=request.length)
+def _form(answered: float, answer: Callable[..., dict[str, np.ndarray]]) -> Callable[[Request], "FimDocuments"]:
+    def form(request: Request) -> "FimDocuments":
+        return FimDocuments(request.texts, request.tokenizer, seed=request.context.config.seed,
+                            max_tokens=request.length, answered=answered, answer=answer)
+
+    return form
+
+
+# The forms of a source: half sentinels and half edits, and one of the three alone.
+documents, sentinels, chats, edits = _form(0.5, edit), _form(0.0, edit), _form(1.0, chat), _form(1.0, edit)
 
 
 class FimDocuments:
     """Random access to FIM documents over texts: index i always gives the same document.
 
-    Documents are windows of at most `max_tokens` of a file, cut at line starts; a share `chat_share` of them
-    takes the chat form.
+    Documents are windows of at most `max_tokens` of a file, cut at line starts; a share `answered` of them takes the
+    form `answer`, chat or edit, the others sentinels.
     """
 
     def __init__(self, texts: Sequence[Text], tokenizer: Tokenizer, *, seed: int, max_tokens: int,
-                 chat_share: float = 0.5) -> None:
+                 answered: float = 0.5, answer: Callable[..., dict[str, np.ndarray]] = edit) -> None:
         if not any(len(text.text) > 1 for text in texts):
             raise UserError("fill in the middle: there is no text to cut")
         self._texts = texts
-        self._tokenizer, self._seed, self._max, self._chat = tokenizer, seed, max_tokens, chat_share
+        self._tokenizer, self._seed, self._max, self._answered = tokenizer, seed, max_tokens, answered
+        self._answer = answer
         self._ends = texts.ends if isinstance(texts, TextStore) else np.cumsum([len(text.text) for text in texts])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -130,10 +157,10 @@ class FimDocuments:
         span_of = self._max * 2  # characters; code has more than two a token, so this mostly fits at once
         begin = int(rng.integers(max(1, len(text) - span_of // 2)))
         begin = text.rfind("\n", 0, begin) + 1
-        chat_form = rng.random() < self._chat
+        answered = rng.random() < self._answered
         while True:
             span = cut(_window(text, begin, span_of), rng)
-            document = chat(span, path, self._tokenizer) if chat_form else sentinel(span, self._tokenizer)
+            document = self._answer(span, path, self._tokenizer) if answered else sentinel(span, self._tokenizer)
             if len(document["tokens"]) <= self._max:
                 return document
             span_of = span_of * 2 // 3

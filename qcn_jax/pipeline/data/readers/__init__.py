@@ -72,6 +72,7 @@ class ChatReader(abc.ABC):
 
 READERS = Registry("reader of texts", TextReader, {
     "files": "qcn_jax.pipeline.data.readers.files:FILES",
+    "pull_requests": "qcn_jax.pipeline.data.readers.pull_requests:PULL_REQUESTS",
     "nano": "qcn_jax.recipes.nano.corpus:CORPUS",
 })
 CHATS = Registry("reader of conversations", ChatReader, {

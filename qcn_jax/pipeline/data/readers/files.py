@@ -54,6 +54,8 @@ class Files(TextReader):
     def check(self, config: RunConfig, source: TextSource, field: str) -> None:
         """See TextReader; the first row or file is read, too."""
         columns = from_config_dict(Columns, source.options, f"{field.removeprefix('--')}.options")
+        if source.form.startswith("pull_request"):
+            raise UserError(f"{field}.kind: {source.kind!r}; form={source.form} is of kind=pull_requests")
         findings = Findings(config.midtrain.malformed)
         if next(_texts(source, columns, field, findings), None) is None:
             raise UserError(f"{field}: holds no text: {source.path} ({findings.line()})")

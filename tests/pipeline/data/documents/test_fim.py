@@ -1,11 +1,13 @@
-"""Fill in the middle: what is cut can be put together again, in both forms."""
+"""Fill in the middle: what is cut can be put together again, in every form."""
+
+import types
 
 import numpy as np
 import pytest
 
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.data.documents import fim
+from qcn_jax.pipeline.data.documents import FORMS, fim
 from qcn_jax.pipeline.data.texts import Text
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
@@ -36,11 +38,11 @@ def test_sentinel_form(tokenizer):
     assert document["weights"][:-1].all() and document["weights"][-1] == 0
 
 
-def test_chat_form_is_an_edit_that_restores_the_text(tokenizer):
+def test_an_edit_restores_the_text(tokenizer):
     rng = np.random.default_rng(1)
     for _ in range(30):
         span = fim.cut(TEXT, rng)
-        document = fim.chat(span, "a/b.py", tokenizer)
+        document = fim.edit(span, "a/b.py", tokenizer)
         prompt, answer = tokenizer.decode(document["tokens"]).split("<|im_start|>assistant\n")
         shown = prompt.removesuffix("<|im_end|>\n").split("a/b.py\n", 1)[1]
         search, replace = answer.removeprefix("<|fim_prefix|>").removesuffix("<|im_end|>").split("<|fim_suffix|>")
@@ -48,6 +50,26 @@ def test_chat_form_is_an_edit_that_restores_the_text(tokenizer):
         assert shown.replace(search, replace) == TEXT
         counted = tokenizer.decode(document["tokens"][1:][document["weights"][:-1] > 0])
         assert counted == answer
+
+
+def test_chat_form_has_the_sentinels_in_turns(tokenizer):
+    span = fim.Span("Notes on ", "filling", " in.\n")
+    document = fim.chat(span, "", tokenizer)
+    assert tokenizer.decode(document["tokens"]) == (
+        "<|im_start|>system\nYou are a code completion assistant.<|im_end|>\n<|im_start|>user\n<|fim_prefix|>Notes on "
+        "<|fim_suffix|> in.\n<|fim_middle|><|im_end|>\n<|im_start|>assistant\nfilling<|im_end|>")
+    assert tokenizer.decode(document["tokens"][1:][document["weights"][:-1] > 0]) == "filling<|im_end|>"
+
+
+def test_a_source_names_one_form_or_a_mixture(tokenizer):
+    texts = [Text(TEXT, "a.py"), Text("Prose that is no code, " * 20)]
+    request = lambda: types.SimpleNamespace(texts=texts, tokenizer=tokenizer, length=200, context=types.SimpleNamespace(
+        config=types.SimpleNamespace(seed=3)))
+    begins = {name: {tokenizer.decode(FORMS.resolve(name)(request())[i]["tokens"])[:16] for i in range(12)}
+              for name in ("fim_sentinels", "fim_chat", "fim_edits", "fim")}
+    assert {start[:14] for start in begins["fim_sentinels"]} == {"<|fim_prefix|>"}
+    assert begins["fim_chat"] == {"<|im_start|>syst"} and begins["fim_edits"] == {"<|im_start|>user"}
+    assert {start[:7] for start in begins["fim"]} == {"<|fim_p", "<|im_st"} and "<|im_start|>syst" not in begins["fim"]
 
 
 def test_documents_are_a_function_of_their_index_and_fit(tokenizer):
