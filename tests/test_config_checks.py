@@ -1,6 +1,7 @@
 """Wrong configurations: each one line that names the key and what is allowed, before any work."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import runpy
@@ -10,9 +11,11 @@ import time
 import typing
 
 import pytest
+from absl import flags
 
-from qcn_jax import config_checks
+from qcn_jax import config_checks, testing
 from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.cli import parsing
 from qcn_jax.config import (
     DistillConfig,
     ExpertsConfig,
@@ -22,9 +25,11 @@ from qcn_jax.config import (
     from_config_dict,
     to_config_dict,
 )
+from qcn_jax.config_phases import midtrain_phases
 from qcn_jax.config_values import Known, OneOf, Within
 from qcn_jax.errors import UserError
-from tests.pipeline import chain
+from qcn_jax.hub import configuration
+from tests.pipeline import chain, own_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ("tasks", "midtrain", "sft", "experts", "distill", "evaluate", "report")
@@ -298,6 +303,35 @@ def test_the_configurations_that_come_with_the_package_pass(file, stages):
     config = from_config_dict(RunConfig, get_config(*[argument] * bool(argument)))
     config_checks.check(config, stages)
     config_checks.check_sizes(config, STAGES)
+
+
+def test_the_80b_starts_by_its_own_command(tmp_path, monkeypatch):
+    """Every stage, with files for what the docstring's command names; without its tasks it is one line."""
+    (tmp_path / "corpus").mkdir()
+    own_files.write_corpus(tmp_path / "corpus" / "a.parquet")
+    own_files.write_chats(tmp_path / "chats.jsonl")
+    own_files.write_tasks(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(configuration.config_to_hf(ModelConfig())))
+    testing.tiny_tokenizer().save(tmp_path / "folder")
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.replace("HF_FOLDER", "folder").replace("=configs", f"={ROOT}/configs")
+                 for argument in own_files.documented("qwen3_coder_next") if not argument.startswith("--workdir")]
+
+    def check(*arguments):
+        values = flags.FlagValues()
+        config = parsing.define_config(values, arguments)
+        parsing.parse(values, "run", "", arguments)
+        config_checks.check(config(), STAGES)
+        return config()
+
+    config = check(*arguments)
+    assert [config.experts.scaffold, config.distill.scaffold, config.evaluate.scaffold] == ["mini_swe_agent"] * 3
+    for rollout in (config.experts.rollout, config.distill.rollout, config.evaluate.rollout):
+        assert (rollout.max_turns, rollout.max_length) == (300, 65_536)
+    assert [phase.midtrain.train.sequence_length for _, phase in midtrain_phases(config)] == [32_768, 262_144]
+    with pytest.raises(UserError, match="^--config.tasks.data: is empty, .*--config.tasks.heldout_data: is empty"):
+        check(*(argument for argument in arguments if "tasks." not in argument))
 
 
 def test_the_defaults_pass_their_own_ranges():

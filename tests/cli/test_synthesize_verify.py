@@ -49,7 +49,8 @@ def test_synthesize_killed_and_verified(tmp_path):
     rows[1]["patch"] = rows[0]["patch"]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     for name, status in (("a", 0), ("c", 1)):
-        process = qcn(tmp_path, "verify", f"--tasks={name}.jsonl", f"--repo={repo}", "--sandbox=local", "--isolation=shared")
+        given = [f"--repo={repo}"] if name == "c" else []  # beside a.jsonl it was kept
+        process = qcn(tmp_path, "verify", f"--tasks={name}.jsonl", *given, "--sandbox=local", "--isolation=shared")
         out, err = process.communicate(timeout=900)
         assert process.returncode == status, out + err
     assert rows[1]["instance_id"] in out and "2 of 3 tasks are valid" in out

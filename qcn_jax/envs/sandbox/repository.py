@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -108,6 +109,18 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
             folder = f"meta/{re.sub('[-_.]+', '_', found['Name'])}-{found['Version']}.dist-info"
             members[f"{folder}/METADATA"] = Member(metadata.data, 0o644, metadata.mtime)
     return members
+
+
+def write_archive(path: pathlib.Path, root: str, members: Mapping[str, tuple[bytes, int]]) -> None:
+    """Writes files, by path with content and mode, as a source distribution below `root`, reproducibly."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (files.atomic_open(path, "wb") as stream, gzip.GzipFile("", "wb", 6, stream, mtime=0) as packed,
+          tarfile.open(fileobj=packed, mode="w") as archive):
+        for entry in sorted(members):
+            content, mode = members[entry]
+            info = tarfile.TarInfo(f"{root}/{entry}")
+            info.size, info.mode, info.mtime = len(content), mode, 1_600_000_000
+            archive.addfile(info, io.BytesIO(content))
 
 
 def _safe(path: str) -> str | None:

@@ -75,6 +75,7 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
         if specs:
             result = synthesize.synthesize(pool, specs, request.settings, request.work, log)
             tasks += result.tasks
+            _keep_local(result.repositories, request.work / "archives")
             yields = {"kinds": result.yields(), "repositories": result.repository_yields(),
                       "outcomes": result.outcomes(), "left_out": result.skipped}  # fmt: skip
         if foreign:
@@ -84,6 +85,16 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
     tasks, repeated = quality.without_near_duplicates(tasks, request.near_duplicates)
     yields |= {"near_duplicates": len(repeated), "held_out": sum(bool(task.held_out_patch) for task in tasks)}
     return tasks, yields
+
+
+def _keep_local(specs: Sequence[RepositorySpec], folder: pathlib.Path) -> None:
+    """Keeps what cannot be downloaded by its name where `sources.of_tasks` looks, beside the tasks."""
+    for spec in specs:
+        if not pathlib.Path(spec.archive).is_relative_to(files.cache_folder("sources")):
+            members = repository.unpack(spec)
+            contents = {name[5:]: (member.data, member.mode) for name, member in members.items()
+                        if name.startswith("repo/")}
+            repository.write_archive(folder / f"{spec.name}.tar.gz", spec.name, contents)
 
 
 def _sorted_out(request: Request) -> tuple[list[RepositorySpec], list[RepositorySpec]]:

@@ -89,16 +89,16 @@ def of_tasks(names: Iterable[str], beside: Iterable[pathlib.Path], given: Sequen
     Raises:
       UserError: a given one is no repository.
     """
-    places, hashes, mined = sorted(set(beside)), {}, []
+    places, hashes, kept = sorted(set(beside)), {}, []
     for path in places:
         described = path.with_name("repositories.json")  # where qcn run leaves them
         hashes |= {row["name"]: row["sha256"] for row in files.read_json(described)} if described.exists() else {}
     names = sorted(set(names))
-    for name in names:  # where qcn synthesize leaves those of mined tasks
+    for name in names:  # where qcn synthesize leaves what has no place of its own
         archives = [pathlib.Path(f"{path}.work", "archives", f"{name}.tar.gz") for path in places]
         if not names_of_rows.path_fault(f"{name}.tar.gz"):
-            mined += [str(path) for path in archives if path.exists()][:1]
-    found, missing = {spec.name: spec for spec in map(locate, [*given, *mined])}, {}
+            kept += [str(path) for path in archives if path.exists()][:1]
+    found, missing = {spec.name: spec for spec in map(locate, [*kept, *given])}, {}
     for name in names:
         if name in found:
             continue

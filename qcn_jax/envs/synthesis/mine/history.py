@@ -1,17 +1,13 @@
 """A clone's history as changes: merged pull requests and commits of the main line, read with git alone."""
 
 import dataclasses
-import gzip
-import io
 import os
 import pathlib
 import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 
-from qcn_jax import files
 from qcn_jax.envs import names
-from qcn_jax.envs.sandbox.repository import DROPPED_NAMES, MAX_BYTES, MAX_FILES, RepositorySpec
+from qcn_jax.envs.sandbox.repository import DROPPED_NAMES, MAX_BYTES, MAX_FILES, RepositorySpec, write_archive
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.synthesis.mine.gitdir import GitDirectory
 from qcn_jax.envs.synthesis.mine.issues import closing
@@ -164,14 +160,7 @@ class Clone:
             members = {entry: (data[blob], int(mode, 8) & 0o777) for entry, (mode, blob) in tree.items()}
             if "PKG-INFO" not in members:
                 members |= self._metadata(commit, {entry: content for entry, (content, _) in members.items()})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with (files.atomic_open(path, "wb") as stream, gzip.GzipFile("", "wb", 6, stream, mtime=0) as packed,
-                  tarfile.open(fileobj=packed, mode="w") as archive):
-                for entry in sorted(members):
-                    content, mode = members[entry]
-                    info = tarfile.TarInfo(f"{name}/{entry}")
-                    info.size, info.mode, info.mtime = len(content), mode, 1_600_000_000
-                    archive.addfile(info, io.BytesIO(content))
+            write_archive(path, name, members)
         return RepositorySpec(name, str(path.resolve()), sources.sha256(path))
 
     def _metadata(self, commit: str, contents: Mapping[str, bytes]) -> dict[str, tuple[bytes, int]]:
