@@ -60,15 +60,17 @@ class TokenStore:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.several([index])[0]
+        a, b = self._offsets[index], self._offsets[index + 1]
+        return {key: values[index] if key in self._single else values[a:b] for key, values in self._arrays.items()}
 
-    def several(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """The documents of these numbers; for many of them, looking up each costs more than reading it."""
-        starts, stops = self._offsets[indices].tolist(), self._offsets[1:][indices].tolist()
-        columns = [self._arrays[key][indices] if key in self._single else
-                   [values[start:stop] for start, stop in zip(starts, stops, strict=True)]
-                   for key, values in self._arrays.items()]
-        return [dict(zip(self._arrays, document)) for document in zip(*columns, strict=True)]
+    def several(self, indices: np.ndarray) -> packing.Documents:
+        """The documents of these numbers [n], in their order."""
+        starts, stops = self._offsets[indices], self._offsets[indices + 1]
+        parts = list(zip(starts.tolist(), stops.tolist(), strict=True))
+        arrays = {key: np.concatenate([values[start:stop] for start, stop in parts])
+                  for key, values in self._arrays.items() if key not in self._single}
+        heads = self._arrays["head"][indices] if "head" in self._single else np.zeros(len(parts), np.int64)
+        return packing.Documents.stored(stops - starts, arrays, heads)
 
     @property
     def tokens(self) -> int:
@@ -151,7 +153,7 @@ def batches(sources: Sequence[Source], *, rows: int, length: int, seed: int, met
     # No reader threads: documents are in memory or mapped, and the threads' bookkeeping cost more than reading.
     windows = _Windows(mixed, max(1, round(WINDOW_ROWS * length / mean))).to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    packed = _PackIterDataset(windows, tuple(source.name for source in used), length, method, overlong, seed, origins)
+    packed = _PackIterDataset(windows, used, length, method, overlong, seed, origins)
     return iter(packed.batch(rows, drop_remainder=True))
 
 
@@ -170,7 +172,8 @@ def summary(iterator: grain.DatasetIterator) -> dict[str, Any]:
     packer = _packer(iterator)
     dataset, progress = packer.dataset, packer.progress
     read = {name: {"documents": documents, "tokens": tokens}
-            for name, documents, tokens in zip(dataset.names, progress.documents, progress.tokens, strict=True)}
+            for (name, documents, tokens) in zip(
+                [source.name for source in dataset.sources], progress.documents, progress.tokens, strict=True)}
     return {"method": dataset.method, "rule": dataset.overlong, **progress.packing.as_dict(), "sources": read,
             "variants": progress.variants}
 
@@ -199,30 +202,28 @@ def _packer(iterator: grain.DatasetIterator) -> "_PackIterator":
     return iterator
 
 
-class _Numbered(grain.MapDataset):
-    """Documents with the number of their source; those made from an index alone are as many as Grain can count."""
+class _Numbers(grain.MapDataset):
+    """(number of the source, number of a document); documents made from an index are as many as Grain can count."""
 
-    def __init__(self, documents: Documents, number: int) -> None:
+    def __init__(self, source: Source, number: int) -> None:
         super().__init__()
-        self._documents, self._number = documents, number
+        self._number = number
+        self._length = len(source.documents) if hasattr(source.documents, "__len__") else 2**40
 
     def __len__(self) -> int:
-        return len(self._documents) if hasattr(self._documents, "__len__") else 2**40
+        return self._length
 
     def __getitem__(self, index):
-        return self.slice(index) if isinstance(index, slice) else self._getitems([index])[0]
+        return self.slice(index) if isinstance(index, slice) else (self._number, index % self._length)
 
-    def _getitems(self, indices: Sequence[int]) -> list[tuple[int, Mapping[str, np.ndarray]]]:
-        within = [int(index) % len(self) for index in indices]
-        several = getattr(self._documents, "several", None)
-        found = several(within) if several else [self._documents[index] for index in within]
-        return [(self._number, document) for document in found]
+    def _getitems(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        return [(self._number, index % self._length) for index in indices]
 
 
 class _Windows(grain.MapDataset):
-    """Lists of documents that follow one another.
+    """Lists of what follows one another.
 
-    Grain's own `batch` asks for them one by one, which costs more than reading and packing them.
+    Grain's own `batch` asks for it one by one, which costs more than reading and packing documents.
     """
 
     def __init__(self, parent: grain.MapDataset, size: int) -> None:
@@ -239,7 +240,7 @@ class _Windows(grain.MapDataset):
 
 
 def _stream(source: Source, number: int, seed: int) -> grain.MapDataset:
-    stream = _Numbered(source.documents, number)
+    stream = _Numbers(source, number)
     if not hasattr(source.documents, "__len__"):
         return stream
     if not len(source.documents):
@@ -269,10 +270,10 @@ class _Progress:
 class _PackIterDataset(grain.IterDataset):
     """Packs windows of documents into rows and shuffles the rows of a window."""
 
-    def __init__(self, parent: grain.IterDataset, names: tuple[str, ...], length: int, method: str, overlong: str,
+    def __init__(self, parent: grain.IterDataset, sources: Sequence[Source], length: int, method: str, overlong: str,
                  seed: int, origins: bool) -> None:
         super().__init__(parent)
-        self.names, self.length, self.method = names, length, method
+        self.sources, self.length, self.method = sources, length, method
         self.overlong, self.seed, self.origins = overlong, seed, origins
 
     def __iter__(self) -> grain.DatasetIterator:
@@ -290,7 +291,7 @@ class _PackIterator(grain.DatasetIterator):
         self._given = 0
         self._documents = 0  # of the window
         self._rows: list[dict[str, np.ndarray]] | None = None
-        none = (0,) * len(dataset.names)
+        none = (0,) * len(dataset.sources)
         self.progress = self._before = _Progress(packing.PackingStatistics(), none, none, {})
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -316,20 +317,16 @@ class _PackIterator(grain.DatasetIterator):
 
     def _pack(self) -> list[dict[str, np.ndarray]]:
         dataset, before = self.dataset, self._before
-        origins, documents = zip(*next(self._parent), strict=True)
-        self._documents = len(documents)
-        lengths = np.asarray([len(document["tokens"]) for document in documents])
-        heads = [document.get("head", 0) for document in documents]
-        planned = packing.plan(lengths, dataset.length, dataset.method, dataset.overlong)
+        origins, numbers = np.asarray(next(self._parent), np.int64).T
+        self._documents = len(numbers)
+        documents = _documents(dataset.sources, origins, numbers, dataset.origins)
+        planned = packing.plan(documents.lengths, dataset.length, dataset.method, dataset.overlong)
         read = lambda before, weights: tuple(
             (np.asarray(before) + np.bincount(origins, weights, len(before)).astype(int)).tolist())
         self.progress = _Progress(
-            before.packing + packing.statistics(lengths, dataset.length, planned, heads),
-            read(before.documents, None), read(before.tokens, lengths),
-            before.variants or _variants(lengths, dataset.length, dataset.overlong))
-        if dataset.origins:
-            documents = [{**document, "source": np.full(len(document["tokens"]), origin)}
-                         for origin, document in zip(origins, documents)]
+            before.packing + packing.statistics(documents.lengths, dataset.length, planned, documents.heads),
+            read(before.documents, None), read(before.tokens, documents.lengths),
+            before.variants or _variants(documents.lengths, dataset.length, dataset.overlong))
         filled = packing.fill(documents, planned, dataset.length)
         # Best-fit decreasing puts the longest documents first; steps should not see them in that order.
         order = np.random.default_rng([dataset.seed, self._number]).permutation(planned.rows)
@@ -347,6 +344,23 @@ class _PackIterator(grain.DatasetIterator):
             before["variants"])
         self._parent.set_state(self._begin)
         self._rows = None
+
+
+def _documents(sources: Sequence[Source], origins: np.ndarray, numbers: np.ndarray, named: bool) -> packing.Documents:
+    """Reads document numbers[i] of source origins[i], i in order; where `named`, with the array `source`."""
+    parts, places = [], []
+    for origin, source in enumerate(sources):
+        place = np.flatnonzero(origins == origin)
+        if len(place):
+            several = getattr(source.documents, "several", None)
+            wanted = numbers[place]
+            part = several(wanted) if several else packing.Documents.of([source.documents[i] for i in wanted.tolist()])
+            if named:
+                arrays = {**part.arrays, "source": np.full(int(part.lengths.sum()), origin)}
+                part = dataclasses.replace(part, arrays=arrays)
+            parts.append(part)
+            places.append(place)
+    return packing.Documents.merged(parts, places)
 
 
 def _variants(lengths: np.ndarray, length: int, overlong: str) -> dict[str, dict[str, float]]:

@@ -27,6 +27,50 @@ Document = Mapping[str, np.ndarray | Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Documents:
+    """Many documents, one behind the other in arrays that all of them share.
+
+    Attributes:
+      lengths: tokens of each, int64 [n].
+      begins: where each begins in the arrays, int64 [n].
+      arrays: by name, `tokens` and `weights` among them: values of all tokens.
+      heads: tokens of each one's head, int64 [n]; 0 where it has none.
+    """
+
+    lengths: np.ndarray
+    begins: np.ndarray
+    arrays: Mapping[str, np.ndarray]
+    heads: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> "Documents":
+        """Joins single documents, in their order; see `pack` for what they hold."""
+        lengths = np.asarray([len(document["tokens"]) for document in documents], np.int64)
+        names = [name for name, values in documents[0].items() if np.ndim(values)] if documents else []
+        arrays = {name: np.concatenate([document[name] for document in documents]) for name in names}
+        arrays.setdefault("tokens", np.zeros(0, np.int32))
+        return cls.stored(lengths, arrays, np.asarray([document.get("head", 0) for document in documents], np.int64))
+
+    @classmethod
+    def stored(cls, lengths: np.ndarray, arrays: Mapping[str, np.ndarray], heads: np.ndarray) -> "Documents":
+        """Documents that stand in `arrays` in their order; weights are one where there are none."""
+        weights = arrays["weights"] if "weights" in arrays else np.ones(int(lengths.sum()), np.float32)
+        return cls(lengths, np.cumsum(lengths) - lengths, {**arrays, "weights": weights}, heads)
+
+    @classmethod
+    def merged(cls, parts: Sequence["Documents"], places: Sequence[np.ndarray]) -> "Documents":
+        """Joins parts, document i of part p at places[p][i], with the arrays that all of them have."""
+        lengths, begins, heads = np.zeros((3, sum(map(len, places))), np.int64)
+        offset = 0
+        for part, place in zip(parts, places, strict=True):
+            lengths[place], begins[place], heads[place] = part.lengths, part.begins + offset, part.heads
+            offset += len(part.arrays["tokens"])
+        names = [name for name in parts[0].arrays if all(name in part.arrays for part in parts)]
+        arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in names}
+        return cls(lengths, begins, arrays, heads)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Where each piece goes: five int64 arrays of one length, pieces in row order.
 
@@ -143,8 +187,7 @@ def statistics(lengths: Sequence[int] | np.ndarray, length: int, planned: Plan,
         tokens=int(size.sum()), positions=planned.rows * length)
 
 
-def fill(documents: Sequence[Document], planned: Plan, length: int,
-         rows: int | None = None) -> dict[str, np.ndarray]:
+def fill(documents: Documents, planned: Plan, length: int, rows: int | None = None) -> dict[str, np.ndarray]:
     """Writes the planned pieces into arrays [rows, length]; `pack` says what they hold."""
     count = planned.rows if rows is None else -(-planned.rows // rows) * rows
     size = planned.stop - planned.start
@@ -160,21 +203,16 @@ def fill(documents: Sequence[Document], planned: Plan, length: int,
     # Segment ids count the pieces of a row from 1.
     segments = spread(np.arange(len(size)) - np.searchsorted(planned.row, planned.row, side="left") + 1)
     used = segments > 0
-    lengths = np.asarray([len(document["tokens"]) for document in documents], np.int64)
-    begins = (np.cumsum(lengths) - lengths)[planned.document] + planned.start  # of pieces, in documents in their order
     positions = np.arange(count * length) - spread(at)
-    origins = (positions + spread(begins))[used]
+    origins = (positions + spread(documents.begins[planned.document] + planned.start))[used]
 
-    def placed(key: str) -> np.ndarray:
-        values = np.concatenate([document[key] for document in documents])
+    def placed(values: np.ndarray) -> np.ndarray:
         out = np.zeros(count * length, np.float32 if values.dtype.kind == "f" else np.int32)
         out[used] = values[origins]
         return out
 
-    first = documents[0] if documents else {}
-    arrays = {"tokens": np.zeros(count * length, np.int32)}
-    arrays |= {key: placed(key) for key, values in first.items() if np.ndim(values)}
-    weights = arrays.get("weights", used).astype(np.float32)
+    arrays = {name: placed(values) for name, values in documents.arrays.items()}
+    weights = arrays["weights"].astype(np.float32)
     weights[at + size - 1] = 0.0  # the last token of a piece has nothing to predict in its row
     for piece in np.flatnonzero(planned.fresh > planned.start).tolist():  # a window's context counted before
         weights[at[piece] : at[piece] + planned.fresh[piece] - planned.start[piece] - 1] = 0.0
@@ -199,11 +237,11 @@ def pack(documents: Sequence[Document], length: int, rows: int | None = None, me
       int32; weights float32, zero at padding and at the last token of each piece; and the further arrays,
       zero at padding. With no documents and rows given: one batch of padding.
     """
-    lengths = [len(document["tokens"]) for document in documents]
-    planned = plan(lengths, length, method, overlong)
+    together = Documents.of(documents)
+    planned = plan(together.lengths, length, method, overlong)
     if planned.rows == 0 and rows:
         planned = dataclasses.replace(planned, rows=rows)
-    return fill(documents, planned, length, rows)
+    return fill(together, planned, length, rows)
 
 
 def _pieces(lengths: np.ndarray, length: int, overlong: str) -> np.ndarray:
