@@ -11,7 +11,9 @@ from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
 from qcn_jax.agents.workspace import SandboxWorkspace
 from qcn_jax.chat import rendering
+from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.chat.tokenizer import QWEN_ADDED, Tokenizer
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.errors import UserError
@@ -136,6 +138,14 @@ def test_mini_swe_agent_wants_one_block():
         assert parsed.calls == [] and parsed.problems
     parsed = MINI_SWE_AGENT.parse("THOUGHT: look\n\n```mswea_bash_command\nls -la\n```\n")
     assert (parsed.content, parsed.calls[0].arguments) == ("THOUGHT: look", {"command": "ls -la"})
+
+
+def test_turns_to_learn_from_are_what_a_scaffold_writes():
+    encoder = ChatEncoder(Tokenizer.train(["a"], Tokenizer.smallest(QWEN_ADDED), QWEN_ADDED))
+    for scaffold in (SWE_AGENT, MINI_SWE_AGENT):
+        calls = [ToolCall("bash", {"command": "ls -la"})]
+        ids = encoder.encode_answer(scaffold.assistant(calls))
+        assert encoder.tokenizer.decode(ids) == scaffold.render("", calls) + "<|im_end|>"
 
 
 def test_mini_swe_agent_submits_only_if_the_command_succeeds():

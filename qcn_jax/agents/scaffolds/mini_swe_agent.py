@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qcn_jax.agents import operations
 from qcn_jax.agents.scaffolds.prose import TASK
-from qcn_jax.agents.scaffolds.scaffold import Scaffold, object_schema
+from qcn_jax.agents.scaffolds.scaffold import Message, Scaffold, object_schema
 from qcn_jax.agents.tools import ToolSpec
 from qcn_jax.chat.rendering import ParsedMessage, ToolCall
 
@@ -38,6 +38,10 @@ class FencedScaffold(Scaffold):
         if len(blocks) != 1:
             return ParsedMessage(text, [], [f"expected exactly one code block with a command, found {len(blocks)}"])
         return ParsedMessage(text[: blocks[0].start()].strip(), [ToolCall("bash", {"command": blocks[0][2]})], [])
+
+    def assistant(self, calls: Sequence[ToolCall]) -> Message:
+        """As Scaffold.assistant, as text: chat templates know no code blocks."""
+        return {"role": "assistant", "content": self.render("", calls)}
 
     def render(self, content: str, calls: Sequence[ToolCall]) -> str:
         """As Scaffold.render."""
