@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_float("temperature", 0.0, "0: always the most probable token.", flag_values=values, lower_bound=0.0)
     flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of tokens with this much probability.",
                        flag_values=values, lower_bound=1e-6, upper_bound=1.0)  # fmt: skip
-    flags.DEFINE_integer("top_k", 0, "Draw from this many tokens; 0: all.", flag_values=values, lower_bound=0)
+    flags.DEFINE_integer("top_k", 0, "Draw from this many tokens; 0: all.", flag_values=values, lower_bound=0,
+                         upper_bound=(1 << 31) - 1)  # fmt: skip
     flags.DEFINE_integer("seed", 0, "Of the random draws.", flag_values=values, lower_bound=0)
     mesh = parsing.define_mesh(values)
     parsing.parse(values, "generate", __doc__, argv)

@@ -8,6 +8,7 @@ Requests are batched as they come. SIGTERM and SIGINT end it.
 """
 
 import asyncio
+import functools
 import socket
 import sys
 from collections.abc import Sequence
@@ -63,9 +64,9 @@ def _serve(values: flags.FlagValues, listening: socket.socket, mesh: MeshConfig 
 
     loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE,
                          mesh=mesh)
-    encoder = ChatEncoder(loaded.tokenizer)
+    encode = functools.partial(ChatEncoder(loaded.tokenizer).encode_prompt, trusted=False)
     service = Service(
-        Scheduler(loaded.engine), loaded.tokenizer, encoder.encode_prompt, loaded.stop_ids, values.name or loaded.name
+        Scheduler(loaded.engine), loaded.tokenizer, encode, loaded.stop_ids, values.name or loaded.name
     )
     host, port = listening.getsockname()[:2]
     print(f"serving {service.name} on http://{host}:{port}/v1", file=sys.stderr, flush=True)

@@ -122,6 +122,13 @@ class Engine:
         self._cache, self._logits = self.programs.empty()
         self.params = params
 
+    def clear(self) -> None:
+        """Empties all slots and allocates their caches anew: a call that failed may have left them torn, or taken."""
+        self._cache = self._logits = None
+        self._cache, self._logits = self.programs.empty()
+        self._lengths[:] = 0
+        self._fresh[:] = True
+
     def _take(self, params: Any) -> None:
         self._weights = self.programs.run("arrange", params)
 

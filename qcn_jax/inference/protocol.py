@@ -1,30 +1,52 @@
-"""OpenAI's requests and answers: what is read, what is refused, what is written. Pure functions of JSON values."""
+"""OpenAI's requests and answers: what is read, what is refused, what is written. Pure functions of JSON values.
+
+Nothing of a request goes further than what is read here: fields that would change the answer and are not read are
+refused by name.
+"""
 
 import dataclasses
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.chat.tool_calls import NAME
+from qcn_jax.chat.values import read_json
+from qcn_jax.inference.sampling import MAX_TOP_K, Sampling
 
 MAX_CHOICES = 16
+MAX_SEQUENCES = 128  # choices of all prompts of one request
 MAX_STOPS = 4  # as OpenAI has it
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAME = re.compile(NAME)
+
+_SHARED = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop", "n", "seed",
+           "stream", "stream_options", "logprobs"}  # fmt: skip
+_CHAT = _SHARED | {"messages", "tools", "tool_choice", "parallel_tool_calls"}
+_COMPLETION = _SHARED | {"prompt", "echo"}
+# They say who asks, and where to keep what; the answer is the same.
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+            "prompt_cache_retention"}  # fmt: skip
+# What is not supported may be there as long as it asks for nothing.
+_NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "top_logprobs": 0,
+            "suffix": "", "response_format": {"type": "text"}, "modalities": ["text"], "min_p": 0, "echo": False,
+            "functions": [], "tools": [], "parallel_tool_calls": True}  # fmt: skip
+_IN_MESSAGES = {"function_call", "audio"}
 
 
 class BadRequest(Exception):
     """The client's fault; `str(error)` tells it why, `parameter` which field is meant."""
 
-    def __init__(self, message: str, parameter: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str, parameter: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.parameter, self.code = parameter, code
+        self.parameter, self.code, self.status = parameter, code, status
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What both kinds of request share."""
+    """What both kinds of request share; `one_call`: at most one tool call; `echo`: the prompt comes first."""
 
     sampling: Sampling
     max_new_tokens: int | None
@@ -34,19 +56,44 @@ class Options:
     stream: bool
     include_usage: bool
     logprobs: bool
+    one_call: bool
+    echo: bool
 
 
-def read_options(body: Mapping[str, Any]) -> Options:
+def read_body(data: bytes) -> dict[str, Any]:
+    """A request's JSON object; numbers in it are finite, and it is nested no deeper than values.MAX_DEPTH.
+
+    Raises:
+      BadRequest: it is none.
+    """
+    try:
+        body = read_json(data.decode())
+    except ValueError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body
+
+
+def check_model(body: Mapping[str, Any], name: str) -> None:
+    """Raises BadRequest where another model than `name` is asked for; none at all means this one."""
+    model = body.get("model")
+    if model is not None and model != name:
+        raise BadRequest(f"model: there is no {str(model)[:100]!r}; this is {name!r}", "model", "model_not_found", 404)
+
+
+def read_options(body: Mapping[str, Any], chat: bool) -> Options:
     """Reads sampling and output options.
 
     Raises:
-      BadRequest: a field has another type or lies out of range.
+      BadRequest: a field has another type, lies out of range or is not supported.
     """
+    _refuse_unread(body, _CHAT if chat else _COMPLETION)
     limit = _number(body, "max_completion_tokens", None, 1, None, int)
     limit = _number(body, "max_tokens", limit, 1, None, int)
     sampling = Sampling(
         _number(body, "temperature", 1.0, 0.0, 2.0, float), _number(body, "top_p", 1.0, 1e-6, 1.0, float),
-        _number(body, "top_k", 0, 0, None, int),
+        min(_number(body, "top_k", 0, 0, None, int), MAX_TOP_K),
     )  # fmt: skip
     stops = body.get("stop") or ()
     stops = (stops,) if isinstance(stops, str) else tuple(stops) if isinstance(stops, list | tuple) else None
@@ -55,20 +102,60 @@ def read_options(body: Mapping[str, Any]) -> Options:
     stream_options = body.get("stream_options") or {}
     if not isinstance(stream_options, Mapping):
         raise BadRequest("stream_options: expected an object", "stream_options")
-    # Chat asks for logprobs with true, plain completion with a number of alternatives.
-    logprobs = body.get("logprobs")
+    choices = _number(body, "n", 1, 1, MAX_CHOICES, int)
+    if _number(body, "best_of", choices, 1, None, int) != choices:
+        raise BadRequest("best_of: not supported", "best_of")
+    logprobs, echo = _logprobs(body, chat), not chat and _flag(body, "echo")
+    if logprobs and echo:
+        raise BadRequest("logprobs: not supported together with echo", "logprobs")
     return Options(
-        sampling, limit, stops, _number(body, "n", 1, 1, MAX_CHOICES, int),
-        _number(body, "seed", None, None, None, int), _flag(body, "stream"),
-        bool(stream_options.get("include_usage")), logprobs is not None and logprobs is not False,
+        sampling, limit, stops, choices, _number(body, "seed", None, None, None, int), _flag(body, "stream"),
+        _flag(stream_options, "include_usage", "stream_options"), logprobs,
+        chat and not _flag(body, "parallel_tool_calls", default=True), echo,
     )  # fmt: skip
+
+
+def _refuse_unread(body: Mapping[str, Any], read: set[str]) -> None:
+    for name, value in body.items():
+        if name in read or name in _IGNORED or name == "best_of" or value is None:
+            continue
+        if name not in _NEUTRAL or value != _NEUTRAL[name]:
+            raise BadRequest(f"{name[:100]}: not supported", name[:100])
+
+
+def _logprobs(body: Mapping[str, Any], chat: bool) -> bool:
+    """Chat asks with true, plain completion with a number of alternatives."""
+    if chat:
+        return _flag(body, "logprobs")
+    wanted = _number(body, "logprobs", None, 0, None, int)
+    if wanted:
+        raise BadRequest("logprobs: alternatives are not supported; 0 gives those of the tokens drawn", "logprobs")
+    return wanted is not None
+
+
+def read_prompts(body: Mapping[str, Any], vocabulary: int) -> list[str | list[int]]:
+    """The prompts of a plain completion: texts, or token ids below `vocabulary`.
+
+    Raises:
+      BadRequest: something else, or too many.
+    """
+    prompt = body.get("prompt")
+    prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+    for each in prompts:
+        ids = isinstance(each, list) and all(type(token) is int and 0 <= token < vocabulary for token in each)
+        if not (ids or isinstance(each, str)):
+            raise BadRequest("prompt: expected a text, a list of token ids, or a list of either", "prompt")
+    choices = _number(body, "n", 1, 1, MAX_CHOICES, int)
+    if len(prompts) * choices > MAX_SEQUENCES:
+        raise BadRequest(f"prompt: {len(prompts)} prompts by {choices} choices; at most {MAX_SEQUENCES}", "prompt")
+    return prompts
 
 
 def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Messages in the form that chat.rendering renders; arguments of tool calls become mappings.
 
     Raises:
-      BadRequest: they are missing or malformed; names the message.
+      BadRequest: they are missing, malformed or not supported; names the message.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -78,32 +165,55 @@ def read_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise BadRequest(f"{where}.role: expected one of {', '.join(ROLES)}", "messages")
-        read = {key: message[key] for key in ("role", "content") if key in message}
-        read["role"] = "system" if read["role"] == "developer" else read["role"]
-        if message.get("tool_calls"):
-            read["tool_calls"] = [_tool_call(call, where) for call in message["tool_calls"]]
+        for name in _IN_MESSAGES & message.keys():
+            if message[name] is not None:
+                raise BadRequest(f"{where}.{name}: not supported", "messages")
+        role = "system" if message["role"] == "developer" else message["role"]
+        read = {"role": role, "content": _content(message.get("content"), where)}
+        if calls := message.get("tool_calls"):
+            if role != "assistant" or not isinstance(calls, list):
+                raise BadRequest(f"{where}.tool_calls: expected a list, of an assistant", "messages")
+            read["tool_calls"] = [_tool_call(call, where) for call in calls]
         result.append(read)
     return result
+
+
+def _content(content: Any, where: str) -> str | list[dict[str, str]] | None:
+    """A text, or parts that hold nothing but theirs: what else parts can say is the scaffolds' own."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"{where}.content: expected text or a list of text parts", "messages")
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind != "text":
+            raise BadRequest(f"{where}.content: parts of type {kind[:40]!r} are not supported", "messages")
+        if kind is None or not isinstance(part.get("text"), str):
+            raise BadRequest(f"{where}.content: expected text or a list of text parts", "messages")
+    return [{"type": "text", "text": part["text"]} for part in content]
 
 
 def read_tools(body: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The tool list, or None; `tool_choice` may be auto or none.
 
     Raises:
-      BadRequest: a tool without a name, or a choice that cannot be forced.
+      BadRequest: a malformed tool, a name that no call could spell, or a choice that cannot be forced.
     """
     tools, choice = body.get("tools"), body.get("tool_choice", "auto")
     if choice not in ("auto", "none", None):
         raise BadRequest("tool_choice: only auto and none are supported", "tool_choice")
-    if not tools or choice == "none":
-        return None
-    named = isinstance(tools, list) and all(
-        isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping)
-        and isinstance(tool["function"].get("name"), str) for tool in tools
-    )  # fmt: skip
-    if not named:
+    if tools is not None and not isinstance(tools, list):
         raise BadRequest("tools: expected a list of {type: function, function: {name, ...}}", "tools")
-    return tools
+    for index, tool in enumerate(tools or ()):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+            raise BadRequest(f"tools[{index}]: expected {{type: function, function: {{name, ...}}}}", "tools")
+        name, parameters = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise BadRequest(f"tools[{index}].function.name: expected one without blanks, quotes and <>{{}}=", "tools")
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise BadRequest(f"tools[{index}].function.parameters: expected a JSON schema of an object", "tools")
+    return tools if tools and choice != "none" else None
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -112,7 +222,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         raise BadRequest(f"{where}.tool_calls: expected {{function: {{name, arguments}}}}", "messages")
     arguments = function.get("arguments") or {}
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = read_json(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         arguments = None
     if not isinstance(arguments, Mapping):
@@ -133,11 +243,11 @@ def _number(body: Mapping[str, Any], name: str, default: Any, least: Any, most: 
     return kind(value)
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def _flag(body: Mapping[str, Any], name: str, parameter: str = "", default: bool = False) -> bool:
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"{name}: expected true or false", name)
-    return bool(value)
+        raise BadRequest(f"{name}: expected true or false", parameter or name)
+    return default if value is None else value
 
 
 # --- answers
@@ -161,6 +271,11 @@ def tool_calls_body(calls: Sequence[Any], streamed: bool = False) -> list[dict[s
             "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
         } for index, call in enumerate(calls)
     ]  # fmt: skip
+
+
+def model_body(name: str) -> dict[str, Any]:
+    """How a model is listed."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "qcn_jax"}
 
 
 def envelope(answer_id: str, kind: str, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,18 +5,29 @@ depends on its seed and its own tokens, never on which other sequences happen to
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+MAX_TOP_K = (1 << 31) - 1  # an int32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens; temperature 0 means the most probable one. top_k 0 and top_p 1 switch both off."""
+    """How to draw tokens; temperature 0 means the most probable one. top_k 0 and top_p 1 switch both off.
+
+    Raises ValueError for what no device can draw with.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and 0 <= self.top_k <= MAX_TOP_K):
+            raise ValueError(f"{self}: temperature must be finite and at least 0, top_p above 0 and at most 1, "
+                             f"top_k from 0 to {MAX_TOP_K}")
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -37,6 +37,7 @@ class Request:
     ) -> None:
         self.tokens, self.sampling, self.seed, self.emit = list(tokens), sampling, seed, emit
         self.left = max_new_tokens
+        self.made: list[int] = []
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -97,18 +98,17 @@ class Scheduler:
                 admitted = self._admit()
             try:
                 self._step(admitted)
-            except Exception as error:  # the server must outlive whatever the accelerator throws
-                self._fail(f"the engine failed: {error}")
+            except Exception:  # the server must outlive whatever the accelerator throws
+                self._one_by_one()
         self._fail("the server is shutting down")
 
     def _admit(self) -> dict[int, Request]:
         """Gives free slots to those who wait, dropping those who left."""
         for slot in [slot for slot, request in self._active.items() if request.cancelled]:
             del self._active[slot]
+        self._waiting = deque(request for request in self._waiting if not request.cancelled)
         admitted = {}
         for slot in range(self.engine.slots):
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
             if self._waiting and slot not in self._active:
                 admitted[slot] = self._active[slot] = self._waiting.popleft()
         return admitted
@@ -117,9 +117,11 @@ class Scheduler:
         if admitted:
             self.engine.reset(list(admitted))
             self._prefill(admitted)
-        slots = sorted(self._active)
-        if not slots:
-            return
+        if self._active:
+            self._generate(sorted(self._active))
+
+    def _generate(self, slots: list[int]) -> None:
+        """One piece for each of `slots`."""
         chosen = [self._active[slot] for slot in slots]
         generations = self.engine.generate(
             slots, seeds=[request.seed for request in chosen], sampling=[request.sampling for request in chosen],
@@ -127,6 +129,7 @@ class Scheduler:
         )  # fmt: skip
         for slot, request, generation in zip(slots, chosen, generations, strict=True):
             request.left -= len(generation.tokens)
+            request.made += generation.tokens
             full = self.engine.length(slot) >= self.engine.max_length
             finish = "stop" if generation.finish == "stop" else "length" if full or request.left <= 0 else None
             if finish is not None:
@@ -135,16 +138,37 @@ class Scheduler:
             request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish))
 
     def _prefill(self, admitted: dict[int, Request]) -> None:
-        """One prefill for each distinct prompt and part of the engine, copied where several requests have the same."""
+        """One prefill for each distinct sequence and part of the engine, copied to all requests that have the same."""
         first: dict[tuple[Any, ...], int] = {}
         copies: dict[int, list[int]] = {}
         for slot, request in admitted.items():
-            origin = first.setdefault((self.engine.part(slot), *request.tokens), slot)
+            origin = first.setdefault((self.engine.part(slot), *request.tokens, *request.made), slot)
             if origin != slot:
                 copies.setdefault(origin, []).append(slot)
-        self.engine.extend({slot: admitted[slot].tokens for slot in first.values()})
+        self.engine.extend({slot: [*admitted[slot].tokens, *admitted[slot].made] for slot in first.values()})
         if copies:
             self.engine.fork(copies)
+
+    def _one_by_one(self) -> None:
+        """Serves each request alone after a failure, so that it ends only those with which the engine fails.
+
+        The caches may be torn, so everyone is prefilled again: streams count positions, nothing is drawn twice.
+        """
+        for slot, request in sorted(self._active.items()):
+            try:
+                self.engine.clear()
+                self._prefill({slot: request})
+                self._generate([slot])
+            except Exception as error:
+                with self._changed:
+                    self._active.pop(slot, None)
+                request.emit(Piece([], [], f"error: the engine failed: {error}"))
+        try:
+            self.engine.clear()
+            if self._active:
+                self._prefill(self._active)
+        except Exception as error:
+            self._fail(f"the engine failed: {error}")
 
     def _fail(self, reason: str) -> None:
         with self._changed:

@@ -74,6 +74,18 @@ def prompt(seed: int, length: int) -> list[int]:
     return np.random.default_rng(seed).integers(8, 61, length).tolist()
 
 
+def test_a_cleared_engine_begins_anew(engine) -> None:
+    def run():
+        engine.extend({2: prompt(5, 20)})
+        return engine.generate([2], seeds=[3], sampling=Sampling(1.0))[0].tokens
+
+    first = run()
+    for leaf in jax.tree.leaves(engine._cache):  # as a call that failed may leave them
+        leaf.delete()
+    engine.clear()
+    assert engine.length(2) == 0 and run() == first
+
+
 def check(logits_of, before: list[int], generation, greedy: bool = True, **kwargs) -> None:
     """The generated tokens are what one pass over everything says."""
     logits = logits_of(before + generation.tokens, **kwargs)[len(before) - 1 : -1]

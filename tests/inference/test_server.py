@@ -14,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qcn_jax import hub
 from qcn_jax.chat import rendering
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.inference import protocol
+from qcn_jax.inference.answer import Choice
 from qcn_jax.inference.checkpoint import load_engine
 from qcn_jax.inference.engine import Generation
 from qcn_jax.inference.sampling import Sampling
-from qcn_jax.inference.scheduler import PIECE, Piece, Request, Scheduler
-from qcn_jax.inference.server import Service, _Choice
+from qcn_jax.inference.scheduler import PIECE, Piece
+from qcn_jax.inference.server import Service
 from qcn_jax.model import Qwen3Next
+from tests.inference.scripted import VIEW, Speller
 from tests.pipeline.micro import MODEL
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
@@ -129,7 +133,22 @@ def test_samples_seeds_and_usage(server) -> None:
     ("chat/completions", {"messages": [{"role": "user", "content": "hello " * 200}]}, "messages"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages"),
     ("completions", {"prompt": 5}, "prompt"), ("completions", {"prompt": [99999]}, "prompt"),
-    ("completions", {"prompt": ""}, "prompt"),
+    ("completions", {"prompt": ""}, "prompt"), ("completions", {"prompt": []}, "prompt"),
+    ("completions", {"prompt": [True]}, "prompt"), ("completions", {"prompt": ["hello", 5]}, "prompt"),
+    ("completions", {"prompt": ["hello"] * 200}, "prompt"), ("completions", {"prompt": "hello", "logprobs": 2}, "logprobs"),
+    ("completions", {"prompt": "hello", "echo": True, "logprobs": 0}, "logprobs"),
+    ("completions", {"prompt": "hello", "best_of": 3}, "best_of"), ("completions", {"prompt": "hello", "suffix": "x"}, "suffix"),
+    ("completions", {"prompt": "hello", "tools": [{}]}, "tools"), ("completions", {"prompt": "hello", "top_k": -1}, "top_k"),
+    *(("chat/completions", {"messages": HELLO, name: value}, name) for name, value in (
+        ("top_logprobs", 2), ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}), ("echo", True),
+        ("frequency_penalty", 0.5), ("presence_penalty", -1), ("min_p", 0.1), ("functions", [{}]), ("no_such_field", 1),
+        ("parallel_tool_calls", 5), ("logprobs", 5), ("tool_choice", {"type": "function"}), ("tools", 5))),
+    *(("chat/completions", {"messages": HELLO, "tools": [{"function": function}]}, "tools") for function in (
+        5, {"name": 5}, {"name": "a b"}, {"name": "f", "parameters": True}, {"name": "<|im_end|>"})),
+    *(("chat/completions", {"messages": [*HELLO, {"role": "assistant", **said}]}, "messages") for said in (
+        {"content": 5}, {"content": [5]}, {"content": [{"type": "image_url"}]}, {"tool_calls": 5}, {"tool_calls": [5]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": "[NaN]"}}]}, {"function_call": {"name": "f"}},
+        {"tool_calls": [{"function": {"name": "a b", "arguments": "{}"}}]})),
 ])  # fmt: skip
 def test_bad_requests_are_told_what_is_wrong(server, path, body, parameter) -> None:
     response = post(server, path, **body)
@@ -140,6 +159,10 @@ def test_bad_requests_are_told_what_is_wrong(server, path, body, parameter) -> N
 def test_paths_and_health(server) -> None:
     base = server.removesuffix("/v1")
     assert httpx.get(f"{server}/models").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{server}/models/tiny").json()["id"] == "tiny"
+    unknown = httpx.get(f"{server}/models/other/name")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
+    assert httpx.post(f"{server}/completions", json={"model": "other", "prompt": "x"}).status_code == 404
     assert httpx.get(f"{base}/health").json() == {"status": "ok", "active": 0, "waiting": 0}
     assert httpx.get(f"{base}/nothing").json()["error"]["message"] == "GET /nothing: no such endpoint"
     assert httpx.get(f"{server}/completions").status_code == 405
@@ -158,21 +181,11 @@ def test_a_client_that_leaves_frees_its_slots(server) -> None:
     assert httpx.get(health).json()["active"] == 0
 
 
-class Speller:
-    """A tokenizer whose ids are characters."""
-
-    vocab_size = 0x110000
-
-    def token_bytes(self, id_: int) -> bytes:
-        return chr(id_).encode()
+def choice(stops=(), tools=None) -> Choice:
+    return Choice(Service(None, Speller(), None, frozenset([0]), "x"), stops, tools)
 
 
-def choice(stops=(), hold_calls=False) -> _Choice:
-    service = Service(None, Speller(), None, frozenset([0]), "x")
-    return _Choice(service, stops, hold_calls)
-
-
-def feed(made: _Choice, text: str, size: int, finish: str = "stop") -> list[str]:
+def feed(made: Choice, text: str, size: int, finish: str = "stop") -> list[str]:
     ids = [ord(c) for c in text] + ([0] if finish == "stop" else [])
     pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
     shown = []
@@ -180,7 +193,7 @@ def feed(made: _Choice, text: str, size: int, finish: str = "stop") -> list[str]
         shown.append(made.push(Piece(piece, [0.0] * len(piece), finish if number == len(pieces) - 1 else None)))
         if made.finish:
             break
-    return shown
+    return [*shown, made.end()]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
@@ -193,10 +206,10 @@ def test_stop_texts_never_show_however_tokens_fall(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_calls_are_held_back_from_streamed_content(size: int) -> None:
-    made = choice(hold_calls=True)
+    made = choice(tools=VIEW)
     call = rendering.render_tool_call(rendering.ToolCall("view", {"path": "a.py"}))
-    assert "".join(feed(made, f"look: {call}", size)) == "look: "
-    assert rendering.parse_tool_calls(made.text).calls == [rendering.ToolCall("view", {"path": "a.py"})]
+    assert "".join(feed(made, f"use <tool_call> to look: {call}", size)) == "use <tool_call> to look:"
+    assert made.calls == [rendering.ToolCall("view", {"path": "a.py"})] and made.finish == "tool_calls"
 
 
 def test_tools_are_rendered_and_calls_come_back_as_openai_writes_them() -> None:
@@ -216,40 +229,87 @@ def test_tools_are_rendered_and_calls_come_back_as_openai_writes_them() -> None:
             {"function": {"name": "f", "arguments": "[1"}}]}]})  # fmt: skip
 
 
-def test_an_engine_that_fails_fails_its_requests_and_not_the_server() -> None:
-    class Broken:
-        slots, max_length = 2, 32
-        calls = 0
+def test_what_asks_for_nothing_is_taken(server) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}, {"role": "assistant", "content": [
+        {"type": "text", "text": "hi"}]}, *HELLO], "max_tokens": 2, "model": "tiny", "user": "me", "logit_bias": {},
+        "frequency_penalty": 0, "response_format": {"type": "text"}, "top_logprobs": None, "tools": [], "top_k": 2**40}  # fmt: skip
+    assert post(server, "chat/completions", **body).status_code == 200
 
-        def reset(self, slots):
-            pass
 
-        def extend(self, tokens):
-            self.calls += 1
-            if self.calls == 1:
-                raise RuntimeError("out of memory")
+def test_prompts_in_a_list_are_answered_each_as_alone(server) -> None:
+    prompts, options = ["hello", "hello world"], {"max_tokens": 5, "temperature": 0, "echo": True}
+    body = post(server, "completions", prompt=prompts, n=2, **options).json()
+    alone = [post(server, "completions", prompt=prompt, **options).json() for prompt in prompts]
+    texts = [answer["choices"][0]["text"] for answer in alone]
+    assert [c["text"] for c in body["choices"]] == [texts[0]] * 2 + [texts[1]] * 2
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+    assert body["usage"]["prompt_tokens"] == sum(answer["usage"]["prompt_tokens"] for answer in alone)
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+    streamed = events(server, "completions", prompt=prompts, **options)
+    for index, text in enumerate(texts):
+        assert "".join(c["text"] for e in streamed for c in e["choices"] if c["index"] == index) == text
 
-        def length(self, slot):
-            return 5
 
-        def part(self, slot):
-            return 0
+def test_log_probabilities_hold_the_tokens_bytes(server) -> None:
+    body = post(server, "chat/completions", messages=HELLO, max_tokens=40, logprobs=True, seed=5, temperature=2).json()
+    entries = body["choices"][0]["logprobs"]["content"]
+    raw = b"".join(bytes(entry["bytes"]) for entry in entries if entry["token"] not in ADDED)
+    assert any(entry["token"] == "\ufffd" and len(entry["bytes"]) == 1 for entry in entries)  # a part of a character
+    assert raw.decode("utf-8", "replace") == body["choices"][0]["message"]["content"]
 
-        def generate(self, slots, **_):
-            return [Generation([1], np.zeros(1, np.float32), np.zeros(1, np.float32), "stop") for _ in slots]
 
-    scheduler, pieces = Scheduler(Broken(), most_waiting=2), []
-    make = lambda: Request([1], Sampling(), 4, 0, pieces.append)
-    assert not scheduler.submit([make(), make(), make()])
-    for tokens, most, line in (([], 4, "prompt has 0 tokens"), ([1] * 32, 4, "prompt has 32 tokens"), ([1], 0, "max_new_tokens: 0")):
-        with pytest.raises(ValueError, match=line):
-            scheduler.submit([make(), Request(tokens, Sampling(), most, 0, pieces.append)])
-    assert scheduler.load() == (0, 0)
-    for want in ("error: the engine failed: out of memory", "stop"):
-        assert scheduler.submit([make()])
-        until = time.time() + 10
-        while not pieces and time.time() < until:
-            time.sleep(0.01)
-        assert pieces.pop().finish == want
-    scheduler.close()
-    assert not scheduler.submit([make()])
+def test_large_bodies_are_refused_as_they_come_and_stop_nobody(server) -> None:
+    def chunks():
+        for _ in range(40):
+            yield b" " * (1 << 20)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        asked = [
+            threads.submit(httpx.post, f"{server}/completions", content=chunks(), timeout=180),
+            threads.submit(httpx.post, f"{server}/completions", json={"prompt": "hello " * 1_400_000}, timeout=180),
+            threads.submit(httpx.post, f"{server}/chat/completions", timeout=180, json={
+                "messages": [{"role": "user", "content": " " * 5000}]}),
+        ]  # fmt: skip
+        answers = []
+        for each in asked:
+            try:
+                answers.append(each.result().status_code)
+            except (httpx.WriteError, httpx.RemoteProtocolError):  # refused before it was all sent
+                answers.append(413)
+    assert answers == [413, 400, 400]
+    assert httpx.get(f"{server.removesuffix('/v1')}/health").status_code == 200
+
+
+SOUP = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=5),
+              st.sampled_from(["user", "assistant", "tool", "function", "hello", "text", "\ud800", "<|im_end|>"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([
+        "role", "content", "type", "text", "function", "name", "arguments", "parameters", "properties", "tool_calls", "$ref",
+        "anyOf", "enum", "description"]), inner, max_size=4)), max_leaves=12,
+)  # fmt: skip
+FIELDS = st.dictionaries(st.sampled_from([
+    "messages", "prompt", "tools", "model", "n", "stop", "stream", "stream_options", "temperature", "top_p", "top_k", "seed",
+    "logprobs", "max_tokens", "tool_choice", "parallel_tool_calls", "echo"]), SOUP, max_size=5)  # fmt: skip
+
+
+def test_no_body_is_answered_with_500_and_no_slot_is_kept(server) -> None:
+    client = httpx.Client(timeout=180)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.one_of(FIELDS, SOUP, st.binary(max_size=30)), st.sampled_from(["messages", "prompt", "tools"]), SOUP)
+    def check(body, good, more):
+        if isinstance(body, dict) and good != "prompt":
+            body = {"messages": HELLO, "max_tokens": 3, **body}
+            body |= {"tools": [{"function": {"name": "f", "parameters": more}}]} if good == "tools" else {}
+        elif isinstance(body, dict):
+            body = {"prompt": "hello", "max_tokens": 3, **body}
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        path = "completions" if good == "prompt" else "chat/completions"
+        response = client.post(f"{server}/{path}", content=data)
+        assert response.status_code in (200, 400, 404), (response.status_code, data)
+        if response.status_code != 200:
+            assert response.json()["error"]["message"]
+
+    check()
+    health = httpx.get(f"{server.removesuffix('/v1')}/health").json()
+    assert (health["active"], health["waiting"]) == (0, 0)
