@@ -37,6 +37,7 @@ _SPACE = re.compile(r"\s*")
 _NAME_ONLY = re.compile(NAME)
 _COMMENTS = re.compile(r"(?:\s*<!--.*?-->)*", re.DOTALL)
 _OPEN_COMMENT = re.compile(r"\s*<!--")
+_CLOSING = re.compile(r"<[ \t]*/[ \t]*parameter[ \t]*>")
 _ALONE = re.compile(r"[ \t\r]*(?:\n|\Z)")
 
 
@@ -176,6 +177,7 @@ def value_span(text: str, position: int, names: Container[str] | None) -> tuple[
     """
     nested: list[str] = []  # tags opened inside the value: "parameter", "function" (bare call), "tool_call"
     fallback = None  # the earliest end if the value turns out to have none that is beyond doubt
+    closed = _CLOSING.search(text, position)  # if none, no end is: models that repeat a tag for ever write such texts
     inline = position > 0 and text[position - 1] != "\n"  # its writer does not put tags on lines of their own
     for tag in TAG.finditer(text, position):
         span, alone = None, own_line(text, position, tag)
@@ -202,6 +204,8 @@ def value_span(text: str, position: int, names: Container[str] | None) -> tuple[
                 nested.append(tag["wrapper"] or "function")
                 span = (tag.start(), tag.start())
         fallback = fallback or span
+        if fallback and not closed:
+            break
     return *(fallback or (len(text), len(text))), False
 
 

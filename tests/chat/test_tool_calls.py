@@ -251,3 +251,5 @@ def test_long_hostile_text_is_read_in_reasonable_time():
         "<tool_call> ",
     ):
         parse_tool_calls("<tool_call>\n<function=f>\n<parameter=a>\n" + piece * 300)
+    for piece in ("<parameter=a>\n", "<parameter name='a'>"):  # as models do that repeat themselves
+        parse_tool_calls("<tool_call>\n<function=f>\n" + piece * 5000)
