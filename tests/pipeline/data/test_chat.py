@@ -1,6 +1,7 @@
 """Conversations read from files in their usual forms: what counts, to the token, and what is malformed."""
 
 import json
+import types
 from collections import Counter
 
 import pyarrow
@@ -12,6 +13,7 @@ from qcn_jax.chat.rendering import render
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ChatSource, RunConfig, SftConfig
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.readers.chat import CHAT, Options, conversation
 from qcn_jax.pipeline.data.texts import Findings
 from qcn_jax.pipeline.stages import sft
@@ -196,6 +198,23 @@ def test_the_folders_own_template_writes_conversations_unless_told_otherwise(tmp
     assert chosen(str(folder), "native") is None and chosen(str(folder), str(other)).render([user()]) == "user"
     with pytest.raises(UserError, match=f"^--config.sft.chat_template={tmp_path}/none: holds no chat template; allowed: nat"):
         chosen("random", f"{tmp_path}/none")
+
+
+def test_the_stages_documents_are_written_by_that_template(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ ': ' ~ m.content ~ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}")
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "system", "content": "s"}, user(), answer(weight=0.5)]}))
+    config = RunConfig(init=str(folder), sft=SftConfig(data=str(rows)))
+    context = types.SimpleNamespace(config=config, tokenizer=lambda: tokenizer, workdir=tmp_path / "sft", log=lambda _: None)
+    sft.write_documents(context)
+    document = loader.TokenStore(tmp_path / "sft" / sft.DOCUMENTS / "data")[0]
+    assert tokenizer.decode(document["tokens"]) == "<|im_start|>system: s<|im_end|><|im_start|>user: u<|im_end|><|im_start|>assistant: a<|im_end|>"
+    assert tokenizer.decode(document["tokens"][1:][document["weights"][:-1] == 0.5]) == "a<|im_end|>"
 
 
 @pytest.mark.parametrize("source, line", [
