@@ -1,6 +1,5 @@
 """configs/finetune.py: from a model's folder, a Parquet corpus and a file of chats, and nothing else, to a model."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -8,38 +7,24 @@ import subprocess
 import sys
 
 import numpy as np
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
-from tests.hub.models import random_params
-from tests.pipeline.micro import MODEL
+from tests.pipeline import own_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-VOCABULARY = 384
-CONFIG = dataclasses.replace(MODEL, vocab_size=VOCABULARY, max_position_embeddings=96)
+VOCABULARY, LENGTH = 384, 96
 
 
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
-    rng = np.random.default_rng(0)
-    line = lambda: f"value_{rng.integers(9)} = call({rng.integers(9)})\n"
-    texts = [{"content": "".join(line() for _ in range(rng.integers(2, 30))), "license": "MIT"} for _ in range(30)]
-    parquet.write_table(pyarrow.Table.from_pylist(texts + [{"content": None, "license": "MIT"}]), folder / "corpus.parquet")
-    chats = [{"messages": [{"role": "user", "content": line()}, {"role": "assistant", "content": line()}]} for _ in range(20)]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
-    tokenizer = Tokenizer.train([text["content"] for text in texts], VOCABULARY, ADDED_TOKENS)
-    params = random_params(CONFIG)
-    hub.save(folder / "model", CONFIG, {**params, **_scaled(params)}, tokenizer)
+    own_files.write_corpus(folder / "corpus.parquet", [{"content": None, "license": "MIT"}])
+    own_files.write_chats(folder / "chats.jsonl")
+    own_files.write_model(folder / "model", Tokenizer.train(own_files.texts(), VOCABULARY, ADDED_TOKENS), LENGTH)
     return folder
-
-
-def _scaled(params):
-    return {name: {key: value * 0.1 for key, value in params[name].items()} for name in ("embed_tokens", "lm_head")}
 
 
 def run(folder, *more):

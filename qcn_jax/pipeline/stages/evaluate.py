@@ -61,9 +61,12 @@ def first_guess(baseline: dict[str, Any]) -> dict[str, Any]:
 
 def model_names(context: StageContext) -> list[str]:
     """The initial model and those that this run trains, in the order of the report."""
-    trained = [stage for stage in ("midtrain", "sft") if (context.root / stage / "DONE.json").exists()]
     experts = [expert.model for expert in context.experts()]
-    return ["base", *trained, *(["sft_control"] if has_control(context) else []), *experts, "unified"]
+    control = ["sft_control"] if has_control(context) else []
+    stages = {"midtrain": "midtrain", "sft": "sft", "unified": "distill"}
+    finished = {name for name, stage in stages.items() if (context.root / stage / "DONE.json").exists()}
+    return [name for name in ("base", "midtrain", "sft", *control, *experts, "unified")
+            if name not in stages or name in finished]
 
 
 def has_control(context: StageContext) -> bool:
@@ -130,7 +133,8 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baselin
     picks += [(best, task) for task in recovered[:2]]
     for task in gained[:2]:
         picks += [(best, task), (start, task)]
-    picks += [("unified", task) for task, ok in sorted(models["unified"]["solved"].items()) if ok][:1]
+    if "unified" in models:
+        picks += [("unified", task) for task, ok in sorted(models["unified"]["solved"].items()) if ok][:1]
     picks += [(best, task) for task in sorted(solved) if not solved[task]][:2]
     if baseline is not None:
         picks += [(baseline.name, task) for task, ok in sorted(models[baseline.name]["solved"].items()) if ok][:1]

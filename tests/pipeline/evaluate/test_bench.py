@@ -53,3 +53,6 @@ def test_shown_trajectories_hold_gains_recoveries_and_failures():
     pairs = [(one["model"], one["instance_id"], one["resolved"]) for one in shown]
     assert ("sft", "b", False) in pairs and ("expert_swe", "c", False) in pairs and ("heuristic", "a", True) in pairs
     assert len(set(pairs)) == len(pairs)
+    alone = {"base": sft, "expert_swe": expert}  # neither SFT nor distillation was run
+    shown = evaluate.choose_trajectories(alone, fake, None, "base")
+    assert {(one["model"], one["instance_id"]) for one in shown} >= {("expert_swe", "b"), ("base", "b")}
