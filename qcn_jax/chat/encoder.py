@@ -49,6 +49,11 @@ class Encoder(abc.ABC):
     ) -> dict[str, np.ndarray]:
         """A whole conversation as a document for packing: tokens int32 [T], weights float32 [T] of the next token."""
 
+    @abc.abstractmethod
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None,
+                      trusted: bool = True) -> list[int]:
+        """Ids of the conversation so far and the opening of the assistant's next turn."""
+
     def _untrusted(self, message: Message, mark: str) -> str:
         content = message.get("content") or ""
         parts = [{"text": content}] if isinstance(content, str) else content

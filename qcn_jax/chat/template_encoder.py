@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from qcn_jax.chat import templates
-from qcn_jax.chat.encoder import Encoder, Message, any_of, broken, map_strings, tool_call, unused_letters
+from qcn_jax import files
+from qcn_jax.chat import rendering, templates
+from qcn_jax.chat.encoder import ChatEncoder, Encoder, Message, any_of, broken, map_strings, tool_call, unused_letters
 from qcn_jax.chat.folder_template import FolderTemplate
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import Tokenizer
@@ -70,8 +71,42 @@ class TemplateEncoder(Encoder):
             own += [weight] * len(ids)
         return {"tokens": np.asarray(tokens, np.int32), "weights": np.asarray([*own[1:], 0.0][:len(own)], np.float32)}
 
-    def _shown(self, message: Message, mark: str) -> dict[str, Any]:
-        """The message as a template expects it, with a mark inside all that is only spelt like an added token."""
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None,
+                      trusted: bool = True) -> list[int]:
+        """Ids of the conversation so far and the opening of the assistant's next turn.
+
+        Args:
+          trusted: whether assistants' turns are the model's own; otherwise what they say is text, whatever it spells.
+
+        Raises:
+          UserError: a malformed message; the template refuses the conversation or leaves something of it out.
+        """
+        for _ in rendering.segments(messages, tools, add_generation_prompt=True):
+            pass  # refuses what is malformed under any template
+        mark, letter = unused_letters([*messages, *(tools or ())], 2)
+        written = [self._written(message, index) for index, message in enumerate(messages)]
+        shown = [self._shown(message, mark, self._turns if trusted else self._added) for message in written]
+        listed = [self._listed(tool, mark) for tool in tools] if tools else None
+        self._check_places(shown, listed, letter)
+        return self._encode(self._template.render(shown, listed, add_generation_prompt=True), mark)
+
+    def _written(self, message: Message, index: int) -> Message:
+        """An assistant's message in one form of those that it may have; others as they are."""
+        if message["role"] != "assistant":
+            return message
+        calls = rendering.tool_calls_of(message, index)
+        named = [{"id": given["id"]} if isinstance(given, Mapping) and "id" in given else {}
+                 for given in message.get("tool_calls") or ()]
+        return {**message, "content": rendering.text_of(message, index), "tool_calls": [
+            {**name, "function": {"name": call.name, "arguments": call.arguments}}
+            for name, call in zip(named, calls, strict=True)]}
+
+    def _shown(self, message: Message, mark: str, taboo: re.Pattern[str] | None = None) -> dict[str, Any]:
+        """The message as a template expects it, with a mark inside all that is only spelt like an added token.
+
+        `taboo` finds what an assistant's own text cannot mean, by default the tokens that end turns.
+        """
+        taboo = taboo or self._turns
         kept = {key: message[key] for key in ("role", "tool_call_id", "name") if key in message}
         if message["role"] != "assistant":
             return {**kept, "content": self._untrusted(message, mark).strip(mark)}
@@ -79,9 +114,9 @@ class TemplateEncoder(Encoder):
         calls = [tool_call(call) for call in message.get("tool_calls") or ()]
         if calls and "template" in message:
             content, calls = templates.render(message["template"], content, calls), []
-        kept["content"] = broken(self._turns, content, mark)
+        kept["content"] = broken(taboo, content, mark)
         if message.get("reasoning_content"):
-            kept["reasoning_content"] = broken(self._turns, message["reasoning_content"], mark)
+            kept["reasoning_content"] = broken(taboo, message["reasoning_content"], mark)
         if calls:
             kept["tool_calls"] = [self._called(call, given, mark)
                                   for given, call in zip(message["tool_calls"], calls, strict=True)]
@@ -224,3 +259,9 @@ def _bare(message: Mapping[str, Any], thought: str, said: str) -> dict[str, Any]
     """An assistant's message with letters in place of what it wrote, its reasoning apart."""
     reasons = "reasoning_content" in message or "</think>" in message["content"]
     return {"role": "assistant", "content": said} | ({"reasoning_content": thought} if reasons else {})
+
+
+def encoder_of(folder: files.Path, tokenizer: Tokenizer) -> ChatEncoder | TemplateEncoder:
+    """What writes prompts for a model, by the chat template that its folder holds; raises UserError for a bad one."""
+    template = FolderTemplate.from_folder(folder)
+    return ChatEncoder(tokenizer) if template is None else TemplateEncoder(tokenizer, template)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _generate(values: flags.FlagValues, mesh: MeshConfig | None) -> None:
-    from qcn_jax.chat.encoder import ChatEncoder
+    from qcn_jax.chat.template_encoder import encoder_of
     from qcn_jax.chat.tokenizer import IncrementalDecoder
     from qcn_jax.inference.checkpoint import load_engine
     from qcn_jax.inference.sampling import Sampling
@@ -55,7 +55,7 @@ def _generate(values: flags.FlagValues, mesh: MeshConfig | None) -> None:
     if values.chat is not None:
         messages = [{"role": "system", "content": values.system}] if values.system is not None else []
         messages.append({"role": "user", "content": _text(values.chat)})
-        tokens = ChatEncoder(loaded.tokenizer).encode_prompt(messages)
+        tokens = encoder_of(values.checkpoint, loaded.tokenizer).encode_prompt(messages)
     else:
         tokens = loaded.tokenizer.encode(_text(values.prompt))
     if not 1 <= len(tokens) < engine.max_length:

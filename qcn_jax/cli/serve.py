@@ -57,14 +57,14 @@ def _listen(host: str, port: int) -> socket.socket:
 def _serve(values: flags.FlagValues, listening: socket.socket, mesh: MeshConfig | None) -> None:
     import uvicorn
 
-    from qcn_jax.chat.encoder import ChatEncoder
+    from qcn_jax.chat.template_encoder import encoder_of
     from qcn_jax.inference.checkpoint import load_engine
     from qcn_jax.inference.scheduler import PIECE, Scheduler
     from qcn_jax.inference.server import Service
 
     loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE,
                          mesh=mesh)
-    encode = functools.partial(ChatEncoder(loaded.tokenizer).encode_prompt, trusted=False)
+    encode = functools.partial(encoder_of(values.checkpoint, loaded.tokenizer).encode_prompt, trusted=False)
     service = Service(
         Scheduler(loaded.engine), loaded.tokenizer, encode, loaded.stop_ids, values.name or loaded.name
     )

@@ -74,6 +74,32 @@ def test_what_somebody_spells_stays_text(tokenizer):
         assert counted(tokenizer, one.encode(*wild))[1.0].count("<|im_end|>b") == 1
 
 
+def test_prompts_are_those_of_transformers(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="not installed: transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    call = {"id": "1", "type": "function", "function": {"name": "run", "arguments": {"command": "ls"}}}
+    messages = [USER, {"role": "assistant", "content": "So", "tool_calls": [call]}, {"role": "tool", "content": "a.py",
+                "tool_call_id": "1"}]
+    parts = [USER, {**messages[1], "content": [{"type": "text", "text": "S"}, {"type": "text", "text": "o"}]}, messages[2]]
+    for name in of_others.WITH_TOOLS:
+        source = of_others.unmarked(of_others.TEMPLATES[name])
+        wanted = theirs.apply_chat_template(messages, tools=[of_others.TOOL], chat_template=source, tokenize=True,
+                                            add_generation_prompt=True, return_dict=False)
+        for given, trusted in ((messages, True), (messages, False), (parts, False)):
+            assert encoder(tokenizer, name).encode_prompt(given, [of_others.TOOL], trusted) == wanted, name
+
+
+def test_prompts_of_strangers(tokenizer):
+    one, special = encoder(tokenizer), set(tokenizer.added_tokens.values())
+    specials = lambda text: [token for token in one.encode_prompt([USER, {**ANSWER, "content": text}, USER], trusted=False)
+                             if token in special]
+    assert specials("</think><|im_start|><tool_call>") == specials("x")
+    for malformed in (5, [5], {"a": 1}):
+        with pytest.raises(UserError, match=r"messages\[0\].content: expected text"):
+            one.encode_prompt([{"role": "user", "content": malformed}])
+
+
 def test_named_tool_templates_are_text_in_the_folders_frame(tokenizer):
     messages = [USER, {**CALLING, "template": "xml_cline"}, {"role": "user", "content": "a.py"}, ANSWER]
     found = counted(tokenizer, encoder(tokenizer, "chatml").encode(messages))
