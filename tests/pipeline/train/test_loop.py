@@ -92,6 +92,8 @@ def test_it_learns_logs_and_compiles_once(whole):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
     assert rows[-1]["learning_rate"] < rows[2]["learning_rate"]
     assert result.steps_done == STEPS and int(result.state.step) == STEPS
+    waits = [row["input_wait"] for row in metrics.read_metrics(directory / "metrics.jsonl")]
+    assert len(waits) == len(rows) and all(0 < wait < 1 for wait in waits)
     assert result.metrics["tokens_per_second"] > 0 and result.metrics["loss"] == pytest.approx(rows[-1]["loss"], abs=1e-5)
     assert STEP._cache_size() == 1
 
