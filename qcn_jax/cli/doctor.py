@@ -122,11 +122,19 @@ def _docker() -> Finding:
 
 
 def _local_sandbox() -> Finding:
+    from qcn_jax.envs.sandbox import local
+    from qcn_jax.envs.sandbox.inside import filters
+
     root = "own user ids" if os.geteuid() == 0 else "no root, so no user ids of their own"
     probe = shutil.which("unshare") and subprocess.run(
         ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "true"], capture_output=True, check=False)
-    spaces = "namespaces (network, processes)" if probe and probe.returncode == 0 else "no namespaces"
-    return Finding("local sandbox", True, f"{root}; {spaces}; rlimits and wall-clock limits always")
+    spaces = bool(probe and probe.returncode == 0)
+    kind = "namespaces" if spaces else "filters" if filters.landlock_version() else "none"
+    lacks = ", ".join(local.missing(kind))
+    refused = f"; missing, so that agents' commands are refused: {lacks}" if lacks else ""
+    names = {"namespaces": "namespaces (network, processes)", "filters": "no namespaces, Landlock and seccomp",
+             "none": "no namespaces"}
+    return Finding("local sandbox", True, f"{root}; {names[kind]}; rlimits and wall-clock limits always{refused}")
 
 
 def _index(timeout: float) -> Finding:

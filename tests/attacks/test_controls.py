@@ -179,7 +179,7 @@ def test_03_04_28_network_without_its_namespace(whole, edited):
         assert reached(edited({"enter.py": (" | NEWNET | (0", " | (0")}))
 
 
-def test_30_shared_places_without_their_clearing(whole, edited):
+def test_30_one_place_for_all(whole, edited):
     def leaks(provider):
         with provider.create("victim==1.2.3") as first:
             first.exec("echo s3cret > /tmp/note; chmod 644 /tmp/note")
@@ -187,7 +187,8 @@ def test_30_shared_places_without_their_clearing(whole, edited):
             return "s3cret" in second.exec("cat /tmp/note").output
 
     assert not leaks(whole)
-    assert leaks(edited({"workspace.py": ("    def _clear(self, shared):\n", "    def _clear(self, shared):\n        return\n")}))
+    assert leaks(edited({"enter.py": ('"/work/now/tmp"', '"/work"'),
+                         "server.py": ("os.chmod(self.work, 0o711)", "os.chmod(self.work, 0o1777)")}))
 
 
 def test_06_07_fix_in_the_tree_without_the_cleaning(archive, whole, tmp_path, monkeypatch):

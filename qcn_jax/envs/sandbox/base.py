@@ -140,7 +140,11 @@ class Sandbox:
 
     def write(self, path: str, text: str) -> None:
         """Creates or replaces a file; raises PermissionError or OSError (disk full)."""
-        self._call("write", payload=text.encode("utf-8", "surrogateescape"), path=_inside(path))
+        try:
+            payload = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise OSError(f"{path}: the text holds half a character") from error
+        self._call("write", payload=payload, path=_inside(path))
 
     def run_tests(self, node_ids: Sequence[str] | None = None, timeout: float = 30.0,
                   fail_fast: bool = False, evidence: bool | str = False) -> TestRun:
@@ -316,8 +320,8 @@ class Provider:
             request = {"op": "create", "tree": prepared.key, "overlay": overlay, "edits": edits,
                        "guarded": role == "grading"}
             reply, _ = server.call(request, b"", ANSWER_GRACE)
-        except BaseException as error:
-            if self.isolation == "container" or isinstance(error, SandboxError):
+        except BaseException:
+            if self.isolation == "container" or server.broken:
                 server.close()
             raise
         return Sandbox(self, server, prepared, overlay, reply["workspace"])
@@ -361,7 +365,7 @@ class Provider:
         if self.isolation == "container":
             server.close()
         elif server.alive():
-            with contextlib.suppress(SandboxError):
+            with contextlib.suppress(SandboxError, OSError):  # its user id is then not given to another
                 server.call({"op": "destroy", "workspace": workspace}, b"", ANSWER_GRACE)
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ class Server:
         """Sends a request and waits for its reply.
 
         Raises:
-          SandboxError: no reply in `timeout` seconds, or the server died; it is closed.
+          SandboxError: no reply in `timeout` seconds, or the server died (it is closed), or this request failed there.
           OSError or a subclass: the server refused (no such file, for instance).
         """
         with self._lock:
@@ -65,6 +65,8 @@ class Server:
                 self.broken = True  # the next reply could be the answer to this request
                 self.stream.close()
                 raise
+        if "failed" in reply:
+            raise SandboxError(f"the sandbox failed: {reply['failed']}")
         if "refused" in reply:
             kind = getattr(builtins, reply["refused"], OSError)
             raise (kind if isinstance(kind, type) and issubclass(kind, OSError) else OSError)(reply["message"])

@@ -18,14 +18,13 @@ from typing import Any
 import docker
 import docker.errors
 
-from qcn_jax.envs.sandbox import channel, images, layers, local
+from qcn_jax.envs.sandbox import channel, images, layers, local, repository
 from qcn_jax.envs.sandbox.base import Limits, Prepared, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 
 CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
-SCRATCH_MB = 64  # each of /tmp and /dev/shm
 IMAGE_BUDGET_MB = 20_000  # what images above the base may take together
 OWNER, HOST = "qcn_jax.owner", "qcn_jax.host"
 
@@ -62,37 +61,49 @@ class DockerProvider(Provider):
         """The image of a repository's sandboxes: this provider's, or with what the repository itself needs."""
         if spec is None or not (spec.image or spec.setup):
             return self.image
-        if (spec.image, spec.setup) not in self._images:
+        key = (spec.image, spec.setup, self._own(spec))
+        if key not in self._images:
             with lock(self.state_dir, "image"), engine_failures():
                 parent = images.base_image(self.client, spec.image) if spec.image else self.base
                 if spec.setup:
                     parent = layers.layer(self.client, "repository", parent, steps=spec.setup, network=True)
-                self._images[spec.image, spec.setup] = images.runtime_image(self.client, parent, system_packages=True)
+                members = repository.unpack(spec)
+                roots = repository.settings(spec, members)["python_path"]
+                parent = layers.scrubbed(
+                    self.client, parent, {path[5:]: member.data for path, member in members.items()
+                                          if path.startswith("repo/")},
+                    [os.path.relpath(root, "repo") for root in roots if root.split("/")[0] == "repo"])
+                self._images[key] = images.runtime_image(self.client, parent, system_packages=True)
                 layers.prune(self.client, self._image_budget)
-        return self._images[spec.image, spec.setup]
+        return self._images[key]
+
+    @staticmethod
+    def _own(spec: RepositorySpec) -> str:
+        """What keeps a repository's image from being another's with the same set-up: it is scrubbed of its files."""
+        return spec.archive if spec.image or spec.setup else ""
 
     def _warm_name(self, prepared: Prepared, role: str) -> str:
-        own = (prepared.spec.image, prepared.spec.setup)
-        return role if own == ("", ()) else f"{role} {own}"
+        own = (prepared.spec.image, prepared.spec.setup, self._own(prepared.spec))
+        return role if own == ("", (), "") else f"{role} {own}"
 
     def _start(self, prepared: RepositorySpec | None) -> channel.Server:
         image = self._image(prepared)
         limits = self.limits
         options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
+                   "own_root": True, "calls": {"counted": True, "alone": True, "offline": True},
                    "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
                               "disk": limits.disk_mb << 20, "processes": limits.processes, "cpus": limits.cpus,
                               "output": limits.output_bytes}}
-        memory = f"{limits.memory_mb + limits.disk_mb + 2 * SCRATCH_MB + SERVER_MB}m"
+        memory = f"{limits.memory_mb + limits.disk_mb + SERVER_MB}m"
         flags = "rw,exec,nosuid,nodev"
         api = self.client.api
         try:
             host = api.create_host_config(
-                init=True, network_mode="none", ipc_mode="private", read_only=True, auto_remove=True,
+                init=True, network_mode="none", ipc_mode="none", read_only=True, auto_remove=True,
                 cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"],
                 mem_limit=memory, memswap_limit=memory, pids_limit=limits.processes + 64,
-                nano_cpus=int(limits.cpus * 1e9), shm_size=f"{SCRATCH_MB}m", log_config={"Type": "none"},
-                tmpfs={"/work": f"{flags},size={limits.disk_mb}m,mode=711", "/tmp": f"{flags},size={SCRATCH_MB}m,"
-                       "mode=1777", "/var/tmp": f"{flags},size=1m,mode=1777"})
+                nano_cpus=int(limits.cpus * 1e9), log_config={"Type": "none"},
+                tmpfs={"/work": f"{flags},size={limits.disk_mb}m,nr_inodes=200k,mode=711"})
             made = api.create_container(
                 image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],
                 stdin_open=True, detach=False, host_config=host, hostname="sandbox", user="0:0", working_dir="/",

@@ -100,10 +100,11 @@ def runtime_image(client: docker.DockerClient, base: str, system_packages: bool 
     dockerfile = "\n".join([
         f"FROM {base}", f"LABEL {LABEL}=runtime {PARENT}={base}", "USER root",
         f"RUN python3 -m venv --without-pip{' --system-site-packages' * system_packages} /opt/qcn"
-        " && mkdir -p /work /testbed && rmdir /testbed && ln -s /work/testbed /testbed",
+        " && mkdir -p /work /testbed && rmdir /testbed && ln -s /work/now/repo /testbed",
         "COPY packages /tmp/packages", "COPY inside /opt/qcn/inside", "COPY pytest /opt/qcn/bin/pytest",
         "RUN mv /tmp/packages/* $(echo /opt/qcn/lib/python3*/site-packages)/ && chmod 755 /opt/qcn/bin/pytest"
         " && chmod -R go+rX /opt/qcn && /opt/qcn/bin/python -m compileall -q /opt/qcn /usr/lib/python3.11 || true",
+        "RUN rm -rf /tmp /var/tmp && ln -s /work/now/tmp /tmp && ln -s /work/now/var /var/tmp",
         "ENTRYPOINT []", "CMD []"])
     with tempfile.TemporaryDirectory() as folder:
         local.copy_packages(pathlib.Path(folder, "packages"))

@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import io
 import json
+import os
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,12 @@ from typing import Any
 import docker
 import docker.errors
 
-from qcn_jax.envs.sandbox import images
+from qcn_jax.envs.sandbox import images, local, repository
 from qcn_jax.envs.sandbox.channel import SandboxError
 
 KINDS = ("runtime", "repository", "task")  # what may be pruned; bases stay
 MIN_AGE = 3600.0  # seconds since its last use for which an image is safe from pruning: another process may want it now
+MIN_COPY = 40  # bytes below which equal content does not make a file a copy
 # What images of repositories stand on where other harnesses are to run them.
 HARNESS_PACKAGES = ("python3", "python-is-python3", "python3-pytest", "git")
 # One commit, no remotes, no tags, no reflog, no dangling objects: nothing in the history gives the fix away.
@@ -93,7 +95,35 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def repository_image(client: docker.DockerClient, base: str, files: Mapping[str, bytes | str],
                      setup: Sequence[str] = (), network: bool = True) -> str:
     """The image of a repository at /testbed as other harnesses expect it: files, installed by `setup`, one commit."""
-    return layer(client, "repository", base, files, (*setup, CUT_HISTORY), "/testbed", network)
+    if not setup:
+        return layer(client, "repository", base, files, (CUT_HISTORY,), "/testbed", network)
+    installed = layer(client, "repository", base, files, setup, "/testbed", network)
+    members = {path: text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+               for path, text in files.items()}
+    return scrubbed(client, installed, members, ["src", "."], f"cd /testbed && {CUT_HISTORY}")
+
+
+def scrubbed(client: docker.DockerClient, image: str, files: Mapping[str, bytes], roots: Sequence[str],
+             then: str = "") -> str:
+    """The id of `image`, in which a set-up has run, without other copies of the repository's files (inside/scrub.py).
+
+    Args:
+      client: of the engine.
+      image: has the repository at /testbed, or will have.
+      files: of the repository, by path.
+      roots: folders below the repository that modules are imported from.
+      then: a shell command to run afterwards.
+    """
+    parts = {part for path in files for part in path.split("/")}
+    modules = {os.path.relpath(path, root): path for root in reversed(roots) for path in files
+               if path.endswith(".py") and (root == "." or path.startswith(root + "/"))}
+    table = {"root": "/testbed", "dropped": sorted(repository.DROPPED_NAMES - {".git"} - parts), "modules": modules,
+             "sizes": sorted({len(data) for data in files.values()}),
+             "files": {hashlib.sha256(data).hexdigest(): path for path, data in sorted(files.items())
+                       if len(data) >= MIN_COPY}}
+    contents = {"scrub.py": (local.INSIDE / "scrub.py").read_bytes(), "table.json": json.dumps(table)}
+    steps = ["python3 scrub.py table.json", "cd / && rm -rf /opt/qcn-scrub", *([then] if then else [])]
+    return layer(client, "repository", image, contents, (" && ".join(steps),), "/opt/qcn-scrub")
 
 
 def task_image(client: docker.DockerClient, repository: str, changes: Mapping[str, str | None]) -> str:

@@ -3,12 +3,15 @@
 namespaces  (as root, or through a user namespace) a root file system of its own in memory, no network, its own
             processes, and, as root, a user id for each workspace
 filters     (Landlock and seccomp, no privilege needed) no network, no files but the system's programs and the workspace
-none        limits, a scrubbed environment and process clean-up; tested code reaches what the calling user reaches, and
-            commands of agents are refused unless "none" was asked for by name
+none        limits, a scrubbed environment and process clean-up; tested code reaches what the calling user reaches
+
+Commands of agents are refused where a protection is missing (`missing`), unless "none" was asked for by name.
 
 Of the thirty attacks (tests/attacks, numbers as there) docker and namespaces stop the same, with one difference: here
 memory is limited for each process and not for the sandbox, so that many processes together can take the machine's
-(27). Filters do not stop 6 where a fixed copy is among the machine's installed packages, nor 27 for disk space. With
+(27); files in memory that no process maps are refused. Without root all sandboxes have one user, and Landlock keeps
+their files, their signals and their supervisor apart. Filters do not stop 6 where a fixed copy is among the machine's
+installed packages, nor 27 for disk space, and give no shared memory (/dev/shm is the machine's). With
 none also 3, 4, 5 and 28 (the network), 6 and 14 (what the user may read and write) and 30 (shared folders) are not
 stopped.
 """
@@ -32,7 +35,7 @@ from typing import Any
 from qcn_jax.envs.sandbox import channel
 from qcn_jax.envs.sandbox.base import Limits, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.sandbox.inside import filters
+from qcn_jax.envs.sandbox.inside import filters, folders
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 from qcn_jax.errors import UserError
 
@@ -67,9 +70,10 @@ class LocalProvider(Provider):
                     raise UserError(
                         f"--config.sandbox=local: namespaces are not allowed here ({self.reason})") from error
                 self.containment = "filters" if filters.landlock_version() else "none"
-                self.commands_allowed = self.containment != "none"
         else:
             self.containment = containment
+        self.missing = missing(self.containment)
+        self.commands_allowed = not self.missing or containment == "none"
         if self.containment != "namespaces" and os.geteuid() == 0 and not self._separate():
             raise UserError("--config.sandbox=local: as root this needs namespaces (CAP_SYS_ADMIN), or an interpreter "
                             "and a folder for state that other users can read: nothing is ever run as root")
@@ -77,12 +81,16 @@ class LocalProvider(Provider):
     def describe(self) -> str:
         if self.containment == "namespaces":
             users = "a user id per workspace" if os.geteuid() == 0 else "an unprivileged user namespace"
-            return f"local: namespaces (no network, own root file system, {users}), resource limits"
+            return f"local: namespaces (no network, own root file system, {users}), resource limits{self._lacks()}"
         users = "a user id per workspace" if self._separate() else "the calling user"
         reason = f" (no namespaces: {self.reason})" if self.reason else ""
         if self.containment == "filters":
-            return f"local: Landlock and seccomp (no network, no files of others), {users}, resource limits{reason}"
+            return (f"local: Landlock and seccomp (no network, no files of others, no shared memory), {users}, "
+                    f"resource limits except for disk{reason}{self._lacks()}")
         return f"local: resource limits and {users} only; the network and the machine's files are within reach{reason}"
+
+    def _lacks(self) -> str:
+        return f"; missing, so that agents' commands are refused: {', '.join(self.missing)}" if self.missing else ""
 
     def fingerprint(self) -> str:
         return os.path.basename(self.runtime)
@@ -128,15 +136,29 @@ class LocalProvider(Provider):
         mebibyte = 1 << 20
         return {"work": work, "separate_users": separate and os.geteuid() == 0,
                 "contained": self.containment == "namespaces",
-                "readable": self._readable() if self.containment == "filters" else None,
+                "readable": self._readable(), "own_root": self.containment == "namespaces", "calls": self._calls(),
                 "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
                            "disk": limits.disk_mb * mebibyte,
                            # Without ids of our own the limit would count all of the user's processes.
                            "processes": limits.processes if own_users else None,
                            "cpus": limits.cpus, "output": limits.output_bytes}}
 
-    def _readable(self) -> list[str]:
-        """What filters let tested code read: programs and libraries, not the packages installed beside them."""
+    def _calls(self) -> dict[str, bool]:
+        """Which system calls are refused: arguments of `filters.program`."""
+        return {"counted": False, "alone": os.geteuid() == 0, "offline": self.containment != "filters"}
+
+    def _readable(self) -> list[str] | None:
+        """What Landlock lets tested code read; None where users of their own keep workspaces apart.
+
+        With filters these are programs and libraries, not the packages installed beside them. In a user namespace all
+        have one user, and it is all but the workspaces.
+        """
+        if self.containment == "namespaces" and os.geteuid() != 0 and filters.landlock_version():
+            prefix = os.path.realpath(sys.base_prefix).split("/")[1:2]
+            return [f"/{name}" for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "opt", "etc",
+                                            "proc", "dev", *prefix)]
+        if self.containment != "filters":
+            return None
         return ["/usr/bin", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/usr/local/lib", "/bin", "/lib", "/lib64",
                 "/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/localtime", "/etc/alternatives",
                 "/etc/mime.types",
@@ -155,9 +177,20 @@ class LocalProvider(Provider):
                 descriptor = os.open(folder, os.O_RDONLY)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    folders.erase_contents(folder)
                 finally:
                     os.close(descriptor)
+
+
+def missing(containment: str) -> tuple[str, ...]:
+    """What would keep agents' commands in and this machine cannot give, in a few words each."""
+    version = filters.landlock_version()
+    one_user = os.geteuid() != 0  # then sandboxes and what supervises them have the same user
+    lacks = {"no network, no files of others": containment == "none",
+             "refused system calls (seccomp)": not filters.known(),
+             "workspaces apart (Landlock)": one_user and version == 0,
+             f"signals apart (Landlock {filters.SCOPES}, Linux 6.12)": one_user and version < filters.SCOPES}
+    return tuple(words for words, true in lacks.items() if true)
 
 
 def encode(value: Any) -> str:

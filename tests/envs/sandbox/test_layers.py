@@ -1,6 +1,8 @@
 """Image layers, their pruning, repositories with an environment of their own, spare containers, anonymous volumes."""
 
+import base64
 import contextlib
+import dataclasses
 import io
 import time
 
@@ -11,7 +13,7 @@ from qcn_jax.envs.sandbox import RepositorySpec, images, layers
 from qcn_jax.envs.sandbox import docker as back_end
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.errors import UserError
-from tests.sandboxes import BROKEN, CALC, FAILING, LIMITS, PASSING, SOURCE, agent, make_provider, world  # noqa: F401
+from tests.sandboxes import BROKEN, CALC, FAILING, LIMITS, MARKER, PASSING, SOURCE, agent, make_provider, world  # noqa: F401
 
 docker_only = pytest.mark.docker
 
@@ -112,6 +114,41 @@ def test_repository_with_an_environment_of_its_own(tmp_path):
             assert one._server is not two._server
     with LocalProvider(str(tmp_path / "local")) as provider, pytest.raises(UserError, match="own==1: image and setup need"):
         provider.prepare(spec)
+
+
+# What builders leave: an installed copy of this version and of another, byte code, build results, caches, archives.
+COPIES = """
+p=$(python3 -c 'import site; print(site.getsitepackages()[0])'); from=%s
+mkdir -p $p/victim $p/victim-1.2.3.dist-info /usr/share/victim build/lib/victim victim.egg-info /root/.cache/pip /opt/wheels /tmp/b
+for d in $p/victim build/lib/victim victim.egg-info /usr/share/victim /tmp/b; do cp $from $d/calc.py; done
+echo "# older" >> $p/victim/calc.py; touch $p/victim/__init__.py; echo 'x = 7' > $p/answer_package.py
+cp $from /root/.cache/pip/x; cp $from /var/tmp/y
+python3 -m compileall -q $p/victim /usr/share/victim build
+python3 -c "import zipfile; zipfile.ZipFile('/opt/wheels/v.whl', 'w').writestr('victim/calc.py', open('$from').read())"
+tar czf /opt/wheels/v.tar.gz -C /usr/share victim
+"""
+SEARCH = (f"grep -rlF {MARKER[:-2]}{MARKER[-2:]} / --exclude-dir=proc --exclude-dir=sys 2>/dev/null; find / -name "
+          "'calc*.pyc' -o -name 'v.whl' -o -name 'v.tar.gz' 2>/dev/null | grep -v ^/proc; true")
+
+
+@docker_only
+def test_setup_leaves_no_copy_of_the_repository(world, tmp_path):
+    """Neither in sandboxes nor in images for other harnesses; an installed copy is the repository itself."""
+    if world.provider.kind != "docker":
+        pytest.skip("Docker's turn")
+    client = world.provider.client
+    write = f"mkdir -p /w; cd /w; echo {base64.b64encode(CALC.encode()).decode()} | base64 -d > calc.py; "
+    spec = dataclasses.replace(world.spec, name="installed", setup=(write + COPIES % "/w/calc.py",))
+    with make_provider("docker", tmp_path / "state") as provider:
+        assert provider.prepare(spec).baseline.passed(PASSING[:1])
+        with provider.create("installed", {SOURCE: BROKEN}) as place:
+            assert place.exec(SEARCH).output == ""
+            assert place.exec("cd /; PYTHONPATH= python3 -c 'import victim.calc, answer_package as a; print(a.x, "
+                              "victim.calc.clamp(5, 0, 10))'").output == "7 0\n"
+    pristine = {"victim/__init__.py": "", SOURCE: CALC}
+    base = images.debian_image(client, layers.HARNESS_PACKAGES)
+    repository = layers.repository_image(client, base, pristine, (COPIES % "/testbed/victim/calc.py",), network=False)
+    run(client, repository, f'found=$({SEARCH}); [ "$found" = /testbed/{SOURCE} ]')  # or raises
 
 
 def test_snapshot_outlives_its_sandbox(world):

@@ -1,10 +1,7 @@
-"""What the kernel tells about jobs: how they ended, what they waited for, what they left behind."""
+"""What the kernel tells about jobs: how they ended, what they waited for, what they died of."""
 
 import contextlib
-import ctypes
 import os
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def exit_code(status):
@@ -37,14 +34,3 @@ def out_of_memory_kills():
                     return int(line.split()[1])
     return 0
 
-
-def remove_ipc(uid):
-    """Removes System V shared memory, semaphores and queues that `uid` left behind."""
-    for kind, call in (("shm", "shmctl"), ("sem", "semctl"), ("msg", "msgctl")):
-        with contextlib.suppress(OSError), open(f"/proc/sysvipc/{kind}") as stream:
-            names = stream.readline().split()
-            for line in stream:
-                fields = dict(zip(names, line.split()))
-                if int(fields["uid"]) == uid:
-                    identity = int(fields[kind + "id"])
-                    getattr(_LIBC, call)(*((identity, 0, 0) if kind == "sem" else (identity, 0)), None)

@@ -74,14 +74,16 @@ def build_root(root, runtime, prefix, megabytes):
         for place in glob.glob(pattern):
             if os.path.isdir(root + place):
                 mount("qcn", root + place, "tmpfs", MS_RDONLY | MS_NOSUID, "size=4k,mode=755")
-    for name, mode in (("dev", 0o755), ("dev/shm", 0o1777), ("etc", 0o755), ("proc", 0o555), ("tmp", 0o1777),
-                       ("var", 0o755), ("var/tmp", 0o1777), ("work", 0o711), (".old", 0o700)):
+    for name, mode in (("dev", 0o755), ("etc", 0o755), ("proc", 0o555), ("var", 0o755), ("work", 0o711),
+                       (".old", 0o700)):
         os.mkdir(f"{root}/{name}")
         os.chmod(f"{root}/{name}", mode)
     for name in ("null", "zero", "full", "random", "urandom"):
         open(f"{root}/dev/{name}", "w").close()
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
-    for name, target in (("dev/fd", "/proc/self/fd"), ("dev/stdin", "/proc/self/fd/0"), ("testbed", "/work/testbed"),
+    # What several sandboxes would share leads to the one that is at work.
+    for name, target in (("testbed", "/work/now/repo"), ("tmp", "/work/now/tmp"), ("var/tmp", "/work/now/var"),
+                         ("dev/shm", "/work/now/shm"), ("dev/fd", "/proc/self/fd"), ("dev/stdin", "/proc/self/fd/0"),
                          ("dev/stdout", "/proc/self/fd/1"), ("dev/stderr", "/proc/self/fd/2")):
         os.symlink(target, f"{root}/{name}")
     for name, text in (("passwd", "root:x:0:0:root:/:/bin/sh\n"), ("group", "root:x:0:\n"),

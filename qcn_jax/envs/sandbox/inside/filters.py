@@ -14,16 +14,37 @@ _ALL = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1} 
 _FILE_ONLY = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _SCOPE_SOCKETS_AND_SIGNALS = 3
-# Audit architecture, and numbers of: socket, kill, and what is refused outright.
+# The numbers of system calls by processor, and of its audit architecture.
 _CALLS = {
-    "x86_64": (0xC000003E, 41, 62, {"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "unshare": 272,
-                                    "io_uring_setup": 425, "keyctl": 250, "add_key": 248, "pidfd_getfd": 438}),
-    "aarch64": (0xC00000B7, 198, 129, {"ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "unshare": 97,
-                                       "io_uring_setup": 425, "keyctl": 219, "add_key": 217, "pidfd_getfd": 438}),
+    "x86_64": {"architecture": 0xC000003E, "socket": 41, "socketpair": 53, "kill": 62, "clone": 56, "clone3": 435,
+               "keyctl": 250, "add_key": 248, "request_key": 249, "shmget": 29, "semget": 64, "msgget": 68,
+               "unshare": 272, "setns": 308, "io_uring_setup": 425, "bpf": 321, "userfaultfd": 323,
+               "memfd_create": 319, "memfd_secret": 447, "ptrace": 101, "process_vm_readv": 310,
+               "process_vm_writev": 311, "pidfd_getfd": 438, "prlimit64": 302, "setpriority": 141,
+               "sched_setaffinity": 203, "sched_setscheduler": 144, "sched_setparam": 142, "sched_setattr": 314,
+               "ioprio_set": 251},
+    "aarch64": {"architecture": 0xC00000B7, "socket": 198, "socketpair": 199, "kill": 129, "clone": 220, "clone3": 435,
+                "keyctl": 219, "add_key": 217, "request_key": 218, "shmget": 194, "semget": 190, "msgget": 186,
+                "unshare": 97, "setns": 268, "io_uring_setup": 425, "bpf": 280, "userfaultfd": 282,
+                "memfd_create": 279, "memfd_secret": 447, "ptrace": 117, "process_vm_readv": 270,
+                "process_vm_writev": 271, "pidfd_getfd": 438, "prlimit64": 261, "setpriority": 140,
+                "sched_setaffinity": 122, "sched_setscheduler": 119, "sched_setparam": 118, "sched_setattr": 274,
+                "ioprio_set": 30},
 }
-_LOAD, _JUMP_EQUAL, _JUMP_GREATER, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 13  # EACCES
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+# What makes objects that outlive their process and that other users' processes find: key rings, System V.
+OUTLIVING = ("keyctl", "add_key", "request_key", "shmget", "semget", "msgget")
+# What makes namespaces, in which a process could mount, and what else no test needs of the kernel.
+KERNEL = ("unshare", "setns", "io_uring_setup", "bpf", "userfaultfd")
+UNCOUNTED = ("memfd_create", "memfd_secret")  # files in memory that no process's own limit counts
+TRACING = ("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd")
+# Calls that act on another process of the same user, and which argument names it; 0 is the caller itself.
+ON_OTHERS = {"prlimit64": 0, "setpriority": 1, "sched_setaffinity": 0, "sched_setscheduler": 0, "sched_setparam": 0,
+             "sched_setattr": 0, "ioprio_set": 1}
+NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+SCOPES = 6  # the version of Landlock from which signals stay among the confined
+_LOAD, _AND, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_ANY, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _REFUSE, _MISSING = 0x7FFF0000, 0x00050000 | 13, 0x00050000 | 38  # EACCES, ENOSYS
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -62,40 +83,49 @@ def confine_files(readable, writable):
     os.close(ruleset)
 
 
-def program():
-    """The seccomp filter: only Unix sockets, no signal to everyone, none of the refused calls."""
-    architecture, socket, kill, refused = _CALLS[os.uname().machine]
-    code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _REFUSE),
+def program(counted, alone, offline):
+    """A seccomp filter as (code, jump if true, jump if false, value) steps.
+
+    Args:
+      counted: a control group counts all memory, files without a name included.
+      alone: other users' processes are out of reach; otherwise also what acts on processes of this user is refused.
+      offline: a network namespace keeps sockets in; otherwise only connected pairs are to be had.
+    """
+    calls = _CALLS[os.uname().machine]
+    refused = [*OUTLIVING, *KERNEL, *(() if counted else UNCOUNTED), *(() if alone else TRACING),
+               *(() if offline else ("socket",))]
+    code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 1, 0, calls["architecture"]), (_RETURN, 0, 0, _REFUSE),
             (_LOAD, 0, 0, _NUMBER),
-            (_JUMP_GREATER, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE)]  # the x32 numbers of x86-64
-    for number in refused.values():
-        code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _REFUSE)]
-    code += [(_JUMP_EQUAL, 0, 4, socket), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_JUMP_EQUAL, 0, 1, 1),  # AF_UNIX
-             (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)]
-    code += [(_JUMP_EQUAL, 0, 4, kill), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_JUMP_EQUAL, 0, 1, 0xFFFFFFFF),
-             (_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
-    code.append((_RETURN, 0, 0, _ALLOW))
-    return code
+            (_JUMP_GREATER, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE),  # the x32 numbers of x86-64
+            # The C library then takes clone, whose flags can be seen here.
+            (_JUMP_EQUAL, 0, 1, calls["clone3"]), (_RETURN, 0, 0, _MISSING),
+            *_where(calls["clone"], 0, (_JUMP_ANY, NEW_NAMESPACES), _REFUSE, _ALLOW)]
+    for name in refused:
+        code += [(_JUMP_EQUAL, 0, 1, calls[name]), (_RETURN, 0, 0, _REFUSE)]
+    if not alone:
+        code += _where(calls["kill"], 0, (_JUMP_EQUAL, 0xFFFFFFFF), _REFUSE, _ALLOW)
+        for name, argument in ON_OTHERS.items():
+            code += _where(calls[name], argument, (_JUMP_EQUAL, 0), _ALLOW, _REFUSE)
+    if not offline:  # a pair of datagram sockets could still send elsewhere, by path
+        code += _where(calls["socketpair"], 1, (_JUMP_EQUAL, 1), _ALLOW, _REFUSE, mask=15)
+    return [*code, (_RETURN, 0, 0, _ALLOW)]
 
 
-def confine_keys():
-    """Keeps a process from key rings, which outlive its sandbox and which no namespace separates, where they can be."""
-    if os.uname().sysname != "Linux" or os.uname().machine not in _CALLS:
-        return
-    architecture, _, _, refused = _CALLS[os.uname().machine]
-    code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _REFUSE),
-            (_LOAD, 0, 0, _NUMBER), (_JUMP_GREATER, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE)]
-    for name in ("keyctl", "add_key"):
-        code += [(_JUMP_EQUAL, 0, 1, refused[name]), (_RETURN, 0, 0, _REFUSE)]
-    try:
-        confine_calls([*code, (_RETURN, 0, 0, _ALLOW)])
-    except OSError:
-        pass  # a kernel without seccomp
+def _where(number, argument, test, then, otherwise, mask=None):
+    """Steps that answer the call `number` by a test of (the lower half of) an argument."""
+    masked = [] if mask is None else [(_AND, 0, 0, mask)]
+    return [(_JUMP_EQUAL, 0, 4 + len(masked), number), (_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *masked,
+            (test[0], 0, 1, test[1]), (_RETURN, 0, 0, then), (_RETURN, 0, 0, otherwise)]
 
 
-def confine_calls(code=None):
-    """Installs `program`, or `code`, for this process and what it starts; PR_SET_NO_NEW_PRIVS must be set."""
-    instructions = b"".join(struct.pack("HBBI", *step) for step in code or program())
+def known():
+    """Whether system calls can be refused on this machine."""
+    return os.uname().sysname == "Linux" and os.uname().machine in _CALLS
+
+
+def confine_calls(counted, alone, offline):
+    """Installs `program` for this process and what it starts; PR_SET_NO_NEW_PRIVS must be set."""
+    instructions = b"".join(struct.pack("HBBI", *step) for step in program(counted, alone, offline))
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     header = struct.pack("HxxxxxxP", len(instructions) // 8, ctypes.addressof(buffer))
     if _libc.prctl(22, 2, header, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER

@@ -12,22 +12,27 @@ import os
 import random
 import secrets
 import select
-import shutil
 import signal
 import socket
 import struct
 import sys
 import time
 
+import filters
+import folders
 import results
 import zygote
-from accounting import exit_code, out_of_memory_kills, remove_ipc, waited
+from accounting import exit_code, out_of_memory_kills, waited
 from workspace import Refused, Tree, Workspace
 
-SHARED = ("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue")
+SHARED = ("/tmp", "/var/tmp", "/dev/shm")  # of the machine, where the sandbox has no root of its own
 MAX_RESULT = 16_000_000  # bytes of records from one run; a full suite of 50,000 tests stays below
 STARVED = 4.0  # a job that others keep from running gets at most this many times its limit on top
 KILL_GRACE = 15.0  # seconds until a killed job must be gone; then the server gives itself up
+
+
+class Lost(Exception):
+    """A job and the process it was forked from are gone; the workspaces are not."""
 
 
 class Server:
@@ -43,13 +48,15 @@ class Server:
         # Far above any real user's id and different for each server, because limits on processes count per id.
         self.uid_base = 1_900_000_000 + 4096 * random.SystemRandom().randrange(2**15)
         self.readable = options["readable"]  # None: no filters, because namespaces contain this process
-        self.trees, self.workspaces, self.free, self.made = {}, {}, [], 0
+        self.calls = options["calls"] if filters.known() else None
+        self.shared = () if options["own_root"] else SHARED
+        self.trees, self.workspaces, self.free, self.users, self.made = {}, {}, [], 0, 0
         self.memory_kills = out_of_memory_kills()
         os.makedirs(self.work, exist_ok=True)
         os.chmod(self.work, 0o711)
-        mine, its = socket.socketpair()
+        self.nursery, its = socket.socketpair()
         if os.fork() == 0:
-            mine.close()
+            self.nursery.close()
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(null, 1)
@@ -58,37 +65,51 @@ class Server:
                     with contextlib.suppress(OSError):
                         os.close(descriptor)  # nothing of the server's may reach what is forked from here
             try:
-                zygote.Zygote(its).serve()
+                zygote.nursery(its)
             finally:
                 os._exit(0)
         its.close()
-        self.zygote = mine
-        self.from_zygote()
+        self.zygote = None
+        self.new_zygote()
 
     # --- the zygote
 
+    def new_zygote(self):
+        """Takes a process to fork jobs from in place of the last one."""
+        if self.zygote is not None:
+            self.zygote.close()
+        self.zygote, its = socket.socketpair()
+        try:
+            send(self.nursery, {"kind": "zygote"}, [its.fileno()])
+            its.close()
+            self.from_zygote()
+            for tree in self.trees.values():
+                self.preload(tree.settings)
+        except (OSError, Lost) as error:
+            raise SystemExit(f"the forking process is gone: {error}") from error
+
+    def preload(self, settings):
+        if settings["modules"]:
+            self.to_zygote({"kind": "preload", "modules": settings["modules"]})
+            self.from_zygote()
+
     def to_zygote(self, message, descriptors=()):
-        body = json.dumps(message).encode()
-        header = struct.pack(">I", len(body))
-        if descriptors:
-            socket.send_fds(self.zygote, [header], list(descriptors))
-        else:
-            self.zygote.sendall(header)
-        self.zygote.sendall(body)
+        try:
+            send(self.zygote, message, descriptors)
+        except OSError as error:
+            raise Lost("the forking process is gone") from error
 
     def from_zygote(self):
-        data = b""
-        while len(data) < 4:
-            data += self._read(4 - len(data))
-        length, body = struct.unpack(">I", data)[0], b""
-        while len(body) < length:
-            body += self._read(length - len(body))
-        return json.loads(body)
+        length = struct.unpack(">I", self._read(4))[0]
+        return json.loads(self._read(length))
 
     def _read(self, size):
-        data = self.zygote.recv(size)
-        if not data:
-            raise SystemExit("the forking process is gone")
+        data = b""
+        while len(data) < size:
+            part = self.zygote.recv(size - len(data))
+            if not part:
+                raise Lost("the forking process is gone")
+            data += part
         return data
 
     def run(self, workspace, job, timeout):
@@ -96,16 +117,22 @@ class Server:
         output_read, output_write = os.pipe()
         result_read, result_write = os.pipe()
         key = secrets.token_hex(8)
-        job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained,
+        job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained, "calls": self.calls,
                "home": workspace.home, "readable": self.readable, "root": workspace.root,
                "env": self.environment(workspace, job), "sys_path": self.python_path(workspace),
                "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
-        self.to_zygote(job, (output_write, result_write))
-        os.close(output_write)
-        os.close(result_write)
+        self.point(workspace)
         output, result = results.Bounded(self.limits["output"]), bytearray()
         try:
+            try:
+                self.to_zygote(job, (output_write, result_write))
+            finally:
+                os.close(output_write)
+                os.close(result_write)
             ended, timed_out = self._watch(output_read, output, result_read, result, timeout)
+        except Lost:
+            self.new_zygote()
+            raise
         finally:
             os.close(output_read)
             os.close(result_read)
@@ -119,7 +146,7 @@ class Server:
         """Keeps one workspace from taking the space that all share: when it is scarce, the job's own share is cut."""
         space = os.statvfs(self.work)
         scarce = space.f_bavail * 4 < space.f_blocks or space.f_favail * 4 < space.f_files
-        return workspace.shrink(self.limits["disk"] // 4, SHARED) if scarce else 0
+        return workspace.shrink(self.limits["disk"] // 4, self.shared) if scarce else 0
 
     def _watch(self, output_read, output, result_read, result, timeout):
         started = time.monotonic()
@@ -145,7 +172,7 @@ class Server:
                 break  # all writers are dead; nothing more can come
             if ended is None and time.monotonic() >= deadline:
                 if timed_out:
-                    raise SystemExit("a killed job does not end")
+                    raise Lost("a killed job does not end")
                 later = min(longest, started + timeout + waited(pid))
                 if later > time.monotonic() + 0.05:
                     deadline = later
@@ -176,9 +203,7 @@ class Server:
 
     def load(self, request, payload):
         self.trees[request["tree"]] = Tree(payload, request["settings"])
-        if request["settings"]["modules"]:
-            self.to_zygote({"kind": "preload", "modules": request["settings"]["modules"]})
-            self.from_zygote()
+        self.preload(request["settings"])
         return {}, b""
 
     def create(self, request, payload):
@@ -186,17 +211,20 @@ class Server:
                                           request.get("guarded", False))}, b""
 
     def _create(self, tree, overlay, edits, guarded):
-        number = self.free.pop() if self.free else len(self.workspaces)
+        if not self.free:
+            self.free, self.users = [self.users], self.users + 1
+        number = self.free.pop()
         self.made += 1
         home = os.path.join(self.work, f"{self.made}")
         uid = self.uid_base + number if self.separate else None
         try:
             self.workspaces[self.made] = (Workspace(home, tree, overlay, edits, uid, guarded), number)
-        except (OSError, ValueError) as error:  # ValueError: NUL or half a character in a path or text
-            shutil.rmtree(home, ignore_errors=True)
+        except (OSError, ValueError, Refused) as error:  # ValueError: NUL or half a character in a path or text
+            with contextlib.suppress(OSError):
+                folders.erase(home)
             self.free.append(number)
-            kind = type(error).__name__ if isinstance(error, OSError) else "NotADirectoryError"
-            raise Refused(kind, f"workspace cannot be made: {error}") from error
+            kind = getattr(error, "kind", type(error).__name__ if isinstance(error, OSError) else "NotADirectoryError")
+            raise Refused(kind, f"workspace cannot be made: {str(error)[:300]}") from error
         return self.made
 
     def fork(self, request, payload):
@@ -208,17 +236,14 @@ class Server:
 
     def reset(self, request, payload):
         workspace = self.workspace(request)
-        workspace.remove(SHARED)
+        workspace.remove(self.shared)
         workspace.make()
         return {}, b""
 
     def destroy(self, request, payload):
         workspace, number = self.workspaces.pop(request["workspace"])
-        workspace.remove(SHARED)
-        if workspace.uid is not None:
-            with workspace.identity():  # only the owner may; the server lacks the capability that could overrule
-                remove_ipc(workspace.uid)
-        self.free.append(number)
+        workspace.remove(self.shared)
+        self.free.append(number)  # and not where that failed: the next user of the id would find what is left
         return {}, b""
 
     def workspace(self, request):
@@ -239,19 +264,18 @@ class Server:
     def execute(self, request, payload):
         workspace = self.workspace(request)
         shell = next(path for path in ("/bin/bash", "/bin/sh") if os.path.exists(path))
-        self.point(workspace)
         job = {"kind": "exec", "shell": shell, "command": request["command"], "extra_env": request["env"]}
         ended, timed_out, output, _ = self.run(workspace, job, request["timeout"])
         return {"exit_code": exit_code(ended["status"]), "timed_out": timed_out, "out_of_memory": self.memory_gone(
             ended, timed_out), "seconds": ended["seconds"], "output": output}, b""
 
     def point(self, workspace):
-        """Lets /testbed, the name that agents are told, lead to the workspace at work."""
+        """Lets /testbed, /tmp, /var/tmp and /dev/shm, which lead through "now", be the workspace's that is at work."""
         with contextlib.suppress(OSError):
-            temporary = os.path.join(self.work, "testbed")
+            now = os.path.join(self.work, "now")
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            os.symlink(workspace.root, temporary)
+                os.unlink(now)
+            os.symlink(workspace.home, now)
 
     def tests(self, request, payload):
         workspace = self.workspace(request)
@@ -298,6 +322,17 @@ OPERATIONS = {name: getattr(Server, name) for name in (
     "hello", "load", "create", "fork", "reset", "destroy", "read", "write", "changes", "execute", "tests", "python")}
 
 
+def send(sock, message, descriptors=()):
+    """One message for the nursery or a zygote, with descriptors."""
+    body = json.dumps(message).encode()
+    header = struct.pack(">I", len(body))
+    if descriptors:
+        socket.send_fds(sock, [header], list(descriptors))
+    else:
+        sock.sendall(header)
+    sock.sendall(body)
+
+
 def stdin_open():
     """False when the host has gone (the host sends nothing while it waits for a reply)."""
     poll = select.poll()
@@ -322,13 +357,15 @@ def serve():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if os.geteuid() == 0 and options["separate_users"]:
         os.setgroups([])
+    if options["own_root"] and not os.path.lexists("/dev/shm"):  # with docker; it is in memory and starts empty
+        os.symlink("/work/now/shm", "/dev/shm")
     server = Server(options)
     out = os.dup(1)
     os.dup2(2, 1)  # nothing but frames may reach the host's end
     try:
         answer(server, out)
     finally:
-        shutil.rmtree(options["work"], ignore_errors=True)
+        folders.erase_contents(options["work"])
 
 
 def answer(server, out):
@@ -348,6 +385,10 @@ def answer(server, out):
             reply, data = {"refused": error.kind, "message": str(error)}, b""
         except OSError as error:
             reply, data = {"refused": type(error).__name__, "message": error.strerror or str(error)}, b""
+        except ValueError as error:  # NUL or half a character where a name must be
+            reply, data = {"refused": "OSError", "message": str(error)[:300]}, b""
+        except Exception as error:  # one sandbox's content must not end the others
+            reply, data = {"failed": f"{type(error).__name__}: {error}"[:300]}, b""
         body = json.dumps(reply).encode()
         view = memoryview(struct.pack(">II", len(body), len(data)) + body + data)
         while view:

@@ -8,16 +8,19 @@ leads nowhere that it could not go itself.
 import contextlib
 import io
 import os
-import shutil
 import signal
 import stat
 import tarfile
 
+import folders
 import zygote
 
 IGNORED = {"__pycache__", ".git", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
 MAX_FILE = 2_000_000  # bytes of one file read, written or looked at for changes
 MAX_CHANGES = 500
+MAX_PATH = 4096  # characters; the kernel takes no longer ones
+MAX_CHANGED = 8_000_000  # bytes of all changed files together; the reply, in JSON, is several times that
+PLACES = ("tmp", "var", "shm")  # what stands for /tmp, /var/tmp and /dev/shm while a workspace is at work
 
 
 class Refused(Exception):
@@ -66,8 +69,12 @@ class Workspace:
 
     def make(self):
         """Writes the files; `home` must not exist."""
-        os.mkdir(self.home, 0o700)
         self.stamps, made, texts = {}, {self.home}, {**self.overlay, **self.edits}
+        for path, text in texts.items():
+            inside = len(path) < MAX_PATH and os.path.normpath("repo/" + path).startswith("repo/")
+            if not inside or not isinstance(text, str | None):
+                raise Refused("PermissionError", f"{path[:100]!r}: not text of a file in the repository")
+        os.mkdir(self.home, 0o700)
         stale = tuple(cached("repo/" + path) for path in texts)
         dropped = {"repo/" + path for path in texts}
         for path, (data, mode, mtime) in self.tree.files.items():
@@ -79,13 +86,15 @@ class Workspace:
                 written = self._put("repo/" + path, text.encode("utf-8", "surrogateescape"), 0o644, None, made)
                 if path not in self.edits:
                     self.stamps["repo/" + path] = written
-        for name in ("repo", "tmp", "home"):
+        for name in ("repo", "home", *PLACES):
             folder = os.path.join(self.home, name)
             if folder not in made:
                 os.mkdir(folder)
                 made.add(folder)
+            if name in PLACES:
+                os.chmod(folder, 0o1777)
         if self.uid is not None:
-            own = made if not self.guarded else {os.path.join(self.home, name) for name in ("tmp", "home")}
+            own = made if not self.guarded else {os.path.join(self.home, name) for name in ("home", *PLACES)}
             for folder in own:
                 os.chown(folder, self.uid, self.uid)
             for folder in made - own:
@@ -108,12 +117,12 @@ class Workspace:
         return changed[:20]
 
     def _put(self, path, data, mode, mtime, made):
-        target = os.path.join(self.home, path)
+        target = os.path.join(self.home, os.path.normpath(path))
         folder = os.path.dirname(target)
         if folder not in made:
-            parts = os.path.relpath(folder, self.home).split(os.sep)
-            for end in range(1, len(parts) + 1):
-                step = os.path.join(self.home, *parts[:end])
+            step = self.home
+            for part in os.path.relpath(folder, self.home).split(os.sep):
+                step = os.path.join(step, part)
                 if step not in made:
                     os.mkdir(step)
                     made.add(step)
@@ -147,49 +156,44 @@ class Workspace:
                 zygote.prctl(zygote.PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def resolve(self, path):
-        """The absolute name of `path`, which must lie inside the repository."""
-        path = os.path.normpath(os.path.join(self.root, path))
-        if path != self.root and not path.startswith(self.root + os.sep):
+        """`path` relative to the repository, in which it must lie."""
+        path = os.path.relpath(os.path.normpath(os.path.join(self.root, path)), self.root)
+        if path == ".." or path.startswith("../"):
             raise Refused("PermissionError", "path is outside the repository")
-        if self.uid is None:
-            real = os.path.realpath(path)
-            if real != path and not real.startswith(os.path.realpath(self.root) + os.sep):
-                raise Refused("PermissionError", "path leads outside the repository")
         return path
+
+    @contextlib.contextmanager
+    def opened(self, path, flags, make=False):
+        """A descriptor of `path`, opened as the agent; links lead nowhere outside the repository."""
+        with self.identity(), folders.located(self.root, self.resolve(path), make) as (folder, name):
+            # O_NONBLOCK: a pipe would never open.
+            descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
+            try:
+                yield descriptor, os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
 
     def read(self, path):
         """The bytes of a regular file."""
-        name = self.resolve(path)
-        with self.identity():
-            descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                status = os.fstat(descriptor)
-                if stat.S_ISDIR(status.st_mode):
-                    raise Refused("IsADirectoryError", f"{path}: is a directory")
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
-                    raise Refused("PermissionError", f"{path}: is not a regular file of at most {MAX_FILE} bytes")
-                with os.fdopen(os.dup(descriptor), "rb") as stream:
-                    return stream.read(MAX_FILE)
-            finally:
-                os.close(descriptor)
+        with self.opened(path, os.O_RDONLY) as (descriptor, status):
+            if stat.S_ISDIR(status.st_mode):
+                raise Refused("IsADirectoryError", f"{path}: is a directory")
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+                raise Refused("PermissionError", f"{path}: is not a regular file of at most {MAX_FILE} bytes")
+            with os.fdopen(os.dup(descriptor), "rb") as stream:
+                return stream.read(MAX_FILE)
 
     def write(self, path, data):
         """Replaces or creates a regular file, folders included."""
-        name = self.resolve(path)
         if len(data) > MAX_FILE:
             raise Refused("PermissionError", f"{path}: more than {MAX_FILE} bytes")
-        with self.identity():
-            os.makedirs(os.path.dirname(name), exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK
-            descriptor = os.open(name, flags, 0o644)
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise Refused("PermissionError", f"{path}: is not a regular file")
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(descriptor, view):]
-            finally:
-                os.close(descriptor)
+        with self.opened(path, os.O_WRONLY | os.O_CREAT, make=True) as (descriptor, status):
+            if not stat.S_ISREG(status.st_mode):
+                raise Refused("PermissionError", f"{path}: is not a regular file")
+            os.ftruncate(descriptor, 0)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view):]
 
     def base(self, path):
         """Bytes of the starting state at `path` (below the repository), or None."""
@@ -201,7 +205,7 @@ class Workspace:
 
     def changes(self):
         """({path: bytes or None}, [paths of things that are no regular text file]) against the starting state."""
-        changed, skipped, seen = {}, [], set()
+        changed, skipped, seen, total = {}, [], set(), 0
         for path, status in self._walk():
             seen.add(path)
             if self.stamps.get("repo/" + path) == stamp(status):
@@ -215,10 +219,10 @@ class Workspace:
                 skipped.append(path)
                 continue
             if data != self.base(path):
-                if b"\0" in data:
+                if b"\0" in data or total + len(data) > MAX_CHANGED:
                     skipped.append(path)
                 else:
-                    changed[path] = data
+                    changed[path], total = data, total + len(data)
         start = {name[5:] for name in self.tree.files if name.startswith("repo/")} | set(self.overlay)
         for path in start - seen:
             ignored = path.endswith(".pyc") or IGNORED & set(path.split("/")) or ".egg-info/" in path
@@ -227,7 +231,7 @@ class Workspace:
         return changed, skipped[:MAX_CHANGES]
 
     def _walk(self):
-        stack, count = [""], 0
+        stack, count = [] if os.path.islink(self.root) else [""], 0
         while stack:
             folder = stack.pop()
             try:
@@ -260,38 +264,21 @@ class Workspace:
 
     def shrink(self, limit, shared):
         """Deletes the largest files until at most `limit` bytes are left, and all in `shared`; returns their number."""
-        sizes = []
-        for folder, _, names in os.walk(self.home):
-            for name in names:
-                path = os.path.join(folder, name)
-                with contextlib.suppress(OSError):
-                    sizes.append((os.lstat(path).st_blocks * 512, path))
-        total, removed = sum(size for size, _ in sizes), 0
-        for size, path in sorted(sizes, reverse=True):
-            if total <= limit:
-                break
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-                total, removed = total - size, removed + 1
-        if self.uid is not None:
-            self._clear(shared)
+        removed = folders.shrink(self.home, limit)
+        self._clear(shared)
         return removed
 
     def remove(self, shared):
         """Deletes the workspace and what its user left in the folders of `shared` (such as /tmp)."""
-        if self.uid is None:
-            for folder, _, _ in os.walk(self.home):
-                os.chmod(folder, 0o700)  # a folder without write permission would stay
-        shutil.rmtree(self.home)
-        if self.uid is not None:
-            self._clear(shared)
+        folders.erase(self.home)
+        self._clear(shared)
 
     def _clear(self, shared):
-        for folder in shared:
+        for folder in shared if self.uid is not None else ():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.stat(follow_symlinks=False).st_uid == self.uid:
                         if entry.is_dir(follow_symlinks=False):
-                            shutil.rmtree(entry.path, ignore_errors=True)
+                            folders.erase(entry.path)
                         else:
                             os.unlink(entry.path)

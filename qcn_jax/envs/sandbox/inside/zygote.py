@@ -26,7 +26,7 @@ import runner
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER, PR_CAPBSET_DROP = 1, 4, 38, 36, 24
 LINUX = sys.platform == "linux"
 _NEVER_PRELOADED = {"antigravity", "this", "__main__", "test", "idlelib", "turtle"}
-SHARED_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/shm")
+SHARED_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -142,6 +142,7 @@ def confine(job):
     limit("RLIMIT_CPU", limits["cpu"])
     limit("RLIMIT_NOFILE", 1024)
     limit("RLIMIT_CORE", 0)
+    limit("RLIMIT_MSGQUEUE", 0)  # POSIX queues outlive their makers, and all sandboxes of a server would find them
     if LINUX:
         try:
             with open("/proc/self/oom_score_adj", "w") as stream:
@@ -159,9 +160,8 @@ def confine(job):
         drop_capabilities()
     if job["readable"] is not None:
         filters.confine_files(job["readable"], [job["home"], *SHARED_DEVICES])
-        filters.confine_calls()
-    elif LINUX:
-        filters.confine_keys()
+    if job["calls"] is not None:
+        filters.confine_calls(**job["calls"])
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)  # siblings of the same user may not trace it or open its descriptors
 
@@ -210,7 +210,7 @@ def python_child(job, result):
     # The program's own folder is no place for the tested code to import from.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [*job["sys_path"], *(path for path in sys.path if path and os.path.abspath(path) != here)]
-    for name in ("accounting", "evidence", "filters", "results", "runner", "server", "workspace", "zygote"):
+    for name in ("accounting", "evidence", "filters", "folders", "results", "runner", "server", "workspace", "zygote"):
         sys.modules.pop(name, None)
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["pytest"]
@@ -219,6 +219,34 @@ def python_child(job, result):
     sys.dont_write_bytecode = True
     write = runner.writer(result, job["key"])
     return {"tests": runner.run_tests, "python": runner.run_python, "warm": runner.warm}[job["kind"]](job, write)
+
+
+def nursery(sock):
+    """Makes a zygote for each socket that arrives on `sock`; the one before and all it left behind are killed.
+
+    A zygote can be lost (a job that cannot be ended, memory); the server's workspaces then go on with the next. This
+    process is forked before the server holds any tree, and so holds none either.
+    """
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_DUMPABLE, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    runner.preload()
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, descriptors = receive(sock)
+        sweep(None, 0)
+        if message is None:
+            return
+        if os.fork() == 0:
+            sock.close()
+            try:
+                Zygote(socket.socket(fileno=descriptors[0])).serve()
+            finally:
+                os._exit(0)
+        os.close(descriptors[0])
 
 
 class Zygote:
@@ -238,10 +266,7 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
-        runner.preload()
         self.send({"ready": True})
-        gc.collect()
-        gc.freeze()
         while True:
             ready, _, _ = select.select([self.sock, self.wake_read], [], [])
             if self.wake_read in ready:
