@@ -37,6 +37,7 @@ _SPACE = re.compile(r"\s*")
 _NAME_ONLY = re.compile(NAME)
 _COMMENTS = re.compile(r"(?:\s*<!--.*?-->)*", re.DOTALL)
 _OPEN_COMMENT = re.compile(r"\s*<!--")
+_VALUE_END = "\n</parameter>\n</function>\n</tool_call>"
 _CLOSING = re.compile(r"<[ \t]*/[ \t]*parameter[ \t]*>")
 _ALONE = re.compile(r"[ \t\r]*(?:\n|\Z)")
 
@@ -99,8 +100,11 @@ def escape_content(content: str) -> str:
     """Assistant text with its tags escaped if they could be read as a call (or already look escaped)."""
     if not ESCAPABLE.search(content):
         return content
-    followed = content + "\n"  # as by calls: a tag needs no ">" then
-    safe = not ESCAPED.search(content) and not any(function_tag(followed, tag) for tag in TAG.finditer(followed))
+    followed = [content, content + "\n"]  # by nothing, and as by calls: a tag needs no ">" then
+    if "<!--" in content:  # what follows may close the comment, and be the inside of a call
+        followed.append(content + "\n-->\n</function>")
+    safe = not ESCAPED.search(content) and not any(
+        function_tag(text, tag) for text in followed for tag in TAG.finditer(text))
     return content if safe else ESCAPABLE.sub(r"<\\", content)
 
 
@@ -112,8 +116,12 @@ def unescape(text: str) -> str:
 def _escape_value(value: str) -> str:
     if not ESCAPABLE.search(value):
         return value
-    start, _, clean = value_span(value + "\n</parameter>\n</function>\n</tool_call>", 0, None)
-    if not ESCAPED.search(value) and clean and start == len(value) + 1:
+    probes = [value + _VALUE_END]
+    if "<!--" in value:  # a later value may close the comment, and look like the inside of a call
+        probes.append(value + "\n</parameter>\n<parameter=b>\n-->\n</function>" + _VALUE_END)
+    end = len(value) + 1
+    meant = (end, end + len("</parameter>"), True)
+    if not ESCAPED.search(value) and all(value_span(probe, 0, None) == meant for probe in probes):
         return value
     return ESCAPABLE.sub(r"<\\", value)
 

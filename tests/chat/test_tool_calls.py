@@ -67,6 +67,9 @@ TOOLS = [
 @given(TEXTS, st.lists(CALLS, max_size=3), st.booleans())
 @example("<tool_call>\n<function=f>\n</function>\n</tool_call>", [], False)
 @example("", [ToolCall("f", {"a": "x\n</parameter>\n<parameter=b>\ny"})], True)
+@example("<function=f><", [], True)
+@example("", [ToolCall("f", {"a": "<tool_call>\n<function=f>\n<!--", "b": "x\n-->\n<parameter=c>\n</parameter>"})], False)
+@example("<tool_call>\n<function=f>\n<!--", [ToolCall("f", {"a": "-->\n</parameter>", "b": "x"})], True)
 @example("", [ToolCall("f", {"a": ONE, "b": "see\n<parameter=b>"})], True)
 def test_whatever_is_written_reads_back(content, calls, with_schema):
     message = parse_tool_calls(render_assistant(content, calls), TOOLS if with_schema else None)
