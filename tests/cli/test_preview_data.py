@@ -12,7 +12,16 @@ import pytest
 
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.cli.main import main
-from qcn_jax.config import MidtrainConfig, RunConfig, SftConfig, TextSource, TokenizerConfig, TrainConfig
+from qcn_jax.config import (
+    MidtrainConfig,
+    ModelConfig,
+    RunConfig,
+    SftConfig,
+    TextSource,
+    TokenizerConfig,
+    TrainConfig,
+)
+from qcn_jax.hub.configuration import config_to_hf
 from qcn_jax.pipeline import preview
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.data import loader
@@ -33,7 +42,7 @@ def _folder(tmp_path_factory):
     """A model's folder as far as a preview reads it, conversations, and a configuration."""
     folder = tmp_path_factory.mktemp("preview")
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "config.json").write_text(json.dumps(config_to_hf(ModelConfig())))
     Tokenizer.train(["user assistant system"], 300, midtrain.ADDED_TOKENS).save(folder / "model")
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(3)))
     (folder / "config.py").write_text(
