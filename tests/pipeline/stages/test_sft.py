@@ -75,6 +75,7 @@ def _context(root, lines=None):
         params["embed_tokens"] = {"embedding": 0.1 * jax.random.normal(keys[0], shape)}
         params["lm_head"] = {"kernel": 0.1 * jax.random.normal(keys[1], shape[::-1])}
         hub.save(root / "midtrain" / "model", CONFIG.model, jax.device_get(params))
+        files.write_json(root / "midtrain" / "DONE.json", {"results": {}})
     object.__setattr__(context, "log", (lines if lines is not None else []).append)
     return context
 
