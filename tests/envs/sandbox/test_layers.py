@@ -131,11 +131,9 @@ SEARCH = (f"grep -rlF {MARKER[:-2]}{MARKER[-2:]} / --exclude-dir=proc --exclude-
           "'calc*.pyc' -o -name 'v.whl' -o -name 'v.tar.gz' 2>/dev/null | grep -v ^/proc; true")
 
 
-@docker_only
+@pytest.mark.parametrize("world", [pytest.param("docker", marks=docker_only)], indirect=True)
 def test_setup_leaves_no_copy_of_the_repository(world, tmp_path):
     """Neither in sandboxes nor in images for other harnesses; an installed copy is the repository itself."""
-    if world.provider.kind != "docker":
-        pytest.skip("Docker's turn")
     client = world.provider.client
     write = f"mkdir -p /w; cd /w; echo {base64.b64encode(CALC.encode()).decode()} | base64 -d > calc.py; "
     spec = dataclasses.replace(world.spec, name="installed", setup=(write + COPIES % "/w/calc.py",))
@@ -163,10 +161,8 @@ def test_snapshot_outlives_its_sandbox(world):
         assert "--- a/README.md" in two.diff() and SOURCE not in two.diff() and SOURCE in one.diff()
 
 
-@pytest.mark.parametrize("kind", ["local", pytest.param("docker", marks=docker_only)])
-def test_spare_servers_wait_and_are_used_once(world, kind):
-    if world.provider.kind != kind:
-        pytest.skip("the other back end's turn")
+def test_spare_servers_wait_and_are_used_once(world):
+    kind = world.provider.kind
     options = (world.provider.state_dir, LIMITS, "container")
     made = back_end.DockerProvider(*options, spares=2) if kind == "docker" else LocalProvider(*options, spares=2)
     with made as provider:
