@@ -26,7 +26,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Behind JAX's own variables, which it reads when it is imported; XLA reads its flags with the first program.
 from qcn_jax.testing.processes import QUICK_FLAGS  # noqa: E402
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
+if QUICK_FLAGS not in os.environ.get("XLA_FLAGS", ""):  # pytest-xdist's workers inherit what the first process set
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
 
 QWEN_TOKENIZER = pathlib.Path(os.environ.get(
     "QCN_QWEN_TOKENIZER", ROOT / "../shared/data/qwen3-tokenizer/tokenizer.json"))

@@ -27,8 +27,9 @@ def run(folder: pathlib.Path, kind: str, text: str) -> str:
         script.chmod(0o755)
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(ROOT / "configs")
+    as_a_reader = os.environ["XLA_FLAGS"].replace(QUICK_FLAGS, "").strip()  # whose programs are optimised
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
-                   "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(QUICK_FLAGS, "")}  # as a reader of the page has it
+                   "XLA_FLAGS": as_a_reader}
     (folder / "block.py").write_text(text)
     command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else [sys.executable, "block.py"]
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=TIMEOUT,
