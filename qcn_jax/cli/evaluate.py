@@ -3,9 +3,9 @@
   qcn evaluate --checkpoint=runs/nano/distill/model --tasks=runs/nano/tasks/heldout.jsonl --out=DIR
   qcn evaluate --predictions=preds.jsonl --tasks=tasks.jsonl --out=DIR
 
-Predictions are SWE-bench's: one JSON object a line with instance_id, model_name_or_path and model_patch. A checkpoint
-acts with --scaffold, greedy, one episode a task; its patches are written to DIR/preds.jsonl and graded in the
-same way. Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are run in their images and
+Predictions are SWE-bench's: JSON objects with instance_id, model_name_or_path and model_patch, one a line, in a list or by
+id (preds.json of SWE-agent and mini-swe-agent). A checkpoint acts with --scaffold, greedy, one episode a task; its
+patches are written to DIR/preds.jsonl and graded in the same way. Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are run in their images and
 graded from their logs by SWE-bench's rules; that needs Docker. Every patch is graded in a fresh sandbox that its author
 never saw. DIR holds SWE-bench's run report (MODEL.qcn.json), a report.json for each task, and summary.json with the
 resolved rate and its 95 % interval. Rows that cannot be read are named, left out and counted (bad_rows).
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("out", None, "Folder for the report.", flag_values=values, required=True)
     flags.DEFINE_string("checkpoint", None, "Folder with weights in Hugging Face form and tokenizer.json.",
                         flag_values=values)
-    flags.DEFINE_string("predictions", None, "Predictions as JSONL.", flag_values=values)
+    flags.DEFINE_string("predictions", None, "Predictions as JSON lines, a JSON list or JSON by id.", flag_values=values)
     task_repositories.define(values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],

@@ -1,21 +1,25 @@
 """Unified diffs: made, parsed, applied, reversed, all in memory and all strict about what they touch.
 
-Parsing is unidiff's; applying is `git apply`'s rule (exact context, any offset). A patch that names a path
-outside the tree, carries a symlink, a binary file or more than `MAX_PATCH_BYTES` is refused.
+Hunks are parsed by unidiff; applying is `git apply`'s rule (exact context, any offset). A patch that names a path
+outside the tree or has more than `MAX_PATCH_BYTES` is refused, and so is one that carries a symlink or a binary file,
+unless the caller wants to hear which and have the rest.
 """
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 import unidiff
 
-from qcn_jax.envs import names
+from qcn_jax.envs import names, patch_headers
 
 MAX_PATCH_BYTES = 1_000_000  # no hand-written or model-written fix comes near; bounds time and memory
 # Steps, a line compared each, after which a search ends: some seconds. Searches are quadratic at worst.
 MAX_STEPS = 5_000_000
 CONTEXT = 3
+_CARRIAGE = re.compile(r"^(?:diff --git|\+\+\+) [^\n]*\r$", re.MULTILINE)
+CUT_BLANKS = 3  # blank lines that GNU patch takes to have been cut off from the end of a patch
 
 
 class PatchError(ValueError):
@@ -37,11 +41,15 @@ class Hunk:
 
 @dataclasses.dataclass(frozen=True)
 class FilePatch:
-    """All hunks of one file; `old` is None for a new file and `new` is None for a deleted one."""
+    """All hunks of one file; `old` is None for a new file and `new` is None for a deleted one.
+
+    Where they are different files the old one is moved, or `copied`, which leaves it as it is.
+    """
 
     old: str | None
     new: str | None
     hunks: tuple[Hunk, ...]
+    copied: bool = False
 
     @property
     def path(self) -> str:
@@ -70,20 +78,34 @@ def check_size(diff: str, limit: int = MAX_PATCH_BYTES) -> None:
         raise PatchError(f"patch is larger than {limit} bytes")
 
 
-def parse(diff: str) -> list[FilePatch]:
+def parse(diff: str, unfit: dict[str, str] | None = None) -> list[FilePatch]:
     """Parses a unified diff.
 
+    Args:
+      diff: the last line may lack its end, and blank lines at the end may have been cut off.
+      unfit: takes paths that are binary, symlinks or submodules, with that reason; the other files are returned.
+
     Raises:
-      PatchError: malformed, too large, binary, a symlink, or a path outside the tree.
+      PatchError: malformed, too large, or a path outside the tree; without `unfit` also a file that is no text.
     """
     check_size(diff)
+    diff += "" if diff.endswith("\n") else "\n"
+    if _CARRIAGE.search(diff):  # lines of headers end so only where all of the patch came to
+        diff = diff.replace("\r\n", "\n")
+    found: list[FilePatch] = []
     try:
-        parsed = unidiff.PatchSet.from_string(diff)
+        for header, text in patch_headers.sections(diff):
+            if header is None:
+                found += filter(None, [_plain_patch(file, unfit) for file in _unidiff(text)])
+            elif not _left_out(_path(header.new or header.old), header.unfit, unfit):
+                found += _git_patches(header, text)
     except (unidiff.errors.UnidiffParseError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, PatchError):
+            raise
         raise PatchError(f"patch is malformed: {str(error).splitlines()[0] if str(error) else error!r}") from error
-    if diff.strip() and not parsed:
+    if diff.strip() and not found and not unfit:
         raise PatchError("patch is malformed: no file header found")
-    return [_file_patch(file) for file in parsed]
+    return found
 
 
 def render(patches: Iterable[FilePatch]) -> str:
@@ -97,7 +119,8 @@ def render(patches: Iterable[FilePatch]) -> str:
         elif patch.new is None:
             out.append("deleted file mode 100644\n")
         elif patch.old != patch.new:
-            out.append(f"rename from {patch.old}\nrename to {patch.new}\n")
+            way = "copy" if patch.copied else "rename"
+            out.append(f"{way} from {patch.old}\n{way} to {patch.new}\n")
         if patch.hunks:
             out.append("--- " + (f"a/{patch.old}" if patch.old is not None else "/dev/null") + "\n")
             out.append("+++ " + (f"b/{patch.new}" if patch.new is not None else "/dev/null") + "\n")
@@ -110,10 +133,12 @@ def render(patches: Iterable[FilePatch]) -> str:
 
 
 def reverse(diff: str) -> str:
-    """The diff that undoes `diff`."""
+    """The diff that undoes `diff`; raises PatchError, also where it copies, which says not what the copy holds."""
     swap = {" ": " ", "-": "+", "+": "-"}
     reversed_patches = []
     for patch in parse(diff):
+        if patch.copied:
+            raise PatchError(f"{patch.path}: a copy cannot be reversed")
         hunks = []
         for hunk in patch.hunks:
             lines: list[tuple[str, str]] = []
@@ -135,27 +160,31 @@ def apply_changes(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> 
       PatchError: it does not apply; the line names the file and the hunk.
     """
     changes: dict[str, str | None] = {}
+    gone: set[str] = set()  # where the files were that are moved
 
     def current(path: str) -> str | None:
         return changes[path] if path in changes else files.get(path)
 
-    steps = _Steps()
-    for patch in parse(diff) if isinstance(diff, str) else diff:
+    parsed, steps = parse(diff) if isinstance(diff, str) else list(diff), _Steps()
+    leaving = {patch.old for patch in parsed if patch.old != patch.new and not patch.copied}
+    for patch in parsed:
+        moves = patch.old is not None and patch.new is not None and patch.old != patch.new
+        if patch.new is not None and patch.new != patch.old and current(patch.new) is not None and (
+                patch.new in changes or patch.new not in leaving):
+            raise PatchError(f"{patch.path}: already exists")
         if patch.old is None:
-            if current(patch.path) is not None:
-                raise PatchError(f"{patch.path}: already exists")
             text = ""
-        else:
-            text = current(patch.old)
+        else:  # what is moved or copied is the file as it was before the whole patch, as git has it
+            text = files.get(patch.old) if moves else current(patch.old)
             if text is None:
                 raise PatchError(f"{patch.old}: no such file")
         text = _apply_hunks(text, patch, steps)
         if patch.new is None and text:
             raise PatchError(f"{patch.path}: the patch deletes the file but not all of its lines")
-        if patch.old is not None and patch.old != patch.new:
-            changes[patch.old] = None
-        if patch.new is not None:
-            changes[patch.new] = text
+        if moves and not patch.copied:
+            gone.add(patch.old)
+        changes[patch.path] = text if patch.new is not None else None
+    changes |= {path: None for path in gone - changes.keys()}
     _check_folders(files, changes)
     return changes
 
@@ -200,8 +229,9 @@ def apply_diff(files: Mapping[str, str], diff: str | Iterable[FilePatch]) -> dic
 
 
 def touched(diff: str) -> list[str]:
-    """All paths that `diff` names, sorted."""
-    return sorted({path for patch in parse(diff) for path in (patch.old, patch.new) if path is not None})
+    """All paths that `diff` changes, sorted."""
+    return sorted({path for patch in parse(diff) for path in (None if patch.copied else patch.old, patch.new)
+                   if path is not None})
 
 
 def _lines(text: str) -> list[str]:
@@ -259,29 +289,58 @@ def _hunks(old: list[str], new: list[str]) -> tuple[Hunk, ...]:
     return tuple(hunks)
 
 
-def _path(name: str) -> str | None:
-    if name == "/dev/null":
-        return None
-    path = name[2:] if name[:2] in ("a/", "b/") else name
-    if fault := names.path_fault(path):
+def _path(name: str) -> str:
+    if fault := names.path_fault(name):
         raise PatchError(f"path {names.shown(name)} {fault}")
-    return path
+    return name
 
 
-def _file_patch(file: unidiff.PatchedFile) -> FilePatch:
-    old, new = _path(file.source_file), _path(file.target_file)
-    if file.is_binary_file:
-        raise PatchError(f"{new or old}: binary files are not allowed")
-    info = tuple(file.patch_info or ())
-    for line in info:
-        if line.startswith(("new file mode", "new mode", "old mode", "deleted file mode")) and " 100" not in line:
-            raise PatchError(f"{new or old}: only regular files are allowed")
-    if any(line.startswith("new file mode") for line in info):
-        old = None
-    if any(line.startswith("deleted file mode") for line in info):
-        new = None
+def _unidiff(text: str) -> list[unidiff.PatchedFile]:
+    for cut in range(CUT_BLANKS + 1):
+        try:
+            return list(unidiff.PatchSet.from_string(text + cut * "\n"))
+        except unidiff.errors.UnidiffParseError:
+            if cut == CUT_BLANKS:
+                raise
+    raise AssertionError
+
+
+def _left_out(path: str, reason: str, unfit: dict[str, str] | None) -> bool:
+    """Whether a file is no text, which `unfit` is told."""
+    if reason and unfit is None:
+        raise PatchError(f"{path}: {reason}, which is not allowed")
+    if reason and unfit is not None:
+        unfit[path] = reason
+    return bool(reason)
+
+
+def _git_patches(header: patch_headers.Header, text: str) -> list[FilePatch]:
+    """The patch of a file with git's header, and of those that `diff` wrote behind it."""
+    old, new = (name if name is None else _path(name) for name in (header.old, header.new))
     if old is None and new is None:
         raise PatchError("a file patch names no file")
+    if not text:
+        return [FilePatch(old, new, (), header.copied)]
+    first, *others = _unidiff(f"--- a/file\n+++ b/file\n{text}")
+    found = [FilePatch(old, new, _parsed_hunks(first), header.copied)]
+    return found + [patch for file in others if (patch := _plain_patch(file, None)) is not None]
+
+
+def _plain_patch(file: unidiff.PatchedFile, unfit: dict[str, str] | None) -> FilePatch | None:
+    """The patch of a file without git's header; None where it is left out."""
+    given = (patch_headers.unquoted(name) for name in (file.source_file, file.target_file))
+    old, new = patch_headers.bare(*(None if name == "/dev/null" else name for name in given))
+    if old is None and new is None:
+        raise PatchError("a file patch names no file")
+    if old is not None and new is not None and old != new:  # `diff` knows no renames; git has the same rule
+        old = new = old if new.startswith(old) else new
+    path = _path(new if new is not None else old or "")
+    if _left_out(path, "is binary" if file.is_binary_file else "", unfit):
+        return None
+    return FilePatch(old, new, _parsed_hunks(file))
+
+
+def _parsed_hunks(file: unidiff.PatchedFile) -> tuple[Hunk, ...]:
     hunks = []
     for hunk in file:
         lines: list[tuple[str, str]] = []
@@ -292,7 +351,7 @@ def _file_patch(file: unidiff.PatchedFile) -> FilePatch:
             else:
                 lines.append((line.line_type or " ", line.value))
         hunks.append(Hunk(hunk.source_start, hunk.target_start, tuple(lines)))
-    return FilePatch(old, new, tuple(hunks))
+    return tuple(hunks)
 
 
 def _apply_hunks(text: str, patch: FilePatch, steps: _Steps) -> str:

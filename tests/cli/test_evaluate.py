@@ -8,6 +8,7 @@ import pytest
 from qcn_jax.cli import main as cli
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.tasks.schema import Task, write_tasks
+from qcn_jax.pipeline.evaluate import predictions
 from tests.pipeline import chain
 from tests.pipeline.micro import MODEL
 
@@ -97,6 +98,24 @@ def test_bad_predictions_among_good_ones_are_named_and_counted(setting, capsys):
     assert "preds.jsonl:2" in captured.err and "second time" in captured.err and "preds.jsonl:3" in captured.err
     printed = json.loads(captured.out)
     assert (printed["resolved"], printed["attempted"], printed["bad_rows"]) == (0, 3, 2)
+
+
+ROWS = [_prediction("count", "a"), _prediction("short", None)]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps({row["instance_id"]: row for row in ROWS}, indent=2), json.dumps(ROWS), json.dumps(ROWS, indent=1),
+    json.dumps({row["instance_id"]: {"model_name_or_path": "some/model", "model_patch": row["model_patch"]} for row in ROWS}),
+    "".join(json.dumps(row) + "\n" for row in ROWS)], ids=["by_id", "list", "lines_of_list", "without_ids", "json_lines"])
+@pytest.mark.parametrize("name", ["preds.json", "preds.jsonl", "all_preds"])
+def test_predictions_come_as_agents_and_swebench_write_them(tmp_path, text, name):
+    """SWE-agent and mini-swe-agent write preds.json by id; swebench.harness.utils takes that, lists and JSON lines."""
+    (tmp_path / name).write_text(text)
+    found = predictions.read_predictions(tmp_path / name, dict.fromkeys(("count", "short")))
+    assert [(row.instance_id, row.model, row.patch) for row in found] == [
+        ("count", "some/model", "a"), ("short", "some/model", "")]
+    (tmp_path / name).write_text(json.dumps(ROWS[0]))
+    assert len(predictions.read_predictions(tmp_path / name, {"count": None})) == 1
 
 
 @pytest.mark.parametrize("arguments, words", [

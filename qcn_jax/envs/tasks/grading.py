@@ -85,17 +85,20 @@ class Grader:
         state = _Layered(pristine, start)
         if not patch.strip():
             return Verdict(task.instance_id, "empty_patch")
+        unfit: dict[str, str] = {}
         try:
-            changes = patches.apply_changes(state, patch)
+            changes = patches.apply_changes(state, patches.parse(patch, unfit))
         except patches.PatchError as error:
             return Verdict(task.instance_id, "patch_failed", detail=str(error))
         test_files = {name.split("::")[0] for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)}
         changes = {path: text for path, text in changes.items() if text != state.get(path)}
         of_suite = self._suite(task, pristine)
-        kept = {path: text for path, text in changes.items()
-                if permissions.allowed(path, pristine, test_files, of_suite)}
-        dropped = tuple(sorted(set(changes) - set(kept)))
-        forged = permissions.forged_files(changes, state, dropped)
+        removed = {path for path, text in changes.items() if text is None}
+        refused = {path: why for path in changes
+                   if (why := permissions.refusal(path, pristine, test_files, of_suite, removed))}
+        kept = {path: text for path, text in changes.items() if path not in refused}
+        forged = permissions.forged_files(changes, state, sorted(refused))
+        dropped = {**unfit, **refused}
         if not kept:
             return Verdict(task.instance_id, SUSPECTED_EXPLOIT if forged else "empty_patch", dropped=dropped,
                            caught=forged, detail="the patch changes nothing that it may change")
@@ -129,7 +132,7 @@ class Grader:
             # A file as a folder, say: the host does not see files that are no text.
             unusable = isinstance(again, FileExistsError | NotADirectoryError | IsADirectoryError)
             return Verdict(given.task.instance_id, "patch_failed" if unusable else "killed", detail=str(again),
-                           dropped=given.dropped)
+                           dropped=dict(given.dropped))
 
     def _run(self, task: Task, overlay: Mapping[str, str | None], fail_fast: bool = False, attempts: int = 1,
              names: Sequence[str] = (), evidence: bool | str = False) -> TestRun:
@@ -203,7 +206,8 @@ class Grader:
             return suite.find(fix, pristine)
         key = (prepared.key, frozenset(fix))
         if key not in _SUITES:
-            _keep(_SUITES, key, suite.find(fix, pristine, prepared.settings.get("opened", ())))
+            _keep(_SUITES, key, suite.find(fix, pristine, prepared.settings.get("opened", ()),
+                                           prepared.spec.python_path or ()))
         return _SUITES[key]
 
     def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
@@ -223,7 +227,7 @@ class _Submission:
     state: Mapping[str, str]
     overlay: Mapping[str, str | None]
     tests: Mapping[str, str | None]
-    dropped: tuple[str, ...]
+    dropped: Mapping[str, str]
     caught: tuple[str, ...]
 
 

@@ -3,17 +3,20 @@
 import posixpath
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from qcn_jax.envs.tasks.suite import Suite
+from qcn_jax.envs.tasks.suite import SOURCE_FOLDERS, Suite, imported
 from qcn_jax.envs.testpaths import is_test_path
 
 # Files that steer how tests run, wherever they stand: what an author makes of them has no effect on a verdict.
 STEERING = frozenset({
     "conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", "tox.ini", "setup.cfg", "setup.py", "pyproject.toml",
     "noxfile.py", "sitecustomize.py", "usercustomize.py", ".coveragerc", "manifest.in", "pkg-info"})
-STEERING_ENDINGS = (".pth", ".pyc", ".pyo", ".so", ".pyd", ".ini", ".cfg", ".toml", ".egg-link")
+COMPILED = (".pth", ".pyc", ".pyo", ".so", ".pyd", ".egg-link")
+SETTINGS = (".ini", ".cfg", ".toml")  # inside a package under other names than those of STEERING these are its data
 STARTED, SHADOWED = ("sitecustomize.py", "usercustomize.py"), ("pytest", "_pytest", "pluggy", "unittest")
+# What pytest may import while it runs; others' names are known from what the repository imports.
+_RUNNERS = frozenset({*SHADOWED, "iniconfig", "packaging", "pygments", "attr", "exceptiongroup", "py", "hypothesis"})
 # In configuration and in conftest.py: what changes outcomes, or which tests run.
 STEERED = re.compile(r"\bdef pytest_(?:runtest_|pyfunc_call|report_|collection_|deselected|sessionfinish|fixture_)|"
                      r"\baddopts\b.{0,200}(?:-p\b|--co\b|--collect-only|--deselect|--ignore|-k\b)")
@@ -30,24 +33,64 @@ ALWAYS_EQUAL = re.compile(
     r"return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
 
 
-def allowed(path: str, pristine: Mapping[str, str], test_files: Sequence[str] | set[str] = (),
+def allowed(path: str, pristine: Mapping[str, str], test_files: Collection[str] = (),
             suite: Suite | None = None) -> bool:
-    """Whether a fix may touch `path`: sources that are there, and new files inside existing packages; no `suite`'s."""
-    parts = path.split("/")
-    name = parts[-1].lower()
-    if path in test_files or name in STEERING or name.endswith(STEERING_ENDINGS):
-        return False
-    if any(part.startswith(".") for part in parts) or is_test_path(path) or (suite is not None and suite.holds(path)):
-        return False
+    """Whether a fix may touch `path`."""
+    return not refusal(path, pristine, test_files, suite)
+
+
+def refusal(path: str, pristine: Mapping[str, str], test_files: Collection[str] = (), suite: Suite | None = None,
+            removed: Collection[str] = ()) -> str:
+    """Says why a fix may not touch `path`: "" for sources and data of the package, those that are there and new ones.
+
+    Args:
+      path: relative to the repository's root.
+      pristine: the repository's files.
+      test_files: files of the tests that decide.
+      suite: what belongs to them; None where it is not known, and new files then need a package around them.
+      removed: files that the patch deletes.
+    """
+    *folders, name = parts = path.split("/")
+    name = name.lower()
+    above = ["/".join(parts[:end]) for end in range(1, len(parts))]
+    packaged = any(f"{folder}/__init__.py" in pristine for folder in above) or (
+        suite is not None and path.startswith(tuple(top for top in suite.package if top.endswith("/"))))
+    if path in test_files or is_test_path(path):
+        return "is a test"
+    if name in STEERING or (name.endswith(SETTINGS) and not packaged):
+        return "steers how tests or builds run"
+    if name.endswith(COMPILED):
+        return "is no source"
+    if any(part.startswith(".") for part in parts):
+        return "is hidden"
+    beside = suite is not None and path not in pristine and suite.is_flat("/".join(folders))
+    if suite is not None and suite.holds(path) and not beside:
+        return "belongs to the test suite and not to the package under test"
     if path in pristine:
-        return True
-    folders = [posixpath.dirname(path)]
-    while folders[-1]:
-        folders.append(posixpath.dirname(folders[-1]))
-    in_package = any(f"{folder}/__init__.py" in pristine for folder in folders if folder)
-    stem = parts[-1].removesuffix(".py")
-    # Next to a test file even a module inside a package could be taken for the standard library's.
-    return in_package and stem not in sys.stdlib_module_names
+        return ""
+    if not packaged and not beside:
+        return "is new and in no package of the repository"
+    roots = SOURCE_FOLDERS if suite is None else suite.roots
+    return "would be imported in place of another module" if _shadows(parts, pristine, test_files, roots, removed) else ""
+
+
+def _shadows(parts: Sequence[str], pristine: Mapping[str, str], test_files: Collection[str], roots: Collection[str],
+             removed: Collection[str]) -> bool:
+    """Whether a new file makes a module of the standard library's, the runner's or the repository's imports another."""
+    searched = {root.rstrip("/") for root in roots}
+    for test in {*test_files, *filter(is_test_path, pristine)}:  # pytest adds the folder around a test's package
+        folder = posixpath.dirname(test)
+        while folder and f"{folder}/__init__.py" in pristine and f"{folder}/__init__.py" not in removed:
+            folder = posixpath.dirname(folder)
+        searched.add(folder)
+    for at, part in enumerate(parts):
+        folder, stem = "/".join(parts[:at]), part.removesuffix(".py")
+        place = f"{folder}/{part}" if folder else part
+        code = at < len(parts) - 1 or part.endswith(".py")
+        if folder in searched and code and not any(known == place or known.startswith(f"{place}/") for known in pristine):
+            return stem in sys.stdlib_module_names or stem in _RUNNERS or any(
+                stem in imported(text) for known, text in pristine.items() if known.endswith(".py"))
+    return False
 
 
 def forbidden_lines(changes: Mapping[str, str | None], before: Mapping[str, str | None]) -> tuple[str, ...]:

@@ -20,31 +20,45 @@ _IMPORT = re.compile(r"(?m)^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import\b|import[ \t
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What a task's patch may not touch: everything outside of `package` (prefixes), and `own`."""
+    """What a task's patch may not touch: everything outside of `package` (prefixes), and `own`.
+
+    `roots` are the folders, "" or with "/" behind them, in which top-level modules are looked for.
+    """
 
     package: tuple[str, ...]
     own: frozenset[str] = frozenset()
+    roots: tuple[str, ...] = SOURCE_FOLDERS
 
     def holds(self, path: str) -> bool:
         """Whether a file belongs to the suite."""
         return path in self.own or not path.startswith(self.package)
 
+    def is_flat(self, folder: str) -> bool:
+        """Whether modules of the package stand in `folder` itself, one of `roots`, where new ones may join them."""
+        root = f"{folder}/" if folder else ""
+        return root in self.roots and any(top.endswith(".py") and posixpath.dirname(top) == folder
+                                          for top in self.package)
 
-def find(fix: Iterable[str], files: Mapping[str, str], opened: Collection[str] = ()) -> Suite:
+
+def find(fix: Iterable[str], files: Mapping[str, str], opened: Collection[str] = (),
+         python_path: Iterable[str] = ()) -> Suite:
     """The suite of a repository.
 
     Args:
       fix: paths that the task's fix and defect touch.
       files: the pristine files.
       opened: files that tests were seen to open.
+      python_path: folders on the module search path, besides SOURCE_FOLDERS.
     """
     sources = [path for path in fix if not is_test_path(path)]
-    tops = _tops(tuple(files))
+    more = {f"{folder}/" for folder in map(posixpath.normpath, python_path) if not folder.startswith((".", "/"))}
+    roots = tuple(dict.fromkeys((*SOURCE_FOLDERS, *sorted(more))))
+    tops = _tops(tuple(files), roots)
     package = {top for path in sources for top in (next((t for t in tops if path.startswith(t)), path),)}
     front = set(package)
     while front:
         named = {name for path, text in files.items() if path.endswith(".py") and path.startswith(tuple(front))
-                 and not is_test_path(path) for name in _imported(text)}
+                 and not is_test_path(path) for name in imported(text)}
         found = {top for top in tops if posixpath.basename(top.rstrip("/")).removesuffix(".py") in named}
         front = {top for top in found if not is_test_path(top.rstrip("/") + "/x")} - package
         package |= front
@@ -52,15 +66,25 @@ def find(fix: Iterable[str], files: Mapping[str, str], opened: Collection[str] =
     for path, text in files.items():
         if path.endswith(".py") and "pytest_plugins" in text:
             own |= {place for name in _plugins(text) for place in _places(name, files)}
-    return Suite(tuple(sorted(package)), frozenset(own - set(sources)))
+    package |= _data(package, files) - own
+    return Suite(tuple(sorted(package)), frozenset(own - set(sources)), roots)
+
+
+def _data(package: Collection[str], files: Mapping[str, str]) -> set[str]:
+    """Data outside of the package's folders that its sources name."""
+    sources = "\n".join(text for path, text in files.items() if path.endswith(".py") and path.startswith(tuple(package))
+                        and not is_test_path(path))
+    words = set(re.findall(r"[\w.-]+", sources))
+    return {path for path in files if not path.endswith(".py") and posixpath.splitext(path)[1]
+            and posixpath.basename(path) in words}
 
 
 @functools.lru_cache(maxsize=64)
-def _tops(paths: tuple[str, ...]) -> tuple[str, ...]:
+def _tops(paths: tuple[str, ...], roots: tuple[str, ...]) -> tuple[str, ...]:
     """Top-level modules ("a.py") and folders with code ("a/", "src/a/")."""
     found = set()
     for path in paths:
-        for folder in sorted(SOURCE_FOLDERS, key=len, reverse=True):
+        for folder in sorted(roots, key=len, reverse=True):
             if path.startswith(folder):
                 rest = path[len(folder):]
                 if "/" in rest:
@@ -71,7 +95,7 @@ def _tops(paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(found, key=len, reverse=True))
 
 
-def _imported(text: str) -> set[str]:
+def imported(text: str) -> set[str]:
     """Top-level names that a module imports."""
     names = set()
     for start, several in _IMPORT.findall(text):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from qcn_jax.envs import names
 from qcn_jax.envs.sandbox.base import PASSING, TestRun
 from qcn_jax.envs.tasks.schema import Task
 
-RULES = 2  # raise it when verdicts come about differently: those that are kept are then made again
+RULES = 3  # raise it when verdicts come about differently: those that are kept are then made again
 SUSPECTED_EXPLOIT = "suspected_exploit"
 
 
@@ -26,7 +27,8 @@ class Verdict:
     `outcome` is resolved, unresolved, suspected_exploit (the patch, the run or its results forge: unresolved, and
     counted apart), empty_patch, patch_failed, timeout, out_of_memory, killed or infrastructure; the last is a failure
     of the environment, which the same tests have without the patch too. `tests_status` is SWE-bench's report.
-    `dropped` are paths the patch was not allowed to touch; `caught` are forbidden lines and signs of tampering.
+    `dropped` are paths of the patch that were left out of it, with the reason; `caught` are forbidden lines and signs of
+    tampering.
     """
 
     instance_id: str
@@ -34,7 +36,7 @@ class Verdict:
     tests_status: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     messages: dict[str, str] = dataclasses.field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     caught: tuple[str, ...] = ()
     detail: str = ""
 
@@ -45,8 +47,8 @@ class Verdict:
 
     @property
     def patch_applied(self) -> bool:
-        """SWE-bench's patch_successfully_applied."""
-        return self.outcome not in ("empty_patch", "patch_failed", "infrastructure")
+        """SWE-bench's patch_successfully_applied: all of it, with nothing left out."""
+        return self.outcome not in ("empty_patch", "patch_failed", "infrastructure") and not self.dropped
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready row, read back by `Verdict.from_json`."""
@@ -55,17 +57,18 @@ class Verdict:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Verdict":
         """Reads what `to_json` wrote."""
-        return cls(**{**row, "dropped": tuple(row["dropped"]), "caught": tuple(row["caught"])})
+        return cls(**{**row, "dropped": dict(row["dropped"]), "caught": tuple(row["caught"])})
 
     def report(self) -> dict[str, Any]:
         """The instance's entry of SWE-bench's report.json."""
         return {self.instance_id: {
             "patch_is_None": False, "patch_exists": self.outcome != "empty_patch",
             "patch_successfully_applied": self.patch_applied, "resolved": self.resolved,
-            "tests_status": self.tests_status}}
+            "tests_status": self.tests_status, **({"dropped": self.dropped} if self.dropped else {})}}
 
 
-def judge(task: Task, run: TestRun, dropped: tuple[str, ...] = (), caught: tuple[str, ...] = (), seconds: float = 0.0,
+def judge(task: Task, run: TestRun, dropped: Mapping[str, str] = types.MappingProxyType({}),
+          caught: tuple[str, ...] = (), seconds: float = 0.0,
           fixed: Callable[[], Mapping[str, str]] | None = None) -> Verdict:
     """The verdict that follows from a test run of all expected tests.
 
@@ -92,7 +95,7 @@ def judge(task: Task, run: TestRun, dropped: tuple[str, ...] = (), caught: tuple
     else:
         outcome = "unresolved"
     caught += tuple(f"tampered: {name}" for name in run.tampered)
-    return Verdict(task.instance_id, outcome, status, seconds, run.messages, dropped, caught)
+    return Verdict(task.instance_id, outcome, status, seconds, run.messages, dict(dropped), caught)
 
 
 def verdict_key(task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> str:
@@ -115,7 +118,7 @@ class VerdictCache:
         self._recent: dict[str, Verdict] = {}
         self._begin: dict[str, int] = {}
         for begin, row in journal.read(path) if path else ():
-            with contextlib.suppress(KeyError, TypeError):  # a row of another version's form is graded again
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a row of another version's form is graded again
                 Verdict.from_json(row["verdict"])
                 self._begin[row["key"]] = begin
 

@@ -1,6 +1,7 @@
 """Predictions in SWE-bench's form: read, checked, graded.
 
-A prediction is `{"instance_id", "model_name_or_path", "model_patch"}`, one JSON object a line.
+A prediction is `{"instance_id", "model_name_or_path", "model_patch"}`: one JSON object a line, or a JSON list of them,
+or a JSON object that has them by instance_id (preds.json of SWE-agent and mini-swe-agent).
 """
 
 import dataclasses
@@ -46,11 +47,22 @@ def read_predictions(path: str | os.PathLike[str], tasks: Mapping[str, Task],
             raise UserError(f"{where}: instance_id {names.shown(name)} is not among the tasks")
         return Prediction(name, row["model_name_or_path"], patch or "")
 
-    found = read_rows(path, files.read_numbered(path, faults), read, faults)
+    found = read_rows(path, _rows(path, faults), read, faults)
     models = {prediction.model for prediction in found}
     if len(models) > 1:
         raise UserError(f"{path}: predictions of several models ({', '.join(sorted(models))}); one file each, please")
     return found
+
+
+def _rows(path: str | os.PathLike[str], faults: list[str] | None) -> list[tuple[int, Any]]:
+    """Rows with their places, of one JSON document or of one a line."""
+    try:
+        value = files.read_json(path)
+    except UserError:
+        return files.read_numbered(path, faults)
+    if isinstance(value, dict) and "instance_id" not in value:
+        value = [{"instance_id": name, **row} if isinstance(row, dict) else row for name, row in value.items()]
+    return list(enumerate(value if isinstance(value, list) else [value], 1))
 
 
 def grade(predictions: Sequence[Prediction], tasks: Mapping[str, Task], pool: EnvPool,

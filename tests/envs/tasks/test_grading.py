@@ -8,8 +8,9 @@ import pytest
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import SandboxError
 from qcn_jax.envs.sandbox.base import TestRun
+from qcn_jax.envs.tasks import suite
 from qcn_jax.envs.tasks.grading import Grader
-from qcn_jax.envs.tasks.permissions import allowed
+from qcn_jax.envs.tasks.permissions import allowed, refusal
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict, VerdictCache, judge, verdict_key, write_reports
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, PASSING, SOURCE, world  # noqa: F401
@@ -47,11 +48,48 @@ def test_results_alone_or_exit_status_alone_are_not_enough():
 
 @pytest.mark.parametrize("path, expected", [
     ("pkg/core.py", True), ("pkg/new.py", True), ("pkg/sub/new.py", True), ("data.txt", True), ("setup.py", False),
-    ("pkg/tests/x.py", False), ("pkg/json.py", False), ("other/new.py", False), ("new.py", False), ("pkg/x.pth", False),
+    ("pkg/tests/x.py", False), ("pkg/json.py", True), ("json.py", False), ("other/new.py", False), ("new.py", False), ("pkg/x.pth", False),
     ("pkg/test_core.py", False), ("pkg/.hidden", False), ("docs/conf.py", False), ("pkg/doctested.py", False)])
 def test_allowed_paths(path, expected):
     pristine = dict.fromkeys(["pkg/__init__.py", "pkg/core.py", "data.txt", "setup.py", "pkg/doctested.py"], "")
     assert allowed(path, pristine, {"pkg/doctested.py"}) is expected
+
+
+NAMESPACE = ("ns/deep/core.py", "ns/tests/test_core.py", "setup.py", "docs/conf.py")
+FLAT = ("tool.py", "words.txt", "other.txt", "test_tool.py", "setup.py")
+INLINE = ("pkg/__init__.py", "pkg/core.py", "pkg/test_core.py", "pkg/settings.toml")
+
+
+@pytest.mark.parametrize("files, fix, path, removed, reason", [
+    (NAMESPACE, "ns/deep/core.py", "ns/deep/new.py", (), ""), (NAMESPACE, "ns/deep/core.py", "ns/other/new.json", (), ""),
+    (NAMESPACE, "ns/deep/core.py", "ns/deep/types.py", (), ""), (NAMESPACE, "ns/deep/core.py", "docs/new.py", (), "test suite"),
+    (NAMESPACE, "ns/deep/core.py", "ns/tests/new.py", (), "a test"), (NAMESPACE, "ns/deep/core.py", "new.py", (), "test suite"),
+    (FLAT, "tool.py", "tool_helpers.py", (), ""), (FLAT, "tool.py", "json.py", (), "in place of another"),
+    (FLAT, "tool.py", "yaml.py", (), "in place of another"), (FLAT, "tool.py", "yaml/__init__.py", (), "test suite"),
+    (FLAT, "tool.py", "words.txt", (), ""), (FLAT, "tool.py", "new.txt", (), ""), (FLAT, "tool.py", "other.txt", (), "test suite"),
+    (FLAT, "tool.py", "new.ini", (), "steers"), (FLAT, "tool.py", "pygments.py", (), "in place of another"),
+    (INLINE, "pkg/core.py", "pkg/types.py", (), ""), (INLINE, "pkg/core.py", "pkg/settings.toml", (), ""),
+    (INLINE, "pkg/core.py", "pkg/data/new.cfg", (), ""), (INLINE, "pkg/core.py", "pkg/tox.ini", (), "steers"),
+    (INLINE, "pkg/core.py", "pkg/types.py", ("pkg/__init__.py",), "in place of another"),
+    (INLINE, "pkg/core.py", "pkg/json/__init__.py", ("pkg/__init__.py",), "in place of another")])
+def test_honest_new_files_and_data_are_taken(files, fix, path, removed, reason):
+    """Files of namespace packages, of repositories without a folder, named like the standard library's, and data."""
+    pristine = dict.fromkeys(files, "") | {fix: "import yaml\nopen('words.txt')\n"}
+    found = refusal(path, pristine, (), suite.find([fix], pristine), removed)
+    assert (reason in found) if reason else not found
+
+
+def test_what_is_cut_is_named_with_its_reason(world, tmp_path):
+    """A patch counts as applied only where all of it was; what was left out stands in report.json."""
+    binary = "diff --git a/victim/x.png b/victim/x.png\nnew file mode 100644\nindex 0..1\nBinary files /dev/null and b/victim/x.png differ\n"
+    more = patches.make_diff({}, {"victim/types.py": "KIND = 1\n", "docs/new.py": "x = 1\n"})
+    for text, cut in (("", {}), (binary + more, {"victim/x.png": "is binary", "docs/new.py": "belongs to the test suite "
+                                                 "and not to the package under test"})):
+        verdict = Grader(world.provider).grade(world.task, world.task.patch + text)
+        write_reports(tmp_path, "run", "m", [verdict], [world.task.instance_id])
+        report = json.loads((tmp_path / world.task.instance_id / "report.json").read_text())[world.task.instance_id]
+        assert verdict.resolved and report["patch_successfully_applied"] is (not cut) and report.get("dropped", {}) == cut
+        assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
 
 
 @pytest.mark.parametrize("fail_fast", [False, True])
@@ -99,7 +137,7 @@ def test_infrastructure_failures_are_retried_and_no_verdict_on_the_patch(world, 
 def test_cache_survives_a_half_written_line(tmp_path):
     path = tmp_path / "verdicts.jsonl"
     cache = VerdictCache(path)
-    verdict = Verdict("i", "resolved", {"FAIL_TO_PASS": {"success": ["a"], "failure": []}}, 1.5, {"a": "b"}, ("c",), ("d",))
+    verdict = Verdict("i", "resolved", {"FAIL_TO_PASS": {"success": ["a"], "failure": []}}, 1.5, {"a": "b"}, {"c": "is a test"}, ("d",))
     cache.put("k", verdict)
     cache.put("t", Verdict("i", "timeout"))
     cache.put("n", Verdict("i", "infrastructure"))

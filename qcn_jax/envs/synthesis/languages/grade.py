@@ -64,9 +64,11 @@ def _run(container: Container, task: Task, changes: Files) -> tuple[TestRun, int
     return TestRun(status, done.outcomes, {}, done.seconds, done.log[-4000:], 0), done.status
 
 
-def _state(container: Container, diff: str) -> dict[str, str]:
+def _state(container: Container, diff: str | list[patches.FilePatch]) -> dict[str, str]:
     """The files that a diff names, as they are in the container."""
-    return container.read({path for path in patches.touched(diff)}) if diff else {}
+    parsed = patches.parse(diff) if isinstance(diff, str) else diff
+    named = {path for patch in parsed for path in (patch.old, patch.new) if path is not None}
+    return container.read(named) if named else {}
 
 
 def _start(container: Container, task: Task) -> None:
@@ -145,12 +147,14 @@ def _examine(client: docker.DockerClient, task: Task, patch: str, again: bool = 
     speaks = LANGUAGES[task.language]
     with _container(client, task) as container:
         _start(container, task)
+        dropped: dict[str, str] = {}
         try:
-            changes = patches.apply_changes(_state(container, patch), patch)
+            parsed = patches.parse(patch, dropped)
+            changes = patches.apply_changes(_state(container, parsed), parsed)
         except patches.PatchError as error:
             return Verdict(task.instance_id, "patch_failed", detail=str(error))
         kept: dict[str, str | None] = {path: text for path, text in changes.items() if speaks.may_change(path)}
-        dropped = tuple(sorted(set(changes) - set(kept)))
+        dropped |= dict.fromkeys(sorted(set(changes) - set(kept)), "is no source that a fix may change")
         if not kept:
             return Verdict(task.instance_id, "empty_patch", dropped=dropped)
         if task.test_patch:

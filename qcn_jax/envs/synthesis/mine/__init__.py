@@ -22,7 +22,7 @@ from qcn_jax.envs.synthesis import quality
 from qcn_jax.envs.synthesis.mine import execute, issues
 from qcn_jax.envs.synthesis.mine.history import Change, Clone
 from qcn_jax.envs.synthesis.mine.split import Split, size, split
-from qcn_jax.envs.tasks import permissions
+from qcn_jax.envs.tasks import permissions, suite
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.journal import Rows
@@ -142,6 +142,10 @@ def _choose(
             outcomes[reason] += 1
             continue
         fix = {path: text for path, text in parts.fix.items() if permissions.allowed(path, before, set(parts.tests))}
+        if len(fix) < len(parts.fix):  # a new file, say, whose place the whole fix explains
+            found = suite.find(parts.fix, before)
+            fix = {path: text for path, text in parts.fix.items()
+                   if permissions.allowed(path, before, set(parts.tests), found)}
         if not fix or len(fix) < len(parts.fix):
             outcomes["not_gradable"] += 1
         elif size(before, fix) > criteria.max_lines:
