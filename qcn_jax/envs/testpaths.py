@@ -3,8 +3,10 @@
 import pathlib
 import re
 
-FOLDERS = frozenset({"test", "tests", "testing", "_tests", "testsuite"})
-_OTHER_FOLDERS = FOLDERS | {"__tests__", "testdata", "__mocks__", "spec", "fixtures"}  # of JavaScript and Go
+# "unittest" alone is a module of the standard library.
+_FOLDER = re.compile(r"_?tests?|testing|test_?suites?|"
+                     r"(?:unit|func|functional|integration|system|regression|acceptance|smoke)(?:[_-]tests?|tests)")
+_OTHER_FOLDER = re.compile(rf"{_FOLDER.pattern}|__tests__|testdata|__mocks__|spec|fixtures")  # of JavaScript and Go
 _OTHER_ENDINGS = frozenset({".js", ".mjs", ".cjs", ".jsx", ".ts", ".tsx", ".go"})
 _PYTHON = re.compile(r"test_.*|.*_tests?\.py|tests?\.py|conftest\.py")
 _OTHER = re.compile(r".*_test\.go|.*\.(test|spec)\.[a-z]+|tests?\.[a-z]+")
@@ -18,6 +20,6 @@ def is_test_path(path: str) -> bool:
     """
     *folders, name = [part.lower() for part in pathlib.PurePosixPath(path).parts] or [""]
     other = pathlib.PurePosixPath(name).suffix in _OTHER_ENDINGS
-    if (_OTHER_FOLDERS if other else FOLDERS) & set(folders):
+    if any((_OTHER_FOLDER if other else _FOLDER).fullmatch(folder) for folder in folders):
         return True
     return bool((_OTHER if other else _PYTHON).fullmatch(name))

@@ -114,10 +114,9 @@ def scrubbed(client: docker.DockerClient, image: str, files: Mapping[str, bytes]
       roots: folders below the repository that modules are imported from.
       then: a shell command to run afterwards.
     """
-    parts = {part for path in files for part in path.split("/")}
     modules = {os.path.relpath(path, root): path for root in reversed(roots) for path in files
                if path.endswith(".py") and (root == "." or path.startswith(root + "/"))}
-    table = {"root": "/testbed", "dropped": sorted(repository.DROPPED_NAMES - {".git"} - parts), "modules": modules,
+    table = {"root": "/testbed", "dropped": sorted(repository.DROPPED_NAMES - {".git"}), "modules": modules,
              "sizes": sorted({len(data) for data in files.values()}),
              "files": {hashlib.sha256(data).hexdigest(): path for path, data in sorted(files.items())
                        if len(data) >= MIN_COPY}}

@@ -17,7 +17,7 @@ import pathlib
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qcn_jax import files
@@ -26,9 +26,11 @@ from qcn_jax.errors import UserError
 # Never part of a starting state: history, byte code, build results and caches may hold the fix.
 DROPPED_NAMES = frozenset({".git", ".hg", ".svn", "__pycache__", ".pytest_cache", ".tox", ".nox", ".eggs", ".venv",
                            "build", "dist", ".mypy_cache", ".ruff_cache", ".hypothesis", "node_modules"})
+# Two of these that packages are also called: such a folder is left out unless it is a package.
+_PACKAGES_TOO = frozenset({"build", "dist"})
 DROPPED_ENDINGS = (".pyc", ".pyo", ".orig", ".rej", ".whl", ".egg")
 MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of one repository; far above any in the lists
-FORMAT = "6"  # part of every key: raise it when what is stored changes
+FORMAT = "7"  # part of every key: raise it when what is stored changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +96,10 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
     tops = {path.split("/")[0] for path in raw}
     if not root and not source.is_dir() and len(tops) == 1:
         root = tops.pop()
-    members, metadata = {}, raw.get(f"{root}/PKG-INFO" if root else "PKG-INFO")
-    for path, member in raw.items():
-        if root and not path.startswith(root + "/"):
-            continue
-        path = path[len(root) + 1:] if root else path
-        if not DROPPED_NAMES & set(path.split("/")) and not path.endswith(DROPPED_ENDINGS):
-            members["repo/" + path] = member
+    metadata = raw.get(f"{root}/PKG-INFO" if root else "PKG-INFO")
+    inside = {path[len(root) + 1:] if root else path: member for path, member in raw.items()
+              if not root or path.startswith(root + "/")}
+    members = {f"repo/{path}": inside[path] for path in without_leftovers(inside)}
     if not members:
         raise UserError(f"{source}: holds no files" + (f" below {root}" if root else ""))
     if metadata is not None:
@@ -109,6 +108,19 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
             folder = f"meta/{re.sub('[-_.]+', '_', found['Name'])}-{found['Version']}.dist-info"
             members[f"{folder}/METADATA"] = Member(metadata.data, 0o644, metadata.mtime)
     return members
+
+
+def without_leftovers(paths: Collection[str]) -> list[str]:
+    """Those of a repository's paths that are neither history nor what tools left there."""
+    packages = {os.path.dirname(path) for path in paths if path.endswith("/__init__.py")}
+
+    def leftover(path: str) -> bool:
+        parts = path.split("/")
+        return path.endswith(DROPPED_ENDINGS) or any(
+            part in DROPPED_NAMES and not (part in _PACKAGES_TOO and "/".join(parts[:end]) in packages)
+            for end, part in enumerate(parts, 1))
+
+    return [path for path in paths if not leftover(path)]
 
 
 def write_archive(path: pathlib.Path, root: str, members: Mapping[str, tuple[bytes, int]]) -> None:
@@ -154,7 +166,8 @@ def _zip(data: bytes) -> Iterator[tuple[str, Member]]:
 def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
     count = total = 0
     for folder, folders, names in os.walk(source, onerror=_raise):  # or unreadable folders would be left out in silence
-        folders[:] = sorted(name for name in folders if name not in DROPPED_NAMES)
+        folders[:] = sorted(name for name in folders if name not in DROPPED_NAMES or (
+            name in _PACKAGES_TOO and os.path.isfile(os.path.join(folder, name, "__init__.py"))))
         for name in sorted(names):
             path = pathlib.Path(folder, name)
             if path.is_file() and not path.is_symlink():

@@ -68,6 +68,8 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
     """
     tasks: list[Task] = []
     yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
+    if "mine" in request.strategies:
+        _check_clones(request.repositories)
     specs, foreign = _sorted_out(request)
     arguments = {"kind": request.sandbox, "state_dir": str(files.cache_folder("sandbox"))}
     with EnvPool(request.workers, arguments) as pool:
@@ -102,7 +104,7 @@ def _sorted_out(request: Request) -> tuple[list[RepositorySpec], list[Repository
     settings, building = request.settings, "build" in request.strategies
     specs, foreign = [], []
     if settings.rules or settings.rewrites_per_repo or building:
-        for spec in [_locate(source, request) for source in request.repositories]:
+        for spec in sources.distinct(_locate(source, request) for source in request.repositories).values():
             (specs if not building and _language(spec) == "python" else foreign).append(spec)
     if foreign and request.setup:
         raise UserError(f"--setup: {foreign[0].name} gets its environment by rules or from --endpoint; only Python "
@@ -163,13 +165,25 @@ def _foreign(request: Request, specs: Sequence[RepositorySpec], yields: dict[str
     return tasks
 
 
+def _check_clones(repositories: Sequence[str]) -> None:
+    """Raises UserError where two clones have the name after which journals, archives and tasks are called."""
+    from qcn_jax.envs.synthesis.mine.history import Clone
+
+    names: dict[str, str] = {}
+    for source in repositories:
+        name = Clone(source).name
+        if names.setdefault(name, source) != source:
+            raise UserError(f"--repo: {names[name]} and {source} are clones of one name, {name}; give each in a call of "
+                            "its own")
+
+
 def _mined(request: Request, pool: EnvPool, yields: dict[str, Any], log: Callable[[str], None]) -> list[Task]:
     """Tasks from histories; adds to `yields` what became of the commits."""
     from qcn_jax.envs.synthesis.mine import Criteria, mine
 
     criteria = request.mining or Criteria()
     tasks: list[Task] = []
-    for source in request.repositories:
+    for source in dict.fromkeys(request.repositories):
         mined = mine(pool, source, criteria, request.work, log, request.issues)
         yields.setdefault("mined", {})[mined.name] = {"outcomes": mined.outcomes, "details": mined.details}
         reasons = ", ".join(f"{reason} {count}" for reason, count in mined.outcomes.items())

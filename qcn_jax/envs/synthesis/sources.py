@@ -73,6 +73,17 @@ def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True)
     return RepositorySpec(asked[1], str(archive), sha256(archive))
 
 
+def distinct(specs: Iterable[RepositorySpec], flag: str = "--repo") -> dict[str, RepositorySpec]:
+    """Repositories by name, one that is given twice once; raises UserError where two have the same name."""
+    found: dict[str, RepositorySpec] = {}
+    for spec in specs:
+        known = found.setdefault(spec.name, spec)
+        if known.archive != spec.archive and not (spec.sha256 and known.sha256 == spec.sha256):
+            raise UserError(f"{flag}: {known.archive} and {spec.archive} are both called {spec.name}; rename one, or "
+                            "give each in a call of its own")
+    return found
+
+
 def of_tasks(names: Iterable[str], beside: Iterable[pathlib.Path], given: Sequence[str] = (), flag: str = "--repo"
              ) -> tuple[dict[str, RepositorySpec], dict[str, str]]:
     """Finds the repositories that tasks name: given ones, starting states beside the tasks' files, or downloaded ones.
@@ -98,7 +109,7 @@ def of_tasks(names: Iterable[str], beside: Iterable[pathlib.Path], given: Sequen
         archives = [pathlib.Path(f"{path}.work", "archives", f"{name}.tar.gz") for path in places]
         if not names_of_rows.path_fault(f"{name}.tar.gz"):
             kept += [str(path) for path in archives if path.exists()][:1]
-    found, missing = {spec.name: spec for spec in map(locate, [*kept, *given])}, {}
+    found, missing = {spec.name: spec for spec in map(locate, kept)} | distinct(map(locate, given), flag), {}
     for name in names:
         if name in found:
             continue

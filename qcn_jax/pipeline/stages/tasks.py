@@ -66,6 +66,7 @@ def _locate(context: StageContext, names: Sequence[str]) -> dict[str, Repository
         found = list(executor.map(lambda name: sources.locate(name, cache), names))
     if found:
         context.log(f"{len(found)} source distributions, hashes checked, in {cache}")
+    sources.distinct(found, "--config.tasks.repos_train and repos_heldout")
     return dict(zip(names, found))
 
 

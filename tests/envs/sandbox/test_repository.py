@@ -37,6 +37,22 @@ def test_sdist(tmp_path):
     assert repository.settings(spec, members)["python_path"] == ["repo/src", "repo", "meta"]
 
 
+@pytest.mark.parametrize("name", ["build", "dist"])
+def test_packages_that_are_called_build_or_dist(tmp_path, name):
+    """They are no build results: what lies in a folder of that name is left out unless the folder is a package."""
+    files = {f"{name}/lib/x/__init__.py": "1", f"src/{name}/__init__.py": "1", f"src/{name}/env.py": "1",
+             f"src/{name}/sub/{name}/x.py": "1", "setup.py": "1"}
+    kept = ["repo/setup.py", f"repo/src/{name}/__init__.py", f"repo/src/{name}/env.py"]
+    spec = _sdist(tmp_path / f"{name}-1.tar.gz", {f"{name}-1/{path}": text for path, text in files.items()})
+    assert sorted(repository.unpack(spec)) == kept
+    for path, text in files.items():
+        (tmp_path / "made" / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made" / name / path).write_text(text)
+    assert sorted(repository.unpack(RepositorySpec(name, str(tmp_path / "made" / name)))) == kept
+    flat = _sdist(tmp_path / "flat.tar.gz", {f"{name}-1/{name}/__init__.py": "1", f"{name}-1/a.py": "1"})
+    assert sorted(repository.unpack(flat)) == sorted(["repo/a.py", f"repo/{name}/__init__.py"])
+
+
 def test_zip_and_folder_and_root(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("x-1/pkg/__init__.py", "")

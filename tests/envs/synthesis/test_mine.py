@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import threading
 
@@ -11,6 +12,7 @@ import pytest
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.synthesis import sources, verify
+from qcn_jax.envs.synthesis.make_tasks import Request, make_tasks
 from qcn_jax.envs.synthesis.mine import Criteria, issues, mine
 from qcn_jax.envs.synthesis.mine.history import Clone
 from qcn_jax.envs.synthesis.mine.split import kind_of
@@ -158,6 +160,65 @@ def test_github(tmp_path, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _again(clone, folder, *commands):
+    """A copy of the clone on which git commands were run."""
+    shutil.copytree(clone, folder)
+    for command in commands:
+        subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=b", *command], check=True, capture_output=True)
+    return folder
+
+
+def test_several_commits_of_one_pull_request_have_ids_of_their_own(clone, tmp_path):
+    copy = _again(clone, tmp_path / "copy")
+    for number in range(2):
+        core, test = copy / CORE, copy / TEST
+        core.write_text(core.read_text() + f"\n\ndef more{number}():\n    return {number}\n")
+        test.write_text(test.read_text() + f"\n\ndef test_more{number}():\n    from numbers_pkg.core import more{number}\n"
+                        f"    assert more{number}() == {number}\n")
+        for command in (["add", "-A"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", f"Part {number} (#20)"]):
+            subprocess.run(["git", "-C", copy, *command], check=True)
+    tasks = run(copy, tmp_path, Criteria(need_issue=False, limit=2)).tasks
+    assert len(tasks) == 2 and tasks[0].instance_id == "someone__numbers-20"
+    assert tasks[1].instance_id.startswith("someone__numbers.") and tasks[0].patch != tasks[1].patch
+
+
+def test_a_clone_that_lacks_objects_is_read_as_far_as_it_goes(clone, tmp_path):
+    """Partial clones have the history and not all of the files: such changes are unreadable, and no more."""
+    copy = _again(clone, tmp_path / "copy")
+    show = ["git", "-C", copy, "rev-parse", f"HEAD~2:{TEST}"]
+    blob = subprocess.run(show, check=True, capture_output=True, text=True).stdout.strip()
+    (copy / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    found = run(copy, tmp_path, Criteria(need_issue=False))
+    assert found.outcomes["unreadable"] >= 1 and found.tasks
+    head = ["git", "-C", copy, "rev-parse", f"HEAD:{CORE}"]
+    blob = subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
+    (copy / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    bare = tmp_path / "bare.git"
+    shutil.move(copy / ".git", bare)
+    with pytest.raises(UserError, match="objects are missing") as failure:
+        make_tasks(Request([str(bare)], tmp_path / "made", sandbox="local"))
+    assert "\n" not in str(failure.value)
+
+
+def test_two_clones_of_one_name_are_refused(clone, tmp_path):
+    copy = _again(clone, tmp_path / "copy")
+    with pytest.raises(UserError, match="^--repo: .* are clones of one name, numbers; give each in a call of its own$"):
+        make_tasks(Request([str(clone), str(copy)], tmp_path / "made", ("mine",), sandbox="local"))
+
+
+def test_exports_of_issues(tmp_path):
+    """What stands in texts ends no line, and exports of nothing hold null."""
+    path = tmp_path / "issues.json"
+    rows = [{"number": 3, "title": "a\u2028b\x85c", "body": "d\u2029e"}, {"number": 4, "title": "f"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert issues.Export(path).get(3).title == "a\u2028b\x85c" and issues.Export(path).get(4).title == "f"
+    path.write_text(json.dumps({"issues": None, "pulls": [{"number": 8}]}))
+    assert issues.Export(path).get(8).is_pull
+    path.write_text(json.dumps({"issues": {"1": {}}}))
+    with pytest.raises(UserError, match="field issues must be a list, got dict"):
+        issues.Export(path)
 
 
 def test_bad_input(tmp_path, monkeypatch, clone):

@@ -10,6 +10,7 @@ import pytest
 
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.synthesis import sources
+from qcn_jax.envs.synthesis.make_tasks import Request, make_tasks
 from qcn_jax.errors import UserError
 from tests.envs.synthesis.small import write_repository
 
@@ -110,6 +111,19 @@ def test_wrong_hash(archive, tmp_path, monkeypatch):
 def _copy(archive, folder):
     (folder / archive.name).write_bytes(archive.read_bytes())
     return folder / archive.name
+
+
+def test_repositories_of_one_name_are_not_mixed_up(archive, tmp_path):
+    """The first would be lost, or its tasks run on the second's files."""
+    other = write_repository(tmp_path / "other")
+    (other / "numbers_pkg" / "core.py").write_text("")
+    given = [str(archive), str(other)]
+    with pytest.raises(UserError, match=r"^--repo: .*numbers_pkg-1.0.tar.gz and .*other.* are both called numbers_pkg==1.0"):
+        sources.of_tasks(["numbers_pkg==1.0"], [], given)
+    with pytest.raises(UserError, match="^--repo: .* are both called"):
+        make_tasks(Request(given, tmp_path / "work", sandbox="local"))
+    assert not (tmp_path / "work").exists()
+    assert list(sources.distinct(map(sources.locate, [str(archive)] * 2))) == ["numbers_pkg==1.0"]
 
 
 @pytest.mark.parametrize("source", ["toolz", "no/such/folder", "toolz>=1.0", "-r==1", "toolz==1.0#sha256=12", "toolz==1.0#md5=12"])

@@ -95,6 +95,8 @@ def clean_root(root, dropped):
     """Deletes byte code and build results below the repository's own folder."""
     for folder, folders, names in os.walk(root):
         for name in [name for name in folders if name in dropped]:
+            if os.path.isfile(os.path.join(folder, name, "__init__.py")):
+                continue  # a package of that name, which the repository itself has
             folders.remove(name)
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         for name in names:

@@ -108,6 +108,8 @@ def mine(
             outcome = finding.outcome if task or finding.outcome != "kept" else "statement_tells_fix"
             outcomes[outcome] += 1
             if task is not None:
+                if task.instance_id in {known.instance_id for known in tasks}:  # several commits of one pull request
+                    task = dataclasses.replace(task, instance_id=_commit_id(clone, candidate.change))
                 tasks.append(task)
             else:
                 details[candidate.change.commit] = f"{outcome}: {finding.detail}" if finding.detail else outcome
@@ -256,8 +258,7 @@ def _task(
     if not text:
         return None
     spec = clone.archive(change.base, archives)
-    owner = f"{clone.owner}__" if clone.owner else ""
-    name = f"{owner}{clone.name}-{change.number}" if change.number else f"{owner}{clone.name}.{change.commit[:8]}"
+    name = f"{_project(clone)}-{change.number}" if change.number else _commit_id(clone, change)
     paths = patches.touched(candidate.patch)
     return quality.scored(Task(
         instance_id=name, repo=spec.name, base_commit=change.base, patch=candidate.patch,
@@ -265,6 +266,14 @@ def _task(
         PASS_TO_PASS=finding.pass_to_pass, created_at=change.date, version=clone.version(change.base),
         environment_setup_commit=change.base, strategy="mine", kind="pull_request" if change.number else "commit",
         path=paths[0] if len(paths) == 1 else "", timeout=finding.timeout))
+
+
+def _project(clone: Clone) -> str:
+    return f"{clone.owner}__{clone.name}" if clone.owner else clone.name
+
+
+def _commit_id(clone: Clone, change: Change) -> str:
+    return f"{_project(clone)}.{change.commit[:8]}"
 
 
 def observed(change: Change, finding: execute.Finding, patch: str) -> str:

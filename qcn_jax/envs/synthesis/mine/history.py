@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from qcn_jax.envs import names
-from qcn_jax.envs.sandbox.repository import DROPPED_NAMES, MAX_BYTES, MAX_FILES, RepositorySpec, write_archive
+from qcn_jax.envs.sandbox.repository import MAX_BYTES, MAX_FILES, RepositorySpec, without_leftovers, write_archive
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.synthesis.mine.gitdir import GitDirectory
 from qcn_jax.envs.synthesis.mine.issues import closing
@@ -103,9 +103,10 @@ class Clone:
         listing = self._directory.run("ls-tree", "-r", "-z", commit, limit=_TREE_BYTES).decode("utf-8", "replace")
         for entry in listing.split("\0"):
             facts, _, path = entry.partition("\t")
-            if facts.startswith("100") and not DROPPED_NAMES & set(path.split("/")) and not names.path_fault(path):
+            if facts.startswith("100") and not names.path_fault(path):
                 mode, _, blob = facts.split(" ")
                 found[path] = (mode, blob)
+        found = {path: found[path] for path in without_leftovers(found)}
         if len(self._trees) >= _TREES:
             del self._trees[next(iter(self._trees))]
         self._trees[commit] = found

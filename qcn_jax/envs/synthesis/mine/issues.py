@@ -60,11 +60,15 @@ class Export(Tracker):
             value = json.loads(text)
         except ValueError:
             try:
-                value = [json.loads(line) for line in text.splitlines() if line.strip()]
+                value = [json.loads(line) for line in text.split("\n") if line.strip()]
             except ValueError as error:
                 raise UserError(f"--issues={path}: is neither JSON nor JSON lines") from error
         if isinstance(value, dict) and {"issues", "pulls"} & set(value):
-            rows = [(row, False) for row in value.get("issues", [])] + [(row, True) for row in value.get("pulls", [])]
+            for key, is_pull in (("issues", False), ("pulls", True)):
+                found = value.get(key) or []  # exports of nothing hold null
+                if not isinstance(found, list):
+                    raise UserError(f"--issues={path}: field {key} must be a list, got {type(found).__name__}")
+                rows += [(row, is_pull) for row in found]
         elif isinstance(value, list):
             rows = [(row, False) for row in value]
         else:
