@@ -82,6 +82,18 @@ def sign_flip_test(differences: Sequence[float], resamples: int = 20_000, seed: 
     return float((1 + extreme.sum()) / (1 + resamples))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several, by Holm's step-down method.
+
+    Source: Holm (1979), "A simple sequentially rejective multiple test procedure".
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Probability that `k` of the `samples` drawn without replacement hold at least one that is correct.
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.scaffolds import Message, Scaffold
 from qcn_jax.agents.tools import RunSummary, ToolResult, skipped
-from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.chat.rendering import ParsedMessage, ToolCall
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.tasks.schema import Task
 
@@ -30,8 +30,12 @@ class EndReason(enum.StrEnum):
     SUBMITTED = "submitted"
     TURN_LIMIT = "turn_limit"
     LENGTH_LIMIT = "length_limit"
+    TIME_LIMIT = "time_limit"
     UNREADABLE = "unreadable"  # MAX_UNREADABLE turns in a row held no call that could be read
-    INFRASTRUCTURE = "infrastructure"  # the sandbox failed; the episode must not count
+    INFRASTRUCTURE = "infrastructure"  # the sandbox or the endpoint failed; the episode must not count
+
+
+LIMITS = frozenset({EndReason.TURN_LIMIT, EndReason.LENGTH_LIMIT, EndReason.TIME_LIMIT})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +56,13 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One assistant turn and what came of it."""
+    """One assistant turn and what came of it; `content` is what it says besides its calls."""
 
     text: str
     calls: tuple[ToolCall, ...]
     results: tuple[ToolResult, ...]
     malformed: bool
+    content: str = ""
 
     @property
     def tests(self) -> RunSummary | None:
@@ -133,7 +138,7 @@ class Episode:
         self.task, self.scaffold, self.messages = task, scaffold, scaffold.first_messages(task, executor)
         self.turns: list[Turn] = []
         self.reason: EndReason | None = None
-        self.executor, self._max_turns, self._guard = executor, max_turns, guard
+        self.executor, self._max_turns, self.guard = executor, max_turns, guard
         self._unreadable = 0
 
     @property
@@ -148,20 +153,31 @@ class Episode:
           text: what the agent wrote, without the turn's closing token.
           complete: the agent closed its turn itself; a turn that was cut off is not executed.
         """
+        return self.take(self.scaffold.parse(text), {"role": "assistant", "content": text}, complete)
+
+    def take(self, parsed: ParsedMessage, message: Message, complete: bool = True) -> Observation:
+        """Takes one assistant turn that somebody has taken apart.
+
+        Args:
+          parsed: what it holds.
+          message: the turn as it stands in the conversation; with `tool_calls`, what each gave is told under its id.
+          complete: see `step`.
+        """
         if self.done:
             raise ValueError(f"the episode is over: {self.reason}")
-        parsed = self.scaffold.parse(text)
-        calls = tuple(parsed.calls) if complete else ()
-        self.messages.append({"role": "assistant", "content": text})
+        calls, text = tuple(parsed.calls) if complete else (), message["content"]
+        self.messages.append(message)
         try:
             results = self._execute(calls)
         except SandboxError:
-            self.turns.append(Turn(text, calls, (), bool(parsed.problems)))
+            self.turns.append(Turn(text, calls, (), bool(parsed.problems), parsed.content))
             return self._end(EndReason.INFRASTRUCTURE)
-        malformed = not calls or bool(parsed.problems) or any(result.malformed for result in results)
-        self.turns.append(Turn(text, calls, results, malformed))
+        ended = self.scaffold.ends_without_call and complete and bool(parsed.content.strip())
+        ended = ended and not calls and not parsed.problems
+        malformed = not (calls or ended) or bool(parsed.problems) or any(result.malformed for result in results)
+        self.turns.append(Turn(text, calls, results, malformed, parsed.content))
         self._unreadable = 0 if calls else self._unreadable + 1
-        if any(result.submitted for result in results) or (
+        if ended or any(result.submitted for result in results) or (
             self.scaffold.single_turn and results and all(result.ok for result in results)
         ):
             return self._end(EndReason.SUBMITTED)
@@ -169,17 +185,16 @@ class Episode:
             return self._end(EndReason.TURN_LIMIT)
         if self._unreadable >= MAX_UNREADABLE:
             return self._end(EndReason.UNREADABLE)
-        if calls:
-            messages = self.scaffold.observe(results)
-        else:
-            problem = "cut off" if not complete else "; ".join(parsed.problems[:2]) or "no tool call"
-            messages = self.scaffold.observe_problem(problem)
+        problem = "cut off" if not complete else "; ".join(parsed.problems[:2]) or "no tool call"
+        messages = self.scaffold.observe(results) if calls else self.scaffold.observe_problem(problem)
+        if "tool_calls" in message:
+            messages = _answers(message["tool_calls"], [item["content"] for item in messages], problem)
         self.messages.extend(messages)
         return Observation(tuple(messages), False, malformed)
 
     def _execute(self, calls: Sequence[ToolCall]) -> tuple[ToolResult, ...]:
         """Results of `calls`; of those before the first that the guard refuses, its refusal, and skipped ones."""
-        refusals = (self._guard.check(call.name, call.arguments) if self._guard else None for call in calls)
+        refusals = (self.guard.check(call.name, call.arguments) if self.guard else None for call in calls)
         refused, message = next(((i, text) for i, text in enumerate(refusals) if text is not None), (len(calls), ""))
         results = self.executor.execute(calls[:refused]) if refused else []
         if refused < len(calls) and all(result.ok and not result.submitted for result in results):
@@ -217,3 +232,12 @@ class Episode:
             runs=tuple(result.tests for result in results if result.tests is not None), tests_passed=passed,
             malformed=tuple(turn.malformed for turn in self.turns), blocked=sum(result.blocked for result in results),
         )
+
+
+def _answers(calls: Sequence[Message], contents: Sequence[Any], problem: str) -> list[Message]:
+    """One message for every call, which servers insist on: those that were not made are told why not."""
+    told, made = iter(contents), []
+    for call in calls:
+        content = next(told, "not executed") if call.get("readable", True) else f"not executed: {problem}"
+        made.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+    return made

@@ -9,7 +9,7 @@
 from typing import Any
 
 from qcn_jax.agents.guard import Guard
-from qcn_jax.agents.operations import BASH_TIMEOUT, SUBMIT_COMMAND
+from qcn_jax.agents.operations import BASH_TIMEOUT, SUBMIT_COMMAND, late_command
 from qcn_jax.agents.workspace import ROOT
 from qcn_jax.envs.sandbox.base import Sandbox
 
@@ -42,7 +42,7 @@ class SandboxEnvironment:
             command = f"cd {cwd} && {{ {command}\n}}"
         limit = timeout or self.timeout
         ran = self.sandbox.exec(command, limit)
-        late = f"An error occurred while executing the command: timed out after {limit:g} seconds" * ran.timed_out
+        late = late_command(limit) * ran.timed_out
         output = {"output": ran.output, "returncode": -1 if late else ran.exit_code, "exception_info": late}
         lines = ran.output.lstrip().splitlines(keepends=True)
         if lines and lines[0].strip() == SUBMIT_COMMAND and output["returncode"] == 0:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from qcn_jax.agents.python_code import occurrences
 from qcn_jax.agents.tools import RunSummary, ToolError, ToolExecutor, ToolResult
 from qcn_jax.agents.workspace import WorkspaceError, relative_path
+from qcn_jax.envs.sandbox.base import ExecResult
 
 MAX_MATCHES, MAX_MATCH = 50, 200  # lines that `search` shows, and characters of one
 BASH_TIMEOUT = 60.0  # seconds, as in mini-swe-agent's SWE-bench configuration
+MINI_OUTPUT = 10_000  # characters of a command's output that mini-swe-agent shows whole
 SUBMIT_COMMAND = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"  # mini-swe-agent: first line of output that submits
 
 
@@ -118,8 +120,25 @@ def bash_or_submit(executor: ToolExecutor, command: str) -> ToolResult:
     ran = executor.bash(command, BASH_TIMEOUT)
     first = ran.output.lstrip().split("\n", 1)[0].strip()
     submitted = first == SUBMIT_COMMAND and ran.exit_code == 0 and not ran.timed_out
-    code = -1 if ran.timed_out else ran.exit_code
-    return ToolResult("bash", f"<returncode>{code}</returncode>\n<output>\n{ran.output}</output>", submitted=submitted)
+    return ToolResult("bash", mini_observation(ran, BASH_TIMEOUT), submitted=submitted)
+
+
+def mini_observation(ran: ExecResult, timeout: float) -> str:
+    """What a command did in the form of mini-swe-agent's SWE-bench configuration, its warning in our own words."""
+    late = f"<exception>{late_command(timeout)}</exception>\n" if ran.timed_out else ""
+    head, output = f"{late}<returncode>{-1 if ran.timed_out else ran.exit_code}</returncode>\n", ran.output
+    if len(output) < MINI_OUTPUT:
+        return f"{head}<output>\n{output}</output>"
+    half = MINI_OUTPUT // 2
+    return (f"{head}<warning>\nThe output is too long and its middle is left out. Ask for less: head, tail, sed or a "
+            f"narrower search; or write it to a file and search that.\n</warning><output_head>\n{output[:half]}\n"
+            f"</output_head>\n<elided_chars>\n{len(output) - MINI_OUTPUT} characters elided\n</elided_chars>\n"
+            f"<output_tail>\n{output[-half:]}\n</output_tail>")
+
+
+def late_command(timeout: float) -> str:
+    """How mini-swe-agent's environments word a command that was stopped."""
+    return f"An error occurred while executing the command: timed out after {timeout:g} seconds"
 
 
 def submit(executor: ToolExecutor) -> ToolResult:
@@ -133,3 +152,14 @@ def describe_tests(summary: RunSummary) -> str:
         return f"all {summary.total} tests passed" if summary.total else "all tests passed"
     head = f"{summary.failed} of {summary.total} tests failed" if summary.status == "ok" else f"tests: {summary.status}"
     return "\n".join([head, *summary.names, summary.message]).rstrip()
+
+
+def terminal(executor: ToolExecutor, command: str, timeout: float = BASH_TIMEOUT) -> ExecResult:
+    """Runs a command in a terminal that lasts: folder and exported variables are those that the last one left.
+
+    Processes do not outlive their command: sandboxes end all that a command started.
+    """
+    state = '"${TMPDIR:-/tmp}/.terminal"'
+    script = (f"[ -f {state} ] && . {state}\n"
+              f"trap '{{ export -p; echo \"cd \\\"$PWD\\\"\"; }} >{state} 2>/dev/null' EXIT\n{command}")
+    return executor.bash(script, min(max(timeout, 1.0), 10 * BASH_TIMEOUT))

@@ -128,6 +128,7 @@ class ToolExecutor:
         self._undo: list[tuple[str, str | None, _View | None]] = []
         self._view: _View | None = None
         self._revision = 0
+        self.notes: dict[str, Any] = {}  # what a scaffold's tools keep between calls; plain values
 
     def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Runs the calls of one turn in order; those after a failed one or a submission are skipped.

@@ -19,7 +19,7 @@ class Trajectory:
       messages: assistants carry `tool_calls` (name, arguments) and the `template` they are written in.
       wrong_edits: attempts before the right one.
       outcomes: of each test run, in order: passed or not.
-      failed: numbers of the assistant's turns, from 0, that ended in failing tests.
+      failed: numbers of the assistant's turns, from 0, that ended in failing tests, or that the guard refused.
       search: nobody knew the answer; also edits on which tests failed show how to look for a defect.
       tools: schemas that the system turn lists; None where it lists none.
     """
@@ -60,7 +60,7 @@ def verified(
     Raises:
       SandboxError: the sandbox failed.
     """
-    task, scaffold = episode.task, episode.scaffold
+    task = episode.task
     if episode.reason is EndReason.INFRASTRUCTURE:
         raise SandboxError(f"{task.instance_id}: the sandbox failed")
     if episode.reason is not EndReason.SUBMITTED or any(turn.malformed for turn in episode.turns):
@@ -68,16 +68,30 @@ def verified(
     result = episode.result()
     if not (grade(task, result.patch) if grade else result.tests_passed or executor.test().passed):
         return None
+    return of_episode(episode, result.patch, search)
+
+
+def of_episode(episode: Episode, patch: str, search: bool = False) -> Trajectory:
+    """An episode that left `patch` as a conversation; see `verified` for those that are worth it."""
+    task, scaffold = episode.task, episode.scaffold
+    runs = [result.tests for turn in episode.turns for result in turn.results if result.tests is not None]
+    refused = lambda turn: any(result.blocked for result in turn.results)
     return Trajectory(
-        task.instance_id, task.repo, scaffold.name, scaffold.template, messages_with_calls(episode), result.patch,
-        wrong_edits=max(len(result.runs) - 1, 0), outcomes=tuple(run.passed for run in result.runs),
-        failed=tuple(number for number, turn in enumerate(episode.turns) if turn.tests and not turn.passed),
+        task.instance_id, task.repo, scaffold.name, scaffold.template, messages_with_calls(episode), patch,
+        wrong_edits=max(len(runs) - 1, 0), outcomes=tuple(run.passed for run in runs),
+        failed=tuple(number for number, turn in enumerate(episode.turns)
+                     if turn.tests and not turn.passed or refused(turn)),
         search=search, tools=scaffold.schemas(),
     )
 
 
 def messages_with_calls(episode: Episode) -> tuple[Message, ...]:
     """The episode's messages, assistants with their calls taken apart instead of text."""
-    turns = iter(episode.turns)
-    return tuple(episode.scaffold.assistant(next(turns).calls) if message["role"] == "assistant" else message
-                 for message in episode.messages)
+    turns, found = iter(episode.turns), []
+    for message in episode.messages:
+        if message["role"] == "assistant":
+            turn = next(turns)
+            reasoning = {key: message[key] for key in ("reasoning_content",) if key in message}
+            message = episode.scaffold.assistant(turn.calls, turn.content) | reasoning
+        found.append(message)
+    return tuple(found)

@@ -1,21 +1,54 @@
-"""A client for OpenAI-compatible chat endpoints, with answers kept on disk so that a rerun asks nothing twice."""
+"""A client for OpenAI-compatible chat endpoints; what a busy or broken server does not answer whole is asked again.
 
+`Endpoint.ask` gives a text and keeps it on disk, so that a rerun asks nothing twice; `Endpoint.turn` gives an agent's
+next turn, with its tool calls as the server parsed them.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
+import random
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from qcn_jax import files
+from qcn_jax.chat.completion import Broken, Completion, read_stream, read_whole
 from qcn_jax.errors import UserError
 
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
-ATTEMPTS = 5
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubles with every attempt
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+ATTEMPTS = 6
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubles with every attempt, the server's Retry-After counts
+# How servers say that a conversation is longer than the model's context; only some have OpenAI's code for it.
+_TOO_LONG = re.compile(r"context.?(?:length|window|size)|too many tokens|too long|max_model_len|max_tokens must be",
+                       re.IGNORECASE)
+_NEVER = (401, 403, 404, 405)  # what is wrong for every request
+
+
+class EndpointError(UserError):
+    """The endpoint refuses. `everywhere`: any other request would be refused as well."""
+
+    def __init__(self, line: str, everywhere: bool = False):
+        super().__init__(line)
+        self.everywhere = everywhere
+
+
+class EndpointFailed(EndpointError):
+    """It fails, however often it is tried; later it may work."""
+
+
+class ContextExceeded(EndpointError):
+    """The conversation is longer than the model's context."""
+
+
+class Late(Exception):
+    """The deadline passed before the answer was whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +56,9 @@ class Endpoint:
     """Where a model answers.
 
     `url` ends where `/chat/completions` begins (`http://localhost:8000/v1`); `key_variable` names the environment
-    variable that holds the key (none is sent where it is not set); `cache` is a folder of answers.
+    variable that holds the key (none is sent where it is not set); `cache` is a folder of answers, of `ask` alone.
+    `timeout` are seconds without a byte; `top_p` 0 leaves the choice to the server. `stream`: answers come in pieces,
+    so that a long one is not taken for a dead server.
     """
 
     url: str
@@ -33,6 +68,9 @@ class Endpoint:
     max_tokens: int = 2048
     temperature: float = 0.0
     timeout: float = 300.0
+    top_p: float = 0.0
+    stream: bool = True
+    attempts: int = ATTEMPTS
 
     def ask(self, messages: Sequence[Mapping[str, str]], seed: int = 0) -> str:
         """The answer's text; the same messages and seed give the same one from the cache.
@@ -40,16 +78,76 @@ class Endpoint:
         Raises:
           UserError: the endpoint cannot be reached, refuses, or answers something else; names the URL.
         """
-        body = {"model": self.model, "messages": list(messages), "max_tokens": self.max_tokens,
-                "temperature": self.temperature, "seed": seed}
+        body = self._body(messages, seed)
         path = self._path(body)
         if path is not None and path.exists():
             return files.read_json(path)["content"]
-        content = _content(self._post(body), self.url)
+        content = self._post(body, None).content
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(path, {"request": body, "content": content})
         return content
+
+    def turn(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, seed: int = 0,
+             deadline: float | None = None) -> Completion:
+        """The model's next turn.
+
+        Args:
+          messages: OpenAI's.
+          tools: schemas that it may call; None where calls are part of its text.
+          seed: of sampling.
+          deadline: of time.monotonic(), after which nobody waits any more.
+
+        Raises:
+          EndpointFailed: it cannot be reached or fails again and again.
+          ContextExceeded: the conversation is too long.
+          EndpointError: it refuses for another reason.
+          Late: the deadline has passed.
+        """
+        body = self._body(messages, seed)
+        if self.top_p:
+            body["top_p"] = self.top_p
+        if tools:
+            body["tools"] = list(tools)
+        if self.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return self._post(body, deadline)
+
+    def check(self) -> None:
+        """Raises EndpointError where nothing answers, or the key is refused; for asking before long work."""
+        reason = ""
+        for attempt in range(2):
+            try:
+                reply = self._client.get(f"{self.url.rstrip('/')}/models", headers=self._headers(), timeout=30.0)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                reason = f"cannot be reached ({_words(error)})"
+                time.sleep(FIRST_PAUSE * (1 - attempt))
+                continue
+            if reply.status_code in (401, 403):
+                raise EndpointError(f"--endpoint={self.url}: answers {reply.status_code}; its key is read from the "
+                                    f"environment variable {self.key_variable} (--key_variable)", everywhere=True)
+            return
+        raise EndpointFailed(f"--endpoint={self.url}: {reason}")
+
+    def close(self) -> None:
+        """Ends all requests under way, from any thread."""
+        self._client.close()
+
+    @functools.cached_property
+    def _client(self) -> httpx.Client:
+        # Whoever asks decides how many requests run; a proxy's pool must not.
+        return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
+
+    def __getstate__(self) -> dict[str, Any]:  # without connections: for worker processes
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _body(self, messages: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+        return {"model": self.model, "messages": list(messages), "max_tokens": self.max_tokens,
+                "temperature": self.temperature, "seed": seed}
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get(self.key_variable, "")
+        return {"authorization": f"Bearer {key}"} if key else {}
 
     def _path(self, body: Mapping[str, Any]) -> pathlib.Path | None:
         if not self.cache:
@@ -57,36 +155,79 @@ class Endpoint:
         name = hashlib.sha256(repr((self.url, sorted(body.items()))).encode()).hexdigest()[:32]
         return pathlib.Path(self.cache, f"{name}.json")
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
-        key = os.environ.get(self.key_variable, "")
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        url = f"{self.url.rstrip('/')}/chat/completions"
+    def _post(self, body: Mapping[str, Any], deadline: float | None) -> Completion:
         pause, reason = FIRST_PAUSE, ""
-        for attempt in range(ATTEMPTS):
-            try:
-                reply = httpx.post(url, json=body, headers=headers, timeout=self.timeout)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                reason = f"cannot be reached ({error})"
-            else:
-                if reply.status_code == 200:
-                    try:
-                        return reply.json()
-                    except ValueError as error:
-                        raise UserError(f"--endpoint={self.url}: the answer is not JSON") from error
-                reason = f"answers {reply.status_code}: {' '.join(reply.text.split())[:200]}"
-                if reply.status_code not in RETRIED:
-                    break
-            if attempt < ATTEMPTS - 1:
-                time.sleep(pause)
+        for attempt in range(self.attempts):
+            if attempt:
+                _wait(pause, deadline)
                 pause = min(2 * pause, LONGEST_PAUSE)
-        raise UserError(f"--endpoint={self.url}: {reason}")
+            try:
+                with self._request(body, deadline) as reply:
+                    if reply.status_code == 200:
+                        return dataclasses.replace(_read(reply, deadline), retries=attempt)
+                    status, text = reply.status_code, _text(reply)
+            except (httpx.HTTPError, httpx.InvalidURL, Broken) as error:
+                _check(deadline)
+                what = "breaks off" if isinstance(error, Broken) else "cannot be reached"
+                reason = f"{what} ({_words(error)})"
+                continue
+            reason = f"answers {status}: {' '.join(text.split())[:200]}"
+            if status in (400, 413, 422) and _TOO_LONG.search(text):
+                raise ContextExceeded(f"--endpoint={self.url}: {reason}")
+            if status not in RETRIED:
+                raise EndpointError(f"--endpoint={self.url}: {reason}", status in _NEVER)
+            pause = max(pause, _retry_after(reply))
+        raise EndpointFailed(f"--endpoint={self.url}: {reason}")
+
+    @contextlib.contextmanager
+    def _request(self, body: Mapping[str, Any], deadline: float | None) -> Iterator[httpx.Response]:
+        left = self.timeout if deadline is None else max(0.1, min(self.timeout, deadline - time.monotonic()))
+        limits = httpx.Timeout(left, pool=None)
+        with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=dict(body),
+                                 headers=self._headers(), timeout=limits) as reply:
+            yield reply
 
 
-def _content(reply: Any, url: str) -> str:
+def _read(reply: httpx.Response, deadline: float | None) -> Completion:
+    if reply.headers.get("content-type", "").startswith("text/event-stream"):
+        return read_stream(_lines(reply, deadline))
+    return read_whole("\n".join(_lines(reply, deadline)))
+
+
+def _lines(reply: httpx.Response, deadline: float | None) -> Iterator[str]:
+    for line in reply.iter_lines():
+        _check(deadline)
+        yield line
+
+
+def _text(reply: httpx.Response) -> str:
     try:
-        return reply["choices"][0]["message"]["content"] or ""
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"--endpoint={url}: the answer has no choices[0].message.content") from error
+        return reply.read().decode("utf-8", "replace")
+    except httpx.HTTPError:  # the status says enough
+        return ""
+
+
+def _retry_after(reply: httpx.Response) -> float:
+    """Seconds that the server asks to wait, at most LONGEST_PAUSE."""
+    asked = reply.headers.get("retry-after", "")
+    return min(float(asked), LONGEST_PAUSE) if re.fullmatch(r"\d{1,6}(\.\d+)?", asked) else 0.0
+
+
+def _check(deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() > deadline:
+        raise Late
+
+
+def _wait(seconds: float, deadline: float | None) -> None:
+    """Sleeps, by chance up to a quarter shorter, so that many who were refused together do not come back together."""
+    seconds *= random.uniform(0.75, 1.0)
+    if deadline is not None and time.monotonic() + seconds > deadline:
+        raise Late
+    time.sleep(seconds)
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def code_block(text: str) -> str:

@@ -20,7 +20,10 @@ VERBS = {
     "run": ("qcn_jax.cli.run", "every stage from repositories to a trained and evaluated agent; resumable"),
     "synthesize": ("qcn_jax.cli.synthesize", "make verified tasks from repositories, with yields"),
     "verify": ("qcn_jax.cli.verify", "check tasks: the gold patch passes, the empty patch fails"),
-    "evaluate": ("qcn_jax.cli.evaluate", "resolved rate of a checkpoint or of predictions, with 95 % interval"),
+    "collect": ("qcn_jax.cli.collect", "let an agent act on tasks and keep what execution verifies, to learn from"),
+    "evaluate": ("qcn_jax.cli.evaluate", "resolved rate of a model or of predictions, with 95 % interval"),
+    "compare": ("qcn_jax.cli.compare", "evaluations paired: won, lost, exact p, intervals"),
+    "fix": ("qcn_jax.cli.fix", "let an agent mend a failing test of a repository; prints the graded diff"),
     "convert": ("qcn_jax.cli.convert", "Hugging Face checkpoint in and out"),
     "preview-data": ("qcn_jax.cli.preview_data", "rows as a stage trains on them: tokens, segments, loss"),
     "compile": ("qcn_jax.cli.compile", "compile a config's step for a named TPU topology"),
@@ -28,7 +31,7 @@ VERBS = {
     "serve": ("qcn_jax.cli.serve", "OpenAI-compatible HTTP server for a checkpoint"),
     "doctor": ("qcn_jax.cli.doctor", "what this machine has: devices, Docker, registry, disk"),
 }
-_COMPUTING = ("run", "evaluate", "generate", "serve")  # verbs that step a model over and over
+_COMPUTING = ("run", "collect", "evaluate", "fix", "generate", "serve")  # verbs that step a model over and over
 _FINALIZERS = ("__del__", "_xla_gc_callback")
 _AGAIN_SECONDS = 0.02  # until a signal that came during a finalizer is tried again
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended

@@ -37,8 +37,11 @@ class HelpShown(Exception):
     """--help was given and printed; the verb ends with status 0."""
 
 
-def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[str]) -> None:
-    """Parses `argv` (without program and verb) into `values`.
+def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[str], words: str = "") -> list[str]:
+    """Parses `argv` (without program and verb) into `values`; returns what is no flag.
+
+    Args:
+      words: what may stand beside flags, for messages; empty where nothing may.
 
     Raises:
       HelpShown: --help or -h was among the arguments; the help text is on stdout.
@@ -47,6 +50,7 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
     if _asks_for_help(argv):
         print(_help(values, verb, explanation))
         raise HelpShown
+    values.set_gnu_getopt(bool(words))  # so that flags may stand behind words
     try:
         rest = values([f"qcn {verb}", *_arranged(values, argv)])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -59,8 +63,9 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
         # Where nothing is the default, an empty value is a shell variable that was not set.
         if flag.present and flag.default is None and flag.value in ("", []):
             raise UserError(f"--{name}: is empty; leave it out or give a value")
-    if rest:
+    if rest and not words:
         raise UserError(f"unexpected argument {rest[0]!r}; every option is a flag, see qcn {verb} --help")
+    return rest
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> Callable[[], RunConfig]:

@@ -29,6 +29,7 @@ from qcn_jax.sharding import distributed
 
 if TYPE_CHECKING:
     from qcn_jax.agents.scaffolds import Scaffold
+    from qcn_jax.agents.services import Services
     from qcn_jax.pipeline.experts.expert import Expert
 
 _MODEL_FOLDERS = {
@@ -189,6 +190,17 @@ class StageContext:
             return provider
 
         return self.shared.get("provider", build)
+
+    def services(self) -> "Services":
+        """What the episodes of a stage that acts need.
+
+        Raises:
+          UserError: its scaffold has a shell, and the sandbox lets no command run.
+        """
+        from qcn_jax.agents.services import check_shell, pool_services
+
+        check_shell(self.scaffold(self.stage), self.provider(), f"--config.{self.stage}.scaffold")
+        return pool_services(self.repositories(), self.provider(), self.pool())
 
     def pool(self) -> Any:
         """The pool of environment workers of this run, `config.workers` of them.

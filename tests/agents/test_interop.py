@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from qcn_jax.agents.acting import Limits, play
+from qcn_jax.agents.episode import Episode
 from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.interop import SandboxEnvironment
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
+from qcn_jax.agents.workspace import SandboxWorkspace
+from qcn_jax.chat.endpoint import Endpoint
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.tasks import formats, harbor
 from qcn_jax.envs.tasks.grading import Grader, starting_changes
-from tests.agents import tiny
+from tests.agents import playing, tiny
 from tests.sandboxes import CALC, FILE, SOURCE, TESTS, make_task
 
 SED = "sed -i 's/if value > low/if value < low/' calc/core.py"
@@ -47,6 +52,51 @@ def test_mini_swe_agents_own_agent_solves_a_task_in_a_sandbox():
         assert agent.run(task.problem_statement)["exit_status"] == "Submitted"
         patch = box.diff()
     assert Grader(tiny.provider()).grade(task, patch).resolved
+
+
+@pytest.mark.parametrize("model", ["gold", "wrong", "empty"])
+def test_the_packages_agent_and_ours_do_the_same(tmp_path, model):
+    """The same endpoint, task and sandboxes: the same commands, observations and verdicts."""
+    pytest.importorskip("minisweagent", reason="not installed: mini-swe-agent")
+    import yaml
+    from minisweagent.agents.default import DefaultAgent
+    from minisweagent.config import builtin_config_dir
+    from minisweagent.models.test_models import DeterministicModel
+    from minisweagent.models.utils.actions_text import parse_regex_actions
+
+    settings = yaml.safe_load((builtin_config_dir / "benchmarks/swebench_backticks.yaml").read_text())
+    script = playing.putting("calc/core.py", tiny.GOOD if model == "gold" else "1 / 0\n", "cat calc/core.py; seq 4000")
+    with playing.serve(script) as (url, _, _):
+        name = "empty" if model == "empty" else "gold"
+
+        class OverHttp(DeterministicModel):
+            """The package's test model, whose turns come from the endpoint."""
+
+            def query(self, messages, **_):
+                turn = Endpoint(url, name).turn([{"role": m["role"], "content": m["content"]} for m in messages], None)
+                actions = parse_regex_actions(
+                    turn.content, action_regex=settings["model"]["action_regex"] if "action_regex" in settings["model"]
+                    else r"```mswea_bash_command\s*\n(.*?)\n```", format_error_template="{{error}}")
+                return {"role": "assistant", "content": turn.content, "extra": {"actions": actions, "cost": 0.0}}
+
+        task = tiny.make_task()
+        start = starting_changes(task, tiny.PRISTINE)
+        with sandbox(tiny.provider(), "tiny==1", start) as box:
+            theirs = DefaultAgent(OverHttp(outputs=[], observation_template=settings["model"]["observation_template"]),
+                                  SandboxEnvironment(box), system_template="s", instance_template="{{task}}")
+            assert theirs.run(task.problem_statement)["exit_status"] == "Submitted"
+            their_patch = box.diff()
+        with sandbox(tiny.provider(), "tiny==1", start) as box:
+            ours = Episode(task, MINI_SWE_AGENT, MINI_SWE_AGENT.executor(task, SandboxWorkspace(box)), guard=Guard())
+            play(ours, Endpoint(url, name), Limits())
+            patch = box.diff()
+    plain = lambda text: re.sub(r"<warning>.*?</warning>", "", text, flags=re.DOTALL).strip()
+    said = [[plain(m["content"]) for m in messages[2:] if m["role"] in ("assistant", "user")]
+            for messages in (theirs.messages, ours.messages)]
+    assert said[0] == said[1] and len(said[0]) == (1 if model == "empty" else 3)
+    assert patch == their_patch
+    verdict = Grader(tiny.provider()).grade(task, patch)
+    assert verdict.outcome == {"gold": "resolved", "wrong": "unresolved", "empty": "empty_patch"}[model]
 
 
 @pytest.mark.parametrize("text", [

@@ -6,9 +6,12 @@ import pytest
 
 from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.agents.scaffolds import SCAFFOLDS
+from qcn_jax.agents.scaffolds.claude_code import CLAUDE_CODE
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
+from qcn_jax.agents.scaffolds.openhands import OPENHANDS
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
+from qcn_jax.agents.scaffolds.terminus import TERMINUS_JSON, TERMINUS_XML
 from qcn_jax.agents.workspace import SandboxWorkspace
 from qcn_jax.chat import rendering
 from qcn_jax.chat.encoder import ChatEncoder
@@ -21,7 +24,8 @@ from qcn_jax.recipes.nano.scaffold import NANO
 from tests.agents import tiny
 
 NANO_SINGLE = NANO.single()
-ALL = [NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT]
+ALL = [NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT, OPENHANDS, CLAUDE_CODE, TERMINUS_JSON, TERMINUS_XML]
+SED = "sed -i 's/if value > low/if value < low/' core.py"
 CORE = "/testbed/calc/core.py"
 MEND = {
     "nano": [
@@ -46,6 +50,27 @@ MEND = {
         [ToolCall("run_shell_command", {"command": "python -m pytest -q tests", "description": "Test"})],
         [ToolCall("submit")],
     ],
+    "openhands": [
+        [ToolCall("terminal", {"command": "cd calc && export WHAT=low && grep -n 'def clamp' core.py"})],
+        [ToolCall("task_tracker", {"command": "plan", "task_list": [{"title": "mend", "status": "in_progress"}]}),
+         ToolCall("think", {"thought": "The comparison is the wrong way round."})],
+        [ToolCall("file_editor", {"command": "view", "path": CORE, "view_range": [8, 14]})],
+        [ToolCall("terminal", {"command": "sed -i \"s/if value > $WHAT/if value < $WHAT/\" core.py && pwd"})],
+        [ToolCall("finish", {"message": "done"})],
+    ],
+    "claude_code": [
+        [ToolCall("Glob", {"pattern": "**/core.py"}), ToolCall("Grep", {"pattern": "def cla.p", "output_mode": "content"})],
+        [ToolCall("Read", {"file_path": CORE, "offset": 8, "limit": 7})],
+        [ToolCall("Edit", {"file_path": CORE, "old_string": "if value > low:", "new_string": "if value < low:"})],
+        [ToolCall("Bash", {"command": "cd calc && ls", "timeout": 5000, "description": "List"})],
+        [],
+    ],
+    **{f"terminus_{form}": [
+        [ToolCall("keystrokes", {"keystrokes": "cd calc\n", "duration": 0.1}),
+         ToolCall("keystrokes", {"keystrokes": "grep -n 'def clamp' core.py\n", "duration": 0.1})],
+        [ToolCall("keystrokes", {"keystrokes": f"{SED}\n", "duration": 1.0}), ToolCall("task_complete", {})],
+        [ToolCall("task_complete", {})],
+    ] for form in ("json", "xml")},
     "mini_swe_agent": [
         [ToolCall("bash", {"command": "cat calc/core.py"})],
         [ToolCall("bash", {"command": "sed -i 's/if value > low/if value < low/' calc/core.py"})],
@@ -61,7 +86,7 @@ def test_the_same_task_is_mended_in_a_live_sandbox(scaffold):
         executor = scaffold.executor(task, SandboxWorkspace(box))
         episode = Episode(task, scaffold, executor)
         for calls in MEND[scaffold.name]:
-            observation = episode.step(scaffold.render("", calls))
+            observation = episode.step(scaffold.render("" if calls else "All is done.", calls))
             assert not observation.malformed
             assert all(result.ok for result in episode.turns[-1].results), episode.turns[-1].results
         result = episode.result()
@@ -74,7 +99,7 @@ def test_the_same_task_is_mended_in_a_live_sandbox(scaffold):
 @pytest.mark.parametrize("scaffold", ALL, ids=lambda s: s.name)
 def test_calls_read_back(scaffold):
     for calls in MEND[scaffold.name]:
-        parsed = scaffold.parse(scaffold.render("", calls))
+        parsed = scaffold.parse(scaffold.render("What it is.\n\nWhat is next.", calls))
         assert parsed.problems == []
         assert [call.name for call in parsed.calls] == [call.name for call in calls]
         assert [call.arguments for call in parsed.calls] == [call.arguments for call in calls]
@@ -201,4 +226,53 @@ def test_variants_that_a_scaffold_does_not_offer_are_refused():
 
 
 def test_scaffolds_with_a_shell_ask_for_a_guard():
-    assert [scaffold.name for scaffold in ALL if scaffold.has_shell] == ["swe_agent", "qwen_code", "mini_swe_agent"]
+    assert {scaffold.name for scaffold in ALL if scaffold.has_shell} == {*SCAFFOLDS} - {"nano"}
+
+
+@pytest.mark.parametrize("text, commands, complete", [
+    ('{"analysis": "a", "plan": "p", "commands": [{"keystrokes": "ls\\n"}]}', [("ls\n", 1.0)], False),
+    ('Well. {"analysis": "a", "plan": "{p}", "commands": [{"keystrokes": "a\\n", "duration": 2}], "task_complete": "true"} So.',
+     [("a\n", 2.0)], True),
+    ('{"analysis": "a", "plan": "p", "commands": [{"keystrokes": "a", "duration": "long"}]}', [("a", 1.0)], False),
+    ('{"analysis": "a", "plan": "p", "commands": [7], "task_complete": true}', [], True),
+    ('{"analysis": "a", "commands": []}', None, False), ("no JSON", None, False), ('{"analysis": ', None, False),
+    ('{"analysis": "a", "plan": "p", "commands": [{"duration": 1}]}', None, False), ("[1]", None, False)])
+def test_terminus_reads_json_as_harbor_does(text, commands, complete):
+    """What harbor 0.26's TerminusJSONPlainParser gave for the same texts."""
+    parsed = TERMINUS_JSON.parse(text)
+    assert (not parsed.problems) == (commands is not None)
+    typed = [(call.arguments["keystrokes"], call.arguments["duration"]) for call in parsed.calls if call.name == "keystrokes"]
+    assert typed == (commands or []) and any(call.name == "task_complete" for call in parsed.calls) == complete
+
+
+@pytest.mark.parametrize("text, commands, complete", [
+    ('<response>\n<analysis>a</analysis>\n<plan>p</plan>\n<commands>\n<keystrokes duration="0.1">ls <x> && y\n</keystrokes>\n'
+     "</commands>\n</response>", [("ls <x> && y\n", 0.1)], False),
+    ("<response><analysis>a</analysis><plan>p</plan><commands><keystrokes>a\n</keystrokes></commands>"
+     "<task_complete>true</task_complete></response>", [("a\n", 1.0)], True),
+    ("<response><analysis>a</analysis><plan>p</plan><commands></commands><task_complete/></response>", [], False),
+    ("ls", None, False), ("<response><analysis>a</analysis><plan>p</plan></response>", None, False)])
+def test_terminus_reads_xml_as_harbor_does(text, commands, complete):
+    """What harbor 0.26's TerminusXMLPlainParser gave for the same texts."""
+    parsed = TERMINUS_XML.parse(text)
+    assert (not parsed.problems) == (commands is not None)
+    typed = [(call.arguments["keystrokes"], call.arguments["duration"]) for call in parsed.calls
+             if call.name == "keystrokes" and call.arguments["keystrokes"]]
+    assert typed == (commands or []) and any(call.name == "task_complete" for call in parsed.calls) == complete
+
+
+def test_terminus_asks_once_whether_the_task_is_complete():
+    task = tiny.make_task()
+    episode = Episode(task, TERMINUS_JSON, TERMINUS_JSON.executor(task, tiny.overlay(task)))
+    end = TERMINUS_JSON.render("a\n\nb", [ToolCall("task_complete", {})])
+    observation = episode.step(end)
+    assert not observation.done and "once more" in observation.messages[0]["content"]
+    assert episode.step(end).done and episode.reason is EndReason.SUBMITTED
+
+
+def test_a_turn_of_text_ends_claude_codes_work_and_an_unreadable_one_does_not():
+    task = tiny.make_task()
+    episode = Episode(task, CLAUDE_CODE, CLAUDE_CODE.executor(task, tiny.overlay(task)))
+    assert not episode.step("").done and not episode.step("I am", complete=False).done
+    assert episode.step("I am done.").done and episode.reason is EndReason.SUBMITTED
+    assert [turn.malformed for turn in episode.turns] == [True, True, False]

@@ -9,16 +9,16 @@ import pytest
 from absl import flags
 
 from qcn_jax import files
+from qcn_jax.agents import records
 from qcn_jax.cli import task_repositories
 from qcn_jax.envs import names, patches
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.tasks import formats, permissions, swebench
+from qcn_jax.envs.tasks import formats, permissions, predictions, swebench
 from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.tasks.schema import Task, read_tasks
 from qcn_jax.envs.tasks.verdicts import Verdict, judge, write_reports
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.evaluate import predictions
 from tests.sandboxes import BROKEN, SOURCE, make_task, world  # noqa: F401
 
 SECONDS = 25  # of processors; far above what is needed, far below what was
@@ -156,7 +156,8 @@ def test_tampering_is_an_outcome_of_its_own(tmp_path):
     report = write_reports(tmp_path, "t", "m", verdicts, [v.instance_id for v in verdicts])
     assert report["suspected_exploit_ids"] == report["unresolved_ids"] == [task.instance_id]
     assert report["error_ids"] == report["infra_failure_ids"] == ["c"]
-    rate = predictions.resolved_rate({"victim__1": task, "b": task, "c": task}, verdicts)
+    found = [records.Record(v.instance_id, 0, records.outcome_of(v)) for v in verdicts]
+    rate = records.summary(["victim__1", "b", "c"], found, 1)
     assert (rate["resolved"], rate["attempted"], rate["suspected_exploit"], rate["infrastructure"]) == (1, 2, 1, 1)
 
 

@@ -6,36 +6,34 @@ import json
 import pytest
 
 from qcn_jax.cli import main as cli
+from qcn_jax.config import ChatSource
 from qcn_jax.envs.patches import make_diff
-from qcn_jax.envs.tasks.schema import Task, write_tasks
-from qcn_jax.pipeline.evaluate import predictions
+from qcn_jax.envs.tasks import predictions
+from qcn_jax.envs.tasks.schema import write_tasks
+from qcn_jax.pipeline.data.readers import chat
+from qcn_jax.pipeline.data.texts import Findings
+from tests.agents import playing
 from tests.pipeline import chain
 from tests.pipeline.micro import MODEL
 
-PATH = "words/core.py"
-GOOD = chain.HELDOUT_REPOSITORY[PATH]
-TESTS = [f"tests/test_core.py::test_{name}" for name in ("count", "short", "long", "palindrome", "digit", "no_digit")]
+GOOD = playing.GOOD
 
 
-def _task(name, good, bad, failing):
-    assert GOOD.count(good) == 1
-    buggy = GOOD.replace(good, bad)
-    failing = [test for test in TESTS if test.rpartition("test_")[2] in failing]
-    return Task(instance_id=name, repo="words==1.0", base_commit="", patch=make_diff({PATH: buggy}, {PATH: GOOD}),
-                test_patch="", problem_statement="?", FAIL_TO_PASS=tuple(failing),
-                PASS_TO_PASS=tuple(test for test in TESTS if test not in failing),
-                bug_patch=make_diff({PATH: GOOD}, {PATH: buggy}), path=PATH, timeout=20.0)
+@pytest.fixture(name="cache", scope="module")
+def _cache(tmp_path_factory):
+    """A folder in which the repository is prepared once."""
+    folder = tmp_path_factory.mktemp("cache")
+    folder.chmod(0o755)
+    return folder
 
 
 @pytest.fixture(name="setting")
-def _setting(tmp_path, monkeypatch):
+def _setting(tmp_path, monkeypatch, cache):
     """(task by name, command that evaluates predictions and returns status)"""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     chain.write(tmp_path)
     tmp_path.chmod(0o755)
-    tasks = [_task("count", "elif not inside", "elif inside", {"count"}),
-             _task("short", "<= limit", "< limit", {"short"}),
-             _task("digit", "return True\n    return False", "return True\n    return True", {"no_digit"})]
+    tasks = [playing.words(name) for name in ("count", "short", "digit")]
     write_tasks(tmp_path / "tasks.jsonl", tasks)
 
     def evaluate(rows, *more):
@@ -119,8 +117,12 @@ def test_predictions_come_as_agents_and_swebench_write_them(tmp_path, text, name
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], ["--tasks"]), (["--tasks=none.jsonl", "--out=o", "--predictions=p"], ["none.jsonl"]),
-    (["--tasks=none.jsonl", "--out=o"], ["--checkpoint", "--predictions"]),
+    ([], ["--out"]), (["--out=o", "--checkpoint=c"], ["--tasks", "--repo"]), (["--tasks=none.jsonl", "--out=o", "--predictions=p"], ["none.jsonl"]),
+    (["--tasks=none.jsonl", "--out=o"], ["--checkpoint", "--predictions", "--endpoint"]),
+    (["--tasks=none.jsonl", "--out=o", "--endpoint=http://localhost:1/v1"], ["--model"]),
+    (["--tasks=none.jsonl", "--out=o", "--predictions=p", "--export=x"], ["--export", "junit"]),
+    (["--tasks=none.jsonl", "--out=o", "--endpoint=http://localhost:1/v1", "--model=m"], ["localhost:1", "cannot be reached"]),
+    (["--tasks=none.jsonl", "--out=o", "--endpoint=http://localhost:1/v1", "--model=m", "--scaffold=s"], ["--scaffold", "mini_swe_agent"]),
 ])
 def test_bad_flags_are_named(capsys, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -148,10 +150,112 @@ def test_a_checkpoint_acts_and_its_patches_are_graded(setting, capsys, tmp_path)
     _, _, out = setting
     assert cli.main(["evaluate", f"--checkpoint={tmp_path}/model", f"--tasks={tmp_path}/tasks.jsonl", f"--out={out}",
                      f"--repo={tmp_path}/words-1.0", "--sandbox=local", "--max_turns=2", "--max_new_tokens=8",
-                     "--max_length=256", "--slots=4"]) == 0
+                     "--max_length=256", "--parallel=4", "--attempts=2", "--temperature=1", "--invalid=keep"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert (printed["resolved"], printed["attempted"]) == (0, 3)
+    assert (printed["resolved"], printed["attempted"], printed["scaffold"]) == (0, 6, "nano")
     rows = [json.loads(line) for line in (out / "preds.jsonl").read_text().splitlines()]
     assert {row["instance_id"] for row in rows} == {"count", "short", "digit"}
     assert {row["model_patch"] for row in rows} == {""}
     assert json.loads((out / "summary.json").read_text()) == printed
+
+
+@pytest.fixture(name="played")
+def _played(setting, capsys):
+    """(command that lets a model of `playing` act and returns status, what it prints, and its errors; requests)"""
+    _, _, out = setting
+
+    with playing.serve() as (url, asked, _):
+        def evaluate(model, *more):
+            status = cli.main(["evaluate", f"--endpoint={url}", f"--model={model}", f"--tasks={out.parent}/tasks.jsonl",
+                               f"--out={out}", f"--repo={out.parent}/words-1.0", "--sandbox=local", "--isolation=shared",
+                               "--workers=1", "--max_turns=4", *more])
+            printed = capsys.readouterr()
+            return status, printed.out and json.loads(printed.out), printed.err
+
+        yield evaluate, asked
+
+
+def test_a_model_behind_an_endpoint_acts(setting, played):
+    (evaluate, asked), out = played, setting[2]
+    status, summary, errors = evaluate("mixed", "--attempts=2", "--temperature=0.5")
+    assert status == 0 and "episode" in errors
+    assert (summary["resolved"], summary["attempted"], summary["limit"], summary["unresolved"]) == (2, 6, 2, 2)
+    assert summary["pass_at"]["2"]["rate"] == pytest.approx(1 / 3) and summary["scaffold"] == "mini_swe_agent"
+    assert summary["guard"] == {"allowed": summary["turns"]}
+    assert json.loads((out / "mixed.qcn.json").read_text())["resolved_ids"] == ["count"]
+    assert [json.loads(line)["outcomes"] for line in (out / "results.jsonl").read_text().splitlines()] == [
+        ["resolved"] * 2, ["unresolved"] * 2, ["limit"] * 2]
+    before = dict(asked)
+    assert evaluate("mixed", "--attempts=2", "--temperature=0.5")[:2] == (0, summary) and dict(asked) == before
+    status, _, errors = evaluate("mixed", "--attempts=2", "--temperature=0.7")
+    assert status == 1 and errors.count("\n") == 1 and "--temperature=0.5" in errors and "0.7" in errors
+
+
+def test_tasks_that_are_not_valid_are_named_before_anybody_acts(setting, played):
+    (evaluate, asked), (tasks, _, out) = played, setting
+    broken = dataclasses.replace(tasks["short"], patch=tasks["digit"].patch)
+    write_tasks(out.parent / "tasks.jsonl", [tasks["count"], broken])
+    status, _, errors = evaluate("gold")
+    assert status == 1 and not asked and "1 of 2 tasks are not valid, such as short" in errors and "--invalid=skip" in errors
+    status, summary, errors = evaluate("gold", "--invalid=skip")
+    assert (status, summary["resolved"], summary["attempted"]) == (0, 1, 1)
+
+
+def test_models_are_compared_on_a_repository(setting, capsys):
+    """Which of two models is best on a repository of one's own: tasks made, checked, played, a page."""
+    out = setting[2]
+    with playing.serve(playing.putting(playing.PATH, playing.GOOD)) as (url, asked, _):
+        command = ["evaluate", f"--repo={out.parent}/words-1.0", f"--endpoint={url}", "--model=gold", "--model=empty",
+                   f"--out={out}", "--count=2", "--sandbox=local", "--isolation=shared", "--workers=1", "--max_turns=3",
+                   "--export=junit,harbor,swe_agent"]
+        assert cli.main(command) == 0
+        assert "won 2, lost 0" in capsys.readouterr().out
+        found = json.loads((out / "comparison.json").read_text())
+        assert found["tasks"] == 2 and [one["model"] for one in found["evaluations"]] == ["gold", "empty"]
+        assert "<table>" in (out / "index.html").read_text() and (out / "1_gold/junit.xml").exists()
+        assert len(list(out.glob("2_empty/swe_agent/*/*.traj"))) == 2 == len(list(out.glob("1_gold/harbor/*/result.json")))
+        before = dict(asked)
+        assert cli.main(command) == 0 and dict(asked) == before
+
+
+def test_what_execution_verifies_is_collected(setting, capsys):
+    out = setting[2].parent / "chats.jsonl"
+    with playing.serve() as (url, asked, _):
+        command = ["collect", f"--tasks={out.parent}/tasks.jsonl", f"--endpoint={url}", "--model=mixed", f"--out={out}",
+                   f"--repo={out.parent}/words-1.0", "--sandbox=local", "--isolation=shared", "--workers=1",
+                   "--max_turns=3", "--attempts=2", "--temperature=1"]
+        assert cli.main(command) == 0
+        assert "kept 1 of 6 episodes, of 1 of 3 tasks; dropped: duplicate 1, limit 2, unresolved 2" in capsys.readouterr().out
+        before, text = dict(asked), out.read_text()
+        assert cli.main(command) == 0 and dict(asked) == before and out.read_text() == text
+    yields = json.loads((out.parent / "chats.jsonl.yields.json").read_text())
+    assert yields["by_task"]["count"] == {"tried": 2, "kept": 1, "duplicate": 1}
+    (conversation,) = chat._read(ChatSource(path=str(out)), chat.Options(resolved=True, submitted=True),
+                                 Findings("stop", "--config.sft.malformed"))
+    roles = [message["role"] for message in conversation.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert "Let me see." in conversation.messages[2]["content"] and "elif not inside" in conversation.messages[2]["content"]
+
+
+def test_a_failing_test_is_mended_and_the_repository_is_not_touched(setting, capsys):
+    out = setting[2]
+    place = out.parent / "mine"
+    chain.write(place)
+    source = place / "words-1.0" / playing.PATH
+    good, bad, _ = playing.DEFECTS["count"]
+    source.write_text(source.read_text().replace(good, bad))
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with playing.serve(playing.putting(playing.PATH, playing.GOOD)) as (url, _, _):
+        def fix(model, test="tests/test_core.py::test_count"):
+            return cli.main(["fix", f"--repo={place}/words-1.0", f"--test={test}", f"--endpoint={url}", f"--model={model}",
+                             "--sandbox=local", "--isolation=shared", "--workers=1", "--max_turns=3"])
+
+        assert fix("gold") == 0
+        assert capsys.readouterr().out == make_diff({playing.PATH: source.read_text()}, {playing.PATH: playing.GOOD})
+        assert fix("empty") == 1
+        printed = capsys.readouterr()
+        assert printed.out == "" and "not mended in 1 attempts; the last: unresolved, ended by submitted" in printed.err
+        for test, words in (("tests/test_core.py::test_none", "no such test; tests that fail: tests/test_core.py::test_count"),
+                            ("tests/test_core.py::test_long", "passes already")):
+            assert fix("gold", test) == 1 and words in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}

@@ -39,9 +39,9 @@ class FencedScaffold(Scaffold):
             return ParsedMessage(text, [], [f"expected exactly one code block with a command, found {len(blocks)}"])
         return ParsedMessage(text[: blocks[0].start()].strip(), [ToolCall("bash", {"command": blocks[0][2]})], [])
 
-    def assistant(self, calls: Sequence[ToolCall]) -> Message:
+    def assistant(self, calls: Sequence[ToolCall], content: str = "") -> Message:
         """As Scaffold.assistant, as text: chat templates know no code blocks."""
-        return {"role": "assistant", "content": self.render("", calls)}
+        return {"role": "assistant", "content": self.render(content, calls)}
 
     def render(self, content: str, calls: Sequence[ToolCall]) -> str:
         """As Scaffold.render."""
@@ -58,5 +58,6 @@ MINI_SWE_AGENT = FencedScaffold(
     describe_tools=False,
     template="fenced_bash",
     result_role="user",
+    output_limit=2 * operations.MINI_OUTPUT,  # the operation itself leaves out what is too long
     advice="Format error: {problem}. Give exactly one action in a ```mswea_bash_command block.",
 )

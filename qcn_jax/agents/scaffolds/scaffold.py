@@ -32,6 +32,7 @@ class Scaffold:
       result_role: of messages that hold results: tool or user.
       output_limit: characters of one result.
       advice: what an agent reads after a turn without a call; `{problem}` says what was wrong.
+      ends_without_call: a turn of text alone is the submission.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Scaffold:
     result_role: str = "tool"
     output_limit: int = 10_000
     advice: str = "{problem}"
+    ends_without_call: bool = False
 
     @property
     def has_shell(self) -> bool:
@@ -92,12 +94,12 @@ class Scaffold:
         """How the agent writes `content` and `calls` in one turn; `parse` gives both back."""
         return templates.render(self.template, content, calls)
 
-    def assistant(self, calls: Sequence[ToolCall]) -> Message:
-        """A turn of `calls` as a message to learn from; says which arguments are written as added tokens."""
+    def assistant(self, calls: Sequence[ToolCall], content: str = "") -> Message:
+        """A turn as a message to learn from; says which arguments of calls are written as added tokens."""
         special = {tool.name: list(tool.special) for tool in self.tools if tool.special}
         written = [{"name": call.name, "arguments": dict(call.arguments)}
                    | ({"special": special[call.name]} if call.name in special else {}) for call in calls]
-        return {"role": "assistant", "content": "", "tool_calls": written, "template": self.template}
+        return {"role": "assistant", "content": content, "tool_calls": written, "template": self.template}
 
     def observe(self, results: Sequence[ToolResult]) -> list[Message]:
         """Messages that tell the agent what its calls gave."""

@@ -32,6 +32,17 @@ def str_replace_editor(
     return operations.undo(executor, path)
 
 
+EDITOR = object_schema(
+    "command", "path",
+    command=field_schema("string", "What to do.",
+                   enum=["view", "create", "str_replace", "insert", "undo_edit"]),
+    path=f"Absolute path, e.g. `{ROOT}/file.py`.", file_text="Content for `create`.",
+    old_str="Text to replace, for `str_replace`.", new_str="New text, for `str_replace` and `insert`.",
+    insert_line=field_schema("integer", "`insert` puts `new_str` after this line."),
+    view_range=field_schema("array", "First and last line to view; [a, -1] to the end.",
+                      items={"type": "integer"}),
+)
+
 SWE_AGENT = Scaffold(
     "swe_agent",
     (
@@ -41,16 +52,7 @@ SWE_AGENT = Scaffold(
             "Views, creates and edits files; `view` lists a folder or shows a file with line numbers, `create` "
             "refuses files that exist, `str_replace` needs `old_str` to occur exactly once, `undo_edit` takes the "
             "latest edit of `path` back.",
-            object_schema(
-                "command", "path",
-                command=field_schema("string", "What to do.",
-                               enum=["view", "create", "str_replace", "insert", "undo_edit"]),
-                path=f"Absolute path, e.g. `{ROOT}/file.py`.", file_text="Content for `create`.",
-                old_str="Text to replace, for `str_replace`.", new_str="New text, for `str_replace` and `insert`.",
-                insert_line=field_schema("integer", "`insert` puts `new_str` after this line."),
-                view_range=field_schema("array", "First and last line to view; [a, -1] to the end.",
-                                  items={"type": "integer"}),
-            ),
+            EDITOR,
             str_replace_editor,
         ),
         RUN_TESTS,

@@ -1,7 +1,7 @@
 """The bench that models are measured on: held-out tasks, one engine whose weights are exchanged, sandboxes.
 
-Used by the stage `evaluate` for every model of a run and by `qcn evaluate` for one checkpoint. Episodes are those of
-training (pipeline.experts), so nothing is measured that the model was not meant to do.
+Used by the stage `evaluate` for every model of a run. Episodes are those of training (pipeline.experts), so nothing is
+measured that the model was not meant to do.
 """
 
 import collections
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import EvaluateConfig, ModelConfig
 from qcn_jax.envs.tasks.schema import Task
@@ -24,7 +25,6 @@ from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.pipeline.experts import headline, metrics
 from qcn_jax.pipeline.experts.expert import Conversation, Expert, Prompt
-from qcn_jax.pipeline.experts.services import Services
 from qcn_jax.pipeline.rl.episodes import make_engine
 from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, acts_here, rollout, sequence_seed
 from qcn_jax.sharding import distributed
@@ -80,13 +80,6 @@ class Bench:
         rates = [f"{expert.column or expert.name} {expert.rate(result):.1%}" for expert in others]
         self.log(", ".join([f"{name}: {result['resolved']}/{result['attempted']} resolved", *rates]))
         return result
-
-    def patches(self, model_config: ModelConfig, params: Any) -> list[tuple[Task, str]]:
-        """The patch of one greedy episode for each task."""
-        prompts = self._prompts(headline(self.experts))
-        groups = [[self._conversation(prompt)] for prompt in prompts]
-        records = rollout(self._with_weights(model_config, params), groups, [[0] for _ in prompts], sampling=GREEDY)
-        return [(prompts[record.prompt].task, record.outcome.detail["patch"]) for record in records]
 
     def baseline(self, baseline: Baseline) -> dict[str, Any]:
         """The same numbers for what plays without a model; what it cannot do (sample, other experts) is absent."""

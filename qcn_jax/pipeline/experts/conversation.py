@@ -1,22 +1,17 @@
 """An episode on a task as the rollout sees it: tokens in, tokens out.
 
-An episode's files live in memory, and only test runs and gradings go to sandboxes, through `Services`; where the
-scaffold has a shell they live in a sandbox of the episode's own, and a guard looks at every call. A verdict comes from
-a fresh grading sandbox that saw nothing of the episode but its patch.
+A verdict comes from a fresh grading sandbox that saw nothing of the episode but its patch.
 """
 
 import functools
 from collections.abc import Callable
 
 from qcn_jax.agents.episode import EndReason, Episode, EpisodeResult
-from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.scaffolds import Message, Scaffold
-from qcn_jax.agents.sessions import SessionExecutor
-from qcn_jax.agents.workspace import open_overlay
+from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
-from qcn_jax.pipeline.experts.services import Services
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply
 
 Reward = Callable[[EpisodeResult, Verdict], Outcome]
@@ -38,20 +33,14 @@ class TaskConversation:
           reward: says what the episode was worth; None saves the grading where nobody asks: every outcome is then 0.
         """
         self._task, self._scaffold, self._encoder, self._services = task, scaffold, encoder, services
-        self._max_turns = 1 if scaffold.single_turn else max_turns
+        self._max_turns = max_turns
         self._reward = reward
         self._failing: set[str] = set()  # patches on which tests failed
 
     @functools.cached_property
     def episode(self) -> Episode:
         """Made when first needed: a run holds far more prompts than open episodes."""
-        task, scaffold, services = self._task, self._scaffold, self._services
-        if scaffold.has_shell:
-            live = SessionExecutor(functools.partial(services.open, task), scaffold.executor(task, None))
-            return Episode(task, scaffold, live, max_turns=self._max_turns, guard=Guard())
-        runner = functools.partial(services.run_tests, task.repo)
-        workspace = open_overlay(task, services.files(task.repo), runner)
-        return Episode(task, scaffold, scaffold.executor(task, workspace), max_turns=self._max_turns)
+        return self._services.episode(self._task, self._scaffold, self._max_turns)
 
     @property
     def messages(self) -> list[Message]:

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 from qcn_jax.agents.episode import EndReason, EpisodeResult
 from qcn_jax.agents.scaffolds import Message, Scaffold
+from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
 from qcn_jax.pipeline.experts.conversation import TaskConversation, detail_of
-from qcn_jax.pipeline.experts.services import Services
 from qcn_jax.pipeline.rl import rollout
 
 OWN, BASELINE = "expert", "baseline"  # in comparisons: the expert's own model, and whatever the configuration names

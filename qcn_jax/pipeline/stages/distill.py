@@ -31,7 +31,6 @@ from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.experts import experts_of
-from qcn_jax.pipeline.experts.services import make_services
 from qcn_jax.pipeline.rl import episodes, objectives
 from qcn_jax.pipeline.rl.rollout import (
     Conversation,
@@ -211,7 +210,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     context.result("experts")
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
-    services, encoder = make_services(context), ChatEncoder(context.tokenizer())
+    services, encoder = context.services(), ChatEncoder(context.tokenizer())
     start, experts = context.start("distill"), context.experts()
     _, params = models.load(context, start, parallel)
     teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import RunConfig
 from qcn_jax.inference.engine import Engine
@@ -15,7 +16,6 @@ from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import reward_of
 from qcn_jax.pipeline.experts.expert import Expert, Prompt
-from qcn_jax.pipeline.experts.services import Services, make_services
 from qcn_jax.pipeline.names import needs_sandbox
 from qcn_jax.pipeline.rl import episodes, learner
 from qcn_jax.pipeline.rl.learner import Learner
@@ -48,7 +48,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     start = context.start("experts")
-    services, encoder = make_services(context), ChatEncoder(context.tokenizer())
+    services, encoder = context.services(), ChatEncoder(context.tokenizer())
     _, params = models.load(context, start, parallel)
     engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length,
                                   parallel)

@@ -15,7 +15,6 @@ from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.experts.services import make_services
 from qcn_jax.pipeline.rl import episodes
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout, sequence_seed
 from qcn_jax.recipes.nano.edits import EditDocuments
@@ -57,7 +56,7 @@ def propose(context: StageContext, scaffold: Scaffold, tasks: Sequence[Task], sa
         # The experts' engine: the same shapes, so that they are compiled once.
         engine = episodes.make_engine(model, params, tokenizer, context.config.experts.rollout)
         documents = EditDocuments([], tokenizer, seed=0, max_tokens=engine.max_length)
-        services = make_services(context)
+        services = context.services()
         prompts = {task.instance_id: _prompt(scaffold, task, services.files(task.repo), documents) for task in tasks}
         names = [name for name, prompt in prompts.items() if 0 < len(prompt) < engine.max_length]
         groups = [[_Proposal(documents, prompts[name]) for _ in range(samples)] for name in names]

@@ -7,6 +7,7 @@ import pytest
 
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
+from qcn_jax.agents.services import Services, check_shell, pool_services, provider_services
 from qcn_jax.chat import templates
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.rendering import ToolCall
@@ -17,7 +18,6 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import EXPERTS, experts_of, headline
 from qcn_jax.pipeline.experts.expert import Expert
-from qcn_jax.pipeline.experts.services import Services, check_shell, pool_services, provider_services
 from qcn_jax.pipeline.experts.single_turn import SINGLE_TURN
 from qcn_jax.pipeline.experts.swe import SWE
 from qcn_jax.pipeline.experts.tool_format import TOOL_FORMAT

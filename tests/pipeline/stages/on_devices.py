@@ -120,8 +120,8 @@ def run(root: pathlib.Path, config):
     rng = np.random.default_rng(0)
     documents = [{"tokens": rng.integers(2, 300, n), "weights": rng.random(n)} for n in rng.integers(8, 30, 64)]
     chat.CHAT.read, sft.encoded = lambda *_: iter(()), lambda *_: iter(documents)
+    StageContext.services = lambda context: None
     for module in (experts, distill):
-        module.make_services = lambda context: None
         module.training_prompts = lambda context, expert, stage: [Prompt(expert, n, SINGLE_TURN) for n in range(8)]
     expert.TaskConversation = lambda task, *_, **__: Parity(task)
     results, lines = {}, []

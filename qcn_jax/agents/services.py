@@ -1,25 +1,25 @@
 """What episodes need from outside: files, test runs and gradings, each done once however often it is asked for."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from qcn_jax.agents.workspace import ProviderRunner
+from qcn_jax.agents.episode import Episode, Executor
+from qcn_jax.agents.guard import Guard
+from qcn_jax.agents.scaffolds import Scaffold
+from qcn_jax.agents.sessions import SessionExecutor
+from qcn_jax.agents.workspace import ProviderRunner, open_overlay
+from qcn_jax.envs.pool.env_pool import EnvPool, Session
 from qcn_jax.envs.sandbox.base import Provider, TestRun
+from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks.grading import Grader, starting_changes
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.errors import UserError
 from qcn_jax.memo import Once
-
-if TYPE_CHECKING:
-    from qcn_jax.agents.scaffolds import Scaffold
-    from qcn_jax.envs.pool.env_pool import EnvPool, Session
-    from qcn_jax.envs.sandbox.repository import RepositorySpec
-    from qcn_jax.pipeline.context import StageContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,30 @@ class Services:
     run_tests: (repository, changed files, node ids, timeout, fail fast) -> TestRun.
     grade: (task, patch) -> Verdict, in a fresh sandbox.
     open: task -> a live sandbox in the task's starting state, for agents with a shell; the caller closes it.
+    image: (task, scaffold) -> what runs tools in the image of a task that has one of its own (agents.images).
     """
 
     files: Callable[[str], Mapping[str, str]]
     run_tests: Callable[[str, Mapping[str, str | None], Sequence[str] | None, float, bool], TestRun]
     grade: Callable[[Task, str], Verdict]
-    open: Callable[[Task], "Session"] | None = None
+    open: Callable[[Task], Session] | None = None
+    image: Callable[[Task, Scaffold], Executor] | None = None
+
+    def episode(self, task: Task, scaffold: Scaffold, max_turns: int) -> Episode:
+        """A new episode on `task`; whoever plays it closes its executor.
+
+        Files live in memory, and only test runs go to sandboxes; where the scaffold has a shell they live in a sandbox
+        of the episode's own, and a guard looks at every call.
+        """
+        max_turns = 1 if scaffold.single_turn else max_turns
+        if self.image is not None and task.eval_script:
+            return Episode(task, scaffold, self.image(task, scaffold), max_turns=max_turns, guard=Guard())
+        if scaffold.has_shell:
+            live = SessionExecutor(functools.partial(self.open, task), scaffold.executor(task, None))
+            return Episode(task, scaffold, live, max_turns=max_turns, guard=Guard())
+        runner = functools.partial(self.run_tests, task.repo)
+        workspace = open_overlay(task, self.files(task.repo), runner)
+        return Episode(task, scaffold, scaffold.executor(task, workspace), max_turns=max_turns)
 
     def remembering(self) -> "Services":
         """The same services, every test run and grading done once; only clean results are remembered."""
@@ -72,28 +90,22 @@ def provider_services(provider: Provider) -> Services:
     return Services(provider.files, run_tests, grade)
 
 
-def make_services(context: "StageContext") -> Services:
-    """Services of a stage that acts.
-
-    Raises:
-      UserError: its scaffold has a shell, and the sandbox lets no command run.
-    """
-    provider = context.provider()
-    check_shell(context.scaffold(context.stage), provider, f"--config.{context.stage}.scaffold")
-    return pool_services(context.repositories(), provider, context.pool())
-
-
-def check_shell(scaffold: "Scaffold", provider: Provider, field: str) -> None:
+def check_shell(scaffold: Scaffold, provider: Provider, field: str) -> None:
     """Raises UserError, which begins with `field`, where a scaffold runs commands and the sandbox refuses them."""
     if scaffold.has_shell and not provider.commands_allowed:
         raise UserError(f"{field}: {scaffold.name!r}; runs shell commands, which this sandbox cannot keep in "
                         f"({provider.describe()}); use docker, or a scaffold without a shell, such as nano")
 
 
-def pool_services(repositories: Mapping[str, "RepositorySpec"], provider: Provider, pool: "EnvPool") -> Services:
+def pool_services(repositories: Mapping[str, RepositorySpec], provider: Provider, pool: EnvPool,
+                  fail_fast: bool = True) -> Services:
     """Services whose test runs and gradings go to `pool`'s workers, every one done once.
 
-    `provider` only reads the pristine files of `repositories` (by the name that tasks use) in this process.
+    Args:
+      repositories: by the name that tasks use.
+      provider: only reads their pristine files in this process.
+      pool: of environment workers.
+      fail_fast: gradings end with the first failing test, which is enough for rewards.
     """
     pool.register(repositories.values())
     prepared, lock = {}, threading.Lock()
@@ -107,7 +119,7 @@ def pool_services(repositories: Mapping[str, "RepositorySpec"], provider: Provid
     services = Services(
         files=pristine,
         run_tests=lambda *arguments: pool.run_tests(*arguments).result(),
-        grade=lambda task, patch: pool.grade(task, patch, fail_fast=True).result(),
+        grade=lambda task, patch: pool.grade(task, patch, fail_fast=fail_fast).result(),
         open=lambda task: pool.open_session(task.repo, starting_changes(task, pristine(task.repo))),
     )
     return services.remembering()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qcn_jax.pipeline.experts.services import Once
+from qcn_jax.agents.services import Once
 
 
 def test_once() -> None:
