@@ -3,9 +3,12 @@
 import ast
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -57,6 +60,14 @@ def write_model(folder, tokenizer, length):
     return config
 
 
+def synthesize(folder, tree, out):
+    """Tasks that `qcn synthesize` makes of the repository `tree`, in `out` (within `folder`)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qcn_jax", "synthesize", f"--repo={tree}", "--count=4", "--sandbox=local", f"--out={out}"],
+        capture_output=True, text=True, check=False, timeout=2700, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def write_tasks(folder):
     """tasks.jsonl and heldout.jsonl: a task each, of two repositories; returns the flags that say where these are."""
     parity = ("return n % 2 == 0", "return n % 2 == 1", "is_even", ("even",))
@@ -75,8 +86,8 @@ def documented(recipe):
     return shlex.split(command.replace("\\\n", " "))
 
 
-def write_small(path: pathlib.Path, recipe):
-    """A configuration file that is `recipe` with SMALL's values, phases of one step each, and any folder's model."""
+def write_small(path: pathlib.Path, recipe, steps=1):
+    """A configuration file that is `recipe` with SMALL's values, phases of `steps` each, and any folder's model."""
     path.write_text(f"""
 import runpy
 from qcn_jax import hub
@@ -91,7 +102,7 @@ def get_config(argument):
         for word in group.split(".") if group else ():
             part = part[word]
         part[name] = value
-    config.midtrain.phases = ({{"steps": 1}}, {{"steps": 1, "sequence_length": {LENGTH}}}) if config.midtrain.phases else ()
+    config.midtrain.phases = ({{"steps": {steps}}}, {{"steps": {steps}, "sequence_length": {LENGTH}}}) if config.midtrain.phases else ()
     config.model = to_config_dict(hub.load_config(folder))
     return config
 """)
