@@ -261,8 +261,8 @@ class SftConfig:
     packing: Packing = "best_fit"  # as in mid-training; restart_last and concat cut conversations
     overlong: Overlong = "drop"  # conversations longer than a row; what is not dropped lacks its head in later pieces
     scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds), where conversations are made of tasks
-    # What writes conversations that are read: empty, the template of the folder that the run begins from, where it has
-    # one of its own; native, Qwen3-Coder's; or a folder or .jinja file that holds one. Those made of tasks are native.
+    # What writes conversations, here and where agents act: empty, the template of the folder that the run begins
+    # from, where it has one of its own; native, Qwen3-Coder's; or a folder or .jinja file that holds one.
     chat_template: str = ""
 
 

@@ -32,13 +32,20 @@ class Encoder(abc.ABC):
 
     Attributes:
       end: id of the token that ends a turn; -1 where there is none.
+      ends: ids with any of which an assistant ends its turn; empty where there is none.
+      stops: ids after which nothing more is generated: `ends` and the end of a text.
+      calls: the form of tool calls in which an assistant acts (chat.templates); None where none is known.
     """
 
     end: int
+    ends: frozenset[int]
+    stops: frozenset[int]
+    calls: str | None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._ids = tokenizer.added_tokens
+        self.stops = frozenset(self._ids[token] for token in (END_OF_TEXT,) if token in self._ids)
         self._added = any_of(self._ids)
         self._turns = any_of(_TURNS)  # what no text of a message becomes
         self._encode_short = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode_ordinary)
@@ -53,6 +60,21 @@ class Encoder(abc.ABC):
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None,
                       trusted: bool = True) -> list[int]:
         """Ids of the conversation so far and the opening of the assistant's next turn."""
+
+    @abc.abstractmethod
+    def encode_turn(self, observation: Sequence[Message], closed: bool = True,
+                    calls: Sequence[rendering.ToolCall] = ()) -> list[int]:
+        """Ids to append after a sampled turn, up to the opening of the next one.
+
+        Args:
+          observation: messages that follow the turn.
+          closed: the sampled ids end with one of `ends`; otherwise `end` comes first here (and is not trained on).
+          calls: those of the turn, where the template names them once more beside their results.
+        """
+
+    def spoken(self, text: str) -> str:
+        """What of a sampled turn's text is meant for others: all but reasoning."""
+        return text
 
     def _untrusted(self, message: Message, mark: str) -> str:
         content = message.get("content") or ""
@@ -90,6 +112,8 @@ class ChatEncoder(Encoder):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self.end = tokenizer.id(TURN_END)
+        self.ends, self.calls = frozenset({self.end}), templates.NATIVE
+        self.stops |= self.ends
         self._added_in_values = any_of(token for token in self._ids if token not in _CALL_TAGS)
         self._special_values = set(self._ids) - {*_TURNS, *_CALL_TAGS}
 
@@ -103,13 +127,9 @@ class ChatEncoder(Encoder):
         """
         return [id_ for ids, _ in self._pieces(messages, tools, True, trusted) for id_ in ids]
 
-    def encode_turn(self, observation: Sequence[Message], closed: bool = True) -> list[int]:
-        """Ids to append after a sampled turn, up to the opening of the next one.
-
-        Args:
-          observation: messages that follow the turn.
-          closed: the sampled ids end with `<|im_end|>`; otherwise it comes first here (and is not trained on).
-        """
+    def encode_turn(self, observation: Sequence[Message], closed: bool = True,
+                    calls: Sequence[rendering.ToolCall] = ()) -> list[int]:
+        """See Encoder.encode_turn."""
         before: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         pieces = list(self._pieces([*before, *observation], None, prompt=True))
         start = next(i for i, (_, weight) in enumerate(pieces) if weight) + 1

@@ -51,6 +51,7 @@ class FolderTemplate:
 
     Attributes:
       where: the folder or file, for messages.
+      source: of the one that is used without tools.
       marked: whether {% generation %} marks what assistants wrote.
     """
 
@@ -65,7 +66,7 @@ class FolderTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
-        self._templates = {}
+        self.source, self._templates = sources[_DEFAULT], {}
         for name, source in sources.items():
             try:
                 self._templates[name] = environment.from_string(source)

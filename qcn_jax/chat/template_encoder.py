@@ -14,6 +14,7 @@ becomes an added token, as in `encoder`.
 """
 
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,11 @@ from qcn_jax.errors import UserError
 Piece = tuple[str, float]  # a text and its weight, which is 0 where no assistant wrote it
 _PROBE: Message = {"role": "user", "content": "?"}
 _WORD = "qcnprobe"  # that no template holds
+_CALL, _CALL_ID = ToolCall(_WORD, {"text": "a b", "count": 3}), "qcnprobe1"  # nine letters and digits, as some demand
+_TOOL = {"type": "function", "function": {"name": _WORD, "description": "?", "parameters": {
+    "type": "object", "required": [], "properties": {
+        "text": {"type": "string", "description": "?"}, "count": {"type": "integer", "description": "?"}}}}}
+_REASONED = "</think>"  # what ends reasoning in templates that show it
 
 
 class TemplateEncoder(Encoder):
@@ -45,6 +51,7 @@ class TemplateEncoder(Encoder):
         end = (self._end or "").strip()
         self.end = self._ids.get(end, -1)
         self._turns = any_of(tokenizer.special_tokens | {end})
+        self.stops |= self.ends
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
                ) -> dict[str, np.ndarray]:
@@ -89,6 +96,65 @@ class TemplateEncoder(Encoder):
         listed = [self._listed(tool, mark) for tool in tools] if tools else None
         self._check_places(shown, listed, letter)
         return self._encode(self._template.render(shown, listed, add_generation_prompt=True), mark)
+
+    def encode_turn(self, observation: Sequence[Message], closed: bool = True, calls: Sequence[ToolCall] = ()
+                    ) -> list[int]:
+        """See Encoder.encode_turn: what the template writes behind the end of an assistant's turn.
+
+        Raises:
+          UserError: the template refuses the messages or leaves something of them out, or ends no turn with a token.
+        """
+        mark, letter = unused_letters([*observation, *calls], 2)
+        said: dict[str, Any] = {"role": "assistant", "content": _WORD}
+        if calls and self._has_tools:
+            said["tool_calls"] = [self._called(call, {"id": _CALL_ID}, mark) for call in calls]
+        shown = [_PROBE, said, *(self._shown(message, mark) for message in observation)]
+        self._check_places(shown, None, letter)
+        text = self._template.render(shown, add_generation_prompt=True)
+        end = self._any_end.search(text, text.index(_WORD))
+        if end is None:
+            raise UserError(f"the chat template of {self._template.where} ends no turn with a token")
+        ids = self._encode(text[end.end():], mark)
+        return ids if closed else [self.end, *ids]
+
+    def spoken(self, text: str) -> str:
+        """See Encoder.spoken; reasoning ends with `</think>`, wherever it began."""
+        _, ended, rest = text.rpartition(_REASONED)
+        return rest.lstrip("\n") if ended else text
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids with which an assistant ends its turn: one of words, or one of tool calls."""
+        written = filter(None, (self._end, self._called_probe and self._called_probe[1]))
+        return frozenset(self._ids[token] for text in written if (token := text.strip()) in self._ids)
+
+    @functools.cached_property
+    def calls(self) -> str | None:
+        """The form of chat.templates in which this template writes tool calls; None where it is none of them."""
+        if self._called_probe is None:
+            return None
+        for name in templates.TEMPLATES:
+            read = templates.parse(name, self._called_probe[0], [_TOOL])
+            if read.calls == [_CALL] and not read.problems:
+                return name
+        return None
+
+    @functools.cached_property
+    def _called_probe(self) -> tuple[str, str] | None:
+        """How an assistant writes _CALL, and what ends that turn; None where the template has no place for calls."""
+        said = {"role": "assistant", "content": "", "tool_calls": [self._called(_CALL, {"id": _CALL_ID}, "")]}
+        try:
+            text = self._template.render([_PROBE, said], [_TOOL])
+            opening = self._template.render([_PROBE], [_TOOL], add_generation_prompt=True)
+        except UserError:
+            return None
+        written = self.spoken(text[len(os.path.commonprefix([text, opening])):])
+        found = re.search(rf"({self._added.pattern})\s*$", written)
+        return (written[:found.start()], found[1]) if found else None
+
+    @functools.cached_property
+    def _any_end(self) -> re.Pattern[str]:
+        return any_of(token for token, id_ in self._ids.items() if id_ in self.ends)
 
     def _written(self, message: Message, index: int) -> Message:
         """An assistant's message in one form of those that it may have; others as they are."""
@@ -245,9 +311,7 @@ class TemplateEncoder(Encoder):
 
     @functools.cached_property
     def _has_tools(self) -> bool:
-        tool = {"type": "function", "function": {"name": _WORD, "description": "?", "parameters": {
-            "type": "object", "properties": {"value": {"type": "string", "description": "?"}}, "required": []}}}
-        return _WORD in self._template.render([_PROBE], [tool])
+        return _WORD in self._template.render([_PROBE], [_TOOL])
 
     @functools.cached_property
     def _has_reasoning(self) -> bool:
@@ -257,7 +321,7 @@ class TemplateEncoder(Encoder):
 
 def _bare(message: Mapping[str, Any], thought: str, said: str) -> dict[str, Any]:
     """An assistant's message with letters in place of what it wrote, its reasoning apart."""
-    reasons = "reasoning_content" in message or "</think>" in message["content"]
+    reasons = "reasoning_content" in message or _REASONED in message["content"]
     return {"role": "assistant", "content": said} | ({"reasoning_content": thought} if reasons else {})
 
 

@@ -67,7 +67,8 @@ def eos_ids(folder: files.Path, vocab_size: int) -> set[int]:
 
 
 def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Tokenizer | None,
-                      source: files.Path | None = None, within: bool = False) -> None:
+                      source: files.Path | None = None, within: bool = False,
+                      template: str | None = None) -> None:
     """Writes all but the weights: config.json and, where there is a tokenizer, what engines need to talk.
 
     That is tokenizer.json, the chat template, generation_config.json with the ids that end a turn, and the little that
@@ -81,6 +82,7 @@ def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
       tokenizer: makes what `source` lacks; None makes nothing.
       source: see above.
       within: keep also what `source` says of its encoder of images.
+      template: the chat template, in place of that of `source` or ours.
     """
     values = config_to_hf(config) | {"dtype": dtype}
     known = tokenizer.added_tokens if tokenizer is not None else {}
@@ -94,6 +96,8 @@ def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
         for name in (*COMPANIONS, *(_OF_VISION if within else ())):
             if files.is_file(pathlib.Path(source) / name):
                 shutil.copyfile(pathlib.Path(source) / name, folder / name)
+    if template is not None:
+        files.write_text(folder / CHAT_TEMPLATE_FILE, template)
     if tokenizer is not None:
         _describe_tokenizer(folder, tokenizer, ids)
 

@@ -36,7 +36,7 @@ _PUBLISHED = [dtype for code, dtype in DTYPES.items() if code != "F64"]  # nobod
 
 def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None,
          shard_bytes: int = SHARD_BYTES, progress: bool = False, source: files.Path | None = None,
-         with_vision: bool = True) -> None:
+         with_vision: bool = True, chat_template: str | None = None) -> None:
     """Writes a Hugging Face folder: config.json, safetensors (with an index where there are several), tokenizer.
 
     Of several processes every one must call this, with the same arguments and outside of
@@ -54,6 +54,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
       source: a folder of the same model; what it holds beside its weights is kept, see `write_description`. Where that
         model has an encoder of images, so has the one written: its tensors are copied, in pieces, as they are.
       with_vision: False leaves the encoder out and writes a model of text alone.
+      chat_template: Jinja to write instead of that of `source`, or of Qwen3-Coder's.
 
     Raises:
       UserError: an array is missing, surplus or of a wrong shape, dtype or layout; the folder holds something else;
@@ -74,7 +75,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
             dtype = np.dtype(leaves["embed_tokens", "embedding"].dtype).name
             if len(plan) > 1:
                 _write_index(folder, plan)
-            write_description(folder, config, dtype, tokenizer, source, within)
+            write_description(folder, config, dtype, tokenizer, source, within, chat_template)
 
 
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, Any]:

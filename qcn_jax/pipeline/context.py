@@ -30,6 +30,7 @@ from qcn_jax.sharding import distributed
 if TYPE_CHECKING:
     from qcn_jax.agents.scaffolds import Scaffold
     from qcn_jax.agents.services import Services
+    from qcn_jax.chat.encoder import Encoder
     from qcn_jax.pipeline.experts.expert import Expert
 
 _MODEL_FOLDERS = {
@@ -102,10 +103,12 @@ class StageContext:
         return experts_of(self.config.experts.names)
 
     def scaffold(self, stage: str) -> "Scaffold":
-        """The scaffold of `stage`: sft, experts, distill or evaluate."""
+        """The scaffold of `stage` (sft, experts, distill or evaluate) under the run's chat template."""
         from qcn_jax.agents.scaffolds import SCAFFOLDS
+        from qcn_jax.pipeline.chat_template import fitted
 
-        return SCAFFOLDS.resolve(getattr(self.config, stage).scaffold, f"--config.{stage}.scaffold")
+        field = f"--config.{stage}.scaffold"
+        return fitted(SCAFFOLDS.resolve(getattr(self.config, stage).scaffold, field), self.encoder(), field)
 
     def result(self, stage: str) -> dict[str, Any]:
         """Results of a finished stage.
@@ -166,6 +169,12 @@ class StageContext:
             return Tokenizer.from_folder(initial_folder(self.config))
 
         return self.shared.get("tokenizer", build)
+
+    def encoder(self) -> "Encoder":
+        """What writes and reads the run's conversations."""
+        from qcn_jax.pipeline.chat_template import encoder_of
+
+        return self.shared.get("encoder", lambda: encoder_of(self.config, self.tokenizer()))
 
     def templates(self) -> tuple[str, ...]:
         """Names of the tool-call templates of the format domain."""

@@ -52,7 +52,8 @@ def save(context: StageContext, start: str, folder: pathlib.Path, model: ModelCo
     """Writes a stage's model with the run's tokenizer; every process must call it.
 
     What the folder that the stage began from holds beside text weights goes along: its tokenizer's files and chat
-    template as they are, and an encoder of images unless `config.vision` says drop.
+    template as they are (unless `config.sft.chat_template` names another), and an encoder of images unless
+    `config.vision` says drop.
 
     Args:
       context: of the stage.
@@ -63,10 +64,13 @@ def save(context: StageContext, start: str, folder: pathlib.Path, model: ModelCo
     Raises:
       UserError: see `hub.save`.
     """
+    from qcn_jax.pipeline.chat_template import written_with  # which asks this module for folders
+
     source = context.model_path(start) if start != "base" else None
     if source is None and context.config.init != "random":
         source = initial_folder(context.config)
-    hub.save(folder, model, params, context.tokenizer(), source=source, with_vision=context.config.vision == "keep")
+    hub.save(folder, model, params, context.tokenizer(), source=source, with_vision=context.config.vision == "keep",
+             chat_template=written_with(context.config))
 
 
 def read(folder: pathlib.Path, computed: ModelConfig, parallel: Parallel | None = None

@@ -4,6 +4,7 @@ from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.config import RunConfig
 from qcn_jax.config_phases import chats_of, source_field, sources_of, used_sources
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.chat_template import chat_template
 from qcn_jax.pipeline.data import filters
 from qcn_jax.pipeline.data.documents import FORMS
 from qcn_jax.pipeline.data.readers import CHATS, READERS, task_sets
@@ -27,9 +28,7 @@ def check_sources(config: RunConfig) -> None:
 
 def check_chats(config: RunConfig) -> None:
     """Raises UserError for a source of SFT that cannot be read, options that nobody has a use for, or no template."""
-    from qcn_jax.pipeline.stages import sft
-
-    sft.chat_template(config)
+    chat_template(config)
     for name, source in chats_of(config.sft).items():
         if not source.share:
             continue

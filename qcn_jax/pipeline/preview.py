@@ -19,6 +19,7 @@ from qcn_jax.config_phases import of_phase, source_field, sources_of
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline import workdir as work
+from qcn_jax.pipeline.chat_template import encoder_of
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.readers import CHATS
@@ -154,7 +155,7 @@ def _conversations(context: _Reading, name: str) -> Any:
                         "has made them")
     findings = Findings(config.sft.malformed, "--config.sft.malformed")
     read = reader.read(context, source, findings, lambda: False)
-    encoder = sft.encoder_of(config, reader, _tokenizer(context))
+    encoder = encoder_of(config, _tokenizer(context))
     documents = sft.encoded(read, encoder, sft.longest(config), findings, collections.Counter())
     found = list(_enough(documents, loader.WINDOW_ROWS * config.sft.train.sequence_length))
     context.log(f"{name}: {findings.line()}")

@@ -1,10 +1,14 @@
 """Conversations under other people's templates: ids and masks are transformers', and what has no place is refused."""
 
+import json
+
 import numpy as np
 import pytest
 
+from qcn_jax.chat import templates
 from qcn_jax.chat.folder_template import FolderTemplate
 from qcn_jax.chat.jinja_template import chat_template
+from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.template_encoder import TemplateEncoder
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.errors import UserError
@@ -88,6 +92,38 @@ def test_prompts_are_those_of_transformers(tokenizer, tmp_path):
                                             add_generation_prompt=True, return_dict=False)
         for given, trusted in ((messages, True), (messages, False), (parts, False)):
             assert encoder(tokenizer, name).encode_prompt(given, [of_others.TOOL], trusted) == wanted, name
+
+
+def test_a_sampled_turn_and_what_follows_are_the_longer_prompt(tokenizer):
+    """Prompt, sampled ids and the encoded observation, one behind the other."""
+    call = {"name": "run", "arguments": {"command": "ls"}}
+    said = {"native": "So\n\n<tool_call>\n<function=run>\n<parameter=command>\nls\n</parameter>\n</function>\n</tool_call>",
+            "thinking": "Hm.\n</think>\n\nSo\n<tool_call>\n" + json.dumps(call) + "\n</tool_call>",
+            "headers": "So<tool_call>run" + json.dumps(call["arguments"]) + "</tool_call>"}
+    told = {"role": "tool", "content": "a.py <|im_end|>"}
+    for name in of_others.WITH_TOOLS:
+        one = encoder(tokenizer, name)
+        (end,) = [tokenizer.added_tokens["<|eom|>" if name == "headers" else "<|im_end|>"]]
+        turn = {"role": "assistant", "content": "So", "tool_calls": [call]}
+        before, after = [USER], [USER, turn | ({"reasoning_content": "Hm."} if name == "thinking" else {}), told]
+        calls = [ToolCall(**call)]
+        assert end in one.ends <= one.stops
+        made = [*one.encode_prompt(before, [of_others.TOOL]), *tokenizer.encode(said[name]), end,
+                *one.encode_turn([told], True, calls)]
+        assert made == one.encode_prompt(after, [of_others.TOOL]), name
+        assert one.encode_turn([told], False, calls) == [one.end, *one.encode_turn([told], True, calls)]
+    for name in ("chatml", "instruct"):
+        one = encoder(tokenizer, name)
+        made = [*one.encode_prompt([USER]), *tokenizer.encode(" Ho" if name == "instruct" else "Ho"), one.end,
+                *one.encode_turn([USER])]
+        assert made == one.encode_prompt([USER, ANSWER, USER]), name
+
+
+def test_the_form_of_calls_is_seen_from_the_template(tokenizer):
+    assert {name: encoder(tokenizer, name).calls for name in of_others.TEMPLATES} == {
+        "native": templates.NATIVE, "thinking": "hermes", "headers": None, "chatml": None, "instruct": None}
+    one = encoder(tokenizer)
+    assert (one.spoken("Hm.\n</think>\n\nHo"), one.spoken("\nHo"), one.spoken("Ho")) == ("Ho", "\nHo", "Ho")
 
 
 def test_prompts_of_strangers(tokenizer):

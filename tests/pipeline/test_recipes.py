@@ -10,6 +10,7 @@ import pytest
 
 from qcn_jax import hub
 from qcn_jax.chat.tokenizer import Tokenizer
+from tests.chat import of_others
 from tests.conftest import ROOT
 from tests.pipeline import own_files
 
@@ -18,13 +19,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory, qwen_tokenizer_path):
-    """corpus/, chats.jsonl, tasks.jsonl, heldout.jsonl and model/, which has Qwen's own tokenizer; .flags names repositories."""
+    """corpus/, chats.jsonl, tasks.jsonl, heldout.jsonl, and model/ with Qwen's own tokenizer and a template unlike ours; flags
+    that name repositories."""
     folder = tmp_path_factory.mktemp("mine")
     folder.chmod(0o755)
     (folder / "corpus").mkdir()
     own_files.write_corpus(folder / "corpus" / "a.parquet")
     own_files.write_chats(folder / "chats.jsonl")
     own_files.write_model(folder / "model", Tokenizer.from_file(qwen_tokenizer_path), own_files.LENGTH)
+    (folder / "model" / "chat_template.jinja").write_text(of_others.unmarked(of_others.TEMPLATES["thinking"]))
     return folder, own_files.write_tasks(folder)
 
 
@@ -52,7 +55,8 @@ def check_model(folder, path):
     """A whole checkpoint with the tokenizer that the run began with."""
     config, params = hub.load(path)
     assert config == hub.load_config(folder / "model") and np.isfinite(params["norm"]["weight"]).all()
-    assert (path / "tokenizer.json").read_bytes() == (folder / "model" / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (path / name).read_bytes() == (folder / "model" / name).read_bytes()
 
 
 def test_experts_from_a_folder_on_a_file_of_tasks(folder):

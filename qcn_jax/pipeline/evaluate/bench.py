@@ -16,7 +16,7 @@ import jax
 
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.services import Services
-from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.chat.encoder import Encoder
 from qcn_jax.config import EvaluateConfig, ModelConfig
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT
@@ -55,7 +55,7 @@ class Bench:
     scaffold: Scaffold
     templates: Sequence[str]
     config: EvaluateConfig
-    encoder: ChatEncoder
+    encoder: Encoder
     services: Services
     seed: int
     log: Callable[[str], None]
@@ -106,7 +106,7 @@ class Bench:
         if self.parallel is None:
             params = jax.device_put(params)
         if self._engine is None:
-            self._engine = make_engine(model_config, params, self.encoder.tokenizer, self.config.rollout,
+            self._engine = make_engine(model_config, params, self.encoder, self.config.rollout,
                                        parallel=self.parallel)
         self._engine.params = params
         return self._engine

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from qcn_jax.agents.episode import EndReason, Episode, EpisodeResult
 from qcn_jax.agents.scaffolds import Message, Scaffold
 from qcn_jax.agents.services import Services
-from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.chat.encoder import Encoder
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply
@@ -21,7 +21,7 @@ class TaskConversation:
     """An episode on a task, in tokens; see pipeline.rl.rollout.Conversation."""
 
     def __init__(
-        self, task: Task, scaffold: Scaffold, encoder: ChatEncoder, services: Services, *, max_turns: int,
+        self, task: Task, scaffold: Scaffold, encoder: Encoder, services: Services, *, max_turns: int,
         reward: Reward | None,
     ) -> None:  # fmt: skip
         """Args:
@@ -53,15 +53,17 @@ class TaskConversation:
 
     def reply(self, tokens: list[int], stopped: bool) -> Reply:
         """Executes the turn's calls; a turn that its own end token did not close is not executed."""
-        closed = stopped and tokens[-1] == self._encoder.end
-        text = self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens)
+        closed = stopped and tokens[-1] in self._encoder.ends
+        text = self._encoder.spoken(self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens))
         observation = self.episode.step(text, complete=closed)
-        run = self.episode.turns[-1].tests
+        turn = self.episode.turns[-1]
+        run = turn.tests
         failing = run is not None and not run.passed
         patch = self.episode.executor.diff() if failing else ""
         repeated = failing and patch in self._failing
         self._failing.add(patch)
-        answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed)
+        calls = turn.calls if self._scaffold.template == self._encoder.calls else ()
+        answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed, calls)
         return Reply(answer, observation.done, observation.malformed, failing, repeated)
 
     def outcome(self, truncated: bool) -> Outcome:

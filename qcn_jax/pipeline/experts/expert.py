@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from qcn_jax.agents.episode import EndReason, EpisodeResult
 from qcn_jax.agents.scaffolds import Message, Scaffold
 from qcn_jax.agents.services import Services
-from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.chat.encoder import Encoder
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
@@ -87,7 +87,7 @@ class Expert:
         return [Prompt(self, task, presented) for task in tasks]
 
     def conversation(
-        self, prompt: Prompt, encoder: ChatEncoder, services: Services, *, max_turns: int,
+        self, prompt: Prompt, encoder: Encoder, services: Services, *, max_turns: int,
         unfinished_penalty: float = 0.0, reward: Reward | None = None, graded: bool = True,
     ) -> Conversation:
         """A fresh episode on `prompt`.

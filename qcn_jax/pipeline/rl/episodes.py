@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qcn_jax.chat.tokenizer import END_OF_TEXT, TURN_END, Tokenizer
+from qcn_jax.chat.encoder import Encoder
 from qcn_jax.config import ModelConfig, RolloutConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def make_engine(
-    model: ModelConfig, params: Any, tokenizer: Tokenizer, config: RolloutConfig, sequence_length: int | None = None,
+    model: ModelConfig, params: Any, encoder: Encoder, config: RolloutConfig, sequence_length: int | None = None,
     parallel: Parallel | None = None,
 ) -> Engine:
     """The engine that a stage's rollouts use, on the mesh that the stage learns on.
@@ -36,11 +36,10 @@ def make_engine(
             f"rollout.max_length is {config.max_length} and must not exceed sequence_length, {sequence_length}: an "
             "episode is learned from whole"
         )
-    stop_ids = [tokenizer.id(TURN_END), tokenizer.id(END_OF_TEXT)]
     return Engine(
         model, params, slots=config.slots, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
-        stop_ids=stop_ids, prefill_rows=config.prefill_rows, prefill_chunk=config.prefill_chunk,
-        drawable=tokenizer.known_ids(model.vocab_size), parallel=parallel,
+        stop_ids=sorted(encoder.stops), prefill_rows=config.prefill_rows, prefill_chunk=config.prefill_chunk,
+        drawable=encoder.tokenizer.known_ids(model.vocab_size), parallel=parallel,
     )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.config import DistillConfig, ModelConfig, RunConfig
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
@@ -210,14 +209,14 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     context.result("experts")
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
-    services, encoder = context.services(), ChatEncoder(context.tokenizer())
+    services, encoder = context.services(), context.encoder()
     start, experts = context.start("distill"), context.experts()
     _, params = models.load(context, start, parallel)
     teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}
     graded = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right
     feed = Distiller(
         config=config, seed=sequence_seed(context.config.seed, zlib.crc32(b"distill")),
-        engine=episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length,
+        engine=episodes.make_engine(trainer.model, params, encoder, config.rollout, config.sequence_length,
                                     parallel),
         trainer=trainer, teachers=teachers,
         prompts={expert.name: training_prompts(context, expert, "distill") for expert in experts},

@@ -76,12 +76,10 @@ def has_control(context: StageContext) -> bool:
 
 def make_bench(context: StageContext) -> Bench:
     """The bench over this run's held-out tasks."""
-    from qcn_jax.chat.encoder import ChatEncoder
-
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
     return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate,
-                 ChatEncoder(context.tokenizer()), context.services(), config.seed, context.log,
+                 context.encoder(), context.services(), config.seed, context.log,
                  mesh_here(config.mesh))
 
 

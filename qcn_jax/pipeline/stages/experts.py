@@ -8,7 +8,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.agents.services import Services
-from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.chat.encoder import Encoder
 from qcn_jax.config import RunConfig
 from qcn_jax.inference.engine import Engine
 from qcn_jax.pipeline import models
@@ -48,9 +48,9 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
     start = context.start("experts")
-    services, encoder = context.services(), ChatEncoder(context.tokenizer())
+    services, encoder = context.services(), context.encoder()
     _, params = models.load(context, start, parallel)
-    engine = episodes.make_engine(trainer.model, params, encoder.tokenizer, config.rollout, config.sequence_length,
+    engine = episodes.make_engine(trainer.model, params, encoder, config.rollout, config.sequence_length,
                                   parallel)
     episodes.say_where(parallel, context.log)
     results = {}
@@ -65,7 +65,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
 
 
 def _train_expert(context: StageContext, expert: Expert, start: str, params: Any, engine: Engine, trainer: Trainer,
-                  encoder: ChatEncoder, services: Services) -> dict[str, Any]:
+                  encoder: Encoder, services: Services) -> dict[str, Any]:
     config, directory, reward = context.config.experts, context.workdir / expert.name, reward_of(context.config)
     log = lambda line: context.log(f"{expert.name}: {line}")
     prompts = training_prompts(context, expert, "experts")

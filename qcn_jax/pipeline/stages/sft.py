@@ -17,18 +17,14 @@ from typing import Any
 import numpy as np
 
 from qcn_jax import files
-from qcn_jax.chat.encoder import ChatEncoder, Encoder
-from qcn_jax.chat.folder_template import FolderTemplate
-from qcn_jax.chat.jinja_template import CHAT_TEMPLATE_FILE
-from qcn_jax.chat.template_encoder import TemplateEncoder
-from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.chat.encoder import Encoder
 from qcn_jax.config import ChatSource, RunConfig
 from qcn_jax.config_phases import chats_of, source_field
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import loader
-from qcn_jax.pipeline.data.readers import CHATS, ChatReader, Conversation
+from qcn_jax.pipeline.data.readers import CHATS, Conversation
 from qcn_jax.pipeline.data.texts import Findings
 from qcn_jax.pipeline.train import fit
 from qcn_jax.pipeline.train.signals import interrupted, stop_signals
@@ -37,7 +33,6 @@ from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
 DOCUMENTS, SUMMARY = "data", "summary.json"  # in the stage's folder: what is learned from, for all processes alike
-NATIVE = "native"  # of config.sft.chat_template
 CONTROL_SEED = 1_000_003  # the control sees the same documents in another order
 
 
@@ -75,14 +70,13 @@ def write_documents(context: StageContext) -> None:
     """
     began, summaries, labels = time.monotonic(), {}, Counter[str]()
     tokens = loss_tokens = 0
-    tokenizer = context.tokenizer()
+    encoder = context.encoder()
     with stop_signals() as stop:
         for name, source in used(context.config).items():
             field = source_field(context.config, "sft", name)
             findings = Findings(context.config.sft.malformed, "--config.sft.malformed")
             reader = CHATS.resolve(source.kind, f"{field}.kind")
             read = reader.read(context, source, findings, stop.is_set)
-            encoder = encoder_of(context.config, reader, tokenizer)
             length, counts = context.config.sft.train.sequence_length, Counter[str]()
             documents = encoded(read, encoder, longest(context.config), findings, counts)
             first = next(documents, None)
@@ -102,28 +96,6 @@ def write_documents(context: StageContext) -> None:
         "conversations": sum(summary["kept"] for summary in summaries.values()), "sources": summaries,
         "labels": dict(labels), "document_tokens": tokens, "loss_tokens": loss_tokens,
         "collecting_seconds": round(time.monotonic() - began, 1)})
-
-
-def chat_template(config: RunConfig) -> FolderTemplate | None:
-    """The template that writes conversations that are read; None for the native one.
-
-    Raises:
-      UserError: `config.sft.chat_template` names none, or one is no valid Jinja.
-    """
-    name = config.sft.chat_template
-    if name == NATIVE or not name and config.init == "random":
-        return None
-    template = FolderTemplate.from_folder(name or models.initial_folder(config))
-    if name and template is None and not (pathlib.Path(name) / CHAT_TEMPLATE_FILE).exists():
-        raise UserError(f"--config.sft.chat_template={name}: holds no chat template; allowed: {NATIVE}, a folder with "
-                        "one, or a .jinja file")
-    return template
-
-
-def encoder_of(config: RunConfig, reader: ChatReader, tokenizer: Tokenizer) -> Encoder:
-    """What writes the conversations of a reader: who acts on tasks is shown and read the native way in every stage."""
-    template = None if reader.sandbox else chat_template(config)
-    return ChatEncoder(tokenizer) if template is None else TemplateEncoder(tokenizer, template)
 
 
 def longest(config: RunConfig) -> int | None:

@@ -54,7 +54,7 @@ def propose(context: StageContext, scaffold: Scaffold, tasks: Sequence[Task], sa
         tokenizer = context.tokenizer()
         model, params = models.load(context, "midtrain")
         # The experts' engine: the same shapes, so that they are compiled once.
-        engine = episodes.make_engine(model, params, tokenizer, context.config.experts.rollout)
+        engine = episodes.make_engine(model, params, context.encoder(), context.config.experts.rollout)
         documents = EditDocuments([], tokenizer, seed=0, max_tokens=engine.max_length)
         services = context.services()
         prompts = {task.instance_id: _prompt(scaffold, task, services.files(task.repo), documents) for task in tasks}

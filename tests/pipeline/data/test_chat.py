@@ -13,6 +13,7 @@ from qcn_jax.chat.rendering import render
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ChatSource, RunConfig, SftConfig
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline import chat_template
 from qcn_jax.pipeline.data import loader
 from qcn_jax.pipeline.data.readers.chat import CHAT, Options, conversation
 from qcn_jax.pipeline.data.texts import Findings
@@ -190,7 +191,7 @@ def test_the_folders_own_template_writes_conversations_unless_told_otherwise(tmp
     other.write_text("{{ messages[0].role }}")
 
     def chosen(init, name=""):
-        return sft.chat_template(RunConfig(init=init, sft=SftConfig(chat_template=name)))
+        return chat_template.chat_template(RunConfig(init=init, sft=SftConfig(chat_template=name)))
 
     assert chosen(str(folder)) is chosen("random") is None
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -210,7 +211,7 @@ def test_the_stages_documents_are_written_by_that_template(tmp_path, tokenizer):
     rows = tmp_path / "a.jsonl"
     rows.write_text(json.dumps({"messages": [{"role": "system", "content": "s"}, user(), answer(weight=0.5)]}))
     config = RunConfig(init=str(folder), sft=SftConfig(data=str(rows)))
-    context = types.SimpleNamespace(config=config, tokenizer=lambda: tokenizer, workdir=tmp_path / "sft", log=lambda _: None)
+    context = types.SimpleNamespace(config=config, encoder=lambda: chat_template.encoder_of(config, tokenizer), workdir=tmp_path / "sft", log=lambda _: None)
     sft.write_documents(context)
     document = loader.TokenStore(tmp_path / "sft" / sft.DOCUMENTS / "data")[0]
     assert tokenizer.decode(document["tokens"]) == "<|im_start|>system: s<|im_end|><|im_start|>user: u<|im_end|><|im_start|>assistant: a<|im_end|>"

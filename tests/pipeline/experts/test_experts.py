@@ -6,15 +6,19 @@ import dataclasses
 import pytest
 
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
+from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
 from qcn_jax.agents.services import Services, check_shell, pool_services, provider_services
 from qcn_jax.chat import templates
 from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.chat.folder_template import FolderTemplate
 from qcn_jax.chat.rendering import ToolCall
+from qcn_jax.chat.template_encoder import TemplateEncoder
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.chat_template import fitted
 from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import EXPERTS, experts_of, headline
 from qcn_jax.pipeline.experts.expert import Expert
@@ -25,6 +29,7 @@ from qcn_jax.pipeline.rl.rollout import Outcome
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from tests.agents import tiny
+from tests.chat import of_others
 
 ADDED = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
@@ -203,6 +208,34 @@ def test_a_scaffold_with_a_shell_acts_in_a_live_sandbox(encoder, live) -> None:
     said = encoder.tokenizer.decode(tokens)
     assert "if value > low:" in said and "This call was blocked" in said and "<returncode>0</returncode>" in said
     assert pool._open == [0]  # its sandbox was given back
+
+
+def test_an_agent_acts_under_another_template(live) -> None:
+    """Calls as its template writes them, with reasoning before; what cannot be done is one line before any work."""
+    services, _ = live
+    tokenizer = Tokenizer.train([tiny.GOOD, tiny.TESTS], 256 + len(of_others.ADDED) + 60, of_others.ADDED)
+    under = lambda name: TemplateEncoder(tokenizer, FolderTemplate({"default": of_others.TEMPLATES[name]}, "F"))
+    encoder = under("thinking")
+    scaffold = fitted(QWEN_CODE, encoder, "--config.experts.scaffold")
+    assert scaffold.template == "hermes"
+    repair = ToolCall("edit", {"file_path": "/testbed/calc/core.py", "old_string": "value > low", "new_string": "value < low"})
+    conversation = begin(encoder, services, tiny.make_task(), scaffold=scaffold, template="hermes")
+    opening = tokenizer.decode(conversation.opening())
+    assert '"name": "edit"' in opening and opening.endswith("<|im_start|>assistant\n<think>\n")
+    said = "So.\n</think>\n\n" + templates.render("hermes", "", [repair])
+    reply = conversation.reply([*tokenizer.encode(said), encoder.end], True)
+    assert not reply.malformed and not reply.done
+    assert tokenizer.decode(list(reply.tokens)).endswith("</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n")
+    done = "Done.\n</think>\n\n" + templates.render("hermes", "", [SUBMIT])
+    assert conversation.reply([*tokenizer.encode(done), encoder.end], True).done
+    assert conversation.outcome(False).solved
+    for name, other, line in (
+        ("headers", SWE_AGENT, "writes tool calls in a form that is not known"),
+        ("instruct", MINI_SWE_AGENT, "of F refuses it: Only user and assistant roles are known"),
+    ):
+        with pytest.raises(UserError, match=f"^--config.sft.scaffold={other.name}: .*{line}.*chat_template=native is Qwen"):
+            fitted(other, under(name), "--config.sft.scaffold")
+    assert fitted(MINI_SWE_AGENT, under("chatml"), "f") is MINI_SWE_AGENT
 
 
 def test_two_episodes_at_once_have_sandboxes_of_their_own_and_idle_ones_have_none(encoder, live) -> None:
