@@ -39,7 +39,7 @@ class Choice:
       calls: of the message, once it has ended.
       finish: why it ended, or None.
       count: tokens so far.
-      logprobs: (token, log-probability) of each since the list was last emptied.
+      logprobs: (token, log-probability, alternatives) of each since the list was last emptied.
     """
 
     def __init__(self, source: Source, stops: Sequence[str] = (), tools: Any = None, one_call: bool = False) -> None:
@@ -50,14 +50,15 @@ class Choice:
         self._text, self._read = "", 0  # what was generated, and how much of it no stop text can begin in
         self.words, self.count = "", 0
         self.calls: list[ToolCall] = []
-        self.logprobs: list[tuple[int, float]] = []
+        self.logprobs: list[tuple[int, float, list[tuple[int, float]]]] = []
         self.finish: str | None = None
 
     def push(self, piece: Piece) -> str:
         """Takes tokens in; returns the words that are now certain. `end` follows where `finish` is set."""
-        for token, logprob in zip(piece.tokens, piece.logprobs, strict=True):
+        beside = piece.alternatives or [[]] * len(piece.tokens)
+        for token, logprob, others in zip(piece.tokens, piece.logprobs, beside, strict=True):
             self.count += 1
-            self.logprobs.append((token, logprob))
+            self.logprobs.append((token, logprob, others))
             before = len(self._text)
             self._text += "" if token in self._stop_ids else self._decoder.push(token)
             if self._stopped(before):
@@ -226,15 +227,18 @@ class Answer:
         return {"index": index, "message": message, "finish_reason": choice.finish} | logprobs
 
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
-        spelt = [self._source.tokenizer.token_bytes(token) for token, _ in choice.logprobs]
-        shown, values = [token.decode("utf-8", "replace") for token in spelt], [value for _, value in choice.logprobs]
-        if not self._chat:
-            return {"tokens": shown, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
-        content = [
-            {"token": token, "logprob": value, "bytes": list(raw), "top_logprobs": []}
-            for token, value, raw in zip(shown, values, spelt, strict=True)
-        ]
-        return {"content": content}
+        """As chat and as plain completion write them; of alternatives that read alike the latter keeps the first."""
+        rows = [(self._spelt(token, value), [self._spelt(*other) for other in others])
+                for token, value, others in choice.logprobs]
+        if self._chat:
+            return {"content": [one | {"top_logprobs": others} for one, others in rows]}
+        best = [{other["token"]: other["logprob"] for other in reversed(others)} for _, others in rows]
+        return {"tokens": [one["token"] for one, _ in rows], "token_logprobs": [one["logprob"] for one, _ in rows],
+                "top_logprobs": best if self._options.sampling.alternatives else None, "text_offset": None}
+
+    def _spelt(self, token: int, value: float) -> dict[str, Any]:
+        raw = self._source.tokenizer.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": value, "bytes": list(raw)}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return protocol.envelope(self._id, kind, self._source.name, choices)

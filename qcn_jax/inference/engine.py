@@ -26,12 +26,13 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.inference.programs import STOP_IDS, Programs
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.inference.sampling import History, Sampling, adjustments
 from qcn_jax.model import Qwen3Next
 from qcn_jax.sharding.parallel import Parallel
 
 FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
 UNROLL_BYTES = 1 << 30  # parameters up to this size are also kept layer by layer
+_DRAWS = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "min_p": np.float32}
 NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinity, or overflow its dtype"
 
 
@@ -41,14 +42,17 @@ class Generation:
 
     `tokens` end with the stop token when `finish` is "stop"; "length" is the limit of new tokens or of the slot;
     "paused" turns may be continued by the next `generate`. `logprobs` [len(tokens)] float32 are the
-    model's own, of softmax(logits); `drawn_logprobs` those of softmax(logits / temperature), which reinforcement
-    learning compares with, and at temperature 0 the same as `logprobs`. Neither knows of top_p and top_k.
+    model's own, of softmax(logits); `drawn_logprobs` those of softmax(logits / temperature), with penalties and biases
+    where there are any, which reinforcement learning compares with, and at temperature 0 the same as `logprobs`.
+    Neither knows of top_p, top_k and min_p. `alternatives` are the most probable (id, log-probability) by `logprobs`'
+    measure beside each token, as many as its sampling asked for.
     """
 
     tokens: list[int]
     logprobs: np.ndarray
     drawn_logprobs: np.ndarray
     finish: Literal["stop", "length", "paused"]
+    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -249,6 +253,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         max_new_tokens: int | Sequence[int] | None = None,
         enough: int = 0,
+        histories: Sequence[History] | None = None,
     ) -> list[Generation]:
         """Generates one turn for each of `slots`, which must hold at least one token.
 
@@ -260,13 +265,15 @@ class Engine:
           max_new_tokens: at most this many, for all or one each; never past a slot's `max_length`.
           enough: stop once no more than this many slots are still generating, so that a few long turns do not
             keep all others waiting. Less than the number of slots.
+          histories: what each slot holds, for draws that adjust logits by it; on several hosts all give them, or none.
 
         Returns:
           One Generation a slot, in the order of `slots`. All their tokens, a stop token included, are in the
           slot afterwards.
 
         Raises:
-          ValueError: an unknown slot, one named twice or without a token, or `enough` out of range.
+          ValueError: an unknown slot, one named twice or without a token, `enough` out of range, or a draw that needs
+            `histories` and has none.
           UserError: the model's logits are not finite.
         """
         self._check(slots)
@@ -279,29 +286,46 @@ class Engine:
         wanted = self.max_new_tokens if max_new_tokens is None else np.asarray(max_new_tokens)
         limits = np.zeros(self.slots, np.int32)
         limits[chosen] = np.minimum(np.minimum(wanted, self.max_new_tokens), self.max_length - self._lengths[chosen])
+        if histories is None and any(one.adjusts for one in draws):
+            raise ValueError("histories: none, where sampling has penalties, biases or alternatives")
         draw = {}
-        for name, dtype in (("temperature", np.float32), ("top_p", np.float32), ("top_k", np.int32)):
+        for name, dtype in _DRAWS.items():
             draw[name] = np.full(self.slots, getattr(Sampling(0.0), name), dtype)
             draw[name][chosen] = [getattr(one, name) for one in draws]
         streams = np.zeros(self.slots, np.uint32)
         streams[chosen] = np.asarray(seeds, np.uint64) & 0xFFFFFFFF
         anyone, longest = self.most(bool(limits.any()), int((self._lengths[chosen] + limits[chosen]).max(initial=0)))
-        counts = np.zeros(self.slots, np.int32)
-        if anyone:
-            put = self._placement.put
-            self._cache, self._logits, *made = self.programs.run(
-                "decode", self._weights, self._cache, self._logits, put(streams), put(self._lengths.astype(np.int32)),
-                put(limits), np.int32(self._placement.total(enough)),
-                {name: put(array) for name, array in draw.items()}, self._stop, key_limit=self._key_limit(longest))
-            tokens, logprobs, counts = map(self._placement.get, made)
-            if any(np.isnan(logprobs[slot, :, : counts[slot]]).any() for slot in chosen):
-                raise UserError(NOT_FINITE)
-        self._lengths = self._lengths + counts
-        results = []
-        for slot in chosen:
-            new = tokens[slot, : counts[slot]].tolist() if anyone else []
-            ended = "length" if counts[slot] == limits[slot] else "paused"
-            finish = "stop" if new and new[-1] in self._stop else ended
-            scores = logprobs[slot, :, : counts[slot]].copy() if anyone else np.zeros((2, 0), np.float32)
-            results.append(Generation(new, *scores, finish))
-        return results
+        if not anyone:
+            nothing = np.zeros((2, 0), np.float32)
+            return [Generation([], *nothing, "length") for _ in slots]
+        put = lambda arrays: {name: self._placement.put(array) for name, array in arrays.items()}
+        adjust = () if histories is None else (put(self._adjustments(chosen, draws, histories)),)
+        held = put({"streams": streams, "lengths": self._lengths.astype(np.int32), "limits": limits})
+        self._cache, self._logits, *made = self.programs.run(
+            "decode_adjusted" if adjust else "decode", self._weights, self._cache, self._logits, *held.values(),
+            np.int32(self._placement.total(enough)), put(draw), self._stop, *adjust, key_limit=self._key_limit(longest))
+        made = [self._placement.get(array) for array in made]
+        self._lengths = self._lengths + made[2]
+        return [self._generation(slot, limits[slot], one, *made) for slot, one in zip(chosen, draws)]
+
+    def _generation(self, slot: int, limit: int, draw: Sampling, tokens: np.ndarray, logprobs: np.ndarray,
+                    counts: np.ndarray, *best: np.ndarray) -> Generation:
+        """What decoding made for a slot; `best` are ids and log-probabilities of alternatives [N, M, A]."""
+        new, scores = tokens[slot, : counts[slot]].tolist(), logprobs[slot, :, : counts[slot]].copy()
+        if np.isnan(scores).any():
+            raise UserError(NOT_FINITE)
+        finish = "stop" if new and new[-1] in self._stop else "length" if len(new) == limit else "paused"
+        alternatives = []
+        if draw.alternatives:
+            named = zip(*(array[slot, : len(new), : draw.alternatives].tolist() for array in best))
+            # Where a vocabulary has fewer drawable tokens than were asked for, the rest are at minus infinity.
+            alternatives = [[(id_, value) for id_, value in zip(*pair) if value > -np.inf] for pair in named]
+        return Generation(new, *scores, finish, alternatives)
+
+    def _adjustments(self, chosen: np.ndarray, draws: Sequence[Sampling], histories: Sequence[History]
+                     ) -> dict[str, np.ndarray]:
+        """sampling.adjustments by slot; slots that are not chosen have none."""
+        every, told = [Sampling()] * self.slots, [History((), ())] * self.slots
+        for slot, draw, history in zip(chosen, draws, histories, strict=True):
+            every[slot], told[slot] = draw, history
+        return adjustments(every, told, self.config.vocab_size)

@@ -14,7 +14,7 @@ import numpy as np
 
 from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
 from qcn_jax.inference.placement import Placement
-from qcn_jax.inference.sampling import sample
+from qcn_jax.inference.sampling import MAX_ALTERNATIVES, adjusted, sample
 from qcn_jax.layers.cache import Cache
 from qcn_jax.model import Qwen3Next, abstract_params, unroll
 from qcn_jax.sharding import distributed
@@ -63,7 +63,8 @@ class Programs:
 
         Returns:
           arrange: weights. prefill and copy: (cache, logits). decode: (cache, logits, tokens [N, M], log-probabilities
-          [N, 2, M], counts [N]).
+          [N, 2, M], counts [N]). decode_adjusted: also the A most probable ids [N, M, A] and their log-probabilities,
+          A being the smaller of MAX_ALTERNATIVES and V.
         """
         key = name, key_limit
         if key not in self._called:
@@ -75,14 +76,16 @@ class Programs:
         key = name, key_limit
         if key not in self._compiled:
             run, donated = {"arrange": (self._arrange, ()), "prefill": (self._prefill, (1, 2)),
-                            "copy": (self._copy, ()), "decode": (self._decode, (1, 2))}[name]
+                            "copy": (self._copy, ()), "decode": (self._decode, (1, 2)),
+                            "decode_adjusted": (self._decode_adjusted, (1, 2))}[name]
             if key_limit is not None:
                 run = functools.partial(run, key_limit=key_limit)
             options = {}
             if self._placement.parallel is not None:
                 rows, state = self._placement.rows, self._state()
                 weights = self._placement.shardings(self._model.config, self._model.unrolled)
-                options["out_shardings"] = {"arrange": weights, "decode": (*state, rows, rows, rows)}.get(name, state)
+                options["out_shardings"] = {"arrange": weights, "decode": (*state, rows, rows, rows),
+                                            "decode_adjusted": (*state, *[rows] * 5)}.get(name, state)
             self._compiled[key] = jax.jit(run, donate_argnums=donated, **options)
         return self._compiled[key]
 
@@ -103,7 +106,7 @@ class Programs:
             return (*held, by_slot(jnp.int32, size), by_slot(jnp.bool_, size), by_slot(jnp.int32, size, chunk),
                     by_slot(jnp.int32, size))
         draw = {"temperature": by_slot(jnp.float32, count), "top_p": by_slot(jnp.float32, count),
-                "top_k": by_slot(jnp.int32, count)}
+                "top_k": by_slot(jnp.int32, count), "min_p": by_slot(jnp.float32, count)}
         return (*held, by_slot(jnp.uint32, count), by_slot(jnp.int32, count), by_slot(jnp.int32, count),
                 jax.ShapeDtypeStruct((), jnp.int32), draw, jax.ShapeDtypeStruct((STOP_IDS,), jnp.int32))
 
@@ -141,27 +144,49 @@ class Programs:
         run = self._placement.per_part(take, cache, ("cache", "rows", "rows"), ("cache", "rows"))
         return run(cache, logits, source)
 
-    def _decode(self, params: Any, cache: Cache, logits: Array, seeds: Array, positions: Array, limits: Array,
-                enough: Array, draw: dict[str, Array], stop: Array, key_limit: int
-                ) -> tuple[Cache, Array, Array, Array, Array]:
+    def _decode(self, *arguments: Any, key_limit: int) -> tuple[Cache, Array, Array, Array, Array]:
         """Samples up to limits[n] tokens for every slot, until no more than `enough` slots are under way."""
+        return self._loop(*arguments, None, key_limit=key_limit)
+
+    def _decode_adjusted(self, *arguments: Any, key_limit: int) -> tuple[Any, ...]:
+        """`_decode` with sampling.adjustments as its last argument, which also names alternatives."""
+        return self._loop(*arguments, key_limit=key_limit)
+
+    def _loop(self, params: Any, cache: Cache, logits: Array, seeds: Array, positions: Array, limits: Array,
+              enough: Array, draw: dict[str, Array], stop: Array, adjust: dict[str, Array] | None, key_limit: int
+              ) -> tuple[Any, ...]:
+        count, made = len(limits), {}
+        made["tokens"] = jnp.zeros((count, self._new), jnp.int32)
+        made["logprobs"] = jnp.zeros((count, 2, self._new), jnp.float32)
+        if adjust is not None:
+            size = (count, self._new, min(MAX_ALTERNATIVES, logits.shape[-1]))
+            made |= {"counts": adjust["counts"], "ids": jnp.zeros(size, jnp.int32),
+                     "values": jnp.zeros(size, jnp.float32)}
 
         def body(carry: tuple) -> tuple:
-            step, cache, logits, active, tokens, logprobs, counts = carry
-            token, *scores = sample(logits, seeds, positions + step, **draw, drawable=self._drawable)
+            step, cache, logits, active, made, counts = carry
+            chosen_by = None if adjust is None else adjusted(logits, adjust | {"counts": made["counts"]})
+            token, *both = sample(
+                logits, seeds, positions + step, **draw, drawable=self._drawable, chosen_by=chosen_by)
             token = jnp.where(active, token, 0)
-            tokens = tokens.at[:, step].set(token)
-            logprobs = logprobs.at[:, :, step].set(jnp.stack(scores, axis=1))
+            made = made | {"tokens": made["tokens"].at[:, step].set(token),
+                           "logprobs": made["logprobs"].at[:, :, step].set(jnp.stack(both, axis=1))}
+            if adjust is not None:
+                scores = jax.nn.log_softmax(logits)
+                if self._drawable is not None:
+                    scores = jnp.where(jnp.asarray(self._drawable)[None], scores, -jnp.inf)
+                values, ids = jax.lax.top_k(scores, made["ids"].shape[-1])
+                made |= {"ids": made["ids"].at[:, step].set(ids), "values": made["values"].at[:, step].set(values),
+                         "counts": made["counts"].at[jnp.arange(count), token].add(active.astype(jnp.int32))}
             out = self._model.apply(
                 {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32), key_limit=key_limit)
             logits = jnp.where(active[:, None], out.logits[:, 0].astype(jnp.float32), logits)
             counts = counts + active
             active = active & ~jnp.any(token[:, None] == stop[None], axis=-1) & (counts < limits)
-            return step + 1, out.cache, logits, active, tokens, logprobs, counts
+            return step + 1, out.cache, logits, active, made, counts
 
-        count = len(limits)
-        start = (0, cache, logits, limits > 0, jnp.zeros((count, self._new), jnp.int32),
-                 jnp.zeros((count, 2, self._new), jnp.float32), jnp.zeros(count, jnp.int32))
+        start = (0, cache, logits, limits > 0, made, jnp.zeros(count, jnp.int32))
         carry = jax.lax.while_loop(lambda carry: jnp.sum(carry[3]) > enough, body, start)
-        _, cache, logits, _, tokens, logprobs, counts = carry
-        return cache, logits, tokens, logprobs, counts
+        _, cache, logits, _, made, counts = carry
+        best = () if adjust is None else (made["ids"], made["values"])
+        return cache, logits, made["tokens"], made["logprobs"], counts, *best

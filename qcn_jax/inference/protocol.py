@@ -14,7 +14,7 @@ from typing import Any
 
 from qcn_jax.chat.tool_calls import NAME
 from qcn_jax.chat.values import read_json
-from qcn_jax.inference.sampling import MAX_TOP_K, Sampling
+from qcn_jax.inference.sampling import MAX_ALTERNATIVES, MAX_TOP_K, Sampling
 
 MAX_CHOICES = 16
 MAX_SEQUENCES = 128  # choices of all prompts of one request
@@ -22,17 +22,17 @@ MAX_STOPS = 4  # as OpenAI has it
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(NAME)
 
-_SHARED = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop", "n", "seed",
-           "stream", "stream_options", "logprobs"}  # fmt: skip
-_CHAT = _SHARED | {"messages", "tools", "tool_choice", "parallel_tool_calls"}
+_SHARED = {"model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "n",
+           "seed", "stream", "stream_options", "logprobs", "frequency_penalty", "presence_penalty",
+           "repetition_penalty", "logit_bias"}  # fmt: skip
+_CHAT = _SHARED | {"messages", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
 _COMPLETION = _SHARED | {"prompt", "echo"}
 # They say who asks, and where to keep what; the answer is the same.
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
             "prompt_cache_retention"}  # fmt: skip
 # What is not supported may be there as long as it asks for nothing.
-_NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "top_logprobs": 0,
-            "suffix": "", "response_format": {"type": "text"}, "modalities": ["text"], "min_p": 0, "echo": False,
-            "functions": [], "tools": [], "parallel_tool_calls": True}  # fmt: skip
+_NEUTRAL = {"suffix": "", "response_format": {"type": "text"}, "modalities": ["text"], "echo": False, "functions": [],
+            "tools": [], "parallel_tool_calls": True}  # fmt: skip
 _IN_MESSAGES = {"function_call", "audio"}
 
 
@@ -82,8 +82,8 @@ def check_model(body: Mapping[str, Any], name: str) -> None:
         raise BadRequest(f"model: there is no {str(model)[:100]!r}; this is {name!r}", "model", "model_not_found", 404)
 
 
-def read_options(body: Mapping[str, Any], chat: bool) -> Options:
-    """Reads sampling and output options.
+def read_options(body: Mapping[str, Any], chat: bool, vocabulary: int) -> Options:
+    """Reads sampling and output options; biases are of ids below `vocabulary`.
 
     Raises:
       BadRequest: a field has another type, lies out of range or is not supported.
@@ -91,9 +91,13 @@ def read_options(body: Mapping[str, Any], chat: bool) -> Options:
     _refuse_unread(body, _CHAT if chat else _COMPLETION)
     limit = _number(body, "max_completion_tokens", None, 1, None, int)
     limit = _number(body, "max_tokens", limit, 1, None, int)
+    logprobs, alternatives = _logprobs(body, chat)
     sampling = Sampling(
         _number(body, "temperature", 1.0, 0.0, 2.0, float), _number(body, "top_p", 1.0, 1e-6, 1.0, float),
-        min(_number(body, "top_k", 0, 0, None, int), MAX_TOP_K),
+        min(_number(body, "top_k", 0, 0, None, int), MAX_TOP_K), _number(body, "min_p", 0.0, 0.0, 1.0, float),
+        _number(body, "presence_penalty", 0.0, -2.0, 2.0, float),
+        _number(body, "frequency_penalty", 0.0, -2.0, 2.0, float),
+        _number(body, "repetition_penalty", 1.0, 0.01, 10.0, float), _biases(body, vocabulary), alternatives,
     )  # fmt: skip
     stops = body.get("stop") or ()
     stops = (stops,) if isinstance(stops, str) else tuple(stops) if isinstance(stops, list | tuple) else None
@@ -105,7 +109,7 @@ def read_options(body: Mapping[str, Any], chat: bool) -> Options:
     choices = _number(body, "n", 1, 1, MAX_CHOICES, int)
     if _number(body, "best_of", choices, 1, None, int) != choices:
         raise BadRequest("best_of: not supported", "best_of")
-    logprobs, echo = _logprobs(body, chat), not chat and _flag(body, "echo")
+    echo = not chat and _flag(body, "echo")
     if logprobs and echo:
         raise BadRequest("logprobs: not supported together with echo", "logprobs")
     return Options(
@@ -123,14 +127,29 @@ def _refuse_unread(body: Mapping[str, Any], read: set[str]) -> None:
             raise BadRequest(f"{name[:100]}: not supported", name[:100])
 
 
-def _logprobs(body: Mapping[str, Any], chat: bool) -> bool:
-    """Chat asks with true, plain completion with a number of alternatives."""
-    if chat:
-        return _flag(body, "logprobs")
-    wanted = _number(body, "logprobs", None, 0, None, int)
-    if wanted:
-        raise BadRequest("logprobs: alternatives are not supported; 0 gives those of the tokens drawn", "logprobs")
-    return wanted is not None
+def _logprobs(body: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
+    """Whether log-probabilities are wanted, and how many alternatives; plain completion asks for both with a number."""
+    if not chat:
+        wanted = _number(body, "logprobs", None, 0, MAX_ALTERNATIVES, int)
+        return wanted is not None, wanted or 0
+    wanted, alternatives = _flag(body, "logprobs"), _number(body, "top_logprobs", 0, 0, MAX_ALTERNATIVES, int)
+    if alternatives and not wanted:
+        raise BadRequest("top_logprobs: needs logprobs to be true", "top_logprobs")
+    return wanted, alternatives
+
+
+def _biases(body: Mapping[str, Any], vocabulary: int) -> tuple[tuple[int, float], ...]:
+    """`logit_bias`: from ids, as JSON's keys are written, to numbers from -100 to 100."""
+    biases = body.get("logit_bias") or {}
+    if not isinstance(biases, Mapping):
+        raise BadRequest("logit_bias: expected an object from token ids to numbers", "logit_bias")
+    found = {}
+    for key in biases:
+        id_ = int(key) if re.fullmatch(r"[0-9]{1,9}", key) else vocabulary
+        if id_ >= vocabulary:
+            raise BadRequest(f"logit_bias: {key[:40]!r} is no token id below {vocabulary}", "logit_bias")
+        found[id_] = _number({"logit_bias": biases[key]}, "logit_bias", 0.0, -100.0, 100.0, float)
+    return tuple(sorted(found.items()))
 
 
 def read_prompts(body: Mapping[str, Any], vocabulary: int) -> list[str | list[int]]:

@@ -7,18 +7,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcn_jax.inference.engine import Engine
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.inference.sampling import History, Sampling
 
 PIECE = 8  # tokens between two looks at who came and who went
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Some tokens of a request; `finish` is None while more may come, else stop, length or "error: ..."."""
+    """Some tokens of a request; `finish` is None while more may come, else stop, length or "error: ...".
+
+    `alternatives`: see engine.Generation.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     finish: str | None
+    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 class Request:
@@ -126,6 +130,8 @@ class Scheduler:
         generations = self.engine.generate(
             slots, seeds=[request.seed for request in chosen], sampling=[request.sampling for request in chosen],
             max_new_tokens=[min(PIECE, request.left) for request in chosen],
+            histories=[History(request.tokens, request.made) for request in chosen]
+            if any(request.sampling.adjusts for request in chosen) else None,
         )  # fmt: skip
         for slot, request, generation in zip(slots, chosen, generations, strict=True):
             request.left -= len(generation.tokens)
@@ -135,7 +141,7 @@ class Scheduler:
             if finish is not None:
                 with self._changed:
                     del self._active[slot]
-            request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish))
+            request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish, generation.alternatives))
 
     def _prefill(self, admitted: dict[int, Request]) -> None:
         """One prefill for each distinct sequence and part of the engine, copied to all requests that have the same."""

@@ -90,7 +90,7 @@ class Service:
     async def _chat(self, http: HttpRequest) -> Response:
         body, size = await _body(http)
         protocol.check_model(body, self.name)
-        options = protocol.read_options(body, chat=True)
+        options = protocol.read_options(body, chat=True, vocabulary=self.tokenizer.vocab_size)
         messages, tools = protocol.read_messages(body), protocol.read_tools(body)
         work = lambda: [self._fitting(lambda: self.encode(messages, tools), [messages, tools], "messages")]
         return await self._answer(http, options, await _off_loop(work, size), tools, chat=True)
@@ -98,7 +98,7 @@ class Service:
     async def _complete(self, http: HttpRequest) -> Response:
         body, size = await _body(http)
         protocol.check_model(body, self.name)
-        options = protocol.read_options(body, chat=False)
+        options = protocol.read_options(body, chat=False, vocabulary=self.tokenizer.vocab_size)
         prompts = protocol.read_prompts(body, self.tokenizer.vocab_size)
         ids = lambda prompt: self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         work = lambda: [self._fitting(lambda p=prompt: ids(p), prompt, "prompt") for prompt in prompts]

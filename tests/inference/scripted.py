@@ -57,7 +57,7 @@ class Scripted:
     def part(self, slot: int) -> int:
         return 0
 
-    def generate(self, slots, *, seeds, sampling, max_new_tokens):
+    def generate(self, slots, *, seeds, sampling, max_new_tokens, histories=None):
         self.running.set()
         if self.poison and any(ord(self.poison) in self.held[slot] for slot in slots):
             self.held = {slot: [7] for slot in self.held}  # as a device that lost its memory

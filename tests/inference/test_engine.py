@@ -11,8 +11,9 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference import engine as engine_module
 from qcn_jax.inference.engine import Engine
-from qcn_jax.inference.sampling import Sampling
+from qcn_jax.inference.sampling import History, Sampling
 from qcn_jax.model import Qwen3Next
+from tests.inference.test_sampling import reference_adjusted
 
 CONFIG = ModelConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=3, full_attention_interval=2, num_attention_heads=2,
@@ -120,6 +121,33 @@ def test_slot_mates_and_slot_number_do_not_matter(engine) -> None:
     results = engine.generate([5, 0, 4, 3], seeds=[5, 1, 5, 9], sampling=[Sampling(1.0)] * 2 + [GREEDY] * 2)
     assert results[0].tokens == drawn.tokens and results[2].tokens == greedy.tokens
     np.testing.assert_allclose(results[0].logprobs, drawn.logprobs, atol=1e-5)
+
+
+def test_penalties_biases_and_alternatives_are_those_of_a_plain_loop(engine, logits_of) -> None:
+    mine, other = prompt(1, 20), prompt(4, 9)
+    draw = Sampling(0.0, 1.0, 0, 0.0, 0.7, 0.4, 1.3, ((mine[0], 1.5), (12, -100.0)), alternatives=3)
+    engine.extend({1: mine, 4: other})
+    plain = engine.generate([4], seeds=[0], sampling=GREEDY, max_new_tokens=8)[0]
+    engine.reset([4])
+    engine.extend({4: other})
+    made, beside = [], []
+    for count in (5, 3):  # the second piece knows of the first
+        histories = [History(mine, made), History(other, plain.tokens[: len(made)])]
+        one, two = engine.generate([1, 4], seeds=[0, 0], sampling=[draw, GREEDY], max_new_tokens=count, histories=histories)
+        made, beside = made + one.tokens, beside + one.alternatives
+        assert two.tokens == plain.tokens[len(made) - len(one.tokens) :][: len(two.tokens)] and two.alternatives == []
+        check(logits_of, mine + made[: -len(one.tokens)], one, greedy=False)
+    logits = logits_of(mine + made)[len(mine) - 1 : -1]
+    for at, token in enumerate(made):
+        want = reference_adjusted(logits[at], draw, set(mine), made[:at])
+        assert want[token] >= want.max() - 1e-3 and token != 12
+        scores = logits[at] - np.log(np.exp(logits[at].astype(np.float64)).sum())
+        best = np.argsort(-scores)[:3]
+        np.testing.assert_allclose([value for _, value in beside[at]], scores[best], atol=2e-4)
+        assert {id_ for id_, _ in beside[at]} == set(best.tolist()) or np.diff(np.sort(-scores)[:4]).min() < 1e-3
+    assert len(set(made)) > 4  # they were kept from repeating themselves
+    with pytest.raises(ValueError, match="histories: none, where sampling has penalties"):
+        engine.generate([1], seeds=[0], sampling=draw)
 
 
 def test_turns_continue_as_one_pass(engine, logits_of) -> None:

@@ -135,13 +135,14 @@ def test_samples_seeds_and_usage(server) -> None:
     ("completions", {"prompt": 5}, "prompt"), ("completions", {"prompt": [99999]}, "prompt"),
     ("completions", {"prompt": ""}, "prompt"), ("completions", {"prompt": []}, "prompt"),
     ("completions", {"prompt": [True]}, "prompt"), ("completions", {"prompt": ["hello", 5]}, "prompt"),
-    ("completions", {"prompt": ["hello"] * 200}, "prompt"), ("completions", {"prompt": "hello", "logprobs": 2}, "logprobs"),
+    ("completions", {"prompt": ["hello"] * 200}, "prompt"), ("completions", {"prompt": "hello", "logprobs": 21}, "logprobs"),
     ("completions", {"prompt": "hello", "echo": True, "logprobs": 0}, "logprobs"),
     ("completions", {"prompt": "hello", "best_of": 3}, "best_of"), ("completions", {"prompt": "hello", "suffix": "x"}, "suffix"),
     ("completions", {"prompt": "hello", "tools": [{}]}, "tools"), ("completions", {"prompt": "hello", "top_k": -1}, "top_k"),
     *(("chat/completions", {"messages": HELLO, name: value}, name) for name, value in (
-        ("top_logprobs", 2), ("response_format", {"type": "json_object"}), ("logit_bias", {"5": 1}), ("echo", True),
-        ("frequency_penalty", 0.5), ("presence_penalty", -1), ("min_p", 0.1), ("functions", [{}]), ("no_such_field", 1),
+        ("top_logprobs", 2), ("response_format", {"type": "json_object"}), ("logit_bias", {"5000000": 1}), ("echo", True),
+        ("frequency_penalty", 2.5), ("presence_penalty", "a"), ("min_p", 1.1), ("logit_bias", {"a": 1}), ("logit_bias", [5]),
+        ("logit_bias", {"5": 101}), ("repetition_penalty", 0), ("functions", [{}]), ("no_such_field", 1),
         ("parallel_tool_calls", 5), ("logprobs", 5), ("tool_choice", {"type": "function"}), ("tools", 5))),
     *(("chat/completions", {"messages": HELLO, "tools": [{"function": function}]}, "tools") for function in (
         5, {"name": 5}, {"name": "a b"}, {"name": "f", "parameters": True}, {"name": "<|im_end|>"})),
@@ -234,6 +235,19 @@ def test_what_asks_for_nothing_is_taken(server) -> None:
         {"type": "text", "text": "hi"}]}, *HELLO], "max_tokens": 2, "model": "tiny", "user": "me", "logit_bias": {},
         "frequency_penalty": 0, "response_format": {"type": "text"}, "top_logprobs": None, "tools": [], "top_k": 2**40}  # fmt: skip
     assert post(server, "chat/completions", **body).status_code == 200
+
+
+def test_biases_penalties_and_alternatives(server) -> None:
+    ask = lambda **more: post(server, "completions", prompt="hello", max_tokens=6, temperature=0, **more).json()["choices"][0]
+    plain, shown = ask(logprobs=0), ask(logprobs=3)
+    assert plain["text"] == shown["text"] and plain["logprobs"]["top_logprobs"] is None
+    for best, value in zip(shown["logprobs"]["top_logprobs"], shown["logprobs"]["token_logprobs"], strict=True):
+        assert 1 <= len(best) <= 3 and max(best.values()) == pytest.approx(value, abs=1e-5)  # greedy takes the best
+    forced = ask(logit_bias={"70": 100}, logprobs=0)["logprobs"]["tokens"]
+    assert len(set(forced)) == 1 and ask(logit_bias={"70": 100}, frequency_penalty=2, min_p=0.5)["text"] == "".join(forced)
+    said = post(server, "chat/completions", messages=HELLO, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2,
+                presence_penalty=1.5, repetition_penalty=1.2).json()["choices"][0]["logprobs"]["content"]
+    assert all(len(entry["top_logprobs"]) == 2 and "bytes" in entry["top_logprobs"][0] for entry in said)
 
 
 def test_prompts_in_a_list_are_answered_each_as_alone(server) -> None:
