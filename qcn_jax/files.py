@@ -137,6 +137,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not valid JSON: {error}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises UserError that names the file where it is none."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return values
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """Reads one JSON document a line; raises UserError that names the file and line at fault."""
     return [row for _, row in read_numbered(path)]

@@ -129,10 +129,7 @@ def _named(value: Any, path: pathlib.Path) -> dict[str, str]:
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
-    values = files.read_json(path) if files.is_file(path) else {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values
+    return files.read_object(path) if files.is_file(path) else {}
 
 
 def _text(path: pathlib.Path) -> str:

@@ -71,15 +71,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 def load_config(folder: files.Path) -> ModelConfig:
     """Reads config.json of a Hugging Face folder; raises UserError that names the file and the field."""
     path = pathlib.Path(folder) / CONFIG_FILE
-    return config_from_hf(read_object(path), str(path))
-
-
-def read_object(path: files.Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError that names the file where it is none."""
-    values = files.read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values
+    return config_from_hf(files.read_object(path), str(path))
 
 
 def config_from_hf(values: Mapping[str, Any], source: str = CONFIG_FILE) -> ModelConfig:

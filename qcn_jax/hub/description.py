@@ -11,7 +11,7 @@ from qcn_jax.chat.tokenizer import END_OF_TEXT, TOKENIZER_FILE, TURN_END, Tokeni
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import vision
-from qcn_jax.hub.configuration import CONFIG_FILE, MODEL_TYPES, config_to_hf, read_object, succeeding
+from qcn_jax.hub.configuration import CONFIG_FILE, MODEL_TYPES, config_to_hf, succeeding
 from qcn_jax.hub.stored import INDEX_FILE, SINGLE_FILE
 
 GENERATION_FILE = "generation_config.json"
@@ -42,7 +42,7 @@ def surplus(folder: pathlib.Path) -> str | None:
         elif not path.is_file() or not (path.name in _OWN_FILES or _SHARD.fullmatch(path.name)):
             return path.name
     try:
-        kind = read_object(folder / CONFIG_FILE).get("model_type")
+        kind = files.read_object(folder / CONFIG_FILE).get("model_type")
     except UserError as error:
         return f"files without a readable {CONFIG_FILE} ({error})"
     return None if kind in MODEL_TYPES else f"a {CONFIG_FILE} of model_type {kind!r}"
@@ -56,7 +56,7 @@ def eos_ids(folder: files.Path, vocab_size: int) -> set[int]:
     """
     found = set()
     for path in (pathlib.Path(folder) / CONFIG_FILE, pathlib.Path(folder) / GENERATION_FILE):
-        values = read_object(path) if files.is_file(path) else {}
+        values = files.read_object(path) if files.is_file(path) else {}
         text = values.get("text_config")
         given = values.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         ids = given if isinstance(given, list) else [] if given is None else [given]
@@ -91,7 +91,7 @@ def write_description(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
     if source is None:
         files.write_json(folder / CONFIG_FILE, values | ids)
     else:
-        earlier = read_object(pathlib.Path(source) / CONFIG_FILE)
+        earlier = files.read_object(pathlib.Path(source) / CONFIG_FILE)
         files.write_json(folder / CONFIG_FILE, succeeding(values | ids, earlier, within))
         for name in (*COMPANIONS, *(_OF_VISION if within else ())):
             if files.is_file(pathlib.Path(source) / name):

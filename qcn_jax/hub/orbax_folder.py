@@ -18,7 +18,7 @@ from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout, vision
-from qcn_jax.hub.configuration import CONFIG_FILE, is_within, load_config, read_object
+from qcn_jax.hub.configuration import CONFIG_FILE, is_within, load_config
 from qcn_jax.hub.description import surplus, write_description
 from qcn_jax.hub.safetensors_file import copy
 from qcn_jax.sharding import distributed
@@ -40,7 +40,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
     """
     with files.atomic_directory(path, surplus) as folder:
         dtype = jnp.dtype(params["embed_tokens"]["embedding"].dtype).name
-        within = source is not None and with_vision and is_within(read_object(pathlib.Path(source) / CONFIG_FILE))
+        within = source is not None and with_vision and is_within(files.read_object(pathlib.Path(source) / CONFIG_FILE))
         write_description(folder, config, dtype, tokenizer, source, within)
         if within and source is not None:
             copy(folder / vision.FILE, vision.tensors(source))

@@ -22,7 +22,7 @@ from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import layout, slabs, vision
-from qcn_jax.hub.configuration import CONFIG_FILE, is_within, read_object
+from qcn_jax.hub.configuration import CONFIG_FILE, is_within
 from qcn_jax.hub.description import surplus, write_description
 from qcn_jax.hub.reading import PIECE_BYTES
 from qcn_jax.hub.safetensors_file import Entry, File, copied
@@ -62,7 +62,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
     """
     leaves = _check(config, params)
     processes = 1 if distributed.alone() else jax.process_count()
-    within = source is not None and with_vision and is_within(read_object(pathlib.Path(source) / CONFIG_FILE))
+    within = source is not None and with_vision and is_within(files.read_object(pathlib.Path(source) / CONFIG_FILE))
     entries = _entries(config, leaves, within)
     if within and source is not None:
         entries += copied(vision.tensors(source))
