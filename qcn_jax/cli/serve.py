@@ -31,6 +31,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("slots", 8, "Sequences that are generated side by side.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("max_length", 4096, "Tokens of prompt and answer together.", flag_values=values,
                          lower_bound=2)  # fmt: skip
+    flags.DEFINE_integer("snapshots", None, "States that are saved, so that prompts which begin alike are taken up "
+                         "there; by default as many as --slots. 0: only where a whole sequence was held.",
+                         flag_values=values, lower_bound=0)  # fmt: skip
     flags.DEFINE_string("name", None, "Name of the model for clients; by default the folder's.", flag_values=values)
     mesh = parsing.define_mesh(values)
     parsing.parse(values, "serve", __doc__, argv)
@@ -63,7 +66,7 @@ def _serve(values: flags.FlagValues, listening: socket.socket, mesh: MeshConfig 
     from qcn_jax.inference.server import Service
 
     loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE,
-                         mesh=mesh)
+                         mesh=mesh, snapshots=values.slots if values.snapshots is None else values.snapshots)
     encode = functools.partial(encoder_of(values.checkpoint, loaded.tokenizer).encode_prompt, trusted=False)
     service = Service(
         Scheduler(loaded.engine), loaded.tokenizer, encode, loaded.stop_ids, values.name or loaded.name

@@ -244,7 +244,10 @@ class Answer:
         return protocol.envelope(self._id, kind, self._source.name, choices)
 
     def _usage(self) -> dict[str, int]:
-        return protocol.usage_body(self._prompt, sum(choice.count for choice in self._choices))
+        count = self._options.choices  # of a prompt, which is prefilled once for all of them
+        reused = sum(min(request.reused for request in self.requests[first : first + count])
+                     for first in range(0, len(self.requests), count))
+        return protocol.usage_body(self._prompt, sum(choice.count for choice in self._choices), reused)
 
     def _cancel(self) -> None:
         for request in self.requests:

@@ -28,6 +28,24 @@ def cache_take(cache: Cache, indices: Array) -> Cache:
     return Cache(cache.length[indices], _map(take, cache.layers))
 
 
+def states(cache: Cache) -> Cache:
+    """`cache` without keys and values: what is of a sequence's last token alone."""
+
+    def kept(layers: dict[str, Any]) -> dict[str, Any]:
+        inner = {name: kept(part) if isinstance(part, dict) else part
+                 for name, part in layers.items() if name not in ("k", "v")}
+        return {name: part for name, part in inner.items() if not isinstance(part, dict) or part}
+
+    return Cache(cache.length, kept(cache.layers))
+
+
+def with_states(cache: Cache, update: Cache) -> Cache:
+    """`cache` with what `update`, of `states`' structure, holds in place of its own."""
+    merged = lambda old, new: old | {
+        name: merged(old[name], part) if isinstance(part, dict) else part for name, part in new.items()}
+    return Cache(update.length, merged(cache.layers, update.layers))
+
+
 def cache_put(cache: Cache, indices: Array, update: Cache) -> Cache:
     """`cache` with its sequences `indices` [M] replaced by those of `update`; an index out of bounds is skipped."""
 

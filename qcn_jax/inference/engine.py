@@ -16,7 +16,7 @@ its slots, be it nothing.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -64,6 +64,7 @@ class Engine:
     Attributes:
       slots: of this host; methods take their numbers.
       parts: how many parts of as many slots these are; only slots of one part can be copies of one another.
+      snapshots: states that each part can save, which its own slots alone can be cut back to.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Engine:
         unrolled: bool | None = None,
         drawable: np.ndarray | None = None,
         parallel: Parallel | None = None,
+        snapshots: int = 0,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -97,6 +99,8 @@ class Engine:
             for small models, and on a mesh.
           drawable: [V] bool, the ids that may be generated, e.g. those of the tokenizer; None for all.
           parallel: the mesh to act on, with any rules; None is one device.
+          snapshots: states that can be saved, over all parts, rounded up likewise; each takes what a slot takes beside
+            keys and values.
 
         Raises:
           ValueError: a size below 1.
@@ -122,14 +126,19 @@ class Engine:
         self._stop[: len(stop_ids)] = stop_ids
         self._lengths = np.zeros(self.slots, np.int64)
         self._fresh = np.ones(self.slots, bool)  # the slot's cache rows are to be cleared before their next use
-        self.programs = Programs(self._model, place, self._own, max_length, max_new_tokens, drawable)
+        self.snapshots = -(-snapshots // place.parts)
+        self.programs = Programs(self._model, place, self._own, max_length, max_new_tokens, drawable, self.snapshots)
         self._cache, self._logits = self.programs.empty()
+        self._saved = self.programs.no_snapshots() if snapshots else None
+        self._saved_lengths = np.zeros((self.parts, self.snapshots), np.int64)
         self.params = params
 
     def clear(self) -> None:
         """Empties all slots and allocates their caches anew: a call that failed may have left them torn, or taken."""
-        self._cache = self._logits = None
+        self._cache = self._logits = self._saved = None
         self._cache, self._logits = self.programs.empty()
+        self._saved = self.programs.no_snapshots() if self.snapshots else None
+        self._saved_lengths[:] = 0
         self._lengths[:] = 0
         self._fresh[:] = True
 
@@ -244,6 +253,60 @@ class Engine:
         self._cache, self._logits = self.programs.run(
             "copy", self._cache, self._logits, self._placement.put(source % self._own))
         self._lengths, self._fresh = self._lengths[source], self._fresh[source]
+
+    def save(self, entries: Mapping[int, int]) -> None:
+        """Keeps the states of slots (slot -> entry of its part's pool), for `restore`; an entry is overwritten.
+
+        Raises:
+          ValueError: an unknown slot, one without a token, an unknown entry, or one named twice.
+        """
+        self._check_entries(entries)
+        if any(self._lengths[slot] == 0 for slot in entries):
+            raise ValueError("save needs slots that hold tokens")
+        for slots, rows in self._by_rows(entries):
+            self._saved = self.programs.run("save", *self._saved, self._cache, self._logits, *slots, *rows)
+        for slot, entry in entries.items():
+            self._saved_lengths[self.part(slot), entry] = self._lengths[slot]
+
+    def restore(self, entries: Mapping[int, int]) -> None:
+        """Cuts slots back to saved states (slot -> entry): of their tokens as many are left as the state had seen.
+
+        Those must be the tokens that the state was saved behind: in the slot itself, or copied into it since by `fork`.
+
+        Raises:
+          ValueError: an unknown slot, an unknown or empty entry, or a slot that holds fewer tokens.
+        """
+        self._check_entries(entries, once=False)
+        for slot, entry in entries.items():
+            if not 0 < (length := self._saved_lengths[self.part(slot), entry]) <= self._lengths[slot]:
+                raise ValueError(f"slot {slot} holds {self._lengths[slot]} tokens; entry {entry} is of {length}")
+        for slots, rows in self._by_rows(entries):
+            self._cache, self._logits = self.programs.run(
+                "restore", self._cache, self._logits, *self._saved, *slots, *rows)
+        for slot, entry in entries.items():
+            self._lengths[slot], self._fresh[slot] = self._saved_lengths[self.part(slot), entry], False
+
+    def _check_entries(self, entries: Mapping[int, int], once: bool = True) -> None:
+        self._check(entries)
+        named = set()
+        for slot, entry in entries.items():
+            if not 0 <= entry < self.snapshots:
+                raise ValueError(f"entry {entry}: there are {self.snapshots} of each part")
+            if once and (self.part(slot), entry) in named:
+                raise ValueError(f"entry {entry} is named twice")
+            named.add((self.part(slot), entry))
+
+    def _by_rows(self, entries: Mapping[int, int]) -> Iterator[tuple[list[Any], list[Any]]]:
+        """Slots and entries in calls of P rows a part; rows that mean nothing have numbers beyond."""
+        mine = [[pair for pair in entries.items() if self.part(pair[0]) == part] for part in range(self.parts)]
+        (count,) = self.most(-(-max(map(len, mine)) // self._rows))
+        for first in range(0, count * self._rows, self._rows):
+            slots = np.full((self.parts, self._rows), self._own, np.int32)
+            rows = np.full((self.parts, self._rows), self.snapshots, np.int32)
+            for part, pairs in enumerate(mine):
+                for row, (slot, entry) in enumerate(pairs[first : first + self._rows]):
+                    slots[part, row], rows[part, row] = slot % self._own, entry
+            yield [self._placement.put(slots.reshape(-1))], [self._placement.put(rows.reshape(-1))]
 
     def generate(
         self,

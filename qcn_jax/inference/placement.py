@@ -14,7 +14,7 @@ Axes: S slots of a part; an array by slot has parts * S rows over all hosts, of 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,14 +96,15 @@ class Placement:
         found = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         return np.concatenate([np.asarray(found[start]) for start in sorted(found)])
 
-    def per_part(self, function: Callable, cache: Cache, in_specs: Sequence[str], out_specs: Sequence[str]) -> Callable:
-        """`function` on every part's own rows; specs say which arguments and results are a "cache" and which "rows".
+    def per_part(self, function: Callable, caches: Mapping[str, Cache], in_specs: Sequence[str],
+                 out_specs: Sequence[str]) -> Callable:
+        """`function` on every part's own rows; specs say which arguments and results are "rows" and which a cache.
 
-        `cache` is any cache of the engine, for its structure.
+        `caches` has, by the names that specs give them, any caches of such structure.
         """
         if self.parallel is None:
             return function
-        kinds = {"cache": self._cache_specs(cache), "rows": self._rows}
+        kinds = {name: self._cache_specs(cache) for name, cache in caches.items()} | {"rows": self._rows}
         results = tuple(kinds[kind] for kind in out_specs)
         return self.parallel.per_device(
             function, tuple(kinds[kind] for kind in in_specs), results[0] if len(results) == 1 else results)

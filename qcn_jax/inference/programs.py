@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qcn_jax.inference.cache import cache_put, cache_reset, cache_take
+from qcn_jax.inference.cache import cache_put, cache_reset, cache_take, states, with_states
 from qcn_jax.inference.placement import Placement
 from qcn_jax.inference.sampling import MAX_ALTERNATIVES, adjusted, sample
 from qcn_jax.layers.cache import Cache
@@ -28,7 +28,7 @@ class Programs:
 
     def __init__(
         self, model: Qwen3Next, placement: Placement, slots: int, max_length: int, max_new_tokens: int,
-        drawable: np.ndarray | None = None,
+        drawable: np.ndarray | None = None, snapshots: int = 0,
     ) -> None:  # fmt: skip
         """Compiles nothing yet.
 
@@ -37,11 +37,14 @@ class Programs:
           placement: where slots lie.
           slots: of each part.
           max_length, max_new_tokens, drawable: see Engine.
+          snapshots: saved states of each part.
         """
         self._model, self._placement, self._slots = model, placement, slots
         self._max_length, self._new = max_length, max_new_tokens
         self._drawable = None if drawable is None or drawable.all() else drawable
         self._shape = jax.eval_shape(lambda: model.init_cache(slots * placement.parts, max_length))
+        self._kept = snapshots * placement.parts
+        self._kept_shape = jax.eval_shape(lambda: states(model.init_cache(self._kept, 1)))
         self._compiled: dict[tuple[str, int | None], Any] = {}
         self._called: dict[tuple[str, int | None], Callable] = {}
 
@@ -58,13 +61,19 @@ class Programs:
             return make()
         return jax.jit(make, out_shardings=self._state())()
 
+    def no_snapshots(self) -> tuple[Cache, Array]:
+        """Room for saved states: a cache without keys and values, and logits [K, V]."""
+        make = lambda: (states(self._model.init_cache(self._kept, 1)),
+                        jnp.zeros((self._kept, self._model.config.vocab_size), jnp.float32))
+        return make() if self._placement.parallel is None else jax.jit(make, out_shardings=self._pool())()
+
     def run(self, name: str, *arguments: Any, key_limit: int | None = None) -> Any:
         """Calls a program with arguments as `abstract` describes them; over several hosts when all have come here.
 
         Returns:
-          arrange: weights. prefill and copy: (cache, logits). decode: (cache, logits, tokens [N, M], log-probabilities
-          [N, 2, M], counts [N]). decode_adjusted: also the A most probable ids [N, M, A] and their log-probabilities,
-          A being the smaller of MAX_ALTERNATIVES and V.
+          arrange: weights. prefill, copy and restore: (cache, logits). save: the same of saved states. decode: (cache,
+          logits, tokens [N, M], log-probabilities [N, 2, M], counts [N]). decode_adjusted: also the A most probable
+          ids [N, M, A] and their log-probabilities, A being the smaller of MAX_ALTERNATIVES and V.
         """
         key = name, key_limit
         if key not in self._called:
@@ -76,7 +85,8 @@ class Programs:
         key = name, key_limit
         if key not in self._compiled:
             run, donated = {"arrange": (self._arrange, ()), "prefill": (self._prefill, (1, 2)),
-                            "copy": (self._copy, ()), "decode": (self._decode, (1, 2)),
+                            "copy": (self._copy, ()), "save": (self._save, (0, 1)),
+                            "restore": (self._restore, (0, 1)), "decode": (self._decode, (1, 2)),
                             "decode_adjusted": (self._decode_adjusted, (1, 2))}[name]
             if key_limit is not None:
                 run = functools.partial(run, key_limit=key_limit)
@@ -84,8 +94,9 @@ class Programs:
             if self._placement.parallel is not None:
                 rows, state = self._placement.rows, self._state()
                 weights = self._placement.shardings(self._model.config, self._model.unrolled)
-                options["out_shardings"] = {"arrange": weights, "decode": (*state, rows, rows, rows),
-                                            "decode_adjusted": (*state, *[rows] * 5)}.get(name, state)
+                others = {"arrange": weights, "save": self._pool(), "decode": (*state, *[rows] * 3),
+                          "decode_adjusted": (*state, *[rows] * 5)}
+                options["out_shardings"] = others.get(name, state)
             self._compiled[key] = jax.jit(run, donate_argnums=donated, **options)
         return self._compiled[key]
 
@@ -113,6 +124,9 @@ class Programs:
     def _state(self) -> Any:
         return self._placement.cache_shardings(self._shape), self._placement.rows
 
+    def _pool(self) -> Any:
+        return self._placement.cache_shardings(self._kept_shape), self._placement.rows
+
     def _arrange(self, params: Any) -> Any:
         """Parameters, stacked and laid out in any way, as the model takes them."""
         return unroll(self._model.config, params) if self._model.unrolled else params
@@ -130,19 +144,46 @@ class Programs:
             target = jnp.where(lengths > 0, indices, slots)
             return cache_put(cache, indices, rows), logits.at[target].set(last, mode="drop")
 
-        rows = per_part(take, cache, ("cache", "rows", "rows"), ("cache",))(cache, indices, fresh)
+        rows = per_part(take, {"cache": cache}, ("cache", "rows", "rows"), ("cache",))(cache, indices, fresh)
         out = self._model.apply(
             {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit)
         last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         last = self._model.head(params, last)[:, 0].astype(jnp.float32)
-        store = per_part(put, cache, ("cache", "rows", "rows", "rows", "cache", "rows"), ("cache", "rows"))
+        store = per_part(put, {"cache": cache}, ("cache", "rows", "rows", "rows", "cache", "rows"), ("cache", "rows"))
         return store(cache, logits, indices, lengths, out.cache, last)
 
     def _copy(self, cache: Cache, logits: Array, source: Array) -> tuple[Cache, Array]:
         """Slot n becomes a copy of slot source[n] of its part."""
         take = lambda cache, logits, source: (cache_take(cache, source), logits[source])
-        run = self._placement.per_part(take, cache, ("cache", "rows", "rows"), ("cache", "rows"))
+        run = self._placement.per_part(take, {"cache": cache}, ("cache", "rows", "rows"), ("cache", "rows"))
         return run(cache, logits, source)
+
+    def _save(self, pool: Cache, pool_logits: Array, cache: Cache, logits: Array, slots: Array, entries: Array
+              ) -> tuple[Cache, Array]:
+        """Keeps the states of slot slots[p] of a part under entries[p] of its pool; beyond the pool: nothing."""
+
+        def save(pool: Cache, kept: Array, held: Cache, logits: Array, slots: Array, entries: Array
+                 ) -> tuple[Cache, Array]:
+            return (cache_put(pool, entries, cache_take(held, slots)),
+                    kept.at[entries].set(logits[slots], mode="drop"))
+
+        specs = ("pool", "rows", "pool", "rows", "rows", "rows")
+        run = self._placement.per_part(save, {"pool": pool}, specs, ("pool", "rows"))
+        return run(pool, pool_logits, states(cache), logits, slots, entries)
+
+    def _restore(self, cache: Cache, logits: Array, pool: Cache, pool_logits: Array, slots: Array, entries: Array
+                 ) -> tuple[Cache, Array]:
+        """Gives slot slots[p] of a part the states, and the length, that entries[p] of its pool holds; S: no slot."""
+
+        def restore(held: Cache, logits: Array, pool: Cache, kept: Array, slots: Array, entries: Array
+                    ) -> tuple[Cache, Array]:
+            return (cache_put(held, slots, cache_take(pool, entries)),
+                    logits.at[slots].set(kept[entries], mode="drop"))
+
+        specs = ("pool", "rows", "pool", "rows", "rows", "rows")
+        run = self._placement.per_part(restore, {"pool": pool}, specs, ("pool", "rows"))
+        held, logits = run(states(cache), logits, pool, pool_logits, slots, entries)
+        return with_states(cache, held), logits
 
     def _decode(self, *arguments: Any, key_limit: int) -> tuple[Cache, Array, Array, Array, Array]:
         """Samples up to limits[n] tokens for every slot, until no more than `enough` slots are under way."""

@@ -302,6 +302,7 @@ def envelope(answer_id: str, kind: str, model: str, choices: list[dict[str, Any]
     return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
 
 
-def usage_body(prompt: int, generated: int) -> dict[str, int]:
-    """Token counts."""
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+def usage_body(prompt: int, generated: int, reused: int = 0) -> dict[str, Any]:
+    """Token counts; `reused` of the prompt were held already."""
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": reused}}

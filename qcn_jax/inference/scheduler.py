@@ -1,12 +1,16 @@
-"""Continuous batching: requests come and go while the engine decodes, a few tokens at a time for all of them."""
+"""Continuous batching: requests come and go while the engine decodes, a few tokens at a time for all of them.
+
+A slot keeps what it holds when its request has ended. A prompt that begins with what some slot holds takes it up from
+there (see prefixes): the next turn of a conversation, another sample, a conversation under the same instructions.
+"""
 
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.prefixes import Hit, Prefixes
 from qcn_jax.inference.sampling import History, Sampling
 
 PIECE = 8  # tokens between two looks at who came and who went
@@ -34,6 +38,9 @@ class Request:
       max_new_tokens: at most this many.
       seed: of the random stream.
       emit: called from the scheduler's thread with every Piece; must not block.
+
+    Attributes:
+      reused: tokens of the prompt that a slot held already, once it has been admitted.
     """
 
     def __init__(
@@ -43,6 +50,12 @@ class Request:
         self.left = max_new_tokens
         self.made: list[int] = []
         self.cancelled = False
+        self.reused = 0
+
+    @property
+    def held(self) -> list[int]:
+        """All its tokens so far."""
+        return self.tokens + self.made
 
     def cancel(self) -> None:
         """Nobody waits for the rest; its slot is freed before the next piece."""
@@ -57,6 +70,8 @@ class Scheduler:
         self.engine, self._most_waiting = engine, most_waiting
         self._waiting: deque[Request] = deque()
         self._active: dict[int, Request] = {}
+        self._prefixes = Prefixes(engine.slots, engine.parts, engine.snapshots)
+        self.prefilled = self.reused = 0  # tokens of prompts, since the start
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -106,23 +121,36 @@ class Scheduler:
                 self._one_by_one()
         self._fail("the server is shutting down")
 
-    def _admit(self) -> dict[int, Request]:
-        """Gives free slots to those who wait, dropping those who left."""
+    def _admit(self) -> list["_Placed"]:
+        """Drops those who left, and gives free slots to those who wait."""
         for slot in [slot for slot, request in self._active.items() if request.cancelled]:
-            del self._active[slot]
+            self._prefixes.extended(slot, self._active.pop(slot).held)
         self._waiting = deque(request for request in self._waiting if not request.cancelled)
-        admitted = {}
-        for slot in range(self.engine.slots):
-            if self._waiting and slot not in self._active:
-                admitted[slot] = self._active[slot] = self._waiting.popleft()
-        return admitted
+        placed: list[_Placed] = []
+        while self._waiting and len(self._active) < self.engine.slots:
+            placed.append(self._place(self._waiting.popleft(), placed))
+        return placed
 
-    def _step(self, admitted: dict[int, Request]) -> None:
+    def _step(self, admitted: list["_Placed"]) -> None:
         if admitted:
-            self.engine.reset(list(admitted))
             self._prefill(admitted)
         if self._active:
             self._generate(sorted(self._active))
+
+    def _place(self, request: Request, before: Sequence["_Placed"]) -> "_Placed":
+        """Gives a request a slot; of those with the same tokens one is prefilled, and others of its part copy it."""
+        part, tokens = self.engine.part, request.held
+        free = [slot for slot in range(self.engine.slots) if slot not in self._active]
+        alike = (one.slot for one in before if one.twin is None and one.request.held == tokens)
+        pairs = ((origin, slot) for origin in alike for slot in free if part(slot) == part(origin))
+        twin, slot = next(pairs, (None, -1))
+        hit = None
+        if twin is None:
+            slot, hit = self._prefixes.find(tokens, free)
+        self._prefixes.take(slot, tokens, hit)
+        self._active[slot] = request
+        request.reused = len(tokens) if twin is not None else hit.length if hit else 0
+        return _Placed(slot, request, hit, twin)
 
     def _generate(self, slots: list[int]) -> None:
         """One piece for each of `slots`."""
@@ -139,21 +167,53 @@ class Scheduler:
             full = self.engine.length(slot) >= self.engine.max_length
             finish = "stop" if generation.finish == "stop" else "length" if full or request.left <= 0 else None
             if finish is not None:
+                self._prefixes.extended(slot, request.held)
                 with self._changed:
                     del self._active[slot]
             request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish, generation.alternatives))
 
-    def _prefill(self, admitted: dict[int, Request]) -> None:
-        """One prefill for each distinct sequence and part of the engine, copied to all requests that have the same."""
-        first: dict[tuple[Any, ...], int] = {}
+    def _prefill(self, placed: list["_Placed"]) -> None:
+        """Brings the slots to the ends of their requests' tokens; saves their states there, and where prompts part."""
+        engine = self.engine
+        own = [one for one in placed if one.twin is None]
+        taken = [one for one in own if one.hit is not None and one.hit.length]
+        engine.reset([one.slot for one in own if one not in taken])
         copies: dict[int, list[int]] = {}
-        for slot, request in admitted.items():
-            origin = first.setdefault((self.engine.part(slot), *request.tokens, *request.made), slot)
-            if origin != slot:
-                copies.setdefault(origin, []).append(slot)
-        self.engine.extend({slot: [*admitted[slot].tokens, *admitted[slot].made] for slot in first.values()})
+        for one in taken:
+            if one.hit.source != one.slot:
+                copies.setdefault(one.hit.source, []).append(one.slot)
         if copies:
-            self.engine.fork(copies)
+            engine.fork(copies)
+        engine.restore({one.slot: one.hit.entry for one in taken if one.hit.entry is not None})
+        begun = {one.slot: one.hit.length if one.hit else 0 for one in own}
+        for parted in (True, False):
+            ends = {one.slot: one.hit.parted if parted else len(one.request.held)
+                    for one in own if not parted or (one.hit and one.hit.parted)}
+            by_slot = {one.slot: one.request.held for one in own}
+            engine.extend({slot: by_slot[slot][begun[slot]:end] for slot, end in ends.items()})
+            begun |= ends
+            self._save(ends)
+        twins: dict[int, list[int]] = {}
+        for one in placed:
+            if one.twin is not None:
+                twins.setdefault(one.twin, []).append(one.slot)
+        if twins:
+            engine.fork(twins)
+        self.reused += sum(one.request.reused for one in placed)
+        self.prefilled += sum(len(one.request.held) - one.request.reused for one in placed)
+
+    def _save(self, lengths: Mapping[int, int]) -> None:
+        entries: dict[tuple[int, int], int] = {}  # of (part, entry), which the last one has that got it
+        for slot, length in lengths.items():
+            entry = self._prefixes.save(slot, length)
+            if entry is not None:
+                entries[self.engine.part(slot), entry] = slot
+        if entries:
+            self.engine.save({slot: entry for (_, entry), slot in entries.items()})
+
+    def _clear(self) -> None:
+        self.engine.clear()
+        self._prefixes.clear()
 
     def _one_by_one(self) -> None:
         """Serves each request alone after a failure, so that it ends only those with which the engine fails.
@@ -162,17 +222,17 @@ class Scheduler:
         """
         for slot, request in sorted(self._active.items()):
             try:
-                self.engine.clear()
-                self._prefill({slot: request})
+                self._clear()
+                self._prefill([_Placed(slot, request)])
                 self._generate([slot])
             except Exception as error:
                 with self._changed:
                     self._active.pop(slot, None)
                 request.emit(Piece([], [], f"error: the engine failed: {error}"))
         try:
-            self.engine.clear()
+            self._clear()
             if self._active:
-                self._prefill(self._active)
+                self._prefill([_Placed(slot, request) for slot, request in self._active.items()])
         except Exception as error:
             self._fail(f"the engine failed: {error}")
 
@@ -184,3 +244,13 @@ class Scheduler:
                 self._waiting.clear()
         for request in lost:
             request.emit(Piece([], [], f"error: {reason}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A request's slot, what of its tokens is there to be taken up, and the slot to copy where another has the same."""
+
+    slot: int
+    request: Request
+    hit: Hit | None = None
+    twin: int | None = None

@@ -78,7 +78,8 @@ class Service:
 
     async def _health(self, _: HttpRequest) -> Response:
         active, waiting = self.scheduler.load()
-        return Json({"status": "ok", "active": active, "waiting": waiting})
+        return Json({"status": "ok", "active": active, "waiting": waiting, "prompt_tokens": {
+            "prefilled": self.scheduler.prefilled, "reused": self.scheduler.reused}})
 
     async def _models(self, _: HttpRequest) -> Response:
         return Json({"object": "list", "data": [protocol.model_body(self.name)]})

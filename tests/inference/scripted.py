@@ -30,7 +30,7 @@ class Speller:
 class Scripted:
     """Continues every prompt with `text` and a stop, or for ever; fails at prompts that hold `poison`."""
 
-    slots, max_length = 3, 4096
+    slots, parts, snapshots, max_length = 3, 1, 0, 4096
 
     def __init__(self, text: str = "", poison: str | None = None, endless: bool = False) -> None:
         self.text, self.poison, self.endless = text, poison, endless
@@ -46,10 +46,13 @@ class Scripted:
 
     def extend(self, tokens) -> None:
         for slot, ids in tokens.items():
-            self.held[slot] = list(ids)
+            self.held[slot] = self.held.get(slot, []) + list(ids)
 
     def fork(self, copies) -> None:
         self.held.update((target, list(self.held[source])) for source, targets in copies.items() for target in targets)
+
+    def restore(self, entries) -> None:
+        assert not entries  # nothing was saved
 
     def length(self, slot: int) -> int:
         return len(self.held[slot])

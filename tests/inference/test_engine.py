@@ -46,7 +46,7 @@ def shared(params):
 def make_engine(params) -> Engine:
     return Engine(
         CONFIG, params, slots=SLOTS, max_length=LENGTH, max_new_tokens=NEW, stop_ids=(7,), prefill_rows=2,
-        prefill_chunk=16,
+        prefill_chunk=16, snapshots=3,
     )  # fmt: skip
 
 
@@ -163,6 +163,31 @@ def test_turns_continue_as_one_pass(engine, logits_of) -> None:
         engine.extend(observation)
         history = {slot: tokens + observation.get(slot, []) for slot, tokens in history.items()}
     assert engine.length(0) == len(history[0]) and engine.length(3) == len(history[3])
+
+
+def test_a_slot_cut_back_to_a_saved_state_goes_on_as_if_nothing_had_come_behind(engine, logits_of) -> None:
+    begins = {slot: prompt(20 + slot, 17 + slot) for slot in range(4)}
+    engine.extend(begins)
+    engine.save({0: 2, 1: 0, 3: 1})
+    engine.generate(range(4), seeds=range(4), sampling=Sampling(1.0))
+    engine.extend({0: prompt(9, 30), 3: prompt(8, 3)})
+    engine.fork({1: [4, 5]})
+    engine.restore({0: 2, 4: 0, 3: 1, 1: 0})  # in the slot itself, and in a copy
+    assert [engine.length(slot) for slot in (0, 1, 3, 4)] == [17, 18, 20, 18]
+    results = engine.generate([0, 1, 3, 4], seeds=[0] * 4, sampling=GREEDY, max_new_tokens=5)
+    for slot, origin, generation in zip((0, 1, 3, 4), (0, 1, 3, 1), results, strict=True):
+        check(logits_of, begins[origin], generation)
+    engine.restore({0: 2})
+    engine.extend({0: prompt(7, 20)})  # other tokens over what had been there
+    check(logits_of, begins[0] + prompt(7, 20), engine.generate([0], seeds=[0], sampling=GREEDY)[0])
+    for wrong, line in (({0: 3}, "entry 3: there are 3"), ({9: 0}, "slot 9"), ({2: 2, 5: 2}, "named twice")):
+        with pytest.raises(ValueError, match=line):
+            engine.save(wrong)
+    engine.reset([2])
+    with pytest.raises(ValueError, match="slot 2 holds 0 tokens; entry 2 is of 17"):
+        engine.restore({2: 2})
+    with pytest.raises(ValueError, match="save needs slots that hold tokens"):
+        engine.save({2: 0})
 
 
 def test_fork_equals_own_prefill(engine) -> None:

@@ -35,16 +35,23 @@ def child() -> None:
     def play(parallel):
         laid_out = params if parallel is None else jax.device_put(params, param_shardings(config, parallel))
         engine = Engine(config, laid_out, slots=16, max_length=96, max_new_tokens=6, stop_ids=(7,), prefill_rows=8,
-                        prefill_chunk=16, parallel=parallel)
+                        prefill_chunk=16, parallel=parallel, snapshots=8)
         turns, use = [], [*SLOTS, 4]
         for around in range(2):  # the second time in slots that were used before
             engine.reset(use)
             engine.extend({slot: prompt(i + around, (1, 20, 17, 40)[i]) for i, slot in enumerate(SLOTS)})
             engine.fork({5: [4]})  # of one part, however many there are
+            saved = {}
+            for slot in (0, 9):
+                saved[slot] = sum(engine.part(slot) == engine.part(other) for other in saved)
+            engine.save(saved)
             for turn in range(2):
                 made = engine.generate(use, seeds=[1, 2, 3, 4, 5], sampling=draws, enough=turn)
                 turns += [(one.tokens, one.logprobs.tolist(), one.drawn_logprobs.tolist(), one.finish) for one in made]
                 engine.extend({slot: prompt(50 + slot, 5 + slot % 3) for slot in use})
+            engine.restore(saved)
+            made = engine.generate(list(saved), seeds=[7, 8], sampling=Sampling(1.0))
+            turns += [(one.tokens, one.logprobs.tolist(), one.drawn_logprobs.tolist(), one.finish) for one in made]
         return engine, turns
 
     results = {"one": play(None)[1]}
@@ -66,7 +73,7 @@ def _results(run_with_devices) -> dict:
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_one_device(results, form):
     assert results[form]["parts"] == (4 if "tensor" in form else 8)
-    assert len(results[form]["turns"]) == len(results["one"]) == 20
+    assert len(results[form]["turns"]) == len(results["one"]) == 24
     for ours, right in zip(results[form]["turns"], results["one"]):
         assert ours[0] == right[0] and ours[3] == right[3]
         assert ours[1] == pytest.approx(right[1], abs=1e-4) and ours[2] == pytest.approx(right[2], abs=1e-4)

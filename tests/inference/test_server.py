@@ -164,7 +164,9 @@ def test_paths_and_health(server) -> None:
     unknown = httpx.get(f"{server}/models/other/name")
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
     assert httpx.post(f"{server}/completions", json={"model": "other", "prompt": "x"}).status_code == 404
-    assert httpx.get(f"{base}/health").json() == {"status": "ok", "active": 0, "waiting": 0}
+    health = httpx.get(f"{base}/health").json()
+    assert health.pop("prompt_tokens").keys() == {"prefilled", "reused"}
+    assert health == {"status": "ok", "active": 0, "waiting": 0}
     assert httpx.get(f"{base}/nothing").json()["error"]["message"] == "GET /nothing: no such endpoint"
     assert httpx.get(f"{server}/completions").status_code == 405
     assert httpx.post(f"{server}/completions", content=b"{").status_code == 400
