@@ -42,6 +42,7 @@ Malformed = Annotated[str, OneOf("stop", "skip")]
 Objective = Annotated[str, Known("qcn_jax.pipeline.rl.objectives:OBJECTIVES")]
 Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
 Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", also=("",))]
+Routing = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ROUTINGS")]
 Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]
 Nonfinite = Annotated[str, OneOf("stop", "skip")]
 DistillLoss = Annotated[str, Known("qcn_jax.pipeline.stages.distill:LOSSES")]
@@ -306,6 +307,9 @@ class ExpertsConfig:
     # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes,
     # of the mean over tokens.
     average: Average = "token"
+    # Which experts tokens go to when they are learned from: free, those that the moved policy's routers choose; replay,
+    # those that they went to when the policy acted, weighted by the moved routers (arXiv 2510.11370).
+    routing: Routing = "free"
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2
     clip_high: Amount = 0.28

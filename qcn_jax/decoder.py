@@ -26,8 +26,9 @@ class DecoderLayer(nn.Module):
     kind: Literal["linear", "full"]
 
     @nn.compact
-    def __call__(self, x: Array, context: TokenContext, cache: Any = None) -> tuple[Array, Any]:
-        """x [B, T, D] -> (x, (router statistics or None, the layer's updated cache or None))."""
+    def __call__(self, x: Array, context: TokenContext, cache: Any = None, routes: Array | None = None
+                 ) -> tuple[Array, Any]:
+        """x [B, T, D], and routes [B, T, k] to replay -> (x, (router statistics or None, updated cache or None))."""
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name=name)
         mixer = (GatedDeltaNet(cfg, name="linear_attn") if self.kind == "linear"
@@ -37,7 +38,8 @@ class DecoderLayer(nn.Module):
         normed = norm("post_attention_layernorm")(x)
         statistics: RouterStatistics | None = None
         if cfg.num_experts:
-            y, statistics = SparseBlock(cfg, name="mlp")(normed, context.valid, context.parallel)
+            y, statistics = SparseBlock(cfg, name="mlp")(
+                normed, context.valid, context.parallel, routes, context.with_routes)
         else:
             y = SwiGLU(cfg, cfg.intermediate_size, name="mlp")(normed, context.whole_parallel)
         return _laid_out(x + y, context), (statistics, cache)
@@ -48,12 +50,12 @@ def _laid_out(x: Array, context: TokenContext) -> Array:
 
 
 def scanned(module: type[nn.Module], length: int, axis_name: str) -> type[nn.Module]:
-    """`module` applied `length` times, its parameters and caches stacked on a leading axis."""
+    """`module` applied `length` times, its parameters, caches and routes stacked on a leading axis."""
     return nn.scan(
         module,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, 0),
         out_axes=0,
         length=length,
         metadata_params={nn.PARTITION_NAME: axis_name},
@@ -74,19 +76,22 @@ class Block(nn.Module):
     unrolled: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, context: TokenContext, cache: Any = None) -> tuple[Array, Any]:
-        """x [B, T, D] -> (x, (router statistics [P, ...], the block's updated caches or None))."""
+    def __call__(self, x: Array, context: TokenContext, cache: Any = None, routes: Array | None = None
+                 ) -> tuple[Array, Any]:
+        """x [B, T, D], routes [P, B, T, k] -> (x, (router statistics [P, ...], the block's updated caches or None))."""
         cfg, old = self.config, cache or {}
+        of = lambda index: None if routes is None else routes[index]
         count, statistics, new = cfg.full_attention_interval - 1, [], {}
         layer = rematerialised(DecoderLayer, cfg.remat)
         if self.unrolled:
-            for name in (f"linear_{i}" for i in range(count)):
-                x, (single, new[name]) = layer(cfg, "linear", name=name)(x, context, old.get(name))
+            for i, name in enumerate(f"linear_{i}" for i in range(count)):
+                x, (single, new[name]) = layer(cfg, "linear", name=name)(x, context, old.get(name), of(i))
                 statistics.append(add_layer_axis(single))
         elif count:
-            x, (stacked, new["linear"]) = linear_layers(cfg, count, "linear")(x, context, old.get("linear"))
+            x, (stacked, new["linear"]) = linear_layers(cfg, count, "linear")(
+                x, context, old.get("linear"), of(slice(count)))
             statistics.append(stacked)
-        x, (single, new["full"]) = layer(cfg, "full", name="full")(x, context, old.get("full"))
+        x, (single, new["full"]) = layer(cfg, "full", name="full")(x, context, old.get("full"), of(count))
         statistics.append(add_layer_axis(single))
         return x, (join_layers(statistics), new if cache is not None else None)
 

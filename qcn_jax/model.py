@@ -42,6 +42,7 @@ class Output:
       aux: router statistics of every layer in order, leading axis L (plus one per MTP step); None without experts.
       cache: the cache after these tokens, or None.
       mtp_hidden: [K, B, T, D] or None; step i's hidden at t predicts token t + 2 + i (through the head).
+      routes: [L, B, T, k] int32, the experts that every layer's router chose for every token; None unless asked for.
     """
 
     logits: Array | None
@@ -49,6 +50,7 @@ class Output:
     aux: RouterStatistics | None
     cache: Cache | None = None
     mtp_hidden: Array | None = None
+    routes: Array | None = None
 
 
 class MultiTokenPredictor(nn.Module):
@@ -113,6 +115,8 @@ class Qwen3Next(nn.Module):
         mtp_tokens: Array | None = None,
         with_logits: bool = True,
         key_limit: int | None = None,
+        routes: Array | None = None,
+        with_routes: bool = False,
     ) -> Output:
         """One pass over `tokens`.
 
@@ -127,9 +131,17 @@ class Qwen3Next(nn.Module):
           with_logits: False leaves logits out (the loss may apply `head` in pieces).
           key_limit: with a cache, attention reads only its first `key_limit` slots, which must hold every
             sequence; static.
+          routes: [L, B, T, k], experts that tokens go to instead of the routers' choice, see moe.router; a negative
+            one is free. Not those of multi-token prediction.
+          with_routes: ask for `routes` of the output; static.
         """
         context = self._context(tokens.shape, positions, segment_ids, cache, lengths, key_limit)
-        x, aux, layers = self._run_layers(self._embed(tokens), context, None if cache is None else cache.layers)
+        context = context.replace(with_routes=with_routes)
+        x, aux, layers = self._run_layers(
+            self._embed(tokens), context, None if cache is None else cache.layers, routes)
+        taken = None
+        if with_routes and aux is not None:
+            taken, aux, context = aux.routes, aux.replace(routes=None), context.replace(with_routes=False)
         hidden = self.norm(x)
         if cache is not None:
             cache = Cache(cache.length + (tokens.shape[1] if lengths is None else lengths), layers)
@@ -139,7 +151,7 @@ class Qwen3Next(nn.Module):
         if mtp_tokens is not None:
             mtp_hidden, aux = self._predict_further(hidden, mtp_tokens, context, aux)
         logits = self._logits(hidden) if with_logits or self.is_initializing() else None
-        return Output(logits, hidden, aux, cache, mtp_hidden)
+        return Output(logits, hidden, aux, cache, mtp_hidden, taken)
 
     def mtp_step(
         self, hidden: Array, tokens: Array, cache: Cache, positions: Array | None = None, lengths: Array | None = None
@@ -247,24 +259,31 @@ class Qwen3Next(nn.Module):
         return sharded_lookup(self.embed_tokens.embedding.astype(jnp.dtype(self.config.dtype)), tokens, self.parallel)
 
     def _run_layers(
-        self, x: Array, context: TokenContext, caches: Any
+        self, x: Array, context: TokenContext, caches: Any, routes: Array | None = None
     ) -> tuple[Array, RouterStatistics | None, Any]:
-        """All decoder layers; statistics have a leading axis L, caches the layout they came in."""
+        """All decoder layers; statistics and routes have a leading axis L, caches the layout they came in."""
         old, new, statistics = caches or {}, {}, []
+        size = self.config.full_attention_interval
+        blocks = self.config.num_hidden_layers // size
+        of = lambda first, last: None if routes is None else routes[first:last]
         if self.unrolled:
             for i, block in enumerate(self.blocks):
-                x, (part, new[f"blocks_{i}"]) = block(x, context, old.get(f"blocks_{i}"))
+                x, (part, new[f"blocks_{i}"]) = block(x, context, old.get(f"blocks_{i}"), of(i * size, (i + 1) * size))
                 statistics.append(part)
-            for i, layer in enumerate(self.tail):
-                x, (part, new[f"tail_{i}"]) = layer(x, context, old.get(f"tail_{i}"))
+            for i, layer in enumerate(self.tail, blocks * size):
+                x, (part, new[f"tail_{i - blocks * size}"]) = layer(
+                    x, context, old.get(f"tail_{i - blocks * size}"), None if routes is None else routes[i])
                 statistics.append(add_layer_axis(part))
         else:
             if self.blocks is not None:
-                x, (part, new["blocks"]) = self.blocks(x, context, old.get("blocks"))
+                grouped = of(0, blocks * size)
+                if grouped is not None:
+                    grouped = grouped.reshape(blocks, size, *grouped.shape[1:])
+                x, (part, new["blocks"]) = self.blocks(x, context, old.get("blocks"), grouped)
                 # [G, P, ...] -> [G * P, ...]
                 statistics.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), part))
             if self.tail is not None:
-                x, (part, new["tail"]) = self.tail(x, context, old.get("tail"))
+                x, (part, new["tail"]) = self.tail(x, context, old.get("tail"), of(blocks * size, None))
                 statistics.append(part)
         return x, join_layers(statistics), new if caches is not None else None
 

@@ -15,15 +15,14 @@ engine is one program: every host has slots of its own and calls the same method
 its slots, be it nothing.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from qcn_jax.config import ModelConfig
-from qcn_jax.errors import UserError
+from qcn_jax.inference.generation import Generation
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.inference.programs import STOP_IDS, Programs
 from qcn_jax.inference.sampling import History, Sampling, adjustments
@@ -33,26 +32,6 @@ from qcn_jax.sharding.parallel import Parallel
 FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
 UNROLL_BYTES = 1 << 30  # parameters up to this size are also kept layer by layer
 _DRAWS = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "min_p": np.float32}
-NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinity, or overflow its dtype"
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One turn of one slot.
-
-    `tokens` end with the stop token when `finish` is "stop"; "length" is the limit of new tokens or of the slot;
-    "paused" turns may be continued by the next `generate`. `logprobs` [len(tokens)] float32 are the
-    model's own, of softmax(logits); `drawn_logprobs` those of softmax(logits / temperature), with penalties and biases
-    where there are any, which reinforcement learning compares with, and at temperature 0 the same as `logprobs`.
-    Neither knows of top_p, top_k and min_p. `alternatives` are the most probable (id, log-probability) by `logprobs`'
-    measure beside each token, as many as its sampling asked for.
-    """
-
-    tokens: list[int]
-    logprobs: np.ndarray
-    drawn_logprobs: np.ndarray
-    finish: Literal["stop", "length", "paused"]
-    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -65,6 +44,7 @@ class Engine:
       slots: of this host; methods take their numbers.
       parts: how many parts of as many slots these are; only slots of one part can be copies of one another.
       snapshots: states that each part can save, which its own slots alone can be cut back to.
+      with_routes: whether `routes` are kept.
     """
 
     def __init__(
@@ -82,6 +62,7 @@ class Engine:
         drawable: np.ndarray | None = None,
         parallel: Parallel | None = None,
         snapshots: int = 0,
+        with_routes: bool = False,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -101,6 +82,7 @@ class Engine:
           parallel: the mesh to act on, with any rules; None is one device.
           snapshots: states that can be saved, over all parts, rounded up likewise; each takes what a slot takes beside
             keys and values.
+          with_routes: keep the experts of every token, see `routes`; of a model that has some.
 
         Raises:
           ValueError: a size below 1.
@@ -126,8 +108,10 @@ class Engine:
         self._stop[: len(stop_ids)] = stop_ids
         self._lengths = np.zeros(self.slots, np.int64)
         self._fresh = np.ones(self.slots, bool)  # the slot's cache rows are to be cleared before their next use
-        self.snapshots = -(-snapshots // place.parts)
-        self.programs = Programs(self._model, place, self._own, max_length, max_new_tokens, drawable, self.snapshots)
+        self._routes: list[list[np.ndarray]] = [[] for _ in range(self.slots)]  # by slot, in pieces [tokens, L, k]
+        self.snapshots, self.with_routes = -(-snapshots // place.parts), with_routes
+        self.programs = Programs(self._model, place, self._own, max_length, max_new_tokens, drawable, self.snapshots,
+                                 with_routes)
         self._cache, self._logits = self.programs.empty()
         self._saved = self.programs.no_snapshots() if snapshots else None
         self._saved_lengths = np.zeros((self.parts, self.snapshots), np.int64)
@@ -139,8 +123,7 @@ class Engine:
         self._cache, self._logits = self.programs.empty()
         self._saved = self.programs.no_snapshots() if self.snapshots else None
         self._saved_lengths[:] = 0
-        self._lengths[:] = 0
-        self._fresh[:] = True
+        self.reset(range(self.slots))
 
     def _take(self, params: Any) -> None:
         self._weights = self.programs.run("arrange", params)
@@ -153,6 +136,14 @@ class Engine:
     def length(self, slot: int) -> int:
         """Tokens that `slot` holds."""
         return int(self._lengths[slot])
+
+    def routes(self, slot: int) -> np.ndarray:
+        """The experts [length, L, k] uint16 that every layer chose for the tokens of `slot` when they were given to it.
+
+        Those of the prompt and of observations too. Of an engine made `with_routes`; empty where the slot is.
+        """
+        each = (self.config.num_hidden_layers, self.config.num_experts_per_tok)
+        return np.concatenate([np.zeros((0, *each), np.uint16), *self._routes[slot]])
 
     def part(self, slot: int) -> int:
         """The part that `slot` is of."""
@@ -181,6 +172,8 @@ class Engine:
         self._check(slots)
         self._lengths[list(slots)] = 0
         self._fresh[list(slots)] = True
+        for slot in slots:
+            self._routes[slot] = []
 
     def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
         """Appends tokens to slots (slot -> tokens), in prefill calls of P slots by C tokens.
@@ -223,9 +216,15 @@ class Engine:
                 self._lengths[slot] += len(piece)
                 longest = max(longest, int(self._lengths[slot]))
         put = lambda array: self._placement.put(array.reshape(-1, *array.shape[2:]))
-        self._cache, self._logits = self.programs.run(
+        self._cache, self._logits, made = self.programs.run(
             "prefill", self._weights, self._cache, self._logits, put(indices), put(fresh), put(pieces), put(lengths),
             key_limit=self._key_limit(*self.most(longest)))
+        if made:
+            routes = self._placement.get(made["routes"]).reshape(*size, self._chunk, *made["routes"].shape[2:])
+            for part, (group, _) in enumerate(groups):
+                for row, slot in enumerate(group):
+                    if lengths[part, row]:
+                        self._routes[slot].append(routes[part, row, : lengths[part, row]].copy())
 
     def _key_limit(self, longest: int) -> int:
         """How much of the cache attention must read for sequences of up to `longest` tokens."""
@@ -253,6 +252,7 @@ class Engine:
         self._cache, self._logits = self.programs.run(
             "copy", self._cache, self._logits, self._placement.put(source % self._own))
         self._lengths, self._fresh = self._lengths[source], self._fresh[source]
+        self._routes = [list(self._routes[origin]) for origin in source]
 
     def save(self, entries: Mapping[int, int]) -> None:
         """Keeps the states of slots (slot -> entry of its part's pool), for `restore`; an entry is overwritten.
@@ -285,6 +285,7 @@ class Engine:
                 "restore", self._cache, self._logits, *self._saved, *slots, *rows)
         for slot, entry in entries.items():
             self._lengths[slot], self._fresh[slot] = self._saved_lengths[self.part(slot), entry], False
+            self._routes[slot] = [self.routes(slot)[: self._lengths[slot]]] if self._routes[slot] else []
 
     def _check_entries(self, entries: Mapping[int, int], once: bool = True) -> None:
         self._check(entries)
@@ -364,26 +365,14 @@ class Engine:
         put = lambda arrays: {name: self._placement.put(array) for name, array in arrays.items()}
         adjust = () if histories is None else (put(self._adjustments(chosen, draws, histories)),)
         held = put({"streams": streams, "lengths": self._lengths.astype(np.int32), "limits": limits})
-        self._cache, self._logits, *made = self.programs.run(
+        self._cache, self._logits, made = self.programs.run(
             "decode_adjusted" if adjust else "decode", self._weights, self._cache, self._logits, *held.values(),
             np.int32(self._placement.total(enough)), put(draw), self._stop, *adjust, key_limit=self._key_limit(longest))
-        made = [self._placement.get(array) for array in made]
-        self._lengths = self._lengths + made[2]
-        return [self._generation(slot, limits[slot], one, *made) for slot, one in zip(chosen, draws)]
-
-    def _generation(self, slot: int, limit: int, draw: Sampling, tokens: np.ndarray, logprobs: np.ndarray,
-                    counts: np.ndarray, *best: np.ndarray) -> Generation:
-        """What decoding made for a slot; `best` are ids and log-probabilities of alternatives [N, M, A]."""
-        new, scores = tokens[slot, : counts[slot]].tolist(), logprobs[slot, :, : counts[slot]].copy()
-        if np.isnan(scores).any():
-            raise UserError(NOT_FINITE)
-        finish = "stop" if new and new[-1] in self._stop else "length" if len(new) == limit else "paused"
-        alternatives = []
-        if draw.alternatives:
-            named = zip(*(array[slot, : len(new), : draw.alternatives].tolist() for array in best))
-            # Where a vocabulary has fewer drawable tokens than were asked for, the rest are at minus infinity.
-            alternatives = [[(id_, value) for id_, value in zip(*pair) if value > -np.inf] for pair in named]
-        return Generation(new, *scores, finish, alternatives)
+        made = {name: self._placement.get(array) for name, array in made.items()}
+        self._lengths = self._lengths + made["counts"]
+        for slot in chosen if "routes" in made else ():
+            self._routes[slot].append(made["routes"][slot, : made["counts"][slot]].copy())
+        return [Generation.of(made, slot, limits[slot], one, self._stop) for slot, one in zip(chosen, draws)]
 
     def _adjustments(self, chosen: np.ndarray, draws: Sequence[Sampling], histories: Sequence[History]
                      ) -> dict[str, np.ndarray]:

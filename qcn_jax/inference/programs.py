@@ -29,6 +29,7 @@ class Programs:
     def __init__(
         self, model: Qwen3Next, placement: Placement, slots: int, max_length: int, max_new_tokens: int,
         drawable: np.ndarray | None = None, snapshots: int = 0,
+        with_routes: bool = False,
     ) -> None:  # fmt: skip
         """Compiles nothing yet.
 
@@ -38,9 +39,11 @@ class Programs:
           slots: of each part.
           max_length, max_new_tokens, drawable: see Engine.
           snapshots: saved states of each part.
+          with_routes: give the experts of every token that the model is given.
         """
         self._model, self._placement, self._slots = model, placement, slots
         self._max_length, self._new = max_length, max_new_tokens
+        self._with_routes = with_routes
         self._drawable = None if drawable is None or drawable.all() else drawable
         self._shape = jax.eval_shape(lambda: model.init_cache(slots * placement.parts, max_length))
         self._kept = snapshots * placement.parts
@@ -71,9 +74,10 @@ class Programs:
         """Calls a program with arguments as `abstract` describes them; over several hosts when all have come here.
 
         Returns:
-          arrange: weights. prefill, copy and restore: (cache, logits). save: the same of saved states. decode: (cache,
-          logits, tokens [N, M], log-probabilities [N, 2, M], counts [N]). decode_adjusted: also the A most probable
-          ids [N, M, A] and their log-probabilities, A being the smaller of MAX_ALTERNATIVES and V.
+          arrange: weights. copy and restore: (cache, logits). save: the same of saved states. prefill: (cache, logits,
+          made), decode too; `made` has, where routes are asked for, `routes` [P or N, C or M, L, k] uint16. That of
+          decode has `tokens` [N, M], `logprobs` [N, 2, M] and `counts` [N]; that of decode_adjusted also the A most
+          probable `ids` [N, M, A] and their log-probabilities `values`, A being the smaller of MAX_ALTERNATIVES and V.
         """
         key = name, key_limit
         if key not in self._called:
@@ -94,8 +98,8 @@ class Programs:
             if self._placement.parallel is not None:
                 rows, state = self._placement.rows, self._state()
                 weights = self._placement.shardings(self._model.config, self._model.unrolled)
-                others = {"arrange": weights, "save": self._pool(), "decode": (*state, *[rows] * 3),
-                          "decode_adjusted": (*state, *[rows] * 5)}
+                others = {"arrange": weights, "save": self._pool()} | dict.fromkeys(
+                    ("prefill", "decode", "decode_adjusted"), (*state, rows))
                 options["out_shardings"] = others.get(name, state)
             self._compiled[key] = jax.jit(run, donate_argnums=donated, **options)
         return self._compiled[key]
@@ -132,7 +136,7 @@ class Programs:
         return unroll(self._model.config, params) if self._model.unrolled else params
 
     def _prefill(self, params: Any, cache: Cache, logits: Array, indices: Array, fresh: Array, tokens: Array,
-                 lengths: Array, key_limit: int) -> tuple[Cache, Array]:
+                 lengths: Array, key_limit: int) -> tuple[Cache, Array, dict[str, Array]]:
         """Appends lengths[p] of tokens [P, C] to slot indices[p] of its part; S: no slot; `fresh`: cleared first."""
         per_part, slots = self._placement.per_part, self._slots
 
@@ -146,11 +150,13 @@ class Programs:
 
         rows = per_part(take, {"cache": cache}, ("cache", "rows", "rows"), ("cache",))(cache, indices, fresh)
         out = self._model.apply(
-            {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit)
+            {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit,
+            with_routes=self._with_routes)
         last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         last = self._model.head(params, last)[:, 0].astype(jnp.float32)
         store = per_part(put, {"cache": cache}, ("cache", "rows", "rows", "rows", "cache", "rows"), ("cache", "rows"))
-        return store(cache, logits, indices, lengths, out.cache, last)
+        made = {"routes": by_token(out.routes)} if self._with_routes else {}
+        return *store(cache, logits, indices, lengths, out.cache, last), made
 
     def _copy(self, cache: Cache, logits: Array, source: Array) -> tuple[Cache, Array]:
         """Slot n becomes a copy of slot source[n] of its part."""
@@ -185,20 +191,23 @@ class Programs:
         held, logits = run(states(cache), logits, pool, pool_logits, slots, entries)
         return with_states(cache, held), logits
 
-    def _decode(self, *arguments: Any, key_limit: int) -> tuple[Cache, Array, Array, Array, Array]:
+    def _decode(self, *arguments: Any, key_limit: int) -> tuple[Cache, Array, dict[str, Array]]:
         """Samples up to limits[n] tokens for every slot, until no more than `enough` slots are under way."""
         return self._loop(*arguments, None, key_limit=key_limit)
 
-    def _decode_adjusted(self, *arguments: Any, key_limit: int) -> tuple[Any, ...]:
+    def _decode_adjusted(self, *arguments: Any, key_limit: int) -> tuple[Cache, Array, dict[str, Array]]:
         """`_decode` with sampling.adjustments as its last argument, which also names alternatives."""
         return self._loop(*arguments, key_limit=key_limit)
 
     def _loop(self, params: Any, cache: Cache, logits: Array, seeds: Array, positions: Array, limits: Array,
               enough: Array, draw: dict[str, Array], stop: Array, adjust: dict[str, Array] | None, key_limit: int
-              ) -> tuple[Any, ...]:
-        count, made = len(limits), {}
-        made["tokens"] = jnp.zeros((count, self._new), jnp.int32)
-        made["logprobs"] = jnp.zeros((count, 2, self._new), jnp.float32)
+              ) -> tuple[Cache, Array, dict[str, Array]]:
+        count, config = len(limits), self._model.config
+        made = {"tokens": jnp.zeros((count, self._new), jnp.int32),
+                "logprobs": jnp.zeros((count, 2, self._new), jnp.float32)}
+        if self._with_routes:
+            each = (config.num_hidden_layers, config.num_experts_per_tok)
+            made["routes"] = jnp.zeros((count, self._new, *each), jnp.uint16)
         if adjust is not None:
             size = (count, self._new, min(MAX_ALTERNATIVES, logits.shape[-1]))
             made |= {"counts": adjust["counts"], "ids": jnp.zeros(size, jnp.int32),
@@ -220,7 +229,10 @@ class Programs:
                 made |= {"ids": made["ids"].at[:, step].set(ids), "values": made["values"].at[:, step].set(values),
                          "counts": made["counts"].at[jnp.arange(count), token].add(active.astype(jnp.int32))}
             out = self._model.apply(
-                {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32), key_limit=key_limit)
+                {"params": params}, token[:, None], cache=cache, lengths=active.astype(jnp.int32), key_limit=key_limit,
+                with_routes=self._with_routes)
+            if self._with_routes:
+                made |= {"routes": made["routes"].at[:, step].set(by_token(out.routes)[:, 0])}
             logits = jnp.where(active[:, None], out.logits[:, 0].astype(jnp.float32), logits)
             counts = counts + active
             active = active & ~jnp.any(token[:, None] == stop[None], axis=-1) & (counts < limits)
@@ -229,5 +241,9 @@ class Programs:
         start = (0, cache, logits, limits > 0, made, jnp.zeros(count, jnp.int32))
         carry = jax.lax.while_loop(lambda carry: jnp.sum(carry[3]) > enough, body, start)
         _, cache, logits, _, made, counts = carry
-        best = () if adjust is None else (made["ids"], made["values"])
-        return cache, logits, made["tokens"], made["logprobs"], counts, *best
+        return cache, logits, made | {"counts": counts}  # in place of those of the vocabulary
+
+
+def by_token(routes: Array) -> Array:
+    """Routes [L, B, T, k] of a model as an engine keeps them, [B, T, L, k] uint16."""
+    return jnp.moveaxis(routes, 0, 2).astype(jnp.uint16)

@@ -49,14 +49,20 @@ class SparseBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, valid: Array | None, parallel: Parallel | None = None
+        self, x: Array, valid: Array | None, parallel: Parallel | None = None, routes: Array | None = None,
+        with_routes: bool = False,
     ) -> tuple[Array, RouterStatistics]:
+        """`routes` [B, T, k] and `with_routes`: see Router."""
         router, experts = Router(self.config, name="gate"), Experts(self.config, name="experts")
         # Merging batch and length would mix up devices where both are split.
         tokens = x.reshape(-1, x.shape[-1]) if parallel is None else x
         if valid is not None:
             valid = jnp.broadcast_to(valid, x.shape[:-1]).reshape(tokens.shape[:-1])
-        weights, chosen, statistics = router(tokens, valid)
+        if routes is not None:
+            routes = routes.reshape(*tokens.shape[:-1], -1)
+        weights, chosen, statistics = router(tokens, valid, routes, with_routes)
+        if with_routes:
+            statistics = statistics.replace(routes=statistics.routes.reshape(*x.shape[:-1], -1))
         if parallel is not None and valid is not None:
             # All padding is alike and would crowd the same few experts: it goes to none.
             chosen = jnp.where(valid[..., None], chosen, self.config.num_experts)

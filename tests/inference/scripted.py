@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from qcn_jax.inference.engine import Generation
+from qcn_jax.inference.generation import Generation
 
 STOP = 0
 VIEW = [{"type": "function", "function": {"name": "view", "parameters": {"properties": {"path": {"type": "array"}}}}}]

@@ -46,7 +46,7 @@ def shared(params):
 def make_engine(params) -> Engine:
     return Engine(
         CONFIG, params, slots=SLOTS, max_length=LENGTH, max_new_tokens=NEW, stop_ids=(7,), prefill_rows=2,
-        prefill_chunk=16, snapshots=3,
+        prefill_chunk=16, snapshots=3, with_routes=True,
     )  # fmt: skip
 
 
@@ -85,6 +85,31 @@ def test_a_cleared_engine_begins_anew(engine) -> None:
         leaf.delete()
     engine.clear()
     assert engine.length(2) == 0 and run() == first
+
+
+def test_routes_are_those_of_one_pass_over_everything(engine, params) -> None:
+    """Of prompts, observations and sampled tokens, through copies and states that were put back."""
+    apply = jax.jit(lambda tokens: Qwen3Next(CONFIG).apply({"params": params}, tokens, with_routes=True).routes)
+    held = {0: prompt(3, 21), 4: prompt(5, 9)}
+    engine.extend(held)
+    engine.save({0: 1})
+    engine.fork({0: [1], 4: [5]})
+    more = engine.generate([0, 1, 4], seeds=[1, 2, 3], sampling=Sampling(1.0), max_new_tokens=6)
+    held = {slot: held.get(slot, held[0]) + one.tokens for slot, one in zip((0, 1, 4), more)} | {5: held[4]}
+    engine.restore({0: 1})
+    held[0] = held[0][:21]
+    for slot, length in ((0, 18), (1, 3)):
+        engine.extend({slot: prompt(slot, length)})
+        held[slot] = held[slot] + prompt(slot, length)
+    for slot, tokens in held.items():
+        padded = jnp.asarray([tokens + [0] * (LENGTH - len(tokens))])
+        want = np.moveaxis(np.asarray(apply(padded))[:, 0, : len(tokens)], 0, 1)
+        found = engine.routes(slot)
+        assert found.shape == want.shape == (len(tokens), CONFIG.num_hidden_layers, CONFIG.num_experts_per_tok)
+        same = (np.sort(found, -1) == np.sort(want, -1)).all((1, 2))
+        assert same.mean() > 0.9  # two orders of summation may disagree where two experts are as good as each other
+    engine.reset([0])
+    assert engine.routes(0).shape[0] == 0
 
 
 def check(logits_of, before: list[int], generation, greedy: bool = True, **kwargs) -> None:

@@ -23,7 +23,7 @@ from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.inference import protocol
 from qcn_jax.inference.answer import Choice
 from qcn_jax.inference.checkpoint import load_engine
-from qcn_jax.inference.engine import Generation
+from qcn_jax.inference.generation import Generation
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.inference.scheduler import PIECE, Piece
 from qcn_jax.inference.server import Service

@@ -207,7 +207,8 @@ def fill(documents: Documents, planned: Plan, length: int, rows: int | None = No
     origins = (positions + spread(documents.begins[planned.document] + planned.start))[used]
 
     def placed(values: np.ndarray) -> np.ndarray:
-        out = np.zeros(count * length, np.float32 if values.dtype.kind == "f" else np.int32)
+        dtype = np.float32 if values.dtype.kind == "f" else np.int32 if values.ndim == 1 else values.dtype
+        out = np.zeros((count * length, *values.shape[1:]), dtype)
         out[used] = values[origins]
         return out
 
@@ -218,7 +219,7 @@ def fill(documents: Documents, planned: Plan, length: int, rows: int | None = No
         weights[at[piece] : at[piece] + planned.fresh[piece] - planned.start[piece] - 1] = 0.0
     arrays |= {"segment_ids": segments.astype(np.int32), "weights": weights,
                "positions": (positions * used).astype(np.int32)}
-    return {key: values.reshape(count, length) for key, values in arrays.items()}
+    return {key: values.reshape(count, length, *values.shape[1:]) for key, values in arrays.items()}
 
 
 def pack(documents: Sequence[Document], length: int, rows: int | None = None, method: str = "best_fit",
@@ -226,9 +227,9 @@ def pack(documents: Sequence[Document], length: int, rows: int | None = None, me
     """Packs documents into rows.
 
     Args:
-      documents: each a mapping of equally long 1-D arrays: `tokens` (int), optionally `weights` (loss weight
-        of predicting tokens[t + 1] from position t; default one), and any further per-token arrays; what is no
-        array says something of the document as a whole and is left out.
+      documents: each a mapping of equally long arrays: `tokens` (int), optionally `weights` (loss weight of
+        predicting tokens[t + 1] from position t; default one), and any further per-token arrays, which may have more
+        axes; what is no array says something of the document as a whole and is left out.
       length: tokens of a row.
       rows: the number of rows is padded up to a multiple of this (None: as many as needed).
       method, overlong: see `plan`.

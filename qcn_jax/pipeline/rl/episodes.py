@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def make_engine(
     model: ModelConfig, params: Any, encoder: Encoder, config: RolloutConfig, sequence_length: int | None = None,
-    parallel: Parallel | None = None,
+    parallel: Parallel | None = None, with_routes: bool = False,
 ) -> Engine:
     """The engine that a stage's rollouts use, on the mesh that the stage learns on.
 
@@ -40,6 +40,7 @@ def make_engine(
         model, params, slots=config.slots, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
         stop_ids=sorted(encoder.stops), prefill_rows=config.prefill_rows, prefill_chunk=config.prefill_chunk,
         drawable=encoder.tokenizer.known_ids(model.vocab_size), parallel=parallel,
+        with_routes=with_routes,
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def choose(items: Sequence[T], count: int, update: int, seed: int) -> list[T]:
 
 
 def document(record: RolloutRecord, weight: float = 1.0, **per_token: np.ndarray) -> dict[str, np.ndarray]:
-    """An episode as a document for packing, aligned with predicting positions.
+    """An episode as a document for packing, aligned with predicting positions; its routes are of the tokens themselves.
 
     Args:
       record: the episode.
@@ -73,6 +74,7 @@ def document(record: RolloutRecord, weight: float = 1.0, **per_token: np.ndarray
     """
     shift = lambda values: np.append(values[1:], np.zeros(1, values.dtype))
     arrays = {name: shift(np.asarray(values)) for name, values in per_token.items()}
+    arrays |= {} if record.routes is None else {"routes": record.routes}
     return {"tokens": record.tokens, "weights": shift(np.float32(weight) * record.sampled), **arrays}
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qcn_jax.config import ExpertsConfig, ModelConfig
+from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline.rl import episodes, objectives
@@ -32,6 +33,7 @@ from qcn_jax.pipeline.train.trainer import Trainer
 from qcn_jax.sharding.parallel import Parallel
 
 AVERAGES = ("token", "episode")
+ROUTINGS = ("free", "replay")
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
 
@@ -40,8 +42,8 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
 
     All log-probabilities, and so ratio, divergence and entropy, are at the rollouts' temperature. The returned function
     takes (params, batch, reference) where batch has, besides tokens, segment_ids, positions, weights and weight_sum,
-    `advantages` and `old_logprobs` [B, T]. `reference` is the parameter tree that `config.kl_coef` holds the policy to;
-    there is none where that is 0.
+    `advantages` and `old_logprobs` [B, T], and `routes` [B, T, L, k] where `config.routing` is replay. `reference` is
+    the parameter tree that `config.kl_coef` holds the policy to; there is none where that is 0.
     """
     network = Qwen3Next(model, parallel=parallel)
     objective = objectives.OBJECTIVES.resolve(config.objective, "--config.experts.objective")
@@ -51,16 +53,19 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
     ) -> tuple[jax.Array, jax.Array]:
         return objectives.token_statistics(project(hidden, kernels[0]), targets, config.rollout.temperature)
 
-    def logprobs_of(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def logprobs_of(params: Any, batch: dict[str, jax.Array], routes: jax.Array | None = None
+                    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
         out = network.apply(
             {"params": params}, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
-            with_logits=False,
+            with_logits=False, routes=routes, with_routes=routes is not None,
         )  # fmt: skip
         kernels = (head_kernel(model, params),)
-        return over_vocabulary(statistics, kernels, out.hidden, next_tokens(batch["tokens"]), parallel=parallel)
+        targets = next_tokens(batch["tokens"])
+        return over_vocabulary(statistics, kernels, out.hidden, targets, parallel=parallel), out.routes
 
     def loss(params: Any, batch: dict[str, jax.Array], reference: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logprobs, entropy = logprobs_of(params, batch)
+        routes = jnp.moveaxis(batch["routes"].astype(jnp.int32), 2, 0) if config.routing == "replay" else None
+        (logprobs, entropy), chosen = logprobs_of(params, batch, routes)
         weights, old = batch["weights"] / batch["weight_sum"], batch["old_logprobs"]
         losses, clipped = objective(logprobs, old, batch["advantages"], config)
         means = {
@@ -70,8 +75,10 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
             # training round differently.
             "kl_old": jnp.sum(weights * objectives.kl_estimate(old, logprobs)),
         }
+        if routes is not None:  # the share of tokens that some router would send elsewhere now
+            means["rerouted"] = jnp.sum(weights * differ(routes, chosen))
         if config.kl_coef:
-            held = objectives.kl_estimate(logprobs, jax.lax.stop_gradient(logprobs_of(reference, batch)[0]))
+            held = objectives.kl_estimate(logprobs, jax.lax.stop_gradient(logprobs_of(reference, batch)[0][0]))
             losses = losses + config.kl_coef * held
             means["kl_reference"] = jnp.sum(weights * held)
         return jnp.sum(weights * losses), means
@@ -79,15 +86,28 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
     return loss
 
 
+def differ(routes: jax.Array, others: jax.Array) -> jax.Array:
+    """Whether any layer sends a token to another set of experts: [L, ..., k] int32 twice -> [...].
+
+    Negative routes are free ones, and never differ.
+    """
+    same = jnp.all(jnp.sort(routes, axis=-1) == jnp.sort(others, axis=-1), axis=-1) | (routes[..., 0] < 0)
+    return ~jnp.all(same, axis=0)
+
+
 def make_trainer(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | None) -> Trainer:
     """Builds the step of experts' updates on `parallel`; room for every episode of a minibatch in a row of its own.
 
     Raises:
-      UserError: rows that the mesh does not divide.
+      UserError: rows that the mesh does not divide; routes to replay of a model without experts.
     """
+    if config.routing == "replay" and not model.num_experts:
+        raise UserError("--config.experts.routing: 'replay', but the model has no experts; allowed: free")
+    each = (model.num_hidden_layers, model.num_experts_per_tok)
     most = -(-config.prompts // config.minibatches) * config.group_size
     shape = BatchShape(-(-most // config.rows), config.rows, config.sequence_length,
-                       ("weights", "advantages", "old_logprobs"), padded=True)
+                       ("weights", "advantages", "old_logprobs"), padded=True,
+                       routes=each if config.routing == "replay" else ())
     return Trainer.build(model, policy_loss(model, config, parallel), config.optimizer,
                          config.updates * config.minibatches, shape, parallel, field="experts",
                          frozen=int(config.kl_coef > 0))

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qcn_jax.inference.engine import Engine, Generation
+from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.generation import Generation
 from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.sharding import distributed
 
@@ -107,6 +108,8 @@ class RolloutRecord:
       logprobs: [n] float32, theirs when they were chosen, at the temperature they were drawn at; 0 for the rest.
       turns: the policy's turns in order.
       outcome: what execution said.
+      routes: [n, L, k] int16, the experts that every token went to, -1 where that is not known; None where the engine
+        keeps none.
     """
 
     prompt: int
@@ -116,6 +119,7 @@ class RolloutRecord:
     logprobs: np.ndarray
     turns: tuple[Turn, ...]
     outcome: Outcome
+    routes: np.ndarray | None = None
 
     @property
     def malformed(self) -> float:
@@ -146,6 +150,7 @@ class _Open:
         self._sampling, self.greedy = sampling, greedy  # turns
         self.tokens, self.logprobs, self.turns = list(opening), [0.0] * len(opening), []
         self.start, self.stopped = len(opening), False  # of the turn under way
+        self.routes: np.ndarray | None = None  # of all its tokens, once it gave its slot back
 
     @property
     def sampling(self) -> Sampling:
@@ -176,8 +181,15 @@ class _Open:
             sampled[turn.start : turn.stop] = True
         return RolloutRecord(
             self.prompt, self.sample, np.asarray(self.tokens, np.int32), sampled,
-            np.asarray(self.logprobs, np.float32), tuple(self.turns), outcome,
+            np.asarray(self.logprobs, np.float32), tuple(self.turns), outcome, self._all_routes(),
         )  # fmt: skip
+
+    def _all_routes(self) -> np.ndarray | None:
+        if self.routes is None:
+            return None
+        routes = np.full((len(self.tokens), *self.routes.shape[1:]), -1, np.int16)
+        routes[: len(self.routes)] = self.routes
+        return routes
 
 
 def sequence_seed(*parts: int) -> int:
@@ -241,6 +253,7 @@ def rollout(
                 if engine.length(slot) < engine.max_length:
                     active[slot] = opened
                 else:  # the opening alone fills the slot
+                    opened.routes = _routes(engine, slot)
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, True)))
                     free.append(slot)
             for slot in _generate(engine, active, max_new_tokens or engine.max_new_tokens):
@@ -255,6 +268,7 @@ def rollout(
                 truncated = not reply.done and engine.length(slot) + len(reply.tokens) >= engine.max_length
                 opened.take(dataclasses.replace(reply, tokens=(), done=True) if truncated else reply)
                 if reply.done or truncated:
+                    opened.routes = _routes(engine, slot)
                     verdicts.append((opened, threads.submit(opened.conversation.outcome, truncated)))
                     free.append(slot)
                 else:
@@ -270,6 +284,10 @@ def rollout(
         progress(total, total)
     everywhere = itertools.chain.from_iterable(distributed.exchanged("episodes", records))
     return sorted(everywhere, key=lambda record: (record.prompt, record.sample))
+
+
+def _routes(engine: Engine, slot: int) -> np.ndarray | None:
+    return engine.routes(slot) if engine.with_routes else None
 
 
 def _generate(engine: Engine, active: dict[int, _Open], limit: int) -> list[int]:

@@ -51,7 +51,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     services, encoder = context.services(), context.encoder()
     _, params = models.load(context, start, parallel)
     engine = episodes.make_engine(trainer.model, params, encoder, config.rollout, config.sequence_length,
-                                  parallel)
+                                  parallel, with_routes=config.routing == "replay")
     episodes.say_where(parallel, context.log)
     results = {}
     for expert in experts:

@@ -76,7 +76,7 @@ def mesh_of(state: TrainState) -> dict[str, Any]:
 
 
 def batch_sharding(parallel: Parallel, dimensions: int = 3) -> NamedSharding:
-    """Of [slices, rows, T] arrays, or with one dimension of [slices] arrays, which every device holds."""
+    """Of [slices, rows, T, ...] arrays, or with one dimension of [slices] arrays, which every device holds."""
     if dimensions == 1:
         return NamedSharding(parallel.mesh, PartitionSpec())
     return NamedSharding(parallel.mesh, parallel.spec(None, "activation_batch", "activation_length"))
@@ -87,7 +87,7 @@ def place_batch(parallel: Parallel | None, arrays: Mapping[str, np.ndarray]) -> 
 
     Args:
       parallel: the mesh; None is one device.
-      arrays: [slices, rows, T] or [slices], the same in every process; each sends its own devices' part.
+      arrays: [slices, rows, T, ...] or [slices], the same in every process; each sends its own devices' part.
     """
     if parallel is None:
         return jax.device_put(dict(arrays))

@@ -57,7 +57,7 @@ def _committed(state: TrainState) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """The arrays of one step: [S, R, T] int32 tokens, segment_ids and positions, and float32 `floats`.
+    """The arrays of one step: [S, R, T] int32 tokens, segment_ids and positions, float32 `floats`, int16 `routes`.
 
     Attributes:
       slices, rows, length: S, R and T.
@@ -65,6 +65,7 @@ class BatchShape:
       sections: names of what metrics are told apart by, as `<metric>/<section>`. With several, an array `section` [S]
         int32 says which one a slice is of.
       padded: the last slices may be empty (without weight); they are left out.
+      routes: (L, k) of an array `routes` [S, R, T, L, k], experts to replay; empty where there is none.
     """
 
     slices: int
@@ -73,12 +74,14 @@ class BatchShape:
     floats: tuple[str, ...] = ("weights",)
     sections: tuple[str, ...] = ()
     padded: bool = False
+    routes: tuple[int, ...] = ()
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """Returns shape and dtype of every array, by name."""
         whole = (self.slices, self.rows, self.length)
         found = {name: (whole, jnp.dtype(jnp.int32)) for name in ("tokens", "segment_ids", "positions")}
         found |= {name: (whole, jnp.dtype(jnp.float32)) for name in self.floats}
+        found |= {"routes": ((*whole, *self.routes), jnp.dtype(jnp.int16))} if self.routes else {}
         return found | ({SECTION: ((self.slices,), jnp.dtype(jnp.int32))} if self.sections else {})
 
 

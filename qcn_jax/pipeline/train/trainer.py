@@ -108,11 +108,11 @@ class Trainer:
         """Puts a batch on the devices; every process is given the same rows and sends those of its devices.
 
         Args:
-          arrays: [n, T], by slice and row; fewer than the shape's where that is padded.
+          arrays: [n, T, ...], by slice and row; fewer than the shape's where that is padded.
           sections: of the slices that `arrays` fill, where the shape has sections.
         """
         padded = {name: _filled(array, self.shape.slices * self.shape.rows).reshape(
-            self.shape.slices, self.shape.rows, -1) for name, array in arrays.items()}
+            self.shape.slices, self.shape.rows, *array.shape[1:]) for name, array in arrays.items()}
         if self.shape.sections:
             padded[SECTION] = _filled(np.asarray(sections, np.int32), self.shape.slices)
         return layout.place_batch(self.parallel, padded)

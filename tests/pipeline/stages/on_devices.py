@@ -45,7 +45,7 @@ def make_config():
         midtrain=MidtrainConfig(train=dataclasses.replace(train, steps=4), phases=phases, sources={
             "repository": TextSource(kind="nano", form="repository", megabytes=0.02)}),
         sft=SftConfig(train=dataclasses.replace(train, rows=2 * ROWS, accumulate=2), sources={"made": ChatSource()}),
-        experts=ExpertsConfig(names=("swe", "single_turn"), prompts=6, kl_coef=0.1, **acting),
+        experts=ExpertsConfig(names=("swe", "single_turn"), prompts=6, kl_coef=0.1, routing="replay", **acting),
         distill=DistillConfig(prompts=8, **acting),
     )  # fmt: skip
 
