@@ -4,8 +4,8 @@
     qcn compile --config=configs/qwen3_5.py:35b-a3b,v6e:4x4 --stage=sft
     qcn run     --config=configs/qwen3_5.py:27b,v5p:2x2x4 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
-The argument is a size (qcn_jax.sizes) and a topology. Rows are 8,192 tokens, one to a device and step; on chips of 32 GiB
-two devices share one of a large dense model.
+The argument is a size (qcn_jax.sizes) and a topology. Rows are 8,192 tokens, one to a device and step; on chips of 32
+GiB two devices share one of a large dense model.
 """
 
 import dataclasses

@@ -65,7 +65,7 @@ def choose(items: Sequence[T], count: int, update: int, seed: int) -> list[T]:
 
 
 def document(record: RolloutRecord, weight: float = 1.0, **per_token: np.ndarray) -> dict[str, np.ndarray]:
-    """An episode as a document for packing, aligned with predicting positions; its routes are of the tokens themselves.
+    """An episode as a document for packing, aligned with predicting positions.
 
     Args:
       record: the episode.
@@ -74,7 +74,6 @@ def document(record: RolloutRecord, weight: float = 1.0, **per_token: np.ndarray
     """
     shift = lambda values: np.append(values[1:], np.zeros(1, values.dtype))
     arrays = {name: shift(np.asarray(values)) for name, values in per_token.items()}
-    arrays |= {} if record.routes is None else {"routes": record.routes}
     return {"tokens": record.tokens, "weights": shift(np.float32(weight) * record.sampled), **arrays}
 
 

@@ -163,7 +163,7 @@ class Learner:
                     summarize(records) | metrics)
 
     def rows(self, groups: Sequence[Sequence[RolloutRecord]]) -> dict[str, np.ndarray]:
-        """Packed rows of the episodes of some groups, with weights, advantages and old log-probabilities."""
+        """Packed rows of the episodes of some groups, with weights, advantages, old log-probabilities, and routes."""
         documents = []
         lengths = [[int(record.sampled.sum()) for record in group] for group in groups]
         for group, weights in zip(groups, objectives.token_weights(lengths, self.config.average), strict=True):
@@ -174,7 +174,7 @@ class Learner:
                 documents.append(episodes.document(
                     record, weight, advantages=token_advantages(record, float(advantage), self.config),
                     old_logprobs=record.logprobs,
-                ))  # fmt: skip
+                ) | ({"routes": record.routes} if self.config.routing == "replay" else {}))  # fmt: skip
         return episodes.pack_rows(documents, self.config.sequence_length, self.config.rows)
 
     def useful(self, params: Any, samples: int, progress: Callable[[int, int], None] | None = None) -> list[int]:

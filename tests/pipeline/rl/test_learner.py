@@ -52,7 +52,7 @@ class Bandit:
 def make_engine(params) -> Engine:
     return Engine(
         MODEL, params, slots=16, max_length=16, max_new_tokens=4, stop_ids=(STOP,), prefill_rows=4, prefill_chunk=4,
-        unrolled=False,
+        unrolled=False, with_routes=True,
     )  # fmt: skip
 
 
@@ -203,6 +203,30 @@ def test_log_probabilities_of_rollouts_are_those_of_training(params, engine) -> 
     learner = make_learner(engine, make_trainer(MODEL, config, None), config)
     _, metrics = advance(learner, 0, fresh(params, learner.trainer))
     assert metrics["groups"] and metrics["kl_old"] < 1e-6 and metrics["clipped"] == 0
+
+
+def test_routes_are_replayed(params, engine) -> None:
+    """At first they are the routers' own; behind an update the loss is that of the experts which acted."""
+    config = dataclasses.replace(CONFIG, routing="replay")
+    learner = make_learner(engine, make_trainer(MODEL, config, None), config)
+    work = learner.next(0, fresh(params, learner.trainer))
+    (batch,) = work.batches
+    assert batch["routes"].shape == (*batch["tokens"].shape, MODEL.num_hidden_layers, MODEL.num_experts_per_tok)
+    rows = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+    rows["weight_sum"] = rows["weights"].sum()
+    replayed, free = (jax.jit(policy_loss(MODEL, dataclasses.replace(config, routing=name))) for name in ("replay", "free"))
+    (value, same), (plain, _) = replayed(params, rows), free(params, rows)
+    assert same["rerouted"] < 0.05 and same["kl_old"] < 1e-6 and float(value) == pytest.approx(float(plain), abs=1e-4)
+    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+    moved = jax.tree.map(noise, params)
+    (value, apart), (plain, _) = replayed(moved, rows), free(moved, rows)
+    assert apart["rerouted"] > 0.2 and abs(float(value) - float(plain)) > 1e-3
+    other, _ = replayed(moved, rows | {"routes": (rows["routes"] + 1) % MODEL.num_experts})
+    assert abs(float(other) - float(value)) > 1e-3  # a replay that does nothing would not notice
+    freed, _ = replayed(moved, rows | {"routes": jnp.full_like(rows["routes"], -1)})
+    assert float(freed) == pytest.approx(float(plain), rel=1e-5)
+    with pytest.raises(UserError, match="--config.experts.routing: 'replay', but the model has no experts"):
+        make_trainer(dataclasses.replace(MODEL, num_experts=0, intermediate_size=8), config, None)
 
 
 def test_kl_term_holds_the_policy_to_its_reference(params, engine, trainer) -> None:
