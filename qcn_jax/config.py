@@ -42,6 +42,8 @@ Malformed = Annotated[str, OneOf("stop", "skip")]
 Objective = Annotated[str, Known("qcn_jax.pipeline.rl.objectives:OBJECTIVES")]
 Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
 Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", also=("",))]
+AdvantageBaseline = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_BASELINES")]
+AdvantageScale = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_SCALES")]
 Routing = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ROUTINGS")]
 Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]
 Nonfinite = Annotated[str, OneOf("stop", "skip")]
@@ -293,7 +295,7 @@ class ExpertsConfig:
 
     names: tuple[ExpertName, ...] = ("swe", "single_turn", "tool_format")  # pipeline.experts
     scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds); with a shell: in a live sandbox
-    objective: Objective = "clipped"  # loss of a token (pipeline.rl.objectives)
+    objective: Objective = "clipped"  # loss of a token: clipped, gspo, cispo, reinforce (pipeline.rl.objectives)
     reward: Reward = ""  # takes the place of each expert's own
     updates: Positive = 30
     prompts: Positive = 16  # per update
@@ -313,6 +315,13 @@ class ExpertsConfig:
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2
     clip_high: Amount = 0.28
+    ratio_cap: AboveZero = 2.0  # of importance weights, in `reinforce`
+    # Tokens outside of (least, most) ratio to the policy that drew them are left out, and those of negative advantage
+    # in episodes that are less probable by more than this per token; empty and 0: none.
+    ratio_bounds: tuple[float, ...] = ()
+    negative_bound: Amount = 0.0
+    advantage_baseline: AdvantageBaseline = "mean"  # what a group's rewards are compared with: mean, leave_one_out
+    advantage_scale: AdvantageScale = "std"  # what they are divided by: std (GRPO), none (Dr. GRPO)
     kl_coef: Amount = 0.0
     unfinished_penalty: Amount = 0.2
     malformed_penalty: Amount = 0.2

@@ -189,6 +189,11 @@ def _experts(config: RunConfig) -> Iterator[str]:
         if getattr(experts.rollout, name) != off:
             yield (f"--config.experts.rollout.{name}: {getattr(experts.rollout, name)}; allowed: {off}, as the "
                    "gradient is of the whole distribution")
+    bounds = experts.ratio_bounds
+    if bounds and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]):
+        yield f"--config.experts.ratio_bounds: {bounds}; allowed: (), or two numbers with 1 between, as in (0.5, 5)"
+    if experts.routing == "replay" and not config.model.num_experts:
+        yield "--config.experts.routing: 'replay', but the model has no experts; allowed: free"
     if not experts.rollout.temperature:
         yield "--config.experts.rollout.temperature: 0; samples of a prompt must differ to be compared"
     if experts.minibatches > experts.prompts:

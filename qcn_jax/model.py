@@ -135,8 +135,8 @@ class Qwen3Next(nn.Module):
             one is free. Not those of multi-token prediction.
           with_routes: ask for `routes` of the output; static.
         """
-        context = self._context(tokens.shape, positions, segment_ids, cache, lengths, key_limit)
-        context = context.replace(with_routes=with_routes)
+        context = self._context(tokens.shape, positions, segment_ids, cache, lengths, key_limit).replace(
+            with_routes=with_routes)
         x, aux, layers = self._run_layers(
             self._embed(tokens), context, None if cache is None else cache.layers, routes)
         taken = None

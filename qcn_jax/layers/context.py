@@ -20,8 +20,8 @@ class TokenContext:
       start: [B] int32 or None; with a cache, how many tokens each sequence held before this call.
       lengths: [B] int32 or None; with a cache, how many of the T tokens are real.
       key_limit: with a cache, attention reads its first `key_limit` slots only (None: all).
-      with_routes: whether router statistics hold which experts each token went to.
       parallel: the devices over which the batch is spread; None is one device.
+      with_routes: whether router statistics hold which experts each router chose.
     """
 
     cos: Array
@@ -31,8 +31,8 @@ class TokenContext:
     start: Array | None = None
     lengths: Array | None = None
     key_limit: int | None = struct.field(pytree_node=False, default=None)
-    with_routes: bool = struct.field(pytree_node=False, default=False)
     parallel: Parallel | None = struct.field(pytree_node=False, default=None)
+    with_routes: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def whole_parallel(self) -> Parallel | None:

@@ -34,6 +34,7 @@ from qcn_jax.sharding.parallel import Parallel
 
 AVERAGES = ("token", "episode")
 ROUTINGS = ("free", "replay")
+ADVANTAGE_BASELINES, ADVANTAGE_SCALES = ("mean", "leave_one_out"), ("std", "none")
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
 
@@ -67,7 +68,9 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
         routes = jnp.moveaxis(batch["routes"].astype(jnp.int32), 2, 0) if config.routing == "replay" else None
         (logprobs, entropy), chosen = logprobs_of(params, batch, routes)
         weights, old = batch["weights"] / batch["weight_sum"], batch["old_logprobs"]
-        losses, clipped = objective(logprobs, old, batch["advantages"], config)
+        tokens = objectives.PolicyTokens(
+            logprobs, old, batch["advantages"], batch["weights"] > 0, batch["segment_ids"])
+        losses, clipped = objective(tokens, config)
         means = {
             "entropy": jnp.sum(weights * entropy),
             "clipped": jnp.sum(weights * clipped),
@@ -75,6 +78,9 @@ def policy_loss(model: ModelConfig, config: ExpertsConfig, parallel: Parallel | 
             # training round differently.
             "kl_old": jnp.sum(weights * objectives.kl_estimate(old, logprobs)),
         }
+        if config.ratio_bounds or config.negative_bound:
+            near = objectives.kept(tokens, config)
+            losses, means["masked"] = jnp.where(near, losses, 0.0), jnp.sum(weights * ~near)
         if routes is not None:  # the share of tokens that some router would send elsewhere now
             means["rerouted"] = jnp.sum(weights * differ(routes, chosen))
         if config.kl_coef:
@@ -168,7 +174,9 @@ class Learner:
         lengths = [[int(record.sampled.sum()) for record in group] for group in groups]
         for group, weights in zip(groups, objectives.token_weights(lengths, self.config.average), strict=True):
             rewards = [record.outcome.reward for record in group]
-            advantages = objectives.group_advantages(rewards, [0] * len(group), [True] * len(group))
+            advantages = objectives.group_advantages(
+                rewards, [0] * len(group), [True] * len(group), self.config.advantage_baseline,
+                self.config.advantage_scale)
             advantages *= np.where(advantages < 0, self.config.negative_weight, 1.0)
             for record, advantage, weight in zip(group, advantages, weights, strict=True):
                 documents.append(episodes.document(

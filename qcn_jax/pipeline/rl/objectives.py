@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from qcn_jax.config import ExpertsConfig
 from qcn_jax.registry import Registry
@@ -20,14 +21,19 @@ STD_FLOOR = 1e-6  # a group whose rewards agree has no advantage, not an infinit
 EXPONENT_LIMIT = 80.0
 
 
-def group_advantages(rewards: Sequence[float], groups: Sequence[int], counted: Sequence[bool]) -> np.ndarray:
-    """Advantages relative to the other samples of the same prompt: (r - mean) / std (GRPO, Shao et al. 2024).
+def group_advantages(rewards: Sequence[float], groups: Sequence[int], counted: Sequence[bool], baseline: str = "mean",
+                     scale: str = "std") -> np.ndarray:
+    """Advantages relative to the other samples of the same prompt; (r - mean) / std by default (Shao et al. 2024).
 
     Args:
       rewards: [n] of each episode.
       groups: [n] which prompt it answers.
       counted: [n] False for episodes that failed for reasons of infrastructure: they enter no statistics and
         get advantage 0.
+      baseline: "mean" of the group, or "leave_one_out", of the other samples (Ahmadian et al. 2024, RLOO), which a
+        sample's own reward does not move.
+      scale: divided by the group's "std", or "none" (Liu et al. 2025, Dr. GRPO): a prompt that is almost always solved
+        then weighs no more than others.
 
     Returns:
       [n] float64. Groups of one reward get zeros.
@@ -37,8 +43,11 @@ def group_advantages(rewards: Sequence[float], groups: Sequence[int], counted: S
     advantages = np.zeros(len(rewards))
     for group in np.unique(groups):
         members = (groups == group) & counted
-        if members.sum() > 1 and (spread := rewards[members].std()) > STD_FLOOR:
-            advantages[members] = (rewards[members] - rewards[members].mean()) / spread
+        count = members.sum()
+        if count > 1 and (spread := rewards[members].std()) > STD_FLOOR:
+            apart = rewards[members] - rewards[members].mean()
+            apart *= count / (count - 1) if baseline == "leave_one_out" else 1.0
+            advantages[members] = apart / spread if scale == "std" else apart
     return advantages
 
 
@@ -107,14 +116,97 @@ def clipped_policy_loss(
     return -jnp.minimum(plain, clipped), clipped < plain
 
 
-def clipped(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, config: ExpertsConfig
-            ) -> tuple[jax.Array, jax.Array]:
-    """`clipped_policy_loss` as an objective, with the configuration's bounds."""
-    return clipped_policy_loss(logprobs, old_logprobs, advantages, config.clip_low, config.clip_high)
+@struct.dataclass
+class PolicyTokens:
+    """What an objective is told of B rows of T positions.
+
+    Attributes:
+      logprobs: [B, T] float32, of the tokens under the policy that is moved.
+      old_logprobs: [B, T] float32, under the one that drew them.
+      advantages: [B, T] float32.
+      counted: [B, T] bool, which positions predict a token that the policy drew and that is learned from.
+      episodes: [B, T] int32, which episode of its row a position is of; 0 is padding.
+    """
+
+    logprobs: jax.Array
+    old_logprobs: jax.Array
+    advantages: jax.Array
+    counted: jax.Array
+    episodes: jax.Array
+
+    @property
+    def ratio(self) -> jax.Array:
+        """[B, T], the new policy's probability over the old one's, bounded to what float32 holds."""
+        return jnp.exp(jnp.minimum(self.logprobs - self.old_logprobs, EXPONENT_LIMIT))
+
+    def episode_mean(self, values: jax.Array) -> jax.Array:
+        """Of values [B, T], at every position the mean over its episode's counted positions."""
+        most = self.episodes.shape[1] + 1
+        counted = self.counted.astype(values.dtype)
+        total = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, most))
+        sums = total(jnp.where(self.counted, values, 0.0), self.episodes)
+        counts = total(counted, self.episodes)
+        return jnp.take_along_axis(sums / jnp.maximum(counts, 1.0), self.episodes, axis=1)
 
 
-# (log-probabilities, old ones, advantages, all [...] float32, config.experts) -> (losses [...], clipped or not [...])
-OBJECTIVES: Registry = Registry("objective", None, {"clipped": "qcn_jax.pipeline.rl.objectives:clipped"})
+def clipped(tokens: PolicyTokens, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+    """`clipped_policy_loss` with the configuration's bounds (PPO's clip; DAPO's with unlike bounds)."""
+    return clipped_policy_loss(
+        tokens.logprobs, tokens.old_logprobs, tokens.advantages, config.clip_low, config.clip_high)
+
+
+def gspo(tokens: PolicyTokens, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+    """The clip on a sequence's ratio, the geometric mean of its tokens' (Zheng et al. 2025, eq. 14, GSPO-token).
+
+    Whole sequences are cut off or kept, which routers that send a few tokens elsewhere cannot upset. Bounds are those
+    of sequences, some 1e-3. With `average="episode"` it is the paper's mean.
+    """
+    apart = tokens.logprobs - tokens.old_logprobs
+    whole = jax.lax.stop_gradient(tokens.episode_mean(apart))
+    # The value of the sequence's ratio, with the gradient of each token's own.
+    apart = whole + tokens.logprobs - jax.lax.stop_gradient(tokens.logprobs)
+    return clipped_policy_loss(apart, jnp.zeros_like(apart), tokens.advantages, config.clip_low, config.clip_high)
+
+
+def _weighted(tokens: PolicyTokens, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-w A log p with the ratio's weights w held still, and where they are not the ratio itself."""
+    still = jax.lax.stop_gradient(weights)
+    return -still * tokens.advantages * tokens.logprobs, jax.lax.stop_gradient(still != tokens.ratio)
+
+
+def cispo(tokens: PolicyTokens, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+    """REINFORCE with clipped importance weights (MiniMax-M1, 2025, eq. 4): no token's gradient is cut off."""
+    return _weighted(tokens, jnp.clip(tokens.ratio, 1.0 - config.clip_low, 1.0 + config.clip_high))
+
+
+def reinforce(tokens: PolicyTokens, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+    """Policy gradient with importance weights truncated at `config.ratio_cap`, the least that is right off policy.
+
+    Unbiased without a cap (inf); on policy the gradient of -A log p (Zheng et al. 2025, arXiv 2512.01374, MiniRL).
+    """
+    return _weighted(tokens, jnp.minimum(tokens.ratio, config.ratio_cap))
+
+
+def kept(tokens: PolicyTokens, config: ExpertsConfig) -> jax.Array:
+    """[B, T] bool, which tokens are near enough to the policy that drew them to be learned from.
+
+    `config.ratio_bounds` masks tokens whose ratio lies outside on either side (IcePop, 2025), and
+    `config.negative_bound` those of negative advantage in episodes that have become less probable by more than that
+    much per token, on average (DeepSeek-V3.2, 2025, off-policy sequence masking). Both off: all.
+    """
+    near = jnp.ones_like(tokens.counted)
+    if config.ratio_bounds:
+        low, high = config.ratio_bounds
+        near &= (tokens.ratio >= low) & (tokens.ratio <= high)
+    if config.negative_bound:
+        fallen = tokens.episode_mean(tokens.old_logprobs - tokens.logprobs)
+        near &= (tokens.advantages >= 0) | (fallen <= config.negative_bound)
+    return jax.lax.stop_gradient(near)
+
+
+# (PolicyTokens, config.experts) -> (losses [B, T], whether the gradient of a token is cut off or scaled down [B, T])
+OBJECTIVES: Registry = Registry("objective", None, {
+    name: f"qcn_jax.pipeline.rl.objectives:{name}" for name in ("clipped", "gspo", "cispo", "reinforce")})
 
 
 def kl_estimate(logprobs: jax.Array, reference: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qcn_jax.config import ExpertsConfig
 from qcn_jax.pipeline.rl import objectives
 
 
@@ -109,6 +110,139 @@ def test_unclipped_gradient_is_reinforce() -> None:
 
     want = np.stack([(np.array(softmax(r)) - np.eye(6)[t]) * a for r, t, a in zip(logits, targets, advantages)])
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(logits)), want, atol=1e-5)
+
+
+def test_baselines_and_scales_of_groups() -> None:
+    rewards, groups, counted = [1.0, 0.0, 0.0, 0.5, 7.0], [0] * 5, [True] * 4 + [False]
+    of = lambda *options: objectives.group_advantages(rewards, groups, counted, *options)
+    apart = np.array([1.0, 0.0, 0.0, 0.5]) - 0.375
+    np.testing.assert_allclose(of("mean", "none")[:4], apart)
+    np.testing.assert_allclose(of("mean", "std")[:4], apart / np.std([1.0, 0.0, 0.0, 0.5]))
+    others = [1 - 0.5 / 3, -0.5, -0.5, 0.5 - 1 / 3]  # less the mean of the three others
+    np.testing.assert_allclose(of("leave_one_out", "none")[:4], others)
+    assert not of("leave_one_out", "std")[4]
+
+
+def rows(seed: int = 0) -> objectives.PolicyTokens:
+    """Two rows of several episodes, with padding, uncounted positions, and ratios on both sides of every bound."""
+    rng = np.random.default_rng(seed)
+    episodes = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 2, 2, 2, 2, 2, 2]])
+    old = -rng.random((2, 8)) * 3
+    counted = (episodes > 0) & (rng.random((2, 8)) < 0.8)
+    advantages = np.where(episodes == 1, 1.5, -0.7) * np.array([[1], [-1]])
+    return objectives.PolicyTokens(*map(jnp.asarray, (old + rng.normal(size=(2, 8)) * 0.6, old, advantages, counted, episodes)))
+
+
+def by_episode(tokens, values) -> dict[tuple[int, int], float]:
+    """(row, episode) -> mean of values over its counted positions, in plain loops."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for (row, column), episode in np.ndenumerate(np.asarray(tokens.episodes)):
+        if tokens.counted[row, column]:
+            found.setdefault((row, episode), []).append(float(values[row, column]))
+    return {key: sum(each) / len(each) for key, each in found.items()}
+
+
+def plain_weight(name: str, tokens, place, config) -> float:
+    """What multiplies -A dlog p of a token in the objective's gradient."""
+    ratio = math.exp(float(tokens.logprobs[place] - tokens.old_logprobs[place]))
+    advantage, low, high = float(tokens.advantages[place]), 1 - config.clip_low, 1 + config.clip_high
+    if name == "cispo":
+        return min(max(ratio, low), high)
+    if name == "reinforce":
+        return min(ratio, config.ratio_cap)
+    if name == "gspo":
+        means = by_episode(tokens, np.asarray(tokens.logprobs - tokens.old_logprobs))
+        ratio = math.exp(means[place[0], int(tokens.episodes[place])])
+    clipped = min(max(ratio, low), high) * advantage
+    return 0.0 if clipped < ratio * advantage else ratio
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_objectives_are_their_formulas_token_by_token(name: str) -> None:
+    config, objective = ExpertsConfig(ratio_cap=1.6), objectives.OBJECTIVES.resolve(name, "objective")
+    weighed = 0
+    for seed in range(4):
+        tokens = rows(seed)
+        loss = lambda logprobs: jnp.sum(jnp.where(tokens.counted, objective(tokens.replace(logprobs=logprobs), config)[0], 0.0))
+        slope, (losses, cut) = jax.grad(loss)(tokens.logprobs), objective(tokens, config)
+        for place in zip(*np.nonzero(np.asarray(tokens.counted))):
+            weight, advantage = plain_weight(name, tokens, place, config), float(tokens.advantages[place])
+            assert float(slope[place]) == pytest.approx(-weight * advantage, abs=1e-9)
+            ratio = math.exp(float(tokens.logprobs[place] - tokens.old_logprobs[place]))
+            if name in ("cispo", "reinforce"):
+                assert float(losses[place]) == pytest.approx(-weight * advantage * float(tokens.logprobs[place]), abs=1e-9)
+                assert bool(cut[place]) == (abs(weight - ratio) > 1e-12)
+            else:
+                assert bool(cut[place]) == (weight == 0.0)
+            weighed += bool(cut[place])
+    assert weighed > 2  # the bounds were met
+
+
+def test_tokens_far_from_the_policy_that_drew_them_are_left_out() -> None:
+    left_out = 0
+    for tokens in map(rows, range(4)):
+        ratio = np.exp(np.asarray(tokens.logprobs - tokens.old_logprobs))
+        assert bool(objectives.kept(tokens, ExpertsConfig()).all())
+        near = objectives.kept(tokens, ExpertsConfig(ratio_bounds=(0.7, 1.4)))
+        np.testing.assert_array_equal(near, (ratio >= 0.7) & (ratio <= 1.4))
+        fallen = by_episode(tokens, np.asarray(tokens.old_logprobs - tokens.logprobs))
+        near = objectives.kept(tokens, ExpertsConfig(negative_bound=0.05))
+        for (row, column), episode in np.ndenumerate(np.asarray(tokens.episodes)):
+            if tokens.counted[row, column]:
+                out = tokens.advantages[row, column] < 0 and fallen[row, episode] > 0.05
+                assert bool(near[row, column]) == (not out)
+                left_out += out
+    assert 3 < left_out < 30
+
+
+def exact_gradient(name: str, cap: float, old: np.ndarray, new: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """The expectation, over the actions of `old`, of an objective's gradient by the logits of `new`."""
+    config, objective = ExpertsConfig(ratio_cap=cap, clip_low=0.2, clip_high=0.2), objectives.OBJECTIVES.resolve(name, "")
+    total = np.zeros(len(new))
+    for action, probability in enumerate(softmax(old)):
+        def loss(logits, action=action):
+            logprob = jax.nn.log_softmax(logits)[action].reshape(1, 1)
+            tokens = objectives.PolicyTokens(
+                logprob, jnp.full((1, 1), math.log(softmax(old)[action])), jnp.full((1, 1), rewards[action]),
+                jnp.ones((1, 1), bool), jnp.ones((1, 1), jnp.int32))
+            return objective(tokens, config)[0].sum()
+
+        total += probability * np.asarray(jax.grad(loss)(jnp.asarray(new)))
+    return total
+
+
+def test_untruncated_correction_is_unbiased_and_truncation_less_so_the_lower_it_is() -> None:
+    rng = np.random.default_rng(0)
+    old, new, rewards = rng.normal(size=5), rng.normal(size=5), rng.normal(size=5)
+    p = np.array(softmax(new))
+    want = -p * (rewards - p @ rewards)  # of -E[r], by the logits
+    bias = [np.linalg.norm(exact_gradient("reinforce", cap, old, new, rewards) - want) for cap in (math.inf, 4.0, 1.5, 0.7)]
+    assert bias[0] < 1e-9 and bias[0] <= bias[1] < bias[2] < bias[3]
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_objective_solves_a_bandit_with_a_stale_policy(name: str) -> None:
+    """Four updates on what one policy drew, then fresh draws: the best arm is found."""
+    rng, rewards = np.random.default_rng(1), np.array([0.1, 0.9, 0.3, 0.5])
+    config, objective = ExpertsConfig(), objectives.OBJECTIVES.resolve(name, "objective")
+
+    @jax.jit
+    def move(logits, old, actions, advantages):
+        def loss(logits):
+            tokens = objectives.PolicyTokens(
+                jax.nn.log_softmax(logits)[actions][None], jax.nn.log_softmax(old)[actions][None], advantages[None],
+                jnp.ones((1, len(actions)), bool), jnp.arange(1, len(actions) + 1)[None])
+            return objective(tokens, config)[0].mean()
+
+        return logits - 0.5 * jax.grad(loss)(logits)
+
+    logits = jnp.zeros(4)
+    for _ in range(60):
+        old, actions = logits, rng.choice(4, 32, p=np.asarray(jax.nn.softmax(logits)))
+        advantages = jnp.asarray(objectives.group_advantages(rewards[actions], [0] * 32, [True] * 32, "leave_one_out", "none"))
+        for _ in range(4):
+            logits = move(logits, old, jnp.asarray(actions), advantages)
+    assert jax.nn.softmax(logits)[1] > 0.9
 
 
 def test_k3_is_unbiased_and_never_negative() -> None:
