@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from qcn_jax import files
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.chat import jinja_template
 from qcn_jax.chat.encoder import ChatEncoder, Encoder
@@ -47,8 +48,12 @@ def encoder_of(config: RunConfig, tokenizer: Tokenizer) -> Encoder:
     """What writes and reads conversations; all ids that the folder of `config.init` ends with end turns as well."""
     template = chat_template(config)
     encoder = ChatEncoder(tokenizer) if template is None else TemplateEncoder(tokenizer, template)
-    if config.init != "random":
-        encoder.stops |= description.eos_ids(models.initial_folder(config), tokenizer.vocab_size)
+    return encoder if config.init == "random" else stopping(encoder, models.initial_folder(config))
+
+
+def stopping(encoder: Encoder, folder: files.Path) -> Encoder:
+    """`encoder` with the ids that a model's folder says its texts end with among its `stops`."""
+    encoder.stops |= description.eos_ids(pathlib.Path(folder), encoder.tokenizer.vocab_size)
     return encoder
 
 

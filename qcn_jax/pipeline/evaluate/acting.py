@@ -11,12 +11,14 @@ from qcn_jax.agents.episode import EndReason
 from qcn_jax.agents.records import Record
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.services import Services
-from qcn_jax.chat.encoder import ChatEncoder
+from qcn_jax.chat.encoder import Encoder
+from qcn_jax.chat.template_encoder import encoder_of
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.config import MeshConfig, RolloutConfig
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.checkpoint import load_to_act
 from qcn_jax.inference.sampling import Sampling
+from qcn_jax.pipeline.chat_template import fitted, stopping
 from qcn_jax.pipeline.experts.conversation import TaskConversation
 from qcn_jax.pipeline.rl.episodes import make_engine
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout
@@ -35,7 +37,7 @@ class Drawing:
 class Recorded(TaskConversation):
     """An episode that is graded and written down when it ends."""
 
-    def __init__(self, task: Task, scaffold: Scaffold, encoder: ChatEncoder, services: Services, attempt: int,
+    def __init__(self, task: Task, scaffold: Scaffold, encoder: Encoder, services: Services, attempt: int,
                  max_turns: int, write: Callable[["Recorded", Record], None]) -> None:
         super().__init__(task, scaffold, encoder, services, max_turns=max_turns, reward=None)
         self._attempt, self._write = attempt, write
@@ -85,8 +87,9 @@ def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequ
         limits = RolloutConfig(max_turns=plan.limits.turns, max_new_tokens=drawing.max_new_tokens,
                                max_length=drawing.max_length, slots=plan.parallel)
         tokenizer = Tokenizer.from_folder(checkpoint)
-        engine = make_engine(model, params, tokenizer, limits, parallel=parallel)
-        encoder = ChatEncoder(tokenizer)
+        encoder = stopping(encoder_of(checkpoint, tokenizer), checkpoint)
+        scaffold = fitted(scaffold, encoder, "--scaffold")
+        engine = make_engine(model, params, encoder, limits, parallel=parallel)
 
         def write(conversation: Recorded, record: Record) -> None:
             folder.add(record, conversation.episode, str(checkpoint))
