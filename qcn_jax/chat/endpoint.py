@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -72,6 +73,9 @@ class Endpoint:
     stream: bool = True
     attempts: int = ATTEMPTS
 
+    def __post_init__(self) -> None:
+        _ = self._closed, self._client  # made by one thread, whatever many ask later
+
     def ask(self, messages: Sequence[Mapping[str, str]], seed: int = 0) -> str:
         """The answer's text; the same messages and seed give the same one from the cache.
 
@@ -130,8 +134,13 @@ class Endpoint:
         raise EndpointFailed(f"--endpoint={self.url}: {reason}")
 
     def close(self) -> None:
-        """Ends all requests under way, from any thread."""
+        """Ends requests under way and waiting between tries, from any thread; nothing can be asked afterwards."""
+        self._closed.set()
         self._client.close()
+
+    @functools.cached_property
+    def _closed(self) -> threading.Event:
+        return threading.Event()
 
     @functools.cached_property
     def _client(self) -> httpx.Client:
@@ -159,8 +168,10 @@ class Endpoint:
         pause, reason = FIRST_PAUSE, ""
         for attempt in range(self.attempts):
             if attempt:
-                _wait(pause, deadline)
+                self._wait(pause, deadline)
                 pause = min(2 * pause, LONGEST_PAUSE)
+            if self._closed.is_set():
+                raise EndpointFailed(f"--endpoint={self.url}: is not asked any more")
             try:
                 with self._request(body, deadline) as reply:
                     if reply.status_code == 200:
@@ -178,6 +189,13 @@ class Endpoint:
                 raise EndpointError(f"--endpoint={self.url}: {reason}", status in _NEVER)
             pause = max(pause, _retry_after(reply))
         raise EndpointFailed(f"--endpoint={self.url}: {reason}")
+
+    def _wait(self, seconds: float, deadline: float | None) -> None:
+        """Waits, by chance up to a quarter shorter: many who were refused together shall not come back together."""
+        seconds *= random.uniform(0.75, 1.0)
+        if deadline is not None and time.monotonic() + seconds > deadline:
+            raise Late
+        self._closed.wait(seconds)
 
     @contextlib.contextmanager
     def _request(self, body: Mapping[str, Any], deadline: float | None) -> Iterator[httpx.Response]:
@@ -216,14 +234,6 @@ def _retry_after(reply: httpx.Response) -> float:
 def _check(deadline: float | None) -> None:
     if deadline is not None and time.monotonic() > deadline:
         raise Late
-
-
-def _wait(seconds: float, deadline: float | None) -> None:
-    """Sleeps, by chance up to a quarter shorter, so that many who were refused together do not come back together."""
-    seconds *= random.uniform(0.75, 1.0)
-    if deadline is not None and time.monotonic() + seconds > deadline:
-        raise Late
-    time.sleep(seconds)
 
 
 def _words(error: Exception) -> str:

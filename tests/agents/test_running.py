@@ -1,6 +1,8 @@
 """Episodes against an endpoint that plays right, wrong, never, slowly or not at all: each is what it was, and is kept."""
 
 import json
+import threading
+import time
 
 import pytest
 
@@ -137,3 +139,17 @@ def test_pass_at_k_is_unbiased_and_has_an_interval():
     assert [round(numbers["pass_at"][k]["rate"], 6) for k in "124"] == [round(5 / 12, 6), 0.5, round(2 / 3, 6)]
     low, high = numbers["ci95"]
     assert 0 <= low < 5 / 12 < high <= 1
+
+
+def test_an_endpoint_that_is_closed_waits_for_nothing(served, monkeypatch):
+    """What a run that is stopped does to requests that wait for their next try."""
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 600.0)
+    model = Endpoint(served[0], "down")
+    said, failed, before = [{"role": "user", "content": "Mend count."}], [], served[1]["down", "count"]
+    asking = threading.Thread(target=lambda: failed.append(pytest.raises(UserError, model.turn, said, None)))
+    asking.start()
+    while served[1]["down", "count"] == before:
+        time.sleep(0.01)
+    model.close()
+    asking.join(60)
+    assert not asking.is_alive() and "not asked any more" in str(failed[0].value)
