@@ -1,4 +1,4 @@
-"""Verdicts cannot be bought: forged results of the kinds in forgeries.py, and honest patches beside them.
+"""Verdicts cannot be bought: forged results of the kinds in forgeries/, and honest patches beside them.
 
 All of them are handed in with `strict=False`, so that no rule about words in a patch stands in for the evidence.
 """
@@ -9,7 +9,8 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.tasks.grading import Grader
 from tests.attacks import forgeries
-from tests.attacks.forgeries import BAD, FILES, FORGERIES, GOOD, PATH, REPOSITORY
+from tests.attacks.forgeries import FORGERIES
+from tests.attacks.forgeries.judged import BAD, FAILING, FILES, GOOD, PATH, REPOSITORY, make_task
 from tests.sandboxes import make_provider
 
 
@@ -28,7 +29,7 @@ def provider(request, tmp_path_factory):
 def grade(provider, changes, strict=False, name=""):
     """The verdict on `changes` to the starting state."""
     before = {path: BAD if path == PATH else FILES.get(path) for path in changes}
-    return Grader(provider, strict=strict).grade(forgeries.make_task(name), patches.make_diff(before, changes))
+    return Grader(provider, strict=strict).grade(make_task(name), patches.make_diff(before, changes))
 
 
 def test_honest_patches_resolve_and_useless_ones_do_not(provider):
@@ -36,7 +37,7 @@ def test_honest_patches_resolve_and_useless_ones_do_not(provider):
         verdict = grade(provider, {PATH: text}, strict=True)
         assert verdict.resolved, verdict
     verdict = grade(provider, {PATH: BAD + "\n# nothing\n"})
-    assert verdict.outcome == "unresolved" and len(verdict.tests_status["FAIL_TO_PASS"]["failure"]) == len(forgeries.FAILING)
+    assert verdict.outcome == "unresolved" and len(verdict.tests_status["FAIL_TO_PASS"]["failure"]) == len(FAILING)
 
 
 @pytest.mark.parametrize("name", FORGERIES)
