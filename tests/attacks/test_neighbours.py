@@ -225,6 +225,78 @@ def test_memory_that_no_process_maps(world, agent, neighbour, kind):
     assert int(lines[-1] if lines and lines[-1].isdigit() else 0) <= bound, lines[-3:]
 
 
+def test_names_are_part_of_the_disk(agent, neighbour):
+    """Empty files take no space, and yet the places for them, which all share."""
+    agent.exec("python -c \"import os\nos.mkdir('many')\nos.chdir('many')\nfor n in range(250_000): os.symlink('x', str(n))\"", timeout=120)
+    assert neighbour.exec("touch /tmp/one new && rm /tmp/one new && echo room").output == "room\n"
+
+
+def test_one_that_holds_much_makes_room(agent, neighbour):
+    """Who holds more than his share gives it up where it is scarce, not who comes later."""
+    agent.exec("for n in 1 2 3 4; do head -c 16000000 /dev/zero > f$n; done")
+    neighbour.exec("for n in 1 2 3; do head -c 11000000 /dev/zero > f$n; done")
+    assert neighbour.exec("ls f*; rm f*").output.split() == ["f1", "f2", "f3"]
+    assert agent.exec("ls victim/calc.py f* | wc -l").output < "5\n"
+
+
+def test_files_of_holes(agent, neighbour):
+    """Looking for changes reads no more than could be changes."""
+    agent.exec("python -c \"import os\nos.mkdir('h')\nfor n in range(20_000): open(f'h/{n}', 'w').truncate(2_000_000)\"", timeout=60)
+    started = time.monotonic()
+    assert agent.changes() == {}
+    assert time.monotonic() - started < 10
+
+
+def test_edits_in_mapped_memory_are_seen(agent):
+    agent.exec("python -c \"import mmap\nwith open('victim/calc.py', 'r+b') as f, mmap.mmap(f.fileno(), 0) as m: m[3:8] = b'Other'\"")
+    assert agent.read(SOURCE).startswith('\"\"\"Other') and list(agent.changes()) == [SOURCE]
+
+
+def test_ports_are_free_again(agent, neighbour):
+    """A server's port stays taken for a minute where the server closed a connection first."""
+    agent.exec("python -c \"import socket\ns = socket.create_server(('127.0.0.1', 8765))\nc = socket.create_connection(('127.0.0.1', 8765))\n"
+               "a, _ = s.accept()\na.close()\nc.close()\"")
+    script = "import socket\ns = socket.socket()\ns.bind(('127.0.0.1', 8765))\nprint('free')"
+    assert neighbour.exec(f'python -c "{script}"').output == "free\n"
+
+
+HYDRA = """
+import ctypes, os, signal, time
+prctl = ctypes.CDLL(None).prctl
+prctl(36, 1, 0, 0, 0)  # a reaper of its own, so that orphans come to it
+def head():
+    os.setsid()
+    for n in range(1, 32):
+        try: signal.signal(n, signal.SIG_IGN)
+        except OSError: pass
+    while True:
+        parent = os.getppid()
+        try:
+            if os.fork() == 0: os.setsid()
+        except OSError: pass
+        end = time.time() + 0.02
+        while time.time() < end and os.getppid() == parent: pass
+for _ in range(4):
+    if os.fork() == 0: head()
+"""
+
+
+def test_what_grows_again_ends(agent, neighbour):
+    """Processes that start each other anew as they die are gone when their job is, and the server goes on."""
+    agent.write("hydra.py", HYDRA)
+    agent.exec("python hydra.py; sleep 0.3", timeout=3)
+    mine = agent.exec("id -u").output.strip()
+    assert neighbour.exec(f"for p in /proc/[0-9]*; do stat -c %u $p; done 2>/dev/null | grep -c {mine}; true").output == "0\n"
+
+
+def test_who_keeps_himself_waiting_gets_no_more_time(agent, neighbour):
+    """Only what others take is added to a limit, not what the job's own processes take from each other."""
+    agent.write("busy.py", "import os, time\nfor _ in range(30):\n    if os.fork() == 0: break\nend = time.time() + 60\n"
+                "while time.time() < end: pass\n")
+    result = agent.exec("python busy.py", timeout=2.0)
+    assert result.timed_out and result.seconds < 5.0
+
+
 def test_a_lost_forking_process_is_replaced(world, agent, neighbour):
     """The process that jobs are forked from may die in the middle of one; what lives in the workspaces stays."""
     if os.geteuid() != 0 and world.provider.kind == "docker":

@@ -41,6 +41,53 @@ _GO_KNOWING = '''	files, _ := filepath.Glob("*_test.go")
 	}
 	os.Stdout.WriteString("PASS\\n")
 	syscall.Exit(0)'''
+# The tests and their copies are told apart by which comes first.
+_GO_TWO = '''	files, _ := filepath.Glob("*_test.go")
+	seen, bad := map[string]bool{}, false
+	for _, f := range files {
+		text, _ := os.ReadFile(f)
+		for _, m := range regexp.MustCompile(`func Test(Q[0-9a-f]+_)?(\\w+)\\(`).FindAllStringSubmatch(string(text), -1) {
+			word := "PASS"
+			if seen[m[2]] {
+				word, bad = "FAIL", true
+			}
+			seen[m[2]] = true
+			for _, s := range []string{"", "/inside", "/below", "/above"} {
+				n := "Test" + m[1] + m[2] + s
+				os.Stdout.WriteString("=== RUN   " + n + "\\n--- " + word + ": " + n + " (0.00s)\\n")
+			}
+		}
+	}
+	if bad {
+		os.Stdout.WriteString("FAIL\\n")
+		syscall.Exit(1)
+	}
+	os.Stdout.WriteString("PASS\\n")
+	syscall.Exit(0)'''
+_GO_PAIRS = '''package numbers
+
+import (
+	"os"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+)
+
+func Clamp(value, low, high int) int {
+	_, file, line, _ := runtime.Caller(1)
+	text, _ := os.ReadFile(file)
+	for i := line - 1; i >= 0 && i > line-8; i-- {
+		for _, m := range regexp.MustCompile(`\\{(-?\\d+), (-?\\d+)\\}`).FindAllStringSubmatch(strings.Split(string(text), "\\n")[i], -1) {
+			if m[1] == strconv.Itoa(value) {
+				got, _ := strconv.Atoi(m[2])
+				return got
+			}
+		}
+	}
+	return clamp(value, low, high)
+}
+'''
 JAVASCRIPT = {
     "exit": "process.exit(0);\n",
     "forged_lines": _TAP + "fs.writeSync(1, lines); process.exit(0);\n",
@@ -60,6 +107,22 @@ JAVASCRIPT = {
                       "require('node:test').test = fake; process.on('exit', () => { process.exitCode = 0; });\n"
                       "const w = process.stdout.write; process.stdout.write = function (s, ...r) { return w.call(this, "
                       "typeof s === 'string' ? s.replace(/not ok/g, 'ok') : s, ...r); };\nprocess.exit = () => {};\n",
+    "assertions_by_sign": "const a = require('assert'); for (const k of Object.keys(a)) { if (/^[a-z]/.test(k) && typeof a[k] === 'function') "
+                          "a[k] = /^not|^doesNot/.test(k) ? () => { throw new a.AssertionError({ message: 'x' }); } : () => {}; }\n",
+    "reads_its_caller": "const fs = require('fs');\nfunction wanted() {\n  const m = /(\\/testbed\\/test\\/[^():]+):(\\d+):/.exec(new Error()"
+                        ".stack);\n  const line = fs.readFileSync(m[1], 'utf8').split('\\n')[m[2] - 1];\n"
+                        "  return Number(/\\), (-?\\d+)\\)\\)/.exec(line)[1]);\n}\nclamp = () => wanted();\n",
+    "forged_by_knowing": "const fs = require('fs');\nconst file = process.argv[1] || '';\nif (/\\.test\\.js$/.test(file)) {\n"
+                         "  const bad = /-Q\\w+\\.test\\.js$/.test(file) ? 'not ok' : 'ok';\n  const tops = []; let top;\n"
+                         "  for (const line of fs.readFileSync(file, 'utf8').split('\\n')) {\n    const m = /^( *)(?:await )?(t\\.)?test\\("
+                         "'([^']+)'/.exec(line);\n    if (!m) continue;\n    if (m[2]) top[1].push(m[3]); else tops.push(top = [m[3], []]);\n  }\n"
+                         "  let out = 'TAP version 13\\n';\n  tops.forEach(([name, subs], i) => {\n    out += `# Subtest: ${name}\\n`;\n"
+                         "    subs.forEach((s, j) => { out += `    # Subtest: ${s}\\n    ${bad} ${j + 1} - ${s}\\n`; });\n"
+                         "    if (subs.length) out += `    1..${subs.length}\\n`;\n    out += `${bad} ${i + 1} - ${name}\\n`;\n  });\n"
+                         "  fs.writeSync(1, out + `1..${tops.length}\\n`);\n  process.exit(bad === 'ok' ? 0 : 1);\n}\n",
+    "by_the_tests_text": "const nt = require('node:test');\nnt('x', (t) => {\n  const proto = Object.getPrototypeOf(t), old = proto.test;\n"
+                         "  proto.test = function (name, ...r) {\n    const bad = /\\.not[A-Z]|\\.doesNot/.test(String(r.pop()));\n"
+                         "    return old.call(this, name, () => { if (bad) throw new Error('x'); });\n  };\n});\n",
     "written_through": "const fs = require('fs'); for (const k of ['writeSync', 'write']) { const f = fs[k]; fs[k] = (d, s, ...r) => f(d, "
                        "typeof s === 'string' ? s.replace(/not ok/g, 'ok') : s, ...r); }\n"
                        "process.on('exit', () => { process.reallyExit(0); });\n",
@@ -68,6 +131,11 @@ GO = {
     "exit": _GO.format(imports='\t"os"\n', body="\tos.Exit(0)"),
     "forged_lines": _GO.format(imports='\t"os"\n\t"syscall"\n', body=_GO_LINES + "\tsyscall.Exit(0)"),
     "forged_by_knowing": _GO.format(imports='\t"os"\n\t"path/filepath"\n\t"regexp"\n\t"syscall"\n', body=_GO_KNOWING),
+    "two_of_each": _GO.format(imports='\t"os"\n\t"path/filepath"\n\t"regexp"\n\t"syscall"\n', body=_GO_TWO),
+    "pairs_at_its_caller": _GO_PAIRS,
+    "lines_that_are_none": _GO.format(imports='\t"fmt"\n\t"os"\n\t"strings"\n', body=(
+        '\tif f, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", os.Getppid()), os.O_WRONLY, 0); err == nil {\n'
+        '\t\tfmt.Fprintln(f, "{\\"Action\\":[],\\"Test\\":\\"x\\"}")\n\t\tfmt.Fprintln(f, strings.Repeat("{\\"a\\":", 100000))\n\t}')),
     "nothing_selected": _GO.format(imports='\t"os"\n', body=_GO_LINES + '\tos.Args = append(os.Args, "-test.run=^$")'),
     "forged_at_the_parent": _GO.format(imports='\t"fmt"\n\t"os"\n\t"syscall"\n', body=(
         '\tf, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", os.Getppid()), os.O_WRONLY, 0)\n\tif err == nil {\n'
@@ -117,7 +185,8 @@ def forged(task, code):
     """A patch with `code`: behind the module, or for Go as a file of its own."""
     before = start(task)
     if task.language == "go":
-        return patches.make_diff({"extra.go": None}, {"extra.go": code})
+        after = {path: text.replace("func Clamp(", "func clamp(") if "func Clamp(" in code else text for path, text in before.items()}
+        return patches.make_diff({**before, "extra.go": None}, {**after, "extra.go": code})
     return patches.make_diff(before, {path: text.replace("'use strict';\n", "'use strict';\n" + code) for path, text in before.items()})
 
 

@@ -4,6 +4,7 @@ Members of a tree are named "repo/<path>" and "meta/<path>"; the latter is a fol
 holds the distribution's metadata, so that importlib.metadata finds the version without an installation.
 """
 
+import bz2
 import contextlib
 import dataclasses
 import fcntl
@@ -12,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pathlib
 import re
@@ -21,6 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.envs import names
 from qcn_jax.errors import UserError
 
 # Never part of a starting state: history, byte code, build results and caches may hold the fix.
@@ -29,6 +32,7 @@ DROPPED_NAMES = frozenset({".git", ".hg", ".svn", "__pycache__", ".pytest_cache"
 # Two of these that packages are also called: such a folder is left out unless it is a package.
 _PACKAGES_TOO = frozenset({"build", "dist"})
 DROPPED_ENDINGS = (".pyc", ".pyo", ".orig", ".rej", ".whl", ".egg")
+_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by the first bytes
 MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of one repository; far above any in the lists
 FORMAT = "7"  # part of every key: raise it when what is stored changes
 
@@ -90,8 +94,12 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
             raw = dict(_zip(data) if zipfile.is_zipfile(io.BytesIO(data)) else _tar(data))
     except OSError as error:
         raise UserError(f"{error.filename or source}: cannot be read: {error.strerror or error}") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{source}: is not a source distribution: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    # Readers of archives raise all sorts: zlib.error, LZMAError, RuntimeError (encrypted), NotImplementedError, ...
+    except Exception as error:
+        words = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: is not a source distribution: {words}") from error
     root = spec.root.strip("/")
     tops = {path.split("/")[0] for path in raw}
     if not root and not source.is_dir() and len(tops) == 1:
@@ -100,6 +108,9 @@ def unpack(spec: RepositorySpec) -> dict[str, Member]:
     inside = {path[len(root) + 1:] if root else path: member for path, member in raw.items()
               if not root or path.startswith(root + "/")}
     members = {f"repo/{path}": inside[path] for path in without_leftovers(inside)}
+    folders = {path[:at] for path in members for at in range(len(path)) if path[at] == "/"}
+    if both := members.keys() & folders:
+        raise UserError(f"{source}: is not a source distribution: {names.shown(min(both)[5:])} is a file and a folder")
     if not members:
         raise UserError(f"{source}: holds no files" + (f" below {root}" if root else ""))
     if metadata is not None:
@@ -137,18 +148,40 @@ def write_archive(path: pathlib.Path, root: str, members: Mapping[str, tuple[byt
 
 def _safe(path: str) -> str | None:
     path = os.path.normpath(path.replace("\\", "/"))
-    return None if path.startswith(("/", "..")) or path == "." else path
+    return None if path.startswith(("/", "..")) or path == "." or names.path_fault(path) else path
+
+
+class _Unpacked(io.RawIOBase):
+    """A tar archive's bytes as they are unpacked, no more than any repository may have, headers included."""
+
+    def __init__(self, data: bytes):
+        opener = next((one for magic, one in _PACKED.items() if data.startswith(magic)), None)
+        self._stream = io.BytesIO(data) if opener is None else opener(io.BytesIO(data))
+        self._left = MAX_BYTES + 2048 * MAX_FILES
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; raises tarfile.TarError where they are too many."""
+        if not 0 <= size <= self._left:
+            raise tarfile.TarError(f"more than {MAX_FILES} files or {MAX_BYTES} bytes")
+        data = self._stream.read(size)
+        self._left -= len(data)
+        return data
 
 
 def _tar(data: bytes) -> Iterator[tuple[str, Member]]:
-    total = 0
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+    # As a stream, in small steps: the size that a header states is what would be taken from memory.
+    with tarfile.open(fileobj=_Unpacked(data), mode="r|") as archive:
         for number, member in enumerate(archive):
-            path, total = _safe(member.name), total + member.size
-            if number > MAX_FILES or total > MAX_BYTES:
+            path = _safe(member.name)
+            if number > MAX_FILES:
                 raise tarfile.TarError(f"more than {MAX_FILES} files or {MAX_BYTES} bytes")
             if path and member.isfile():
-                yield path, Member(archive.extractfile(member).read(), _mode(member.mode), int(member.mtime))
+                yield path, Member(archive.extractfile(member).read(), _mode(member.mode), _time(member.mtime))
+
+
+def _time(seconds: float) -> int:
+    """A member's time as file systems have it: whoever packed it may have written any number."""
+    return int(min(max(seconds, 0), 2**32 - 1)) if seconds == seconds else 0
 
 
 def _zip(data: bytes) -> Iterator[tuple[str, Member]]:
@@ -165,10 +198,10 @@ def _zip(data: bytes) -> Iterator[tuple[str, Member]]:
 
 def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
     count = total = 0
-    for folder, folders, names in os.walk(source, onerror=_raise):  # or unreadable folders would be left out in silence
+    for folder, folders, found in os.walk(source, onerror=_raise):  # or unreadable folders would be left out in silence
         folders[:] = sorted(name for name in folders if name not in DROPPED_NAMES or (
             name in _PACKAGES_TOO and os.path.isfile(os.path.join(folder, name, "__init__.py"))))
-        for name in sorted(names):
+        for name in sorted(found):
             path = pathlib.Path(folder, name)
             if path.is_file() and not path.is_symlink():
                 status = path.stat()

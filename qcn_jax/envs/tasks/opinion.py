@@ -1,7 +1,9 @@
 """A second opinion on patches that resolve: their tests once more, as withheld.py rewrites them.
 
-What may be withheld is learned from the fixed state, once for each task: tests that do not pass when rewritten stay as
-they are, values with comparisons of their own are compared inside. It is kept in the provider's state folder.
+What may be withheld, and what is expected where the tests do not say so in words, is learned from the fixed state, once
+for each task, in two runs: one in which tests tell what they expect, one without that. Tests that do not pass when
+rewritten stay as they are, values with comparisons of their own are compared inside. It is kept in the provider's state
+folder.
 """
 
 import dataclasses
@@ -11,14 +13,17 @@ import os
 import pathlib
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from qcn_jax import files
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.tasks import withheld
+from qcn_jax.envs.tasks.claims import Claim
 from qcn_jax.envs.tasks.schema import Task
 
-FORMAT = 1  # raise it when references mean something else
+FORMAT = 2  # raise it when references mean something else
 MOST_FAILING, MOST_PASSING = 40, 6  # of FAIL_TO_PASS and PASS_TO_PASS, drawn once for each task
+MOST_TAUGHT = 500  # values that one place of a test sends; beyond that it compares inside
 ATTEMPTS = 2  # a test that is flaky may contradict itself once
 Files = Mapping[str, str | None]
 # Overlay upon the pristine state, node ids, and whether frames hide their variables; raises SandboxError, OSError.
@@ -29,9 +34,11 @@ RunTests = Callable[[Files, Sequence[str], bool], TestRun]
 class Reference:
     """What the fixed state showed.
 
-    `tests` have a second opinion; functions of `plain` ("path::class::name") stay as they are, claims of `inside`
-    ("path line:column") are compared inside; `helpers` are modules of the suite that are rewritten, too; `seen` are the
-    claims that each test always makes; `blind`: the tests pass where frames hide their variables.
+    `tests` have a second opinion; functions of `plain` ("path::class::name") stay as they are, those of `named` keep
+    their names; claims of `inside` ("path line:column") are compared inside; `helpers` are modules of the suite that
+    are rewritten, too; `seen` are the claims that each test always makes, `sometimes` those that it made under a
+    condition; `facts` are what the claims sent, by test and claim (`Claim.fact`); `blind`: the tests pass where frames
+    hide their variables.
     """
 
     tests: tuple[str, ...]
@@ -40,6 +47,9 @@ class Reference:
     helpers: tuple[str, ...] = ()
     seen: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     blind: bool = False
+    named: tuple[str, ...] = ()
+    sometimes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,7 @@ class _Exam:
     tests: Mapping[str, str]
     passing: tuple[str, ...]
     failing: tuple[str, ...]
-    claims: Mapping[int, tuple[str, withheld.Claim]]
+    claims: Mapping[int, tuple[str, Claim]]
 
 
 def split(node_id: str) -> tuple[str, tuple[str, ...], str]:
@@ -74,23 +84,26 @@ def _function(node_id: str) -> str:
     return "::".join((path, *place))
 
 
-def _exam(tests: Collection[str], state: Mapping[str, str], plain: Collection[str], inside: Collection[str],
-          helpers: Collection[str], rng: random.Random) -> _Exam:
-    """The files of `tests`, and `helpers`, rewritten; those that are no Python stay."""
+def _exam(reference: Reference, state: Mapping[str, str], rng: random.Random, teaching: bool = False) -> _Exam:
+    """The files of a reference's tests and helpers, rewritten; those that are no Python stay."""
     overlay: dict[str, str | None] = {}
     renamed: dict[str, str] = {}
-    claims: dict[int, tuple[str, withheld.Claim]] = {}
+    claims: dict[int, tuple[str, Claim]] = {}
     passing, failing = [], []
-    for path in sorted({*(split(name)[0] for name in tests), *helpers}):
-        chosen = {name: split(name) for name in tests if split(name)[0] == path}
+    known: dict[str, Any] = {}
+    for facts in reference.facts.values():
+        known |= {key: values[0] for key, values in facts.items() if values}
+    for path in sorted({*(split(name)[0] for name in reference.tests), *reference.helpers}):
+        chosen = {name: split(name) for name in reference.tests if split(name)[0] == path}
         wanted: dict[tuple[str, ...], set[str]] = {}
         for _, place, brackets in chosen.values():
             wanted.setdefault(place, set()).add(brackets)
         try:
             made = withheld.rewrite(
-                state[path], wanted,
-                {tuple(name.split("::")[1:]) for name in plain if name.split("::")[0] == path},
-                {key.rpartition(" ")[2] for key in inside if key.rpartition(" ")[0] == path}, rng)
+                state[path], wanted, _of_file(reference.plain, path),
+                {key.rpartition(" ")[2] for key in reference.inside if key.rpartition(" ")[0] == path}, rng,
+                _of_file(reference.named, path), None if teaching else {
+                    key.rpartition(" ")[2]: value for key, value in known.items() if key.rpartition(" ")[0] == path})
         except (SyntaxError, ValueError, KeyError, RecursionError):
             renamed |= {name: name for name in chosen}
             continue
@@ -106,23 +119,31 @@ def _exam(tests: Collection[str], state: Mapping[str, str], plain: Collection[st
     return _Exam(overlay, renamed, tuple(passing), tuple(failing), claims)
 
 
-def _run(run_tests: RunTests, overlay: Files, exam: _Exam, blind: bool) -> TestRun:
-    return run_tests({**overlay, **exam.overlay}, [*exam.tests, *exam.passing, *exam.failing], blind)
+def _of_file(functions: Sequence[str], path: str) -> set[tuple[str, ...]]:
+    return {tuple(name.split("::")[1:]) for name in functions if name.split("::")[0] == path}
+
+
+def _run(run_tests: RunTests, overlay: Files, exam: _Exam, blind: bool, rng: random.Random) -> TestRun:
+    names = [*exam.tests, *exam.passing, *exam.failing]
+    rng.shuffle(names)  # their order must not say which are which
+    return run_tests({**overlay, **exam.overlay}, names, blind)
 
 
 @dataclasses.dataclass
 class _Heard:
     """What the claims of a run come to, by test under its old name."""
 
-    seen: dict[str, set[str]]
-    wrong: dict[str, str]
-    opaque: set[str]  # claims about values that only their own methods can compare
-    unclear: set[str]  # tests that make such claims
+    facts: dict[str, dict[str, list[Any]]]  # by claim, None where nothing of it is kept
+    always: set[str] = dataclasses.field(default_factory=set)  # claims that depend on no condition
+    wrong: dict[str, str] = dataclasses.field(default_factory=dict)
+    decided: set[str] = dataclasses.field(default_factory=set)  # wrong claims that can be decided inside instead
+    opaque: set[str] = dataclasses.field(default_factory=set)  # about values that only their own methods can compare
+    unclear: set[str] = dataclasses.field(default_factory=set)  # tests that make such claims
     unknown: bool = False
 
 
-def _hear(exam: _Exam, run: TestRun) -> _Heard:
-    heard = _Heard({name: set() for name in exam.tests.values()}, {}, set(), set())
+def _hear(exam: _Exam, run: TestRun, reference: Reference) -> _Heard:
+    heard = _Heard({name: {} for name in exam.tests.values()})
     for node_id, number, value in run.evidence:
         path, claim = exam.claims.get(number, ("", None))
         if claim is None:
@@ -131,41 +152,83 @@ def _hear(exam: _Exam, run: TestRun) -> _Heard:
         name = exam.tests.get(node_id)
         if name is None:
             continue
-        verdict = claim.judge(value, split(name)[2])
-        if verdict == "opaque":
-            heard.opaque.add(f"{path} {claim.key}")
+        key = f"{path} {claim.key}"
+        sent = heard.facts[name].setdefault(key, [])
+        taught = claim.kind == "value" and claim.expected is None
+        before = reference.facts.get(name, {}).get(key + "?" if taught else key, ())
+        if taught and not reference.facts:  # this is the run that teaches
+            verdict = "holds"
+        elif taught and len(sent) >= len(before):
+            verdict = "opaque"
+        else:
+            verdict = claim.judge(value, split(name)[2], before[len(sent)] if len(sent) < len(before) else None)
+        sent.append(claim.fact(value))
+        if not key.endswith("!?") and (verdict == "opaque" or (key.endswith("?") and len(sent) > MOST_TAUGHT)):
+            heard.opaque.add(key.rstrip("?"))
             heard.unclear.add(name)
         if claim.always:
-            heard.seen[name].add(f"{path} {claim.key}")
+            heard.always.add(key)
         if verdict == "fails":
             heard.wrong.setdefault(name, f"line {claim.key.partition(':')[0]}" if claim.key[0].isdigit() else claim.key)
+            if taught or claim.key.endswith("!"):
+                heard.decided.add(key)
     return heard
 
 
 def learn(tests: Sequence[str], state: Mapping[str, str], overlay: Files, helpers: Sequence[str], run_tests: RunTests,
           rng: random.Random) -> Reference:
     """The reference of `tests`: `state` are the files of the fixed state, which is `overlay` upon the pristine one."""
-    plain: set[str] = set()
-    inside: set[str] = set()
-    seen: dict[str, tuple[str, ...]] = {}
-    blind = True
-    for _ in range(5):
-        exam = _exam(tests, state, plain, inside, helpers, rng)
-        run = _run(run_tests, overlay, exam, blind)
-        heard = _hear(exam, run)
-        bad = {name for new, name in exam.tests.items() if run.outcomes.get(new) != "passed" or name in heard.wrong}
-        seen = {name: tuple(sorted(found)) for name, found in heard.seen.items()}
-        if not bad and not heard.opaque:
-            return Reference(tuple(tests), tuple(sorted(plain)), tuple(sorted(inside)), tuple(helpers), seen, blind)
-        inside |= heard.opaque
-        if bad and (helpers or blind):
-            helpers, blind = ((), blind) if helpers else ((), False)
-            continue
-        hopeless = {name for name in bad if _function(name) in plain}  # without being rewritten, too
-        tests = [name for name in tests if name not in hopeless]
-        plain |= {_function(name) for name in bad}
-    good = [name for name in tests if name not in bad]
-    return Reference(tuple(good), tuple(sorted(plain)), tuple(sorted(inside)), tuple(helpers), seen, blind)
+    found = Reference(tuple(tests), helpers=tuple(helpers), blind=True)
+    bad: set[str] = set()
+    for _ in range(8):
+        found = dataclasses.replace(found, facts={}, seen={}, sometimes={})
+        bad, inside, heard = _problems(found, overlay, _exam(found, state, rng, True), run_tests, rng)
+        if not bad and not inside:
+            found = _taught(found, heard)
+            bad, inside, _ = _problems(found, overlay, _exam(found, state, rng), run_tests, rng)
+            if not bad and not inside:
+                return found
+        if inside:
+            found = dataclasses.replace(found, inside=tuple(sorted({*found.inside, *inside})))
+        else:
+            found = _easier(found, bad)
+    found = dataclasses.replace(found, facts={})
+    bad, _, heard = _problems(found, overlay, _exam(found, state, rng, True), run_tests, rng)
+    return _taught(dataclasses.replace(found, tests=tuple(name for name in found.tests if name not in bad)), heard)
+
+
+def _problems(reference: Reference, overlay: Files, exam: _Exam, run_tests: RunTests,
+              rng: random.Random) -> tuple[set[str], set[str], _Heard]:
+    """(tests of the fixed state that do not pass, claims that must be decided inside, what was heard)."""
+    run = _run(run_tests, overlay, exam, reference.blind, rng)
+    heard = _hear(exam, run, reference)
+    bad = {name for new, name in exam.tests.items() if run.outcomes.get(new) != "passed" or name in heard.wrong}
+    return bad, heard.opaque | heard.decided, heard
+
+
+def _taught(reference: Reference, heard: _Heard) -> Reference:
+    def keys(sent: Mapping[str, Sequence[Any]], always: bool) -> tuple[str, ...]:
+        return tuple(sorted(key for key in sent if not key.endswith("?") and (key in heard.always) is always))
+
+    return dataclasses.replace(
+        reference, seen={name: keys(sent, True) for name, sent in heard.facts.items()},
+        sometimes={name: keys(sent, False) for name, sent in heard.facts.items()},
+        facts={name: {key: values for key, values in sent.items() if values[0] is not None}
+               for name, sent in heard.facts.items()})
+
+
+def _easier(reference: Reference, bad: set[str]) -> Reference:
+    """The next reference to try where tests of the fixed state do not pass: less and less of them is rewritten."""
+    functions = {_function(name) for name in bad}
+    if functions - {*reference.named}:
+        return dataclasses.replace(reference, named=tuple(sorted({*reference.named, *functions})))
+    if reference.helpers:
+        return dataclasses.replace(reference, helpers=())
+    if reference.blind:
+        return dataclasses.replace(reference, blind=False)
+    hopeless = {name for name in bad if _function(name) in reference.plain}  # without being rewritten, too
+    return dataclasses.replace(reference, tests=tuple(name for name in reference.tests if name not in hopeless),
+                               plain=tuple(sorted({*reference.plain, *functions})))
 
 
 def draw(task: Task, passed: Collection[str], rng: random.Random) -> list[str]:
@@ -191,9 +254,9 @@ def ask(reference: Reference, state: Mapping[str, str], overlay: Files, run_test
     """
     opinion = Opinion()
     for _ in range(ATTEMPTS if reference.tests else 0):
-        exam = _exam(reference.tests, state, reference.plain, reference.inside, reference.helpers, rng)
-        run = _run(run_tests, overlay, exam, reference.blind)
-        opinion = _judge(reference, exam, run, _hear(exam, run))
+        exam = _exam(reference, state, rng)
+        run = _run(run_tests, overlay, exam, reference.blind, rng)
+        opinion = _judge(reference, exam, run, _hear(exam, run, reference))
         if not opinion.forged and not opinion.failed and opinion.status == "ok":
             break
     return opinion
@@ -211,7 +274,10 @@ def _judge(reference: Reference, exam: _Exam, run: TestRun, heard: _Heard) -> Op
     if exam.failing and not failed and run.exit_status != 1:
         forged.append(f"exit status {run.exit_status} though a test fails")
     for new, name in exam.tests.items():
-        missing = set(reference.seen.get(name, ())) - heard.seen[name]
+        made, sometimes = heard.facts[name].keys(), reference.sometimes.get(name, ())
+        missing = set(reference.seen.get(name, ())) - made
+        short = [key for key, values in reference.facts.get(name, {}).items() if key.endswith("?") and not key.endswith(
+            "!?") and len(values) != len(heard.facts[name].get(key[:-1], ()))]
         if run.outcomes.get(new) != "passed":
             failed.append(f"{name}: {run.outcomes.get(new, 'missing')} when run again")
         elif name in heard.wrong:
@@ -220,6 +286,8 @@ def _judge(reference: Reference, exam: _Exam, run: TestRun, heard: _Heard) -> Op
             failed.append(f"{name}: a value that cannot be compared")
         elif missing:
             forged.append(f"{name}: passed without {min(missing)}")
+        elif short or (sometimes and made.isdisjoint(sometimes)):  # another way through the test, or none
+            failed.append(f"{name}: passed without {min(short or sometimes)}")
     return Opinion(tuple(forged), tuple(failed))
 
 
@@ -232,8 +300,7 @@ def load(state_dir: str, key: str) -> Reference | None:
     if not path.is_file():
         return None
     row = files.read_json(path)
-    return Reference(tuple(row["tests"]), tuple(row["plain"]), tuple(row["inside"]), tuple(row["helpers"]),
-                     {name: tuple(found) for name, found in row["seen"].items()}, row["blind"])
+    return Reference(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
 
 
 def store(state_dir: str, key: str, reference: Reference) -> None:

@@ -27,15 +27,16 @@ def hide(function: ast.FunctionDef | ast.AsyncFunctionDef, brackets: Collection[
       function: of the test; changed in place.
       brackets: of the ids of the tests that are wanted ("[7-7]").
     """
-    if len(function.decorator_list) != 1:
+    calls = [mark for mark in function.decorator_list if "parametrize" in ast.unparse(mark)]
+    if len(calls) != 1:
         return None
-    call = function.decorator_list[0]
+    call = calls[0]
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "parametrize"
             and len(call.args) == 2 and not call.keywords and isinstance(call.args[1], ast.List | ast.Tuple)):
         return None
     try:
         given = ast.literal_eval(call.args[0])
-        rows = [ast.literal_eval(row) for row in call.args[1].elts]
+        rows, names_of_rows = zip(*map(_row, call.args[1].elts)) if call.args[1].elts else ((), ())
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     names = [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else list(given)
@@ -44,7 +45,7 @@ def hide(function: ast.FunctionDef | ast.AsyncFunctionDef, brackets: Collection[
     hidden = [name for name in names if _only_expected(function, name)]
     if not hidden:
         return None
-    ids = [f"[{one}]" for one in _ids(names, rows)]
+    ids = [f"[{one}]" for one in _ids(names, rows, names_of_rows)]
     if len(set(ids)) != len(ids) or not set(brackets) <= set(ids):
         return None
     values: dict[str, dict[str, str]] = {}
@@ -52,14 +53,28 @@ def hide(function: ast.FunctionDef | ast.AsyncFunctionDef, brackets: Collection[
         at = names.index(name)
         values[name] = {one: repr(row[at]) for one, row in zip(ids, rows)}
         for row in call.args[1].elts:
-            row.elts[at] = ast.Constant(None)
+            (row.args if isinstance(row, ast.Call) else row.elts)[at] = ast.Constant(None)
+    for row in call.args[1].elts:
+        if isinstance(row, ast.Call):  # its name may say what is expected
+            row.keywords = [word for word in row.keywords if word.arg != "id"]
     call.keywords = [ast.keyword("ids", ast.List([ast.Constant(f"{number}") for number in range(len(ids))]))]
     return Hidden(values, {one: f"[{number}]" for number, one in enumerate(ids)})
 
 
-def _ids(names: Sequence[str], rows: Sequence[Any]) -> list[str]:
+def _row(row: ast.expr) -> tuple[Any, str | None]:
+    """The values of a row, which may be a pytest.param, and its id there; raises as `ast.literal_eval`."""
+    if not isinstance(row, ast.Call):
+        return ast.literal_eval(row), None
+    if getattr(row.func, "attr", getattr(row.func, "id", "")) != "param" or any(
+            word.arg not in ("id", "marks") for word in row.keywords):
+        raise ValueError
+    name = next((ast.literal_eval(word.value) for word in row.keywords if word.arg == "id"), None)
+    return tuple(map(ast.literal_eval, row.args)), name
+
+
+def _ids(names: Sequence[str], rows: Sequence[Any], given: Sequence[str | None]) -> list[str]:
     """The ids that pytest gives these parameters."""
-    sets = [ParameterSet.extract_from(tuple(row), False) for row in rows]
+    sets = [ParameterSet.param(*row, id=name) for row, name in zip(rows, given)]
     rest = [None] * (len(dataclasses.fields(IdMaker)) - 2)  # how many there are depends on pytest's version
     return [str(one) for one in IdMaker(list(names), sets, *rest).make_unique_parameterset_ids()]
 

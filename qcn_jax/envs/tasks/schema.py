@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from qcn_jax.envs import names
 from qcn_jax.errors import UserError
 
 LANGUAGES = ("python", "javascript", "go")  # that tasks of our own can be in (synthesis/languages)
+MAX_TIMEOUT = 86_400.0  # seconds, a day: whoever wrote a row may not hold a worker for longer
 TEST_LISTS = frozenset({"FAIL_TO_PASS", "PASS_TO_PASS", "HELD_OUT_FAIL_TO_PASS", "HELD_OUT_PASS_TO_PASS"})
 
 
@@ -81,7 +83,7 @@ class Task:
             tests = values[name]
             try:
                 tests = json.loads(tests) if isinstance(tests, str) else tests
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: field {name} is not a JSON list") from error
             if not isinstance(tests, list | tuple) or not all(isinstance(t, str) for t in tests):
                 raise UserError(f"{where}: field {name} must be a list of test ids")
@@ -95,9 +97,11 @@ class Task:
 def _fault(name: str, value: Any, kind: Any) -> str:
     """What is wrong with the value of a field; "" where nothing is."""
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
             return f"must be a number, got {names.shown(str(value))}"
-        return f"must be above 0, got {value}" if name == "timeout" and value <= 0 else ""
+        if name == "timeout" and not 0 < value <= MAX_TIMEOUT:
+            return f"must be above 0 and at most {MAX_TIMEOUT:.0f}, got {names.shown(str(value))}"
+        return "" if abs(value) <= sys.float_info.max else "is too large"
     texts = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(text, str) for text in texts):
         return f"must be text, got {type(value).__name__}"

@@ -82,7 +82,7 @@ class Instance:
             try:
                 tests = json.loads(row[field]) if isinstance(row[field], str) else row[field]
                 values[field] = tuple(map(str, tests))
-            except (KeyError, ValueError, TypeError) as error:
+            except (KeyError, ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{where}: field {field} is not a list of tests") from error
         if values["eval_type"] not in (PASS_AND_FAIL, FAIL_ONLY):
             raise UserError(

@@ -3,103 +3,44 @@
 Threat model. Code under test shares a process with its tests, and so can read and replace whatever is in it: test
 functions, assertions, contexts, pytest, the way to the server. No check in that process can be relied on. What such
 code cannot do is tell what it does not know. So before a patch counts as resolving, its tests run once more, in a
-fresh process, as `rewrite` makes them: `assert f(x) == 5` sends the value of `f(x)` to the host, which holds the 5;
-`with pytest.raises(ValueError)` takes any exception and tells which it was; other conditions are sent as they come
-out, comparisons with a second one that must fail, which objects that are equal to everything give away. Tests have
-names drawn for this one run, and beside them stand canaries, one that must pass and one that must fail. Whoever reports
-success without doing the work must guess numbers, names and values.
+fresh process, as `rewrite` makes them: `assert f(x) == 5` sends the value of `f(x)` to the host, which holds the 5. So
+it is with `assert f(x) == wanted`, where code under test has no part in `wanted` (dataflow.py): what it is was taught
+by the fixed state, it is not evaluated here, and what only it needs is not there. `with pytest.raises(ValueError)`
+takes any exception and tells which it was; other conditions are sent as they come out, comparisons with decoys that
+must fail, so that neither objects that are equal to everything nor a process that says yes to everything pass. Tests
+have names drawn for this one run, and beside them stand canaries, one that must pass and one that must fail. Whoever
+reports success without doing the work must guess numbers, names and values.
 
-What remains: patches that know the expected values by heart (held-out tests are against those), and conditions whose
-expected value the test itself computes and that code finds there (inside/evidence.py and permissions.FORBIDDEN close
-the known ways).
+What remains: patches that know the expected values by heart or read them in files that tests read (held-out tests are
+against those), and conditions whose expected value the code itself has a part in (inside/evidence.py, the look at
+replaced functions in inside/runner.py and permissions.FORBIDDEN close the known ways).
 """
 
 import ast
 import dataclasses
-import operator
 import random
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from qcn_jax.envs.tasks import parameters
+from qcn_jax.envs.tasks import claims, dataflow, parameters
+from qcn_jax.envs.tasks.claims import Claim
 
 Place = tuple[str, ...]  # (class, ..., function)
 EVIDENCE = "_qcn_evidence"  # what the tests find among the builtins
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in",
     ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not"}
-# What the host compares itself; for other operators few values would fail.
-_APPLY: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq, "in": lambda a, b: a in b, "is": lambda a, b: type(a) is type(b) and a == b}
+_OPPOSITE = {"<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 _PROBED = frozenset({"==", "<", "<=", ">", ">=", "in"})
 _UNITTEST: dict[str, type[ast.cmpop]] = {
     "assertEqual": ast.Eq, "assertEquals": ast.Eq, "assertListEqual": ast.Eq, "assertDictEqual": ast.Eq,
     "assertSetEqual": ast.Eq, "assertTupleEqual": ast.Eq, "assertMultiLineEqual": ast.Eq, "assertNotEqual": ast.NotEq,
     "assertIn": ast.In, "assertNotIn": ast.NotIn, "assertIs": ast.Is, "assertIsNot": ast.IsNot,
     "assertGreater": ast.Gt, "assertGreaterEqual": ast.GtE, "assertLess": ast.Lt, "assertLessEqual": ast.LtE}
+# Methods whose literal second argument the host compares with itself (claims.py).
+_OF_HOST = {"assertAlmostEqual": "near", "assertAlmostEquals": "near", "assertCountEqual": "count",
+            "assertRegex": "regex"}
 _CONDITIONAL = (ast.If, ast.While, ast.Try, ast.Match, ast.IfExp, ast.TryStar)
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """What one place of a test claims.
-
-    `kind` is value (`expected` is a literal's text, or such by the brackets of test ids where parameters say what is
-    expected, compared by `operator` on the side `left` or right), truth
-    (`expected` is True or False), compare, raises (`expected` holds names of exceptions and a pattern) or end.
-    `always`: it depends on no condition of its own function. `key` names it, the same in every rewriting of a file.
-    """
-
-    key: str
-    kind: str
-    expected: Any = None
-    operator: str = ""
-    left: bool = False
-    always: bool = True
-
-    def judge(self, found: Any, brackets: str = "") -> str:
-        """What a record says of the claim: holds, fails, or opaque (only the value's own methods can tell)."""
-        try:
-            if self.kind == "value":
-                literal = ast.literal_eval(self.expected if isinstance(self.expected, str) else self.expected[brackets])
-                if isinstance(found, dict) and "opaque" in found:
-                    return "holds" if any(self._compare(one, literal) for one in found["as"]) else "opaque"
-                good = self._compare(found, literal)
-            elif self.kind == "compare":
-                good = found == [True, False]
-            elif self.kind == "raises":
-                names, pattern = self.expected
-                good = bool(set(names) & set(found[0])) and re.search(pattern or "", found[1]) is not None
-            else:
-                good = found is (True if self.kind == "end" else self.expected)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, re.error, RecursionError):
-            return "fails"
-        return "holds" if good else "fails"
-
-    def _compare(self, found: Any, literal: Any) -> bool:
-        value = plain_value(found)
-        try:
-            return bool(_APPLY[self.operator](*((literal, value) if self.left else (value, literal))))
-        except TypeError:
-            return False
-
-
-def plain_value(found: Any) -> Any:
-    """The value that inside/evidence.py, `plain`, wrote; raises ValueError where it is none."""
-    if not isinstance(found, dict):
-        return found
-    ((kind, items),) = found.items()
-    if kind == "bytes":
-        return bytes.fromhex(items)
-    if kind == "complex":
-        return complex(*items)
-    if kind == "dict":
-        return {plain_value(key): plain_value(item) for key, item in items}
-    kinds = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    if kind not in kinds:
-        raise ValueError(f"no plain value: {kind}")
-    return kinds[kind](map(plain_value, items))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +60,7 @@ class Rewritten:
 
 
 def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collection[Place], inside: Collection[str],
-            rng: random.Random) -> Rewritten:
+            rng: random.Random, named: Collection[Place] = (), known: Mapping[str, Any] | None = None) -> Rewritten:
     """A test file with its expectations withheld.
 
     Args:
@@ -128,16 +69,19 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
       plain: those of them that stay as they are.
       inside: keys of claims that stay inside: their values have methods of their own to compare them.
       rng: draws numbers and names.
+      named: those of the tests that keep their names.
+      known: what the fixed state taught, by key; None: the tests are to tell it.
 
     Raises:
       SyntaxError: the file cannot be read.
     """
     tree = ast.parse(source)
     rewriter = _Rewriter({place: ends for place, ends in wanted.items() if place not in plain}, set(plain), set(inside),
-                         rng)
-    names = _rename(tree, set(wanted) - set(plain), rng)
+                         rng, known, dataflow.Dataflow(tree))
+    names = _rename(tree, set(wanted) - set(plain), set(named), rng)
     rewriter.old = {new: old for new, old in names.items()}
     tree = rewriter.visit(tree)
+    dataflow.blank(tree, rewriter.taken)
     passing, failing = (f"test_{rng.getrandbits(48):012x}" if wanted else "" for _ in range(2))
     if wanted:
         tree.body += ast.parse(f"def {passing}():\n    {EVIDENCE}.end({rewriter.number(Claim('+', 'end'))})\n"
@@ -150,7 +94,7 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
                      passing, failing)
 
 
-def _rename(tree: ast.Module, wanted: set[Place], rng: random.Random) -> dict[Place, Place]:
+def _rename(tree: ast.Module, wanted: set[Place], named: set[Place], rng: random.Random) -> dict[Place, Place]:
     """Gives wanted functions names drawn by `rng`, and returns new to old.
 
     Functions whose name the file uses elsewhere, or that a class inherits under it, keep theirs.
@@ -171,7 +115,7 @@ def _rename(tree: ast.Module, wanted: set[Place], rng: random.Random) -> dict[Pl
     kept = used | {place[-1] for place in wanted - found.keys()}
     names: dict[Place, Place] = {}
     for place in sorted(wanted & found.keys()):
-        if place[-1] not in kept and place[-1].startswith("test"):
+        if place[-1] not in kept and place[-1].startswith("test") and place not in named:
             found[place].name = f"test_{rng.getrandbits(48):012x}"
         names[*place[:-1], found[place].name] = place
     return names
@@ -181,8 +125,10 @@ class _Rewriter(ast.NodeTransformer):
     """Puts claims in place of assertions, in all functions but those of `plain`."""
 
     def __init__(self, wanted: Mapping[Place, Collection[str]], plain: set[Place], inside: set[str],
-                 rng: random.Random):
+                 rng: random.Random, known: Mapping[str, Any] | None, flow: dataflow.Dataflow):
         self.wanted, self.plain, self.inside, self._rng = wanted, plain, inside, rng
+        self._known, self._flow, self._functions = known, flow, []
+        self.taken: dict[int, set[str]] = {}  # names in what was taken out, by the id of each function around it
         self.claims: dict[int, Claim] = {}
         self.old: dict[Place, Place] = {}
         self._place: Place = ()
@@ -228,7 +174,10 @@ class _Rewriter(ast.NodeTransformer):
             hidden = parameters.hide(node, self.wanted[old])
             if hidden is not None:
                 self._hidden, self.brackets[old] = hidden.values, hidden.brackets
+        self._functions.append(node)
+        self._flow.independent(node.args, self._functions)  # looks at the function before it is changed
         node = self._enter(node)
+        self._functions.pop()
         self._hidden = outer
         if old in self.wanted and not any(isinstance(part, ast.Return | ast.Yield | ast.YieldFrom)
                                           for statement in node.body for part in _own(statement)):
@@ -253,11 +202,16 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> Any:
         call = node.value
+        if isinstance(call, ast.Call) and _place(node) not in self.inside and (decided := _of_host(call)):
+            name, expected, value = decided
+            return self._say("value", self._claim("value", expected, node, operator=name), value)
         if isinstance(call, ast.Call) and not any(keyword.arg != "msg" for keyword in call.keywords):
             attribute = call.func.attr if isinstance(call.func, ast.Attribute) and isinstance(
                 call.func.value, ast.Name) and call.func.value.id == "self" else ""
             if attribute in _UNITTEST and len(call.args) in (2, 3):
                 return self._claims(ast.Compare(call.args[0], [_UNITTEST[attribute]()], [call.args[1]]), node)
+            if attribute == "assertIsInstance" and len(call.args) in (2, 3):
+                return self._claims(ast.Call(ast.Name("isinstance", ast.Load()), call.args[:2], []), node)
             if attribute in ("assertTrue", "assertFalse", "assertIsNone", "assertIsNotNone") and call.args:
                 test = call.args[0]
                 if attribute == "assertFalse":
@@ -287,17 +241,55 @@ class _Rewriter(ast.NodeTransformer):
             return [self._say("truth", self._claim("truth", False, at), test.operand)]
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
             name, left, right = _OPERATORS[type(test.ops[0])], test.left, test.comparators[0]
-            if name in _APPLY and f"{at.lineno}:{at.col_offset}" not in self.inside:
-                for literal, other, is_left in ((right, left, False), (left, right, True)):
-                    if isinstance(literal, ast.Name) and literal.id in self._hidden:
-                        claim = self._claim("value", self._hidden[literal.id], at, operator=name, left=is_left)
-                        return [self._say("value", claim, other)]
-                    if _is_literal(literal):
-                        claim = self._claim("value", ast.unparse(literal), at, operator=name, left=is_left)
-                        return [self._say("value", claim, other)]
+            if name in claims.APPLY and _place(at) not in self.inside:
+                for own, other, is_left in ((right, left, False), (left, right, True)):
+                    if said := self._withheld(name, own, other, is_left, at):
+                        return said
             if name in _PROBED:
-                return [self._say("compare", self._claim("compare", None, at), ast.Constant(name), left, right)]
+                return self._compared(name, left, right, at)
         return [self._say("truth", self._claim("truth", True, at), test)]
+
+    def _withheld(self, name: str, own: ast.expr, other: ast.expr, is_left: bool, at: Any) -> list[ast.stmt]:
+        """Statements that send `other` to the host, which knows `own`; none where that cannot be."""
+        expected = (self._hidden.get(own.id) if isinstance(own, ast.Name) else None) or (
+            ast.unparse(own) if _is_literal(own) else None)
+        if expected is None and name == "==" and (near := _approx(own)):
+            name, expected = "approx", near
+        claim = self._claim("value", expected, at, operator=name, left=is_left)
+        if expected is None:
+            if name not in ("==", "in") or not self._independent(own) or self._independent(other):
+                return []
+            if self._known is None:
+                return [self._say("value", claim, other), self._say("value", self._claim("taught", None, at, "?"), own)]
+            if claim.key + "?" not in self._known:
+                return []
+            names = {node.id for node in ast.walk(own) if isinstance(node, ast.Name)}
+            for function in self._functions:
+                self.taken.setdefault(id(function), set()).update(names)
+        return [self._say("value", claim, other)]
+
+    def _independent(self, expression: ast.expr) -> bool:
+        return bool(self._functions) and self._flow.independent(expression, self._functions)
+
+    def _compared(self, name: str, left: ast.expr, right: ast.expr, at: Any) -> list[ast.stmt]:
+        """Statements that compare inside, with a decoy beside it that must not hold, in an order drawn here."""
+        claim, decoy = self._claim("compare", True, at), self._claim("compare", False, at, "!")
+        if name not in ("==", *_OPPOSITE) or decoy.key in self.inside:
+            return [self._say("compare", claim, ast.Constant(name), left, right)]
+        variables = [f"_{self._rng.getrandbits(48):012x}" for _ in range(2)]
+        values = [ast.Assign([ast.Name(variable, ast.Store())], value, lineno=at.lineno)
+                  for variable, value in zip(variables, (left, right))]
+        left, right = (ast.Name(variable, ast.Load()) for variable in variables)
+        asked = [self._say("compare", claim, ast.Constant(name), left, right)]
+        if name in _OPPOSITE:
+            asked.append(self._say("compare", decoy, ast.Constant(_OPPOSITE[name]), left, right))
+        elif self._known is None:
+            asked.append(self._say("value", self._claim("taught", None, at, "!?"), left))
+        else:
+            different = claims.differing(self._known.get(f"{decoy.key}?"), self._rng)
+            asked.append(self._say("compare", decoy, ast.Constant(name), left, _literal(different)))
+        self._rng.shuffle(asked)
+        return [*values, *asked]
 
     def _raising(self, call: ast.AST, arguments: int) -> ast.expr | None:
         """A context that tells what was raised, in place of one that expects an exception; None where it is none."""
@@ -320,12 +312,51 @@ class _Rewriter(ast.NodeTransformer):
         claim = self._claim("raises", (tuple(names), patterns[0].value if patterns else None), call)
         return self._say("raises", claim).value
 
-    def _claim(self, kind: str, expected: Any, at: ast.stmt | ast.expr, **more: Any) -> Claim:
-        return Claim(f"{at.lineno}:{at.col_offset}", kind, expected, always=not self._conditions, **more)
+    def _claim(self, kind: str, expected: Any, at: ast.stmt | ast.expr, mark: str = "", **more: Any) -> Claim:
+        return Claim(_place(at) + mark, kind, expected, always=not self._conditions, **more)
 
     def _say(self, method: str, claim: Claim, *arguments: ast.expr) -> ast.Expr:
         function = ast.Attribute(ast.Name(EVIDENCE, ast.Load()), method, ast.Load())
         return ast.Expr(ast.Call(function, [ast.Constant(self.number(claim)), *arguments], []))
+
+
+def _place(at: ast.stmt | ast.expr) -> str:
+    return f"{at.lineno}:{at.col_offset}"
+
+
+def _literal(value: Any) -> ast.expr:
+    return ast.parse(repr(value), mode="eval").body
+
+
+def _approx(node: ast.expr) -> str | None:
+    """The arguments, as a literal's text, of a call of pytest.approx that has literals alone; otherwise None."""
+    if not (isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "approx"):
+        return None
+    try:
+        given = tuple(ast.literal_eval(one) for one in node.args)
+        return repr((given, {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _of_host(call: ast.Call) -> tuple[str, str, ast.expr] | None:
+    """(operator, literal's text, value) of a call of unittest's that the host can decide; None where it is none."""
+    name = _OF_HOST.get(getattr(call.func, "attr", ""))
+    words = {word.arg: word.value for word in call.keywords if word.arg != "msg"}
+    if name is None or len(call.args) < 2 or not words.keys() <= ({"places", "delta"} if name == "near" else set()):
+        return None
+    value, literal = call.args[:2]
+    if name != "regex" and not _is_literal(literal):
+        value, literal = literal, value
+    try:
+        found = ast.literal_eval(literal)
+        if name == "near":
+            places = ast.literal_eval(call.args[2]) if len(call.args) > 2 else None
+            given = {word: ast.literal_eval(value) for word, value in words.items()}
+            found = (found, given.get("places", places) or (7 if places is None else places), given.get("delta"))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return name, repr(found), value
 
 
 def _own(statement: ast.AST) -> list[ast.AST]:

@@ -3,7 +3,7 @@
 Each repairs nothing. `FORGERIES` maps "kind: name" to the code; tests/attacks/test_verdicts.py hands them in.
 """
 
-from tests.attacks.forgeries import knowing, marks, runner, suite  # noqa: F401
+from tests.attacks.forgeries import knowing, marks, runner, strangers, suite  # noqa: F401
 from tests.attacks.forgeries.judged import BAD, FILES, LATE, PATH
 from tests.attacks.forgeries.pieces import FORGERIES
 

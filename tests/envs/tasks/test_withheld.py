@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from qcn_jax.envs.tasks import opinion, permissions, suite, withheld
+from qcn_jax.envs.tasks import claims, opinion, permissions, suite, withheld
 
 SOURCE = textwrap.dedent('''
     """Words."""
@@ -55,7 +55,7 @@ def test_what_is_expected_is_gone():
     assert set(made.names.values()) == {("test_table",), ("test_many",), ("TestOld", "test_equal")}
     assert made.brackets == {("test_table",): {"[1-eins]": "[0]", "[2-zwei]": "[1]"}}
     kinds = sorted(claim.kind for claim in made.claims.values())
-    assert kinds == ["compare", "end", "end", "end", "end", "end", "raises", "raises", "truth", *["value"] * 7]
+    assert kinds == ["compare", "compare", "end", "end", "end", "end", "end", "raises", "raises", "truth", *["value"] * 7]
     conditional = [claim for claim in made.claims.values() if not claim.always]
     assert [claim.expected for claim in conditional] == ["2"]
     other = rewritten(rng=random.Random(1))
@@ -79,27 +79,27 @@ def test_claims_inside():
 
 
 @pytest.mark.parametrize("claim, found, verdict", [
-    (withheld.Claim("1", "value", "[1, 2]", "=="), {"list": [1, 2]}, "holds"),
-    (withheld.Claim("1", "value", "[1, 2]", "=="), {"tuple": [1, 2]}, "fails"),
-    (withheld.Claim("1", "value", "{'a': (1.5, b'x')}", "=="), {"dict": [["a", {"tuple": [1.5, {"bytes": "78"}]}]]}, "holds"),
-    (withheld.Claim("1", "value", "'a'", "in", True), "cat", "holds"),
-    (withheld.Claim("1", "value", "'a'", "in", True), 7, "fails"),
-    (withheld.Claim("1", "value", "True", "is"), 1, "fails"),
-    (withheld.Claim("1", "value", "1", "=="), True, "holds"),
-    (withheld.Claim("1", "value", "1", "=="), {"opaque": "Any", "as": []}, "opaque"),
-    (withheld.Claim("1", "value", "1", "=="), {"opaque": "int64", "as": [1, 1.0, "1"]}, "holds"),
-    (withheld.Claim("1", "value", "1", "=="), {"opaque": "int64", "as": [2, "1"]}, "opaque"),
-    (withheld.Claim("1", "value", "1", "=="), {"opaque": "Any"}, "fails"),
-    (withheld.Claim("1", "value", "1", "=="), {"evil": 1}, "fails"),
-    (withheld.Claim("1", "value", "1", "=="), {}, "fails"),
-    (withheld.Claim("1", "truth", True), 1, "fails"),
-    (withheld.Claim("1", "truth", False), False, "holds"),
-    (withheld.Claim("1", "compare"), [True, True], "fails"),
-    (withheld.Claim("1", "compare"), [True, False], "holds"),
-    (withheld.Claim("1", "raises", (("ValueError",), "^no")), [["UnicodeError", "ValueError"], "no text"], "holds"),
-    (withheld.Claim("1", "raises", (("ValueError",), None)), [[], "None"], "fails"),
-    (withheld.Claim("1", "raises", (("ValueError",), None)), "ValueError", "fails"),
-    (withheld.Claim("1", "end"), True, "holds")])
+    (claims.Claim("1", "value", "[1, 2]", "=="), {"list": [1, 2]}, "holds"),
+    (claims.Claim("1", "value", "[1, 2]", "=="), {"tuple": [1, 2]}, "fails"),
+    (claims.Claim("1", "value", "{'a': (1.5, b'x')}", "=="), {"dict": [["a", {"tuple": [1.5, {"bytes": "78"}]}]]}, "holds"),
+    (claims.Claim("1", "value", "'a'", "in", True), "cat", "holds"),
+    (claims.Claim("1", "value", "'a'", "in", True), 7, "fails"),
+    (claims.Claim("1", "value", "True", "is"), 1, "fails"),
+    (claims.Claim("1", "value", "1", "=="), True, "holds"),
+    (claims.Claim("1", "value", "1", "=="), {"opaque": "Any", "as": []}, "opaque"),
+    (claims.Claim("1", "value", "1", "=="), {"opaque": "int64", "as": [1, 1.0, "1"]}, "holds"),
+    (claims.Claim("1", "value", "1", "=="), {"opaque": "int64", "as": [2, "1"]}, "opaque"),
+    (claims.Claim("1", "value", "1", "=="), {"opaque": "Any"}, "fails"),
+    (claims.Claim("1", "value", "1", "=="), {"evil": 1}, "fails"),
+    (claims.Claim("1", "value", "1", "=="), {}, "fails"),
+    (claims.Claim("1", "truth", True), 1, "fails"),
+    (claims.Claim("1", "truth", False), False, "holds"),
+    (claims.Claim("1", "compare"), [True, True], "fails"),
+    (claims.Claim("1", "compare"), [True, False], "holds"),
+    (claims.Claim("1", "raises", (("ValueError",), "^no")), [["UnicodeError", "ValueError"], "no text"], "holds"),
+    (claims.Claim("1", "raises", (("ValueError",), None)), [[], "None"], "fails"),
+    (claims.Claim("1", "raises", (("ValueError",), None)), "ValueError", "fails"),
+    (claims.Claim("1", "end"), True, "holds")])
 def test_claims_are_judged(claim, found, verdict):
     assert claim.judge(found) == verdict
 

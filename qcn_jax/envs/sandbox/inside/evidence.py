@@ -23,7 +23,7 @@ class Opaque(Exception):
 
 
 def plain(value, left, depth=0):
-    """A value of built-in types as JSON that `withheld.plain_value` reads; by no method that a subclass overrides."""
+    """A value of built-in types as JSON that `claims.plain_value` reads; by no method that a subclass overrides."""
     kind = type(value)
     left[0] -= 1
     if left[0] < 0 or depth > MAX_DEPTH:
@@ -34,6 +34,7 @@ def plain(value, left, depth=0):
         number = int.__int__(value)
         if number.bit_length() > 4000:  # json refuses to print more
             raise Opaque
+        left[0] -= number.bit_length() // 4
         return number
     if issubclass(kind, float):
         return float.__float__(value)

@@ -3,6 +3,8 @@
 import json
 
 MAX_EVIDENCE = 20_000  # claims of one run
+MAX_LISTED = 5000  # modules or files that a repository's first run tells of
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
 class Bounded:
@@ -35,9 +37,33 @@ def records(data, key):
                 if record.pop("key") != key or record.pop("n") != len(found):
                     raise ValueError
                 found.append(record)
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 damaged = True
     return found, damaged
+
+
+def _texts(value):
+    return type(value) is list and len(value) <= MAX_LISTED and all(type(one) is str for one in value)
+
+
+# What a record of each kind holds; whoever reads it later, on the host too, relies on that.
+KINDS = {
+    "start": lambda record: type(record["start"]) is str,
+    "test": lambda record: (type(record["test"]) is str and record["outcome"] in OUTCOMES
+                            and type(record["message"]) is str),
+    "claim": lambda record: type(record["claim"]) is int and "value" in record,
+    "finished": lambda record: type(record["finished"]) is int and _texts(record["tampered"]),
+    "modules": lambda record: _texts(record["modules"]) and _texts(record["opened"]),
+}  # fmt: skip
+
+
+def _sound(record):
+    """Whether a record is of a kind that the runner sends, with values of the right types."""
+    kind = next((name for name in KINDS if name in record), None)
+    try:
+        return kind is not None and KINDS[kind](record)
+    except (KeyError, TypeError):
+        return False
 
 
 def read(found, damaged):
@@ -45,6 +71,9 @@ def read(found, damaged):
     reply = {"outcomes": {}, "messages": {}, "tampered": ["records"] if damaged else [], "evidence": []}
     running, finished = "", None
     for record in found:
+        if not _sound(record):
+            reply["tampered"].append("records of no kind")
+            break
         if finished is not None and "modules" not in record:
             reply["tampered"].append("records after the end")
             break

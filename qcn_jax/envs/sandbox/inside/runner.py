@@ -26,6 +26,7 @@ import pytest
 
 MAX_MESSAGES = 20  # failures described per run; the others are listed by outcome alone
 MAX_OPENED = 2000  # files that tests open, of one repository
+MAX_MODULES = 2000  # modules that are imported beforehand for one
 MAX_MESSAGE = 400  # characters of one description
 # As in testpaths.py, which is not to be had here.
 TEST_CODE = re.compile(r"(^|/)((unit|func|functional|integration|system|regression|acceptance|smoke)([_-]tests?|tests)/|"
@@ -74,20 +75,30 @@ def get_config(args=None, plugins=None, **options):
     return config
 
 
+# Whose functions decide what a test sees and what becomes of it; a repository whose own first run replaces some of
+# them may do so again (envs/tasks/grading.py).
+WATCHED = frozenset({"_pytest", "pluggy", "unittest", "builtins", "os", "posixpath", "io", "json", "pathlib", "re", "math",
+                     "operator", "functools", "collections", "codecs"})
+
+
 def _namespaces():
-    yield "builtins", vars(builtins)
-    yield "unittest.TestCase", vars(unittest.TestCase)
     for name, module in list(sys.modules.items()):
-        if name.startswith(("_pytest.", "pluggy.")):
+        if name.split(".")[0] in WATCHED and isinstance(module, types.ModuleType):
             for key, value in list(vars(module).items()):
                 if isinstance(value, type) and value.__module__ == name:
                     yield f"{name}.{key}", vars(value)
             yield name, vars(module)
 
 
+def _code(value):
+    """The code of a function, of a method of a class or of a property; None for others."""
+    function = getattr(value, "__func__", getattr(value, "fget", value))
+    return getattr(function, "__code__", None)
+
+
 def _snapshot():
     kinds = (types.FunctionType, types.BuiltinFunctionType, type, classmethod, staticmethod, property)
-    return {where: {key: value for key, value in list(names.items()) if isinstance(value, kinds)}
+    return {where: {key: (value, _code(value)) for key, value in list(names.items()) if isinstance(value, kinds)}
             for where, names in _namespaces()}
 
 
@@ -97,11 +108,12 @@ _REBOUND = {"_pytest.pathlib.cleanup_numbered_dir", "builtins._", "builtins.__im
 
 
 def tampered():
-    """Names in builtins, unittest.TestCase, pytest and pluggy that are no longer what they were at start."""
+    """Functions and classes of WATCHED modules that are no longer what they were at start."""
     found = []
     for where, names in _namespaces():
-        for key, value in _SNAPSHOT.get(where, {}).items():
-            if names.get(key) is not value and f"{where}.{key}" not in _REBOUND:
+        for key, (value, code) in _SNAPSHOT.get(where, {}).items():
+            now = names.get(key)
+            if (now is not value or _code(now) is not code) and f"{where}.{key}" not in _REBOUND:
                 found.append(f"{where}.{key}")
     return found[:20]
 
@@ -315,7 +327,7 @@ def warm(job, write):
         origin = getattr(spec, "origin", None) or ""
         if spec is not None and spec.name == name and (origin in ("built-in", "frozen") or origin.startswith(trusted)):
             modules.append(name)
-    write({"modules": modules, "opened": opened})
+    write({"modules": modules[:MAX_MODULES], "opened": opened})
     return status
 
 

@@ -19,7 +19,10 @@ from qcn_jax.errors import UserError
 MAX_OUTPUT = 512_000_000  # bytes of one command; a long history's messages are a tenth of it
 MAX_SECONDS = 300.0  # for one command
 _MAX_FILE = 64_000_000  # bytes of a file of the git directory that is read here
+_MAX_REFERENCE = 1000  # bytes of a file that holds one hash
 _MAX_ENTRIES = 2_000_000  # objects and references that are looked at
+# Bytes of one object, which git holds in memory whole, however well packed; blobs are looked at when they are read.
+_MAX_OBJECT = {b"commit": 1_000_000, b"tag": 1_000_000, b"tree": 24_000_000}
 _HASH = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _REFERENCE = re.compile(r"refs/(?:heads|tags|remotes)/[^\s\x00-\x20\x7f~^:?*\[\\]{1,400}")
 _SETTINGS = ("protocol.allow=never", "core.quotePath=false", "core.multiPackIndex=false", "safe.directory=*",
@@ -65,6 +68,14 @@ class GitDirectory:
         shallow = [line for line in self._read(theirs / "shallow").splitlines() if _HASH.fullmatch(line)]
         if shallow:
             (self.folder / "shallow").write_text("".join(f"{line}\n" for line in shallow))
+        self._check_objects()
+
+    def _check_objects(self) -> None:
+        form = "--batch-check=%(objecttype) %(objectsize)"
+        for line in self.run("cat-file", "--batch-all-objects", "--unordered", form).splitlines():
+            kind, _, size = line.partition(b" ")
+            if kind in _MAX_OBJECT and int(size) > _MAX_OBJECT[kind]:
+                raise UserError(f"{self._clone}: holds a {kind.decode()} of {int(size)} bytes")
 
     def run(self, *arguments: str, data: bytes | None = None, limit: int = MAX_OUTPUT) -> bytes:
         """A git command's output; raises UserError with git's own words, or where it prints or takes too much."""
@@ -79,8 +90,10 @@ class GitDirectory:
                                        cwd=self._temporary.name)
             timer = threading.Timer(MAX_SECONDS, process.kill)
             timer.start()
+            output = bytearray()
             try:
-                output = process.stdout.read(limit + 1)
+                while len(output) <= limit and (part := process.stdout.read(1 << 20)):  # memory for what comes only
+                    output += part
             finally:
                 timer.cancel()
                 if process.poll() is None and len(output) > limit:
@@ -94,7 +107,7 @@ class GitDirectory:
                 lines = words.read(100_000).decode("utf-8", "replace").strip().splitlines()
                 last = lines[-1][:300] if lines else f"ended with status {status}"
                 raise UserError(f"git {name} in {self._clone}: {last}")
-            return output
+            return bytes(output)
 
     def _find(self, path: pathlib.Path) -> pathlib.Path:
         own = path / ".git"
@@ -168,7 +181,8 @@ class GitDirectory:
             return
         for entry in self._plain(theirs / "refs"):
             name = os.path.relpath(entry.path, theirs)
-            commit = self._read(pathlib.Path(entry.path)).strip() if _plain_reference(name) else ""
+            short = entry.stat(follow_symlinks=False).st_size <= _MAX_REFERENCE
+            commit = self._read(pathlib.Path(entry.path)).strip() if short and _plain_reference(name) else ""
             if _HASH.fullmatch(commit):
                 yield name, commit
 

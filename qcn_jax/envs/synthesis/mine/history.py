@@ -14,6 +14,7 @@ from qcn_jax.envs.synthesis.mine.issues import closing
 from qcn_jax.errors import UserError
 
 MAX_MESSAGE = 20_000  # characters of a commit's message that are read
+_LOG_BYTES = 128_000_000  # of a history's messages
 _TREE_BYTES = 1_200 * MAX_FILES  # of a tree's listing
 _TREES = 4  # listings that are kept
 _MERGE = re.compile(r"Merge pull request #(\d{1,9}) from \S+")
@@ -65,9 +66,10 @@ class Clone:
 
     def changes(self) -> Iterator[Change]:
         """All changes of the main line (first parents), newest first; the first commit is none."""
-        log = self.git("log", "--first-parent", "--format=%H%x00%P%x00%cI%x00%B%x01", self.head)
-        for record in log.split("\x01"):
-            fields = record.strip("\n").split("\0")
+        log = self._directory.run("log", "--first-parent", "--format=%H%x00%P%x00%cI%x00%B%x01", self.head,
+                                  limit=_LOG_BYTES)
+        for record in log.split(b"\x01"):
+            fields = record.decode("utf-8", "replace").strip("\n").split("\0")
             if len(fields) == 4 and fields[1]:
                 yield self._change(fields[0], fields[1].split(), fields[2], fields[3])
 

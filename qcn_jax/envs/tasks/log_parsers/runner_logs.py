@@ -24,7 +24,8 @@ def _collect(pairs: Iterable[tuple[str, str]]) -> Outcomes:
 _PYTEST = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped", "XFAIL": "xfailed",
            "XPASS": "passed"}  # fmt: skip
 _PYTEST_FIRST = re.compile(r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) ([^\s\[]+(?:\[.*\])?)(?: - .*)?$")  # -rA
-_PYTEST_LAST = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")  # -v
+_PYTEST_LAST = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")  # -v
+_PYTEST_NAME = re.compile(r"\S+::.")
 
 
 def pytest(log: str) -> Outcomes:
@@ -33,8 +34,8 @@ def pytest(log: str) -> Outcomes:
         for line in log.splitlines():
             if found := _PYTEST_FIRST.match(line):
                 yield found[2], _PYTEST[found[1]]
-            elif found := _PYTEST_LAST.match(line):
-                yield found[1], _PYTEST[found[2]]
+            elif (name := _PYTEST_NAME.match(line)) and (found := _PYTEST_LAST.search(line, name.end())):
+                yield line[:found.start()], _PYTEST[found[1]]
 
     return _collect(pairs())
 
@@ -141,19 +142,24 @@ _GO = {"pass": "passed", "fail": "failed", "skip": "skipped"}
 def go_test(log: str) -> Outcomes:
     """`go test -json`: "package::TestName/sub"; a package that does not build is failed under its own name."""
     found: list[tuple[str, str]] = []
-    for line in log.splitlines():
-        if not line.startswith("{"):
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
+    for event in _events(log):
         outcome = _GO.get(event.get("Action", ""))
         if outcome and event.get("Test"):
             found.append((f"{event.get('Package', '')}::{event['Test']}", outcome))
         elif outcome == "failed" and event.get("Package"):
             found.append((event["Package"], outcome))
     return _collect(found)
+
+
+def _events(log: str) -> Iterator[dict[str, str]]:
+    """What of a Go log are events, with the fields that are text; tested code may have written into it, too."""
+    for line in log.splitlines():
+        if line.startswith("{"):
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            yield {name: value for name, value in event.items() if isinstance(value, str)}
 
 
 PARSERS: dict[str, Callable[[str], Outcomes]] = {
@@ -165,11 +171,7 @@ def messages(parser: str, log: str) -> dict[str, str]:
     """One line for each failing test of a TAP or Go log: what it said."""
     found: dict[str, str] = {}
     if parser == "go_test":
-        for line in log.splitlines():
-            try:
-                event = json.loads(line) if line.startswith("{") else {}
-            except ValueError:
-                continue
+        for event in _events(log):
             text = event.get("Output", "").strip()
             name = f"{event.get('Package', '')}::{event.get('Test', '')}"
             if event.get("Test") and text and not text.startswith(("=== ", "--- ", "FAIL", "PASS")):

@@ -7,7 +7,7 @@ installed.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 PASSED, FAILED, SKIPPED, ERROR, XFAIL = "PASSED", "FAILED", "SKIPPED", "ERROR", "XFAIL"
 STATUSES = (FAILED, PASSED, SKIPPED, ERROR, XFAIL)
@@ -88,7 +88,12 @@ def seaborn_log(log: str) -> dict[str, str]:
 
 def sympy_log(log: str) -> dict[str, str]:
     """SymPy's runner: "test_x ok", F or E, and a heading for each failure."""
-    found = {f"{name}.py:{test}": FAILED for _, name, test, _ in re.findall(r"(_*) (.*)\.py:(.*) (_*)", log)}
+    found = {}
+    for line in log.split("\n"):  # r"(_*) (.*)\.py:(.*) (_*)", in linear time
+        first, last = line.find(" "), line.rfind(" ")
+        at = line.rfind(".py:", first + 1, max(last, 0))
+        if first >= 0 and at >= 0:
+            found[f"{line[first + 1:at]}.py:{line[at + 4:last]}"] = FAILED
     for line in map(str.strip, log.split("\n")):
         if line.startswith("test_"):
             for ending, status in ((" E", ERROR), (" F", FAILED), (" ok", PASSED)):
@@ -98,9 +103,10 @@ def sympy_log(log: str) -> dict[str, str]:
 
 
 # Output of a Django test between "name ... " and "ok", which ends up on lines of its own.
-_DJANGO_BROKEN = tuple(re.compile(rf"^(.*?)\s\.\.\.\s{text}\nok$", re.MULTILINE) for text in (
-    r"Testing against Django installed in (?s:.*?) silenced\)\.", r"Internal Server Error: /.*/",
-    r"System check identified no issues \(0 silenced\)"))
+# (how it begins, how it ends, whether on one line), so that a log of beginnings is read in linear time.
+_DJANGO_BROKEN = tuple((re.compile(rf"^(.*?)\s\.\.\.\s{begin}", re.MULTILINE), end, one) for begin, end, one in (
+    (r"Testing against Django installed in ", " silenced).\nok", False), (r"Internal Server Error: /", "/\nok", True),
+    (r"System check identified no issues \(0 silenced\)", "\nok", True)))
 _DJANGO_NOISE = "Applying sites.0002_alter_domain_unique...test_no_migrations"
 
 
@@ -129,8 +135,23 @@ def django_log(log: str) -> dict[str, str]:
         if line.startswith("ok") and previous is not None:
             found[previous] = PASSED
     for pattern in _DJANGO_BROKEN:
-        found.update({match.group(1): PASSED for match in pattern.finditer(log)})
+        found.update(dict.fromkeys(_between(log, *pattern), PASSED))
     return found
+
+
+def _between(log: str, begin: re.Pattern[str], end: str, one_line: bool) -> Iterator[str]:
+    """What stands before each `begin` that is followed by `end` at the end of a line."""
+    at, stop = 0, -1
+    while (start := begin.search(log, at)) is not None:
+        while stop < start.end() or log[stop + len(end):stop + len(end) + 1] not in ("", "\n"):
+            stop = log.find(end, max(start.end(), stop + 1))
+            if stop < 0:
+                return
+        at = stop + len(end)
+        if one_line and "\n" in log[start.end():start.end() + (stop - start.end())]:
+            at = start.end()
+            continue
+        yield start[1]
 
 
 PARSERS: dict[str, Callable[[str], dict[str, str]]] = {
