@@ -1,6 +1,8 @@
 """Verdicts on JavaScript and Go cannot be bought either: patches that forge what the runner prints, or end it."""
 
 import dataclasses
+import random
+import re
 
 import pytest
 
@@ -194,7 +196,7 @@ def test_honest_patches(client, judged):
     verdict = grade.grade(client, judged, judged.patch)
     assert verdict.resolved, verdict
     fixed = grade._fixed(client, judged)
-    assert {*judged.FAIL_TO_PASS, *judged.PASS_TO_PASS} >= fixed.renamed > set() and fixed.inverted and fixed.status == 0
+    assert {*judged.FAIL_TO_PASS, *judged.PASS_TO_PASS} >= fixed.renamed > set() and all(fixed.failing) and fixed.status == 0
     nothing = patches.make_diff(start(judged), {path: text + "\n// nothing\n" for path, text in start(judged).items()})
     assert grade.grade(client, judged, nothing).outcome == "unresolved"
 
@@ -233,14 +235,30 @@ def test_files_that_steer_runners(path):
 
 
 def test_canaries():
-    text = foreign.JAVASCRIPT["test/core.test.js"]
-    renamed = canaries.rename("javascript", text, "Q1")
-    assert "test('Q1 clamp'" in renamed and "t.test('Q1 inside'" in renamed
-    made = canaries.invert("javascript", "test/core.test.js", text, renamed, "Q2")
-    assert set(made) == {"test/core.test.js", "test/core-Q2.test.js"}
-    assert made["test/core-Q2.test.js"].count("notStrictEqual") == 6
+    words, text = ["Q1", "Q2", "Q3", "Q4"], foreign.JAVASCRIPT["test/core.test.js"]
     assert canaries.original("javascript", "Q1 clamp > Q1 below", "Q1") == "clamp > below"
-    go = foreign.GO["core_test.go"]
-    made = canaries.invert("go", "core_test.go", go, canaries.rename("go", go, "Q1"), "Q2")["core_test.go"]
-    assert "func TestQ1_Clamp" in made and "func TestQ2_Clamp" in made and "got == c[1]" in made and "got == 6" in made
     assert canaries.original("go", "m::TestQ2_Clamp/below", "Q2") == "m::TestClamp/below"
+    made = canaries.disguise("javascript", "test/core.test.js", text, words, "s", random.Random(0))
+    by_word = {word: next(t for t in made.values() if f"test('{word} clamp'" in t) for word in words}
+    assert len(made) == 4 and "test/core.test.js" in made and all(re.fullmatch(r"test/core(-\w+)?\.test\.js", path) for path in made)
+    assert by_word["Q1"] == canaries.rename("javascript", text, "Q1") and "t.test('Q1 inside'" in by_word["Q1"]
+    assert by_word["Q2"].count("notStrictEqual") == 6
+    for word in ("Q3", "Q4"):  # what is expected is something else, and nothing else is
+        pairs = [(a, b) for a, b in zip(by_word[word].replace(word, "Q1").split("\n"), by_word["Q1"].split("\n")) if a != b]
+        assert len(pairs) == 6 and all(re.sub(r", -?\w+\)\)", ", X))", a) == re.sub(r", -?\w+\)\)", ", X))", b) for a, b in pairs)
+    go = foreign.GO["core_test.go"]
+    (made,) = canaries.disguise("go", "core_test.go", go, words, "s", random.Random(1)).values()
+    assert sorted(re.findall(r"func Test(\w+)\(", made)) == sorted(f"{word}_{name}" for word in words for name in ("Clamp", "Sum"))
+    body = {word: re.search(rf"(?ms)^func Test{word}_Clamp.*?^}}", made)[0] for word in words}
+    assert body["Q1"] == re.search(r"(?ms)^func TestClamp.*?^}", go)[0].replace("TestClamp", "TestQ1_Clamp") and "got == c[1]" in body["Q2"]
+    for word in ("Q3", "Q4"):
+        assert "got != c[1]" in body[word] and not re.search(r"\{5, 5\}|\{-5, 0\}|\{50, 10\}", body[word]) and "{5, " in body[word]
+    assert canaries.disguise("python", "a.py", "def test(): pass\n", words, "s", random.Random(0)) == {}
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("assert.equal(f('a, b)', [1, 2]), 'x')", ["'x'"]), ("t.is(f(1), true)", ["true"]), ("assert.deepEqual(f(1), [1, { a: 2 }])", ["2"]),
+    ("expect(f(1)).toBe(7)", ["7"]), ("expect(f(1)).to.deep.equal([3])", ["3"]), ("assert.equal(f(1), g(2))", []),
+    ("assert.strictEqual(f(1,\n  2), null, 'words')", ["null"]), ("assert.ok(f(1), 2)", []), ("assert.equal(" * 50, [])])
+def test_what_javascript_expects(text, expected):
+    assert [text[start:end] for start, end in canaries._expected("javascript", text)] == expected

@@ -48,6 +48,8 @@ class DockerProvider(Provider):
             self.base = images.base_image(self.client, image)
             self.image = images.runtime_image(self.client, self.base)
         self._containers: set[str] = set()
+        # Otherwise a port stays taken for a minute after its connection was closed, also for the next workspace.
+        self._sysctls = {"net.ipv4.tcp_max_tw_buckets": "0"}
         self._image_budget, self._images = image_budget_mb << 20, {}
 
     def describe(self) -> str:
@@ -103,6 +105,7 @@ class DockerProvider(Provider):
                 cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"],
                 mem_limit=memory, memswap_limit=memory, pids_limit=limits.processes + 64,
                 nano_cpus=int(limits.cpus * 1e9), log_config={"Type": "none"},
+                sysctls=self._sysctls,
                 tmpfs={"/work": f"{flags},size={limits.disk_mb}m,nr_inodes=200k,mode=711"})
             made = api.create_container(
                 image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],
@@ -113,7 +116,13 @@ class DockerProvider(Provider):
             self._images.clear()  # the image may have been pruned: the next try looks again
             raise SandboxError(f"container cannot be made: {error}") from error
         self._containers.add(made["Id"])
-        return channel.Server(ContainerStream(self, made["Id"]))
+        try:
+            return channel.Server(ContainerStream(self, made["Id"]))
+        except SandboxError as error:
+            if not self._sysctls or "sysctl" not in str(error):
+                raise
+            self._sysctls = {}  # an engine whose kernel does not know it
+            return self._start(prepared)
 
     def forget(self, container: str) -> None:
         """Called when a container is gone."""

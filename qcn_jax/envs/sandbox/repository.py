@@ -208,8 +208,9 @@ def _folder(source: pathlib.Path) -> Iterator[tuple[str, Member]]:
                 count, total = count + 1, total + status.st_size
                 if count > MAX_FILES or total > MAX_BYTES:
                     raise UserError(f"{source}: more than {MAX_FILES} files or {MAX_BYTES} bytes")
-                yield path.relative_to(source).as_posix(), Member(path.read_bytes(), _mode(status.st_mode),
-                                                                  int(status.st_mtime))
+                place = path.relative_to(source).as_posix()
+                if not names.path_fault(place):
+                    yield place, Member(path.read_bytes(), _mode(status.st_mode), _time(status.st_mtime))
 
 
 def _raise(error: OSError) -> None:

@@ -152,7 +152,8 @@ class Grader:
         """A run without such signs of tampering as the repository's own first run shows."""
         prepared = self.provider.prepared.get(task.repo) if run.tampered else None
         own = set(prepared.baseline.tampered) if prepared is not None else ()
-        return dataclasses.replace(run, tampered=tuple(name for name in run.tampered if name not in own))
+        return dataclasses.replace(run, tampered=tuple(  # functions only; others have words for names
+            name for name in run.tampered if name not in own or " " in name or "." not in name))
 
     def _fixed_state(self, given: "_Submission") -> dict[str, str | None]:
         """What differs from the pristine repository where the task is solved."""

@@ -138,37 +138,70 @@ def erase_contents(place):
         os.rmdir(place)
 
 
-def shrink(place, limit):
-    """Deletes the largest files below `place` until at most `limit` bytes are left, and folders too deep to look into.
+def measure(place):
+    """(bytes, entries) below `place`."""
+    files, below = _entries(place, lambda *_: None)
+    return sum(size for size, _ in files), len(files) + len(below)
+
+
+def shrink(place, limit, entries):
+    """Deletes what is below `place` until at most `limit` bytes and `entries` files and folders are left.
+
+    The largest files go first, and folders too deep to look into.
 
     Returns:
       How many were deleted.
     """
-    sizes, removed, front = [], 0, [()]
+    deep = []
+    files, below = _entries(place, lambda folder, name: deep.append(_erase_deep(place, folder, name)))
+    total, count, chosen = sum(size for size, _ in files), len(files) + len(below), {}
+    for size, (*parts, name) in sorted(files, reverse=True):
+        if total <= limit and count <= entries:
+            break
+        chosen.setdefault(tuple(parts), []).append(name)
+        total, count = total - size, count - 1
+    removed = len(deep)
+    for parts, names in chosen.items():
+        removed += _remove(place, parts, names, os.unlink)
+    for *parts, name in sorted(below, key=len, reverse=True):  # those that are not empty stay
+        if count <= entries:
+            break
+        gone = _remove(place, tuple(parts), [name], os.rmdir)
+        count, removed = count - gone, removed + gone
+    return removed
+
+
+def _entries(place, too_deep):
+    """([(bytes, path)], [path of a folder]) below `place`; `too_deep(folder, name)` takes folders beyond MAX_DEPTH."""
+    files, below, front = [], [], [()]
     while front:
         parts = front.pop()
         with contextlib.suppress(OSError), _opened(place, parts) as folder, os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.is_dir(follow_symlinks=False):
-                    sizes.append((entry.stat(follow_symlinks=False).st_blocks * 512, (*parts, entry.name)))
+                    files.append((entry.stat(follow_symlinks=False).st_blocks * 512, (*parts, entry.name)))
                 elif len(parts) < MAX_DEPTH:
                     front.append((*parts, entry.name))
+                    below.append((*parts, entry.name))
                 else:
-                    _erase_deep(place, folder, entry.name)
+                    too_deep(folder, entry.name)
+    return files, below
+
+
+def _remove(place, parts, names, how):
+    """Deletes names in one folder, whoever owns it; returns how many."""
+    removed = 0
+    with contextlib.suppress(OSError), _opened(place, parts) as folder:
+        status = os.fstat(folder)
+        _own_sticky(folder)
+        try:
+            for name in names:
+                with contextlib.suppress(OSError):
+                    how(name, dir_fd=folder)
                     removed += 1
-    total = sum(size for size, _ in sizes)
-    for size, (*parts, name) in sorted(sizes, reverse=True):
-        if total <= limit:
-            break
-        with contextlib.suppress(OSError), _opened(place, parts) as folder:
-            status = os.fstat(folder)
-            _own_sticky(folder)
-            try:
-                os.unlink(name, dir_fd=folder)
-                total, removed = total - size, removed + 1
-            finally:
-                if os.geteuid() == 0:
-                    os.fchown(folder, status.st_uid, status.st_gid)
+        finally:
+            if os.geteuid() == 0:
+                os.fchown(folder, status.st_uid, status.st_gid)
     return removed
 
 

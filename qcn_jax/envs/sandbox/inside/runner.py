@@ -77,8 +77,8 @@ def get_config(args=None, plugins=None, **options):
 
 # Whose functions decide what a test sees and what becomes of it; a repository whose own first run replaces some of
 # them may do so again (envs/tasks/grading.py).
-WATCHED = frozenset({"_pytest", "pluggy", "unittest", "builtins", "os", "posixpath", "io", "json", "pathlib", "re", "math",
-                     "operator", "functools", "collections", "codecs"})
+WATCHED = frozenset({"_pytest", "pluggy", "unittest", "builtins", "os", "posixpath", "io", "json", "pathlib", "re",
+                     "math", "operator", "functools", "collections", "codecs"})
 
 
 def _namespaces():

@@ -137,16 +137,30 @@ class Server:
             os.close(output_read)
             os.close(result_read)
         text = output.text().replace(workspace.root, "/testbed").replace(workspace.home, "/workspace")
-        removed = self.bound_disk(workspace)
-        if removed:
-            text += f"\n[disk full: the {removed} largest files of this workspace were removed]\n"
+        self.bound_disk()
+        if workspace.cut:
+            text += f"\n[disk full: the {workspace.cut} largest files of this workspace were removed]\n"
+            workspace.cut = 0
         return ended, timed_out, text, results.records(bytes(result), key)
 
-    def bound_disk(self, workspace):
-        """Keeps one workspace from taking the space that all share: when it is scarce, the job's own share is cut."""
+    def bound_disk(self):
+        """Keeps workspaces from taking what all share: where that is scarce, those are cut that hold most of it."""
+        if not self.scarce():
+            return
+        share, names = self.limits["disk"] // 4, os.statvfs(self.work).f_files // 4 or sys.maxsize  # some count none
+        held = []
+        for number, (workspace, _) in self.workspaces.items():
+            size, entries = folders.measure(workspace.home)
+            held.append((max(size / share, entries / names), number))
+        for part, number in sorted(held, reverse=True):
+            if part <= 1 or not self.scarce():
+                return
+            self.workspaces[number][0].shrink(share, names, self.shared)
+
+    def scarce(self):
+        """Whether less than a quarter is left of the bytes or of the files that the work folder can hold."""
         space = os.statvfs(self.work)
-        scarce = space.f_bavail * 4 < space.f_blocks or space.f_favail * 4 < space.f_files
-        return workspace.shrink(self.limits["disk"] // 4, self.shared) if scarce else 0
+        return space.f_bavail * 4 < space.f_blocks or space.f_favail * 4 < space.f_files
 
     def _watch(self, output_read, output, result_read, result, timeout):
         started = time.monotonic()

@@ -18,6 +18,7 @@ import zygote
 IGNORED = {"__pycache__", ".git", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache"}
 MAX_FILE = 2_000_000  # bytes of one file read, written or looked at for changes
 MAX_CHANGES = 500
+MAX_LOOKED_AT = 64_000_000  # bytes that are read to find changes: files of holes cost their author nothing
 MAX_PATH = 4096  # characters; the kernel takes no longer ones
 MAX_CHANGED = 8_000_000  # bytes of all changed files together; the reply, in JSON, is several times that
 PLACES = ("tmp", "var", "shm")  # what stands for /tmp, /var/tmp and /dev/shm while a workspace is at work
@@ -65,6 +66,7 @@ class Workspace:
         self.home, self.tree, self.uid, self.guarded = home, tree, uid, guarded
         self.root = os.path.join(home, "repo")
         self.overlay, self.edits = overlay, edits
+        self.cut = 0  # files that were deleted for want of room, until its user is told
         self.make()
 
     def make(self):
@@ -205,14 +207,16 @@ class Workspace:
 
     def changes(self):
         """({path: bytes or None}, [paths of things that are no regular text file]) against the starting state."""
-        changed, skipped, seen, total = {}, [], set(), 0
+        changed, skipped, seen, total, looked_at = {}, [], set(), 0, 0
         for path, status in self._walk():
             seen.add(path)
             if self.stamps.get("repo/" + path) == stamp(status):
                 continue
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE or len(changed) >= MAX_CHANGES:
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE or len(changed) >= MAX_CHANGES or (
+                    looked_at + status.st_size > MAX_LOOKED_AT):
                 skipped.append(path)
                 continue
+            looked_at += status.st_size
             try:
                 data = self.read(path)
             except (OSError, Refused):
@@ -262,11 +266,10 @@ class Workspace:
                             found[os.path.relpath(path, self.home)] = (stream.read(), int(os.stat(path).st_mtime))
         return found
 
-    def shrink(self, limit, shared):
-        """Deletes the largest files until at most `limit` bytes are left, and all in `shared`; returns their number."""
-        removed = folders.shrink(self.home, limit)
+    def shrink(self, limit, entries, shared):
+        """Deletes the largest files until at most `limit` bytes and `entries` files are left, and all in `shared`."""
+        self.cut += folders.shrink(self.home, limit, entries)
         self._clear(shared)
-        return removed
 
     def remove(self, shared):
         """Deletes the workspace and what its user left in the folders of `shared` (such as /tmp)."""

@@ -3,14 +3,14 @@
 Tests and programs belong to root and the tests run as nobody; what they print is read from outside. As code under test
 can print what its runner prints, a verdict rests on more: the exit status must be that of the fixed state, no test may
 fail that does not fail there, and a patch that resolves is run once more with tests under names drawn for that run,
-among copies that must fail (canaries.py).
+among copies that must fail and that cannot be told from them (canaries.py).
 """
 
 import dataclasses
 import functools
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import docker
 import docker.errors
@@ -35,25 +35,24 @@ Files = Mapping[str, str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """What the fixed state showed: outcomes, exit status, and which renamed tests pass and inverted copies fail."""
+    """What the fixed state showed: outcomes, exit status, and which renamed tests pass and which of each copy fail.
+
+    `seed` is of the values that copies expect.
+    """
 
     outcomes: Mapping[str, str]
     status: int
+    seed: str
     renamed: frozenset[str]
-    inverted: frozenset[str]
+    failing: tuple[frozenset[str], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Words:
-    """Two words, drawn for one run."""
+_SECRET = random.SystemRandom()
 
-    renamed: str
-    inverted: str
 
-    @classmethod
-    def draw(cls) -> "_Words":
-        secret = random.SystemRandom()
-        return cls(*(f"Q{secret.getrandbits(40):010x}" for _ in range(2)))
+def _words() -> list[str]:
+    """Words for the tests and for each of their copies, drawn for one run."""
+    return [f"Q{_SECRET.getrandbits(40):010x}" for _ in range(2 + canaries.MUTATED)]
 
 
 def _run(container: Container, task: Task, changes: Files) -> tuple[TestRun, int]:
@@ -86,12 +85,10 @@ def _tests(container: Container, task: Task) -> dict[str, str]:
     return files
 
 
-def _disguised(task: Task, tests: Mapping[str, str], words: _Words) -> dict[str, str]:
+def _disguised(task: Task, tests: Mapping[str, str], words: Sequence[str], seed: str) -> dict[str, str]:
     made: dict[str, str] = {}
     for path, text in tests.items():
-        renamed = canaries.rename(task.language, text, words.renamed)
-        if renamed != text:
-            made |= canaries.invert(task.language, path, text, renamed, words.inverted)
+        made |= canaries.disguise(task.language, path, text, words, seed, _SECRET)
     return made
 
 
@@ -110,11 +107,12 @@ def _fixed(client: docker.DockerClient, task: Task) -> Fixed:
         gold = patches.apply_changes(_state(container, task.patch), task.patch) if task.patch.strip() else {}
         changed = patches.apply_changes(_state(container, task.test_patch), task.test_patch) if task.test_patch else {}
         run, status = _run(container, task, {**gold, **changed})
-        tests, words = _tests(container, task), _Words.draw()
-        again, _ = _run(container, task, _disguised(task, tests, words))
-    renamed = {name for name, outcome in _heard(task, again, words.renamed).items() if outcome == "passed"} & expected
-    inverted = {name for name, outcome in _heard(task, again, words.inverted).items() if outcome in _BAD}
-    return Fixed(run.outcomes, status, frozenset(renamed), frozenset(inverted if renamed else ()))
+        tests, words, seed = _tests(container, task), _words(), f"{_SECRET.getrandbits(64):x}"
+        again, _ = _run(container, task, _disguised(task, tests, words, seed))
+    renamed = {name for name, outcome in _heard(task, again, words[0]).items() if outcome == "passed"} & expected
+    failing = tuple(frozenset(name for name, outcome in _heard(task, again, word).items() if outcome in _BAD and renamed)
+                    for word in words[1:])
+    return Fixed(run.outcomes, status, seed, frozenset(renamed), failing)
 
 
 def grade(client: docker.DockerClient, task: Task, patch: str) -> Verdict:
@@ -190,21 +188,24 @@ def _differences(run: TestRun, status: int, fixed: Fixed) -> tuple[str, ...]:
 
 def _second(client: docker.DockerClient, task: Task, verdict: Verdict, kept: Files, fixed: Fixed) -> Verdict:
     """The verdict of a run with disguised tests."""
-    for attempt in range(ATTEMPTS):
-        words = _Words.draw()
+    for _ in range(ATTEMPTS):
+        words = _words()
         with _container(client, task) as container:
             _start(container, task)
             container.write(kept)
-            run, status = _run(container, task, _disguised(task, _tests(container, task), words))
-        renamed, inverted = (_heard(task, run, word) for word in (words.renamed, words.inverted))
-        forged = [f"{name} passes inverted" for name in sorted(fixed.inverted) if inverted.get(name) == "passed"]
+            run, status = _run(container, task, _disguised(task, _tests(container, task), words, fixed.seed))
+        renamed, *copies = (_heard(task, run, word) for word in words)
+        expected = [(name, heard.get(name)) for names, heard in zip(fixed.failing, copies) for name in sorted(names)]
+        forged = [f"{name} passes in a copy that must fail" for name, outcome in expected if outcome == "passed"]
         failed = [f"{name}: {renamed.get(name, 'missing')} when run again" for name in sorted(fixed.renamed)
                   if renamed.get(name) != "passed"]
-        failed += [f"inverted {name} is missing" for name in sorted(fixed.inverted) if name not in inverted]
-        if fixed.inverted and status == 0:
+        failed += [f"a copy of {name} is missing" for name, outcome in expected if outcome is None]
+        if expected and status == 0:
             forged.append("exit status 0 though tests fail")
         if not forged and not failed and run.status == "ok":
             return verdict
+        if forged:
+            break
     outcome = SUSPECTED_EXPLOIT if forged else "unresolved" if failed else run.status
     return dataclasses.replace(verdict, outcome=outcome,
                                caught=tuple(f"second opinion: {words}" for words in (*forged, *failed)[:10]))
