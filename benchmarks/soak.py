@@ -4,7 +4,9 @@
   python benchmarks/soak.py --executions=200 --kind=local --out=DIR
 
 Each execution grades one patch in a fresh sandbox through the pool. Most are right or wrong fixes; the others hang,
-fork without end, allocate without end, fill their disk, print 100 MB, or leave the interpreter. Meanwhile pool
+fork without end, allocate without end, fill their disk, print 100 MB, or leave the interpreter. One in twenty is
+hostile: a patch that forges its verdict, a row whose patch is none, or an agent's sandbox in which a command does what
+it can to its server and neighbours, and after which its files must still be read. Meanwhile pool
 workers, containers and (docker) the whole Docker daemon are killed at random times. The daemon is one of its own, with
 its own folders and socket below DIR; the machine's other daemon is only asked for its base image. A result is right if
 its outcome is one that its patch can have; "infrastructure" is none. DIR/results.jsonl holds one line for each result.
@@ -13,6 +15,7 @@ The exit status is 0 if nothing was lost, doubled, wrong or leaked, and memory s
 
 import _thread
 import collections
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -33,7 +36,7 @@ from absl import app, flags
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.pool.env_pool import EnvPool
-from qcn_jax.envs.sandbox import Limits, RepositorySpec, images
+from qcn_jax.envs.sandbox import Limits, RepositorySpec, SandboxError, images
 from qcn_jax.envs.tasks.schema import Task
 
 _EXECUTIONS = flags.DEFINE_integer("executions", 5000, "how many, those of earlier runs in the same folder included")
@@ -54,7 +57,7 @@ TIMEOUT = 2.0
 # Patch kind: (share, code put before the source, whether that is the right one, outcomes that it can have).
 DEAD = ("timeout", "killed", "out_of_memory", "unresolved")
 KINDS = {
-    "right": (50, "", True, ("resolved",)), "wrong": (30, "", False, ("unresolved",)),
+    "right": (48, "", True, ("resolved",)), "wrong": (27, "", False, ("unresolved",)),
     "exit": (4, "import os\nos._exit(0)\n", True, ("killed", "unresolved")),
     "hang": (4, "import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)\n", True, ("timeout",)),
     # A copy of the runner that outlives the bomb writes records of its own, which are taken for forged ones.
@@ -63,8 +66,42 @@ KINDS = {
     "disk_fill": (3, "import os\nfor d in ('.', '/tmp', '/dev/shm'):\n  for n in range(40):\n    try:\n"
                      "      open(f'{d}/big{n}', 'wb').write(bytes(15_000_000))\n    except OSError: pass\n", True,
                   (*DEAD, "resolved")),
+    # The next three are one in twenty.
+    "forger": (2, "import sys\nfor h in sys.meta_path:\n    for o in h.config.hook.pytest_runtest_call.get_hookimpls() if "
+                  "hasattr(h, 'config') else ():\n        if not (o.hookwrapper or o.wrapper):\n            o.function, "
+                  "o.argnames = (lambda item: None), ('item',)\n", False, ("suspected_exploit", "unresolved")),
+    "hostile_row": (1, "", False, ("patch_failed", "empty_patch")), "hostile_sandbox": (2, "", False, ("contained",)),
     "flood": (3, "import os\nfor _ in range(100):\n    os.write(1, b'x' * 1_000_000)\n", True, (*DEAD, "resolved")),
 }
+
+
+HOSTILE_ROWS = ("\ud800", "diff", "--- a/../../x\n+++ b/../../x\n@@ -0,0 +1 @@\n+x\n", "--- /dev/null\n+++ b/victim/" + "a" * 300 + (
+    ".py\n@@ -0,0 +1 @@\n+x\n"), "--- /dev/null\n+++ b/victim/calc.py/x.py\n@@ -0,0 +1 @@\n+x\n", "--- a/victim/calc.py\n+++ "
+    "b/victim/calc.py\n@@ -1,2 +1,2 @@\n" + "-x\n+y\n" * 50_000, "GIT binary patch\nliteral 1\nIcmZQz\n")
+HOSTILE_COMMANDS = (
+    "python -c \"import os\nfor _ in range(5_000): os.mkdir('d'); os.chdir('d')\"",
+    "python -c \"import os\nos.mkdir('h')\nfor n in range(3_000): open(f'h/{n}', 'w').truncate(2_000_000)\"",
+    "python -c \"import os\nfor n in range(60_000): os.symlink('x', f'l{n}')\"", "cd ..; mv repo gone; ln -s /proc/self repo",
+    "for d in . /tmp /dev/shm; do head -c 15000000 /dev/zero > $d/big; done", "chmod 0 . .. victim; touch /tmp/note",
+    "(trap '' TERM HUP; setsid sleep 600 &) ; (setsid sh -c 'while :; do :; done' &) ; true", "kill -9 -1; kill -9 1",
+    "python -c \"import os\nfor n in range(999): open(b'\\xff%d' % n, 'w')\nos.mkfifo('p')\"", "yes | head -c 30000000")
+
+
+def hostile_sandbox(pool: EnvPool, number: int) -> str:
+    """Lets a hostile command run in an agent's sandbox; "contained" where its files are told and a new one is as ever."""
+    command = random.Random(f"{_SEED.value} {number} command").choice(HOSTILE_COMMANDS)
+    for _ in range(12):  # a worker or an engine that was killed takes its sandboxes along
+        with contextlib.suppress(SandboxError):
+            with pool.open_session("victim==1", {}) as session:
+                session.exec(command, TIMEOUT).result()
+                with contextlib.suppress(OSError):  # its own affair
+                    session.diff().result()
+            with pool.open_session("victim==1", {}) as session:
+                found = session.exec("cat victim/calc.py; ls /tmp /dev/shm | wc -w", TIMEOUT).result()
+                same = (found.output.startswith(SOURCE), session.diff().result())
+                return "contained" if same == (True, "") else f"left {found.output[-200:]!r}"
+        time.sleep(1.0)
+    return "infrastructure"
 
 
 def task() -> Task:
@@ -79,6 +116,8 @@ def patch(number: int) -> tuple[str, str]:
     rng = random.Random(f"{_SEED.value} {number}")
     kind = rng.choices(list(KINDS), [share for share, *_ in KINDS.values()])[0]
     _, code, right, _ = KINDS[kind]
+    if kind == "hostile_row":
+        return kind, rng.choice(HOSTILE_ROWS) + f"# {number}\n"
     text = code + (SOURCE if right else BROKEN) + f"# {number}\n"
     return kind, patches.make_diff({"victim/calc.py": BROKEN}, {"victim/calc.py": text})
 
@@ -234,11 +273,11 @@ def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tupl
     came, samples, lock = collections.Counter(dict.fromkeys(known, 1)), [], threading.Lock()
     one = task()
     todo = [number for number in range(_EXECUTIONS.value) if number not in known]
-    with open(journal, "a", encoding="utf-8") as stream, tqdm.tqdm(
+    with concurrent.futures.ThreadPoolExecutor(4) as threads, open(journal, "a", encoding="utf-8") as stream, tqdm.tqdm(
             total=_EXECUTIONS.value, initial=len(known), desc="executions", file=sys.stderr, mininterval=5) as bar:
         def start(number):
             kind, text = patch(number)
-            future = pool.grade(one, text)
+            future = threads.submit(hostile_sandbox, pool, number) if kind == "hostile_sandbox" else pool.grade(one, text)
             future.add_done_callback(lambda done: note(number, kind, done))
             return future
 
@@ -246,7 +285,8 @@ def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tupl
             if done.cancelled():
                 return
             error = done.exception()
-            outcome = f"{type(error).__name__}: {error}" if error else done.result().outcome
+            found = None if error else done.result()
+            outcome = f"{type(error).__name__}: {error}" if error else getattr(found, "outcome", found)
             with lock:
                 came[number] += 1
                 known[number] = outcome

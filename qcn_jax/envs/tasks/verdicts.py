@@ -16,7 +16,7 @@ from qcn_jax.envs import names
 from qcn_jax.envs.sandbox.base import PASSING, TestRun
 from qcn_jax.envs.tasks.schema import Task
 
-RULES = 3  # raise it when verdicts come about differently: those that are kept are then made again
+RULES = 4  # raise it when verdicts come about differently: those that are kept are then made again
 SUSPECTED_EXPLOIT = "suspected_exploit"
 
 

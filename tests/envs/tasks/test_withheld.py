@@ -141,3 +141,106 @@ def test_words_of_a_trade_are_no_forgery():
     ("pytest.ini", "addopts " * 100_000, False)])
 def test_forged_files(path, text, forged):
     assert bool(permissions.forged_files({path: text}, {}, [path])) == forged
+
+
+# --- what the fixed state teaches
+
+TAUGHT = textwrap.dedent('''
+    import json
+    import unittest
+    import pytest
+    from pkg import f, g
+
+    ROWS = [(1, "one"), (2, "two")]
+    WANTED = {"a": "secret"}
+    USED = ["kept"]
+
+    @pytest.fixture
+    def known():
+        return "from a fixture"
+
+    @pytest.fixture
+    def made():
+        return f(0)
+
+    def test_loop(tmp_path):
+        for given, wanted in ROWS:
+            assert f(given) == wanted
+        assert f(tmp_path) == tmp_path
+
+    def test_names(known, made):
+        local = json.loads("[1]")
+        other = g()
+        assert f(1) == local
+        assert f(2) == WANTED["a"]
+        assert f(3) == known
+        assert f(4) == made
+        assert f(5) == other
+        assert f(6) == len(USED), USED
+        with pytest.raises(KeyError) as info:
+            f(7)
+        assert g() == info.value
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("x, wanted", [pytest.param(1, "eins", id="eins"), (2, "zwei")])
+    def test_marked(x, wanted):
+        assert f(x) == wanted
+
+    class TestNear(unittest.TestCase):
+        def test_near(self):
+            self.assertAlmostEqual(f(1), 0.25, delta=0.5)
+            self.assertCountEqual(f(2), [1, 2])
+            self.assertRegex(f(3), "a+")
+            self.assertIsInstance(f(4), int)
+            assert f(5) == pytest.approx(7.5, abs=1)
+''')
+PLACES = {("test_loop",): {""}, ("test_names",): {""}, ("test_marked",): {"[eins]", "[2-zwei]"}, ("TestNear", "test_near"): {""}}
+
+
+def test_the_fixed_state_teaches_what_code_has_no_part_in():
+    teaching = rewritten(source=TAUGHT, wanted=PLACES, plain=set())
+    taught = {claim.key for claim in teaching.claims.values() if claim.kind == "taught" and not claim.key.endswith("!?")}
+    lines = {TAUGHT.split("\n")[int(key.partition(":")[0]) - 1].strip() for key in taught}
+    assert lines == {"assert f(given) == wanted", "assert f(1) == local", 'assert f(2) == WANTED["a"]', "assert f(3) == known",
+                     "assert f(6) == len(USED), USED"}
+    asked = rewritten(source=TAUGHT, wanted=PLACES, plain=set(), known=dict.fromkeys(taught, "x"))
+    compile(asked.text, "test", "exec")
+    for word in ("secret", "from a fixture", "json.loads", "eins", "zwei", "7.5", "0.25", "a+"):
+        assert word not in asked.text, word
+    assert "ROWS = [(1, 'one'), (2, 'two')]" in asked.text and "return f(0)" in asked.text and "other = g()" in asked.text
+    kinds = [claim for claim in asked.claims.values() if claim.kind == "compare"]
+    assert sum(claim.expected is True for claim in kinds) == sum(claim.expected is False for claim in kinds) == 4
+    assert {claim.operator for claim in asked.claims.values() if claim.kind == "value"} == {"==", "near", "count", "regex", "approx"}
+    assert asked.brackets == {("test_marked",): {"[eins]": "[0]", "[2-zwei]": "[1]"}}
+
+
+@pytest.mark.parametrize(("claim", "found", "known", "verdict"), [
+    (claims.Claim("1", "value", None, "=="), [1], None, "fails"),
+    (claims.Claim("1", "value", None, "=="), {"list": [1]}, {"list": [1]}, "holds"),
+    (claims.Claim("1", "value", "7", "=="), {"opaque": "x", "as": list(range(100))}, None, "fails"),
+    (claims.Claim("1", "value", "'12'", "in", True), "12", 2, "holds"),
+    (claims.Claim("1", "value", "'12'", "in", True), " ".join(map(str, range(1000))), 2, "fails"),
+    (claims.Claim("1", "value", "((0.3,), {'abs': 0.1})", "approx"), 0.35, None, "holds"),
+    (claims.Claim("1", "value", "((0.3,), {'abs': 0.1})", "approx"), 0.45, None, "fails"),
+    (claims.Claim("1", "value", "(0.25, 7, None)", "near"), 0.25000001, None, "holds"),
+    (claims.Claim("1", "value", "(0.25, 1, None)", "near"), 0.4, None, "fails"),
+    (claims.Claim("1", "value", "[2, 1]", "count"), {"tuple": [1, 2]}, None, "holds"),
+    (claims.Claim("1", "compare", False), [False, False], None, "holds"),
+    (claims.Claim("1", "compare", False), [True, False], None, "fails"),
+    (claims.Claim("1", "raises", (("ValueError",), None)), [["UnicodeError", "ValueError", "Exception"], "x"], ["ValueError"], "holds"),
+    (claims.Claim("1", "raises", (("KeyError",), None)), [["A", "KeyError", "TypeError", "LookupError"], "x"], ["KeyError"], "holds"),
+    (claims.Claim("1", "raises", (("KeyError",), None)), [["KeyError", "TypeError", "ValueError"], "x"], ["KeyError"], "fails"),
+    (claims.Claim("1", "raises", (("A",), None)), [[*"ABCDEFGH", "Exception"], "x"], ["A", "Exception"], "fails"),
+    (claims.Claim("1", "raises", (("A",), "x")), [["A"], "x" * 3000], ["A"], "fails")])
+def test_what_the_fixed_state_showed_decides(claim, found, known, verdict):
+    assert claim.judge(found, known=known) == verdict
+
+
+@pytest.mark.parametrize("found", [1, 2.5, True, None, "a", {"bytes": "61"}, {"list": [1, {"list": []}]}, {"dict": [["a", 1]]},
+                                   {"tuple": []}, {"opaque": "x", "as": []}, {"set": [1]}])
+def test_decoys_differ(found):
+    for number in range(20):
+        different = claims.differing(found, random.Random(number))
+        assert eval(repr(different)) == different
+        if "opaque" not in (found if isinstance(found, dict) else ()):
+            assert different != claims.plain_value(found)

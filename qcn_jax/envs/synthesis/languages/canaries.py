@@ -30,7 +30,8 @@ _LONGEST_CALL = 2000  # characters
 _JS_EQUALITY = re.compile(r"\b(?:(assert|t)\.(?:strictEqual|equal|deepEqual|deepStrictEqual|same|is|equals)|"
                           r"expect\([^\n]*\)\.(?:to\.)?(?:deep\.)?(?:toBe|toEqual|toStrictEqual|equal|eql))\(")
 _GO_VALUE = r"(-?\b\d+(?:\.\d+)?|\"[^\"\\\n]*\"|\btrue|\bfalse)"
-_GO_EXPECTED = (re.compile(rf"(?m)^\s*(?:\}} else )?if [^\n]*?[!=]= {_GO_VALUE} \{{"), re.compile(rf", {_GO_VALUE},?\s*\}}"),
+_GO_EXPECTED = (re.compile(rf"(?m)^\s*(?:\}} else )?if [^\n]*?[!=]= {_GO_VALUE} \{{"),
+                re.compile(rf", {_GO_VALUE},?\s*\}}"),
                 re.compile(rf"\b(?:want|expected|exp):\s*{_GO_VALUE}"),
                 re.compile(rf"\b(?:assert|require)\.Equal\(\w+, {_GO_VALUE},"))
 _GO_OPPOSITE = {"True": "False", "False": "True", "Error": "NoError", "NoError": "Error"}
@@ -45,7 +46,8 @@ def rename(language: str, text: str, word: str) -> str:
     return _JS_TEST.sub(rf"\1\2{word} ", text)
 
 
-def disguise(language: str, path: str, text: str, words: Sequence[str], seed: str, rng: random.Random) -> dict[str, str]:
+def disguise(language: str, path: str, text: str, words: Sequence[str], seed: str,
+             rng: random.Random) -> dict[str, str]:
     """Files in place of the test file `text`, at `path`.
 
     Args:

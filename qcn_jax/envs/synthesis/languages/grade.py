@@ -110,8 +110,8 @@ def _fixed(client: docker.DockerClient, task: Task) -> Fixed:
         tests, words, seed = _tests(container, task), _words(), f"{_SECRET.getrandbits(64):x}"
         again, _ = _run(container, task, _disguised(task, tests, words, seed))
     renamed = {name for name, outcome in _heard(task, again, words[0]).items() if outcome == "passed"} & expected
-    failing = tuple(frozenset(name for name, outcome in _heard(task, again, word).items() if outcome in _BAD and renamed)
-                    for word in words[1:])
+    failing = tuple(frozenset(name for name, outcome in _heard(task, again, word).items() if outcome in _BAD)
+                    if renamed else frozenset() for word in words[1:])
     return Fixed(run.outcomes, status, seed, frozenset(renamed), failing)
 
 

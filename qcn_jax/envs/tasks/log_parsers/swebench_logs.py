@@ -36,10 +36,10 @@ def pytest_log(log: str) -> dict[str, str]:
 def pytest_options_log(log: str) -> dict[str, str]:
     """The same, where parameters that are absolute paths are named by their last part."""
     def rename(name: str) -> str:
-        match = re.search(r"(.*?)\[(.*)\]", name)
-        if match is None:
+        start, end = name.find("["), name.rfind("]")
+        if not 0 <= start < end:
             return name
-        main, option = match.groups()
+        main, option = name[:start], name[start + 1:end]
         if option.startswith("/") and not option.startswith("//") and "*" not in option:
             option = "/" + option.rsplit("/", 1)[-1]
         return f"{main}[{option}]"
