@@ -8,7 +8,9 @@ import ast
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-_OWN_MODULES = sys.stdlib_module_names | {"pytest"}
+# What is other at another time, or on another machine, cannot be taught.
+_CHANGING = {"time", "datetime", "calendar", "random", "uuid", "secrets", "tempfile", "platform", "socket", "getpass"}
+_OWN_MODULES = (sys.stdlib_module_names | {"pytest"}) - _CHANGING
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

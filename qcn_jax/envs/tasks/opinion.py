@@ -18,7 +18,7 @@ from typing import Any
 from qcn_jax import files
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.tasks import withheld
-from qcn_jax.envs.tasks.claims import Claim
+from qcn_jax.envs.tasks.claims import OF_HOST, Claim
 from qcn_jax.envs.tasks.schema import Task
 
 FORMAT = 2  # raise it when references mean something else
@@ -170,7 +170,7 @@ def _hear(exam: _Exam, run: TestRun, reference: Reference) -> _Heard:
             heard.always.add(key)
         if verdict == "fails":
             heard.wrong.setdefault(name, f"line {claim.key.partition(':')[0]}" if claim.key[0].isdigit() else claim.key)
-            if taught or claim.key.endswith("!"):
+            if taught or claim.key.endswith("!") or claim.operator in OF_HOST:
                 heard.decided.add(key)
     return heard
 

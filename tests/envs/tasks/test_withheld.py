@@ -146,6 +146,7 @@ def test_forged_files(path, text, forged):
 # --- what the fixed state teaches
 
 TAUGHT = textwrap.dedent('''
+    import datetime
     import json
     import unittest
     import pytest
@@ -177,6 +178,7 @@ TAUGHT = textwrap.dedent('''
         assert f(4) == made
         assert f(5) == other
         assert f(6) == len(USED), USED
+        assert f(8) == datetime.date.today().year
         with pytest.raises(KeyError) as info:
             f(7)
         assert g() == info.value
@@ -209,7 +211,7 @@ def test_the_fixed_state_teaches_what_code_has_no_part_in():
         assert word not in asked.text, word
     assert "ROWS = [(1, 'one'), (2, 'two')]" in asked.text and "return f(0)" in asked.text and "other = g()" in asked.text
     kinds = [claim for claim in asked.claims.values() if claim.kind == "compare"]
-    assert sum(claim.expected is True for claim in kinds) == sum(claim.expected is False for claim in kinds) == 4
+    assert sum(claim.expected is True for claim in kinds) == sum(claim.expected is False for claim in kinds) == 5
     assert {claim.operator for claim in asked.claims.values() if claim.kind == "value"} == {"==", "near", "count", "regex", "approx"}
     assert asked.brackets == {("test_marked",): {"[eins]": "[0]", "[2-zwei]": "[1]"}}
 
@@ -224,7 +226,8 @@ def test_the_fixed_state_teaches_what_code_has_no_part_in():
     (claims.Claim("1", "value", "((0.3,), {'abs': 0.1})", "approx"), 0.45, None, "fails"),
     (claims.Claim("1", "value", "(0.25, 7, None)", "near"), 0.25000001, None, "holds"),
     (claims.Claim("1", "value", "(0.25, 1, None)", "near"), 0.4, None, "fails"),
-    (claims.Claim("1", "value", "[2, 1]", "count"), {"tuple": [1, 2]}, None, "holds"),
+    (claims.Claim("1", "value", "[2, 1]", "count"), {"tuple": [1.0, 2]}, None, "holds"),
+    (claims.Claim("1", "value", "[2, 1]", "count"), {"tuple": [1, 2, 2]}, None, "fails"),
     (claims.Claim("1", "compare", False), [False, False], None, "holds"),
     (claims.Claim("1", "compare", False), [True, False], None, "fails"),
     (claims.Claim("1", "raises", (("ValueError",), None)), [["UnicodeError", "ValueError", "Exception"], "x"], ["ValueError"], "holds"),
