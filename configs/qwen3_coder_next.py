@@ -90,7 +90,7 @@ def get_config(argument: str = "v5p-128") -> ml_collections.ConfigDict:
                   PhaseConfig(steps=LONG_STEPS, sequence_length=longest, rows=fewer,
                               mesh={"fsdp": split.fsdp, "expert": split.expert, "context": split.context}))
     rollout = RolloutConfig(max_turns=TURNS, max_new_tokens=2048, max_length=episode, slots=SLOTS[pod] * PODS[pod][1],
-                            prefill_rows=PODS[pod][1], prefill_chunk=512)
+                            prefill_rows=PODS[pod][1], prefill_chunk=512, several_shapes=True)
     optimizer = OptimizerConfig(learning_rate=3e-5, warmup_steps=500, master_copy=True)
     gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)
     train = lambda steps, rows, length, optimizer: TrainConfig(

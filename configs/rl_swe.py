@@ -43,7 +43,7 @@ def get_config(argument=""):
     length, turns = SIZES[size]
     length = min(length, model.max_position_embeddings)
     rollout = RolloutConfig(max_turns=turns, max_new_tokens=min(2048, length // 8), max_length=length, slots=64,
-                            prefill_rows=8, prefill_chunk=min(512, length // 8))
+                            prefill_rows=8, prefill_chunk=min(512, length // 8), several_shapes=True)
     optimizer = OptimizerConfig(learning_rate=1e-6, warmup_steps=5, weight_decay=0.0,
                                 master_copy=model.param_dtype != "float32")
     acting = {"scaffold": SCAFFOLD, "rollout": rollout}

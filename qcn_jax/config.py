@@ -287,6 +287,7 @@ class RolloutConfig:
     slots: Positive = 64  # episodes generated side by side, over all devices
     prefill_rows: Positive = 16  # of them whose prompts and answers one call takes in, likewise
     prefill_chunk: Positive = 64  # tokens of each of those
+    several_shapes: bool = False  # also smaller calls, each compiled when it is first wanted: worth it in long runs
 
 
 @dataclasses.dataclass(frozen=True)

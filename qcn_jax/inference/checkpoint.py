@@ -73,6 +73,6 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
     engine = Engine(
         config, params, slots=slots, max_length=min(max_length, config.max_position_embeddings),
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, drawable=tokenizer.known_ids(config.vocab_size),
-        parallel=parallel, snapshots=snapshots,
+        parallel=parallel, snapshots=snapshots, several_shapes=True,
     )  # fmt: skip
     return Loaded(engine, tokenizer, frozenset(stop_ids), pathlib.Path(folder).absolute().name)

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from qcn_jax.config import ModelConfig
+from qcn_jax.inference import shapes
 from qcn_jax.inference.generation import Generation
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.inference.programs import STOP_IDS, Programs
@@ -63,6 +64,7 @@ class Engine:
         parallel: Parallel | None = None,
         snapshots: int = 0,
         with_routes: bool = False,
+        several_shapes: bool = False,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -83,6 +85,8 @@ class Engine:
           snapshots: states that can be saved, over all parts, rounded up likewise; each takes what a slot takes beside
             keys and values.
           with_routes: keep the experts of every token, see `routes`; of a model that has some.
+          several_shapes: prefill may also take P / 4 or 1 slots, or C / 4 tokens, in a call, whichever wastes least;
+            each of these is compiled when it is first wanted.
 
         Raises:
           ValueError: a size below 1.
@@ -103,7 +107,8 @@ class Engine:
         self.max_length = max_length
         self.max_new_tokens = max_new_tokens
         self._rows = min(-(-prefill_rows // place.parts), self._own)  # of a part
-        self._chunk = min(prefill_chunk, max_length)
+        self._row_counts = tuple(dict.fromkeys((*shapes.palette(self._rows, several_shapes), *[1] * several_shapes)))
+        self._chunks = shapes.palette(min(prefill_chunk, max_length), several_shapes)
         self._stop = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
         self._stop[: len(stop_ids)] = stop_ids
         self._lengths = np.zeros(self.slots, np.int64)
@@ -176,7 +181,7 @@ class Engine:
             self._routes[slot] = []
 
     def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        """Appends tokens to slots (slot -> tokens), in prefill calls of P slots by C tokens.
+        """Appends tokens to slots (slot -> tokens), in prefill calls of P slots by C tokens, or several shapes.
 
         Raises:
           ValueError: an unknown slot, or one that would hold more than `max_length` tokens; none is changed then.
@@ -187,44 +192,41 @@ class Engine:
                 raise ValueError(
                     f"slot {slot} holds {self._lengths[slot]} tokens; {len(added)} more exceed {self.max_length}"
                 )
-        # Calls by part: its next slots, and where among their tokens the piece begins.
-        calls: list[list[tuple[list[int], int]]] = [[] for _ in range(self.parts)]
-        for part, mine in enumerate(calls):
-            order = sorted((slot for slot in tokens if len(tokens[slot]) and self.part(slot) == part),
-                           key=lambda slot: (-len(tokens[slot]), slot))
-            for first in range(0, len(order), self._rows):
-                group = order[first : first + self._rows]
-                mine += [(group, start) for start in range(0, len(tokens[group[0]]), self._chunk)]
-        (count,) = self.most(max(map(len, calls)))
-        for number in range(count):
-            self._prefill_chunk([mine[number] if number < len(mine) else ([], 0) for mine in calls], tokens)
+        begun = dict.fromkeys(tokens, 0)
+        while True:
+            left = {slot: len(tokens[slot]) - at for slot, at in begun.items() if at < len(tokens[slot])}
+            order = sorted(left, key=lambda slot: (-left[slot], slot))
+            mine = [[slot for slot in order if self.part(slot) == part] for part in range(self.parts)]
+            shape = shapes.best([[left[slot] for slot in part] for part in mine], self._row_counts, self._chunks)
+            going, rows, chunk = self.most(bool(left), *(shape if left else (0, 0)))
+            if not going:
+                return
+            self._prefill([part[:rows] for part in mine], tokens, begun, rows, chunk)
 
-    def _prefill_chunk(self, groups: Sequence[tuple[Sequence[int], int]], tokens: Mapping[int, Sequence[int]]) -> None:
-        """One prefill call: of every part, slots and where in their tokens the piece begins."""
-        size = (self.parts, self._rows)
+    def _prefill(self, groups: Sequence[Sequence[int]], tokens: Mapping[int, Sequence[int]], begun: dict[int, int],
+                 rows: int, chunk: int) -> None:
+        """One prefill call, of up to `rows` slots of every part and `chunk` tokens of each, from `begun` on."""
+        size, longest = (self.parts, rows), 0
         indices, fresh, lengths = np.full(size, self._own, np.int32), np.zeros(size, bool), np.zeros(size, np.int32)
-        pieces, longest = np.zeros((*size, self._chunk), np.int32), 0
-        for part, (group, start) in enumerate(groups):
+        pieces = np.zeros((*size, chunk), np.int32)
+        for part, group in enumerate(groups):
             for row, slot in enumerate(group):
-                piece = tokens[slot][start : start + self._chunk]
-                if not len(piece):
-                    continue
-                place = part, row
+                piece, place = tokens[slot][begun[slot] : begun[slot] + chunk], (part, row)
                 indices[place], fresh[place], lengths[place] = slot % self._own, self._fresh[slot], len(piece)
                 pieces[place][: len(piece)] = piece
                 self._fresh[slot] = False
                 self._lengths[slot] += len(piece)
+                begun[slot] += len(piece)
                 longest = max(longest, int(self._lengths[slot]))
         put = lambda array: self._placement.put(array.reshape(-1, *array.shape[2:]))
         self._cache, self._logits, made = self.programs.run(
             "prefill", self._weights, self._cache, self._logits, put(indices), put(fresh), put(pieces), put(lengths),
-            key_limit=self._key_limit(*self.most(longest)))
+            key_limit=self._key_limit(*self.most(longest)), shape=(rows, chunk))
         if made:
-            routes = self._placement.get(made["routes"]).reshape(*size, self._chunk, *made["routes"].shape[2:])
-            for part, (group, _) in enumerate(groups):
+            routes = self._placement.get(made["routes"]).reshape(*size, chunk, *made["routes"].shape[2:])
+            for part, group in enumerate(groups):
                 for row, slot in enumerate(group):
-                    if lengths[part, row]:
-                        self._routes[slot].append(routes[part, row, : lengths[part, row]].copy())
+                    self._routes[slot].append(routes[part, row, : lengths[part, row]].copy())
 
     def _key_limit(self, longest: int) -> int:
         """How much of the cache attention must read for sequences of up to `longest` tokens."""

@@ -49,7 +49,7 @@ class Programs:
         self._kept = snapshots * placement.parts
         self._kept_shape = jax.eval_shape(lambda: states(model.init_cache(self._kept, 1)))
         self._compiled: dict[tuple[str, int | None], Any] = {}
-        self._called: dict[tuple[str, int | None], Callable] = {}
+        self._called: dict[tuple[Any, ...], Callable] = {}
 
     def compilations(self) -> int:
         """How many programs have been compiled so far, but for changes of layout."""
@@ -70,8 +70,10 @@ class Programs:
                         jnp.zeros((self._kept, self._model.config.vocab_size), jnp.float32))
         return make() if self._placement.parallel is None else jax.jit(make, out_shardings=self._pool())()
 
-    def run(self, name: str, *arguments: Any, key_limit: int | None = None) -> Any:
+    def run(self, name: str, *arguments: Any, key_limit: int | None = None, shape: tuple[int, ...] = ()) -> Any:
         """Calls a program with arguments as `abstract` describes them; over several hosts when all have come here.
+
+        `shape` tells calls of one program apart that are compiled apart.
 
         Returns:
           arrange: weights. copy and restore: (cache, logits). save: the same of saved states. prefill: (cache, logits,
@@ -79,7 +81,7 @@ class Programs:
           decode has `tokens` [N, M], `logprobs` [N, 2, M] and `counts` [N]; that of decode_adjusted also the A most
           probable `ids` [N, M, A] and their log-probabilities `values`, A being the smaller of MAX_ALTERNATIVES and V.
         """
-        key = name, key_limit
+        key = name, key_limit, shape
         if key not in self._called:
             self._called[key] = distributed.met(self.function(name, key_limit))
         return self._called[key](*arguments)

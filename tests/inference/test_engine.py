@@ -10,6 +10,7 @@ import pytest
 from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference import engine as engine_module
+from qcn_jax.inference import shapes
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import History, Sampling
 from qcn_jax.model import Qwen3Next
@@ -173,6 +174,32 @@ def test_penalties_biases_and_alternatives_are_those_of_a_plain_loop(engine, log
     assert len(set(made)) > 4  # they were kept from repeating themselves
     with pytest.raises(ValueError, match="histories: none, where sampling has penalties"):
         engine.generate([1], seeds=[0], sampling=draw)
+
+
+def test_prefill_in_several_shapes_is_the_same_and_wastes_less(params, logits_of) -> None:
+    calls = []
+    engine = Engine(CONFIG, params, slots=SLOTS, max_length=LENGTH, max_new_tokens=NEW, stop_ids=(7,), prefill_rows=4,
+                    prefill_chunk=16, several_shapes=True)
+    run = engine.programs.run
+    engine.programs.run = lambda name, *given, **more: calls.append(more.get("shape")) or run(name, *given, **more)
+    held = {slot: prompt(slot, length) for slot, length in enumerate([30, 17, 16, 3, 20])}
+    engine.extend(held)
+    engine.extend({2: prompt(9, 3)})
+    held[2] = held[2] + prompt(9, 3)
+    assert set(calls) == {(4, 16), (1, 16), (4, 4), (1, 4)} & set(calls) and len(set(calls)) > 1
+    assert sum(rows * chunk for rows, chunk in calls) < 1.6 * sum(map(len, held.values()))
+    for slot, generation in enumerate(engine.generate(range(5), seeds=[0] * 5, sampling=GREEDY, max_new_tokens=3)):
+        check(logits_of, held[slot], generation)
+
+
+def test_the_shape_is_what_takes_in_most_for_its_cost() -> None:
+    rows, chunks = (16, 4, 1), (64, 16)
+    assert shapes.best([[64] * 16], rows, chunks) == (16, 64)
+    assert shapes.best([[300]], rows, chunks) == (1, 64)
+    assert shapes.best([[200, 180, 170, 90]], rows, chunks) == (4, 64)
+    assert shapes.best([[9]], rows, chunks) == (1, 16)
+    assert shapes.best([[300], []], rows, chunks) == (1, 64)  # of two parts one has nothing to do
+    assert shapes.palette(64, True) == (64, 16) and shapes.palette(1, True) == shapes.palette(1, False) == (1,)
 
 
 def test_turns_continue_as_one_pass(engine, logits_of) -> None:

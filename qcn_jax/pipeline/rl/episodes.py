@@ -40,7 +40,7 @@ def make_engine(
         model, params, slots=config.slots, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
         stop_ids=sorted(encoder.stops), prefill_rows=config.prefill_rows, prefill_chunk=config.prefill_chunk,
         drawable=encoder.tokenizer.known_ids(model.vocab_size), parallel=parallel,
-        with_routes=with_routes,
+        with_routes=with_routes, several_shapes=config.several_shapes,
     )  # fmt: skip
 
 
