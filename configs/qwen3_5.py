@@ -5,7 +5,7 @@
     qcn run     --config=configs/qwen3_5.py:27b,v5p:2x2x4 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
 The argument is a size (qcn_jax.sizes) and a topology. Rows are 8,192 tokens, one to a device and step; on chips of 32
-GiB two devices share one of a large dense model.
+GiB two devices share one of a large model.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from qcn_jax.sizes import SIZES
 LENGTH = 8192
 EXPERT = 8  # devices over which experts are spread
 SMALL_CHIPS = ("v5e", "v6e")  # of 16 or 32 GiB
-LARGE = 20_000_000_000  # parameters of dense models whose rows such chips share between two
+LARGE = 20_000_000_000  # parameters of models whose rows such chips share between two
 
 
 def get_config(argument: str = "27b,v5p:2x2x4") -> ml_collections.ConfigDict:
@@ -45,7 +45,7 @@ def get_config(argument: str = "27b,v5p:2x2x4") -> ml_collections.ConfigDict:
     expert = math.gcd(EXPERT, devices) if SIZES[size].num_experts else 1
     small = generation in SMALL_CHIPS
     moments = "bfloat16" if small else "float32"
-    context = 2 if small and not SIZES[size].num_experts and parameter_count(SIZES[size]) > LARGE else 1
+    context = 2 if small and parameter_count(SIZES[size]) > LARGE else 1
     optimizer = OptimizerConfig(learning_rate=1e-5, warmup_steps=50, master_copy=True, mu_dtype=moments,
                                 nu_dtype=moments)
     gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)

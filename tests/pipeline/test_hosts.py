@@ -76,7 +76,7 @@ def _prepared(tmp_path_factory):
     for name, repository in (("tasks", "shapes-1.0"), ("heldout", "words-1.0")):
         own_files.synthesize(folder, repository, f"{name}.jsonl")
     small = own_files.write_small(folder / "small.py", "qwen3_coder_next", steps=3)
-    config = f"{small}:v5p-128@model"
+    config = f"{small}:v5p-128@{folder}/model"
     _alone(_command(config, folder / "tasks", ["tasks"]), 1, folder / "cache")
     return config, folder
 
