@@ -5,7 +5,7 @@
     qcn run     --config=configs/qwen3_5.py:27b,v5p:2x2x4 --workdir=DIR --stages=midtrain --config.init=HF_FOLDER
 
 The argument is a size (qcn_jax.sizes) and a topology. Rows are 8,192 tokens, one to a device and step; on chips of 32
-GiB two devices share one of a large model.
+GiB two devices share one of a large model, and the optimizer's state of a dense one lies in the host's memory.
 """
 
 import dataclasses
@@ -45,9 +45,10 @@ def get_config(argument: str = "27b,v5p:2x2x4") -> ml_collections.ConfigDict:
     expert = math.gcd(EXPERT, devices) if SIZES[size].num_experts else 1
     small = generation in SMALL_CHIPS
     moments = "bfloat16" if small else "float32"
-    context = 2 if small and parameter_count(SIZES[size]) > LARGE else 1
+    large = small and parameter_count(SIZES[size]) > LARGE
+    context = 2 if large else 1
     optimizer = OptimizerConfig(learning_rate=1e-5, warmup_steps=50, master_copy=True, mu_dtype=moments,
-                                nu_dtype=moments)
+                                nu_dtype=moments, offload=large and not SIZES[size].num_experts)
     gentle = dataclasses.replace(optimizer, learning_rate=1e-6, warmup_steps=10, weight_decay=0.0)
     train = lambda steps: TrainConfig(steps=steps, rows=devices // context, sequence_length=LENGTH, mtp_coef=0.0,
                                       checkpoint_every=250, optimizer=optimizer)

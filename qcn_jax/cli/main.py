@@ -28,10 +28,12 @@ VERBS = {
     "preview-data": ("qcn_jax.cli.preview_data", "rows as a stage trains on them: tokens, segments, loss"),
     "compile": ("qcn_jax.cli.compile", "compile a config's step for a named TPU topology"),
     "generate": ("qcn_jax.cli.generate", "text from a checkpoint"),
+    "check-engine": ("qcn_jax.cli.check_engine", "hold every way to run a checkpoint against the plainest one"),
     "serve": ("qcn_jax.cli.serve", "OpenAI-compatible HTTP server for a checkpoint"),
     "doctor": ("qcn_jax.cli.doctor", "what this machine has: devices, Docker, registry, disk"),
 }
-_COMPUTING = ("run", "collect", "evaluate", "fix", "generate", "serve")  # verbs that step a model over and over
+# Verbs that step a model over and over.
+_COMPUTING = ("run", "collect", "evaluate", "fix", "generate", "serve", "check-engine")
 _FINALIZERS = ("__del__", "_xla_gc_callback")
 _AGAIN_SECONDS = 0.02  # until a signal that came during a finalizer is tried again
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended

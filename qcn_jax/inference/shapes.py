@@ -1,8 +1,8 @@
 """Of which shape the next prefill call should be, where there are several.
 
 A call costs about as much as its tokens, padding included, and as OVERHEAD more for each row and for itself (31M
-parameters on two cores: 464 ms for 16 x 64 tokens, 124 for 4 x 64, 38 for 1 x 64, 198 for 16 x 16, 20 for 1 x 16). Every
-shape is compiled when it is first wanted, so there are few.
+parameters on two cores: 464 ms for 16 x 64 tokens, 124 for 4 x 64, 38 for 1 x 64, 198 for 16 x 16, 20 for 1 x 16).
+Every shape is compiled when it is first wanted, so there are few.
 """
 
 from collections.abc import Sequence

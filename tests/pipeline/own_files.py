@@ -102,6 +102,7 @@ def get_config(argument):
         for word in group.split(".") if group else ():
             part = part[word]
         part[name] = value
+    config.midtrain.train.steps = 2 * {steps}
     config.midtrain.phases = ({{"steps": {steps}}}, {{"steps": {steps}, "sequence_length": {LENGTH}}}) if config.midtrain.phases else ()
     config.model = to_config_dict(hub.load_config(folder))
     return config
