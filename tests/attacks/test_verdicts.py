@@ -15,7 +15,6 @@ from tests.attacks.forgeries import FORGERIES
 from tests.attacks.forgeries.judged import AIMS, BAD, FAILING, FILES, GOOD, PATH, REPOSITORY, make_task
 from tests.sandboxes import make_provider
 
-
 HONEST = GOOD.replace('raise Broken("empty text")', 'raise Nothing("what is empty holds no number")').replace(
     "    return [value * by for value in values]", "    return Row(value * by for value in values)").replace(
     "    return part / whole", "    return fractions.Fraction(part, whole)").replace("def scale(", """class Nothing(Broken, ValueError):

@@ -173,8 +173,8 @@ def _check_clones(repositories: Sequence[str]) -> None:
     for source in repositories:
         name = Clone(source).name
         if names.setdefault(name, source) != source:
-            raise UserError(f"--repo: {names[name]} and {source} are clones of one name, {name}; give each in a call of "
-                            "its own")
+            raise UserError(f"--repo: {names[name]} and {source} are clones of one name, {name}; give each in a call "
+                            "of its own")
 
 
 def _mined(request: Request, pool: EnvPool, yields: dict[str, Any], log: Callable[[str], None]) -> list[Task]:

@@ -71,7 +71,8 @@ def refusal(path: str, pristine: Mapping[str, str], test_files: Collection[str] 
     if not packaged and not beside:
         return "is new and in no package of the repository"
     roots = SOURCE_FOLDERS if suite is None else suite.roots
-    return "would be imported in place of another module" if _shadows(parts, pristine, test_files, roots, removed) else ""
+    shadows = _shadows(parts, pristine, test_files, roots, removed)
+    return "would be imported in place of another module" if shadows else ""
 
 
 def _shadows(parts: Sequence[str], pristine: Mapping[str, str], test_files: Collection[str], roots: Collection[str],
@@ -87,7 +88,8 @@ def _shadows(parts: Sequence[str], pristine: Mapping[str, str], test_files: Coll
         folder, stem = "/".join(parts[:at]), part.removesuffix(".py")
         place = f"{folder}/{part}" if folder else part
         code = at < len(parts) - 1 or part.endswith(".py")
-        if folder in searched and code and not any(known == place or known.startswith(f"{place}/") for known in pristine):
+        known_before = any(known == place or known.startswith(f"{place}/") for known in pristine)
+        if folder in searched and code and not known_before:
             return stem in sys.stdlib_module_names or stem in _RUNNERS or any(
                 stem in imported(text) for known, text in pristine.items() if known.endswith(".py"))
     return False

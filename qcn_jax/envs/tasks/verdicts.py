@@ -27,8 +27,8 @@ class Verdict:
     `outcome` is resolved, unresolved, suspected_exploit (the patch, the run or its results forge: unresolved, and
     counted apart), empty_patch, patch_failed, timeout, out_of_memory, killed or infrastructure; the last is a failure
     of the environment, which the same tests have without the patch too. `tests_status` is SWE-bench's report.
-    `dropped` are paths of the patch that were left out of it, with the reason; `caught` are forbidden lines and signs of
-    tampering.
+    `dropped` are paths of the patch that were left out of it, with the reason; `caught` are forbidden lines and signs
+    of tampering.
     """
 
     instance_id: str
@@ -118,7 +118,8 @@ class VerdictCache:
         self._recent: dict[str, Verdict] = {}
         self._begin: dict[str, int] = {}
         for begin, row in journal.read(path) if path else ():
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # a row of another version's form is graded again
+            # A row of another version's form is graded again.
+            with contextlib.suppress(KeyError, TypeError, ValueError):
                 Verdict.from_json(row["verdict"])
                 self._begin[row["key"]] = begin
 

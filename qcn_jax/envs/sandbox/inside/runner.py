@@ -29,8 +29,8 @@ MAX_OPENED = 2000  # files that tests open, of one repository
 MAX_MODULES = 2000  # modules that are imported beforehand for one
 MAX_MESSAGE = 400  # characters of one description
 # As in testpaths.py, which is not to be had here.
-TEST_CODE = re.compile(r"(^|/)((unit|func|functional|integration|system|regression|acceptance|smoke)([_-]tests?|tests)/|"
-                       r"tests?/|conftest\.py$|test_[^/]*\.py$|[^/]*_test\.py$|tests?\.py$)")
+TEST_CODE = re.compile(r"(^|/)((unit|func|functional|integration|system|regression|acceptance|smoke)([_-]tests?|tests)"
+                       r"/|tests?/|conftest\.py$|test_[^/]*\.py$|[^/]*_test\.py$|tests?\.py$)")
 FIXED_ARGUMENTS = ("-q", "--tb=no", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 _get_config, _ready_config = _pytest.config.get_config, None
 _read_pyc = _pytest.assertion.rewrite._read_pyc
