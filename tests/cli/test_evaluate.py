@@ -201,6 +201,7 @@ def test_tasks_that_are_not_valid_are_named_before_anybody_acts(setting, played)
     assert (status, summary["resolved"], summary["attempted"]) == (0, 1, 1)
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_a_repository(setting, capsys):
     """Which of two models is best on a repository of one's own: tasks made, checked, played, a page."""
     out = setting[2]
