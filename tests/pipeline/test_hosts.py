@@ -29,7 +29,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("midtrain", "sft")
 # Rows for eight devices, and enough steps to be killed among them.
 SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain.train.rows=8",
-            "--config.sft.train.rows=8", "--config.sft.train.steps=6")
+            "--config.sft.train.rows=8", "--config.sft.train.steps=6",
+            *(f"--config.{stage}.train.optimizer.{setting}" for stage in STAGES
+              for setting in ("learning_rate=0.001", "warmup_steps=1")))
 FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
          "tasks.heldout_data": "heldout.jsonl"}
 ACTING = ("experts", "distill", "evaluate", "report")
