@@ -38,6 +38,7 @@ ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts:EXPERTS")]
 TextReader = Annotated[str, Known("qcn_jax.pipeline.data.readers:READERS")]
 DocumentForm = Annotated[str, Known("qcn_jax.pipeline.data.documents:FORMS")]
 ChatReader = Annotated[str, Known("qcn_jax.pipeline.data.readers:CHATS")]
+Statement = Annotated[str, OneOf("issue", "observed")]
 Malformed = Annotated[str, OneOf("stop", "skip")]
 Objective = Annotated[str, Known("qcn_jax.pipeline.rl.objectives:OBJECTIVES")]
 Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
@@ -159,7 +160,10 @@ class TasksConfig:
     # Names of envs.synthesis.inject.KINDS, all where empty; of the tasks and of mid-training's edit documents.
     kinds: tuple[BugKind, ...] = ()
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
-    statement_characters: Positive = 220  # longest problem statement
+    pass_to_pass: Count = 0  # tests that do not call the defective function, spread over the suite's files; 0: all
+    statement: Statement = "issue"  # as a user reports it, naming no test, or what a call gave and should, and tests
+    hide_tests: bool = True  # tests that show the defect are not in the tree that the agent sees
+    statement_characters: Positive = 1500  # longest problem statement
     at_fault: bool = False  # only tasks whose statement tells of the defective function itself, not of one it misleads
 
 

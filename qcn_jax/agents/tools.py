@@ -16,6 +16,7 @@ from qcn_jax.agents import python_code
 from qcn_jax.agents.workspace import Workspace, WorkspaceError, relative_path
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.sandbox.base import ExecResult, TestRun
+from qcn_jax.envs.tasks import hidden
 from qcn_jax.envs.tasks.schema import Task
 
 MAX_CALLS = 16  # calls of one turn that are executed; more than any scaffold needs
@@ -301,10 +302,11 @@ def visible_tests(task: Task) -> list[tuple[tuple[str, ...] | None, bool]]:
     """Tests that the agent may run, in stages with their fail-fast flags; a stage runs if the one before it passed.
 
     Where the repository already holds the deciding tests (`test_patch` is empty) these are the task's own; hidden
-    tests are not there to be run, and the repository's whole suite takes their place.
+    tests are not there to be run. What was left of them takes their place, or the repository's whole suite.
     """
     if task.test_patch:
-        return [(None, False)]
+        rest = hidden.left(task) if hidden.takes_out(task) else ()
+        return [(rest, True)] if rest else [(None, False)]
     first, rest = task.FAIL_TO_PASS[:FIRST_TESTS], task.FAIL_TO_PASS[FIRST_TESTS:] + task.PASS_TO_PASS
     return [(first, False), (rest, True)] if rest else [(first, False)]
 

@@ -22,7 +22,7 @@ from absl import flags
 from qcn_jax import files
 from qcn_jax.chat import endpoint
 from qcn_jax.cli import parsing, task_repositories
-from qcn_jax.envs.synthesis import inject, make_tasks, plan, quality, statement
+from qcn_jax.envs.synthesis import describe, inject, make_tasks, plan, quality, statement
 from qcn_jax.envs.synthesis.make_tasks import STRATEGIES
 from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
@@ -51,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
                          flag_values=values, lower_bound=0)  # fmt: skip
     flags.DEFINE_float("timeout", 10.0, "Seconds for one run of a candidate's tests.", flag_values=values,
                        lower_bound=0.1)  # fmt: skip
+    flags.DEFINE_integer("pass_to_pass", 0, "Of the suite's passing tests beyond (at most 40) that call the defective "
+                         "function, so many, spread over its files, go into PASS_TO_PASS; 0: all of them.",
+                         flag_values=values, lower_bound=0)  # fmt: skip
     flags.DEFINE_integer("statement_characters", statement.FULL, "Longest problem statement.", flag_values=values,
                          lower_bound=120)  # fmt: skip
     flags.DEFINE_bool("held_out", True, "Make held-out tests for each task.", flag_values=values)
@@ -61,7 +64,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("model", "", "Model to ask there.", flag_values=values)
     flags.DEFINE_string("key_variable", "OPENAI_API_KEY", "Environment variable that holds the endpoint's key.",
                         flag_values=values)  # fmt: skip
-    flags.DEFINE_bool("word_statements", False, "Let the model word the statements.", flag_values=values)
+    flags.DEFINE_enum("statement", "issue", describe.WORDINGS, "issue: as users report defects, with a program that "
+                      "shows them and no word of tests; observed: what a call gave and should, and failing tests; "
+                      "endpoint: the issue in the model's words.", flag_values=values)  # fmt: skip
+    flags.DEFINE_bool("hide_tests", True, "Take the tests that show the defect out of the tree that the agent sees; "
+                      "test_patch puts them back.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("issues", "", "mine: pull requests and issues as JSON, or `github` to ask its API with the "
                         "token in GITHUB_TOKEN.", flag_values=values)  # fmt: skip
     flags.DEFINE_bool("need_issue", True, "mine: only changes with a linked issue, SWE-bench's criterion.",
@@ -88,16 +95,16 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
         if not values.model:
             raise UserError("--model: name the model that --endpoint serves")
         model = endpoint.Endpoint(values.endpoint, values.model, values.key_variable, f"{values.out}.work/answers")
-    elif "rewrite" in asked or values.word_statements:
-        raise UserError("--endpoint: needed for strategy rewrite and for --word_statements")
+    elif "rewrite" in asked or values.statement == "endpoint":
+        raise UserError("--endpoint: needed for strategy rewrite and for --statement=endpoint")
     if "combine" in asked and not asked & {"inject", "rewrite"}:
         raise UserError("--strategies: combine needs inject or rewrite, whose verified defects it puts together")
     return plan.Settings(
         target=values.count, kinds=tuple(values.kinds), candidates_per_repo=values.candidates_per_repo,
-        timeout=values.timeout, reruns=values.reruns, statement_characters=values.statement_characters,
-        held_out=values.held_out, tests_may_tell=True,
+        timeout=values.timeout, reruns=values.reruns, pass_to_pass=values.pass_to_pass,
+        statement_characters=values.statement_characters, held_out=values.held_out, tests_may_tell=True,
         combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
-        rules="inject" in asked, model=model, word_statements=values.word_statements,
+        rules="inject" in asked, model=model, statement=values.statement, hide_tests=values.hide_tests,
         rewrites_per_repo=values.rewrites_per_repo if "rewrite" in asked else 0, seed=values.seed,
     )  # fmt: skip
 
@@ -116,6 +123,9 @@ def _synthesize(values: flags.FlagValues) -> int:
     if yields["kinds"]:
         print(_table(yields["kinds"]))
         print(f"outcomes: {', '.join(f'{name} {count}' for name, count in yields['outcomes'].items())}")
+    print(f"statements: {yields['statement']}, which give the fix's place away to {yields['mean_localisation']:.2f} "
+          f"of 1; PASS_TO_PASS: {yields['pass_to_pass']}, median {yields['median_pass_to_pass']}, "
+          f"{yields['without_pass_to_pass']} tasks have none")
     print(f"{len(tasks)} verified tasks: {out}")
     return 0
 

@@ -229,7 +229,8 @@ def get_config():
             chunk_size=32),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY, added_tokens=LINE_TOKENS),
         tasks=TasksConfig(repos_train=({train!r},), repos_heldout=({heldout!r},), train=12, heldout=6,
-                          candidates_per_repo=40, test_timeout=10.0),
+                          candidates_per_repo=40, test_timeout=10.0, statement="observed", statement_characters=220,
+                          hide_tests=False),
         midtrain=MidtrainConfig(train=train, sources=sources),
         sft=SftConfig(train=train, sources={"nano": ChatSource(kind="nano", options={
             "per_task": 1, "recovery": 0.5, "searches": 0, "guesses": 0})}),

@@ -9,7 +9,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-from qcn_jax.envs.synthesis import validate
+from qcn_jax.envs.synthesis import candidates
 from qcn_jax.envs.synthesis.survey import Survey
 from qcn_jax.envs.tasks.schema import Task
 
@@ -20,8 +20,8 @@ _ATTEMPTS = 20  # to find parts that go together, for each combination that is w
 
 
 def combinations(
-    kept: Sequence[tuple[validate.Candidate, Task]], survey: Survey, count: int, seed: int
-) -> list[validate.Candidate]:
+    kept: Sequence[tuple[candidates.Candidate, Task]], survey: Survey, count: int, seed: int
+) -> list[candidates.Candidate]:
     """At most `count` combinations of one repository's verified defects, half of them within one file.
 
     Args:
@@ -31,13 +31,13 @@ def combinations(
       seed: the same one gives the same combinations.
     """
     rng = random.Random(f"{seed}/{survey.repository}/combine")
-    by_file: dict[str, list[tuple[validate.Candidate, Task]]] = collections.defaultdict(list)
-    by_module: dict[str, list[tuple[validate.Candidate, Task]]] = collections.defaultdict(list)
+    by_file: dict[str, list[tuple[candidates.Candidate, Task]]] = collections.defaultdict(list)
+    by_module: dict[str, list[tuple[candidates.Candidate, Task]]] = collections.defaultdict(list)
     for candidate, task in kept:
         by_file[candidate.path].append((candidate, task))
         by_module[candidate.path.rpartition("/")[0]].append((candidate, task))
     modules = {name: found for name, found in by_module.items() if len({c.path for c, _ in found}) > 1}
-    made: dict[str, validate.Candidate] = {}
+    made: dict[str, candidates.Candidate] = {}
     for kind, groups, share in ((FILE, by_file, count - count // 2), (MODULE, modules, count // 2)):
         for candidate in itertools.islice(_of(kind, groups, survey, rng, share * _ATTEMPTS), share):
             made.setdefault(candidate.key, candidate)
@@ -45,9 +45,9 @@ def combinations(
 
 
 def _of(
-    kind: str, groups: Mapping[str, Sequence[tuple[validate.Candidate, Task]]], survey: Survey,
+    kind: str, groups: Mapping[str, Sequence[tuple[candidates.Candidate, Task]]], survey: Survey,
     rng: random.Random, attempts: int,
-) -> Iterator[validate.Candidate]:
+) -> Iterator[candidates.Candidate]:
     names = sorted(name for name, found in groups.items() if len(found) > 1)
     for _ in range(attempts if names else 0):
         found = groups[rng.choice(names)]
@@ -59,7 +59,7 @@ def _of(
                 yield candidate
 
 
-def _span(candidate: validate.Candidate) -> tuple[int, int, str]:
+def _span(candidate: candidates.Candidate) -> tuple[int, int, str]:
     """The characters of `before` that the defect replaces, and by what."""
     before, after = candidate.before, candidate.after
     limit, start = min(len(before), len(after)), 0
@@ -72,8 +72,8 @@ def _span(candidate: validate.Candidate) -> tuple[int, int, str]:
 
 
 def _join(
-    kind: str, parts: Sequence[tuple[validate.Candidate, Task]], survey: Survey
-) -> validate.Candidate | None:
+    kind: str, parts: Sequence[tuple[candidates.Candidate, Task]], survey: Survey
+) -> candidates.Candidate | None:
     """One candidate of several parts in order of their places; None where they touch the same function or text."""
     if len({(candidate.path, candidate.function) for candidate, _ in parts}) < len(parts):
         return None
@@ -92,9 +92,9 @@ def _join(
     order = {name: number for number, name in enumerate(survey.tests)}
     known = [name for name in tests if name in order]
     (path, *others), first = before, parts[0][0]
-    return validate.Candidate(
+    return candidates.Candidate(
         first.repository, first.archive_sha256, kind, path, ", ".join(c.function for c, _ in parts), before[path],
         after[path], tests=tuple(sorted(known, key=order.__getitem__)), observe=shown[0], sources=first.sources,
         callers=len(known), suite=len(survey.tests), seconds=sum(survey.seconds[order[name]] for name in known),
         strategy="combine", others=tuple((name, before[name], after[name]) for name in others),
-        parts=tuple(tuple(name for name in names if name in order) for names in shown))
+        parts=tuple(tuple(name for name in names if name in order) for names in shown), **candidates.suite_of(survey))

@@ -60,8 +60,8 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
     """Makes verified tasks.
 
     Returns:
-      Tasks, and JSON-ready yields: kinds, repositories, outcomes, left_out, near_duplicates, held_out, and mined where
-      histories were mined.
+      Tasks, and JSON-ready yields: kinds, repositories, outcomes, left_out, near_duplicates, held_out,
+      statement, pass_to_pass, `quality.summary`, and mined where histories were mined.
 
     Raises:
       UserError: something that is no repository, `setup` for one that is not Python's, or a sandbox that is missing.
@@ -85,7 +85,9 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
         if "mine" in request.strategies:
             tasks += _mined(request, pool, yields, log)
     tasks, repeated = quality.without_near_duplicates(tasks, request.near_duplicates)
-    yields |= {"near_duplicates": len(repeated), "held_out": sum(bool(task.held_out_patch) for task in tasks)}
+    yields |= {"near_duplicates": len(repeated), "held_out": sum(bool(task.held_out_patch) for task in tasks),
+               "statement": request.settings.statement, "pass_to_pass": request.settings.pass_to_pass or "all",
+               **quality.summary(tasks)}
     return tasks, yields
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qcn_jax.chat import endpoint
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import inject, validate
+from qcn_jax.envs.synthesis import candidates, inject, validate
 from qcn_jax.envs.synthesis.inject import rewrite
 from qcn_jax.envs.synthesis.survey import Survey, callers
 from qcn_jax.envs.tasks import permissions
@@ -27,8 +27,9 @@ class Settings:
 
     `target` verified tasks are wanted (0: as many as there are); `candidates_per_repo` bounds executions and
     `per_function` keeps one function from filling the set. `rules` are inject.KINDS, or `kinds` of them; `model` makes
-    defects too, of so many functions of each repository, and may word the statements. Beyond the target,
-    `combined_per_repo` combinations of verified defects are tried.
+    defects too, of so many functions of each repository, and words the statements where `statement`, one of
+    describe.WORDINGS, is endpoint. Beyond the target, `combined_per_repo` combinations of verified defects are tried.
+    `pass_to_pass` and `hide_tests`: as in validate.Options.
     """
 
     target: int = 0
@@ -47,15 +48,17 @@ class Settings:
     rules: bool = True
     model: endpoint.Endpoint | None = None
     rewrites_per_repo: int = 20
-    word_statements: bool = False
+    statement: str = "issue"
+    hide_tests: bool = True
+    pass_to_pass: int = 0
     seed: int = 0
 
     @property
     def options(self) -> validate.Options:
         """How each candidate is examined."""
-        words = self.model if self.word_statements else None
+        words, wording = (self.model, "issue") if self.statement == "endpoint" else (None, self.statement)
         return validate.Options(self.timeout, self.reruns, self.statement_characters, self.at_fault, self.held_out,
-                                words, self.tests_may_tell)
+                                words, self.tests_may_tell, self.pass_to_pass, wording, self.hide_tests)
 
 
 @dataclasses.dataclass
@@ -116,9 +119,9 @@ class Plan:
                                         among=names)
         return found
 
-    def next_wave(self) -> list[validate.Candidate]:
+    def next_wave(self) -> list[candidates.Candidate]:
         """The next candidates to execute; empty when the target is met or nothing is left."""
-        wave: list[validate.Candidate] = []
+        wave: list[candidates.Candidate] = []
         level = self._level()
         heap = [(float(self.kept[kind]), number, kind) for number, kind in enumerate(self.kinds)
                 if self.kept[kind] < level and kind not in self._exhausted and not self._poor(kind)]
@@ -159,7 +162,7 @@ class Plan:
             self.tried[verdict.kind] += 1
             self.kept[verdict.kind] += verdict.task is not None
 
-    def _take(self, kind: str) -> validate.Candidate | None:
+    def _take(self, kind: str) -> candidates.Candidate | None:
         """The next candidate of a kind, from the repository that has given the fewest of it."""
         limit = self.settings.candidates_per_repo
         while True:
@@ -172,7 +175,7 @@ class Plan:
             if self._per_function[function] >= self.settings.per_function:
                 continue
             rng = random.Random(f"{self.settings.seed}/{function}/{injection.start}/{kind}")
-            candidate = validate.make_candidate(injection, chosen.spec, chosen.survey, rng)
+            candidate = candidates.make_candidate(injection, chosen.spec, chosen.survey, rng)
             if candidate is not None:
                 self._per_function[function] += 1
                 self._taken[kind, chosen.spec.name] += 1

@@ -7,11 +7,12 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
-from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks import grading, hidden
 from qcn_jax.envs.tasks.schema import Task
 
 NEAR = 0.9  # similarity from which two changes of one file count as the same task
@@ -19,9 +20,41 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 _DEFINED = re.compile(r"^\s*(?:def|class|func|function)\s+(\w+)|^\s*(?:const|let|var)\s+(\w+)\s*=", re.M)
 
 
-def scored(task: Task, callers: int = 0, suite: int = 0) -> Task:
-    """The task with its scores; `callers` of `suite` tests run the changed function (0: not known)."""
-    return dataclasses.replace(task, difficulty=difficulty(task, callers, suite), ambiguity=ambiguity(task))
+def scored(task: Task, callers: int = 0, suite: int = 0, function: str = "") -> Task:
+    """The task with its scores; `callers` of `suite` tests run the changed `function` (0, "": not known)."""
+    return dataclasses.replace(task, difficulty=difficulty(task, callers, suite), ambiguity=ambiguity(task),
+                               localisation=localisation(task, function))
+
+
+def localisation(task: Task, function: str = "") -> float:
+    """How much of the fix's place the statement gives away: 0 (nothing) to 1 (the file by its path, and the function).
+
+    The file's path counts 0.4 and its module's name 0.2; the changed function's name counts 0.6, that of its class 0.3.
+    """
+    text = task.problem_statement
+    place = max((0.4 if path in text else 0.2 if _says(text, path.rpartition("/")[2].rpartition(".")[0]) else 0.0
+                 for path in patches.touched(task.patch)), default=0.0)
+    names = [name.strip().split(".") for name in function.split(",") if name.strip()]
+    named = max((0.6 if _says(text, parts[-1]) else 0.3 if len(parts) > 1 and _says(text, parts[-2]) else 0.0
+                 for parts in names), default=0.0)
+    return round(place + named, 3)
+
+
+def _says(text: str, word: str) -> bool:
+    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+
+
+def summary(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What tasks give away and test, JSON-ready: localisation by quarter, tests hidden, PASS_TO_PASS."""
+    quarters = collections.Counter(min(int(task.localisation * 4), 3) for task in tasks)
+    counts = sorted(len(task.PASS_TO_PASS) for task in tasks)
+    return {
+        "localisation": {f"{quarter / 4} to {(quarter + 1) / 4}": quarters[quarter] for quarter in range(4)},
+        "mean_localisation": round(sum(task.localisation for task in tasks) / len(tasks), 3) if tasks else 0.0,
+        "tests_hidden": sum(hidden.takes_out(task) for task in tasks),
+        "without_pass_to_pass": sum(not count for count in counts),
+        "median_pass_to_pass": counts[len(counts) // 2] if counts else 0,
+    }
 
 
 def difficulty(task: Task, callers: int = 0, suite: int = 0) -> float:
@@ -108,10 +141,8 @@ def flaky_tests(provider: Provider, task: Task, runs: int) -> dict[str, str]:
     """
     tests = [*task.FAIL_TO_PASS, *task.PASS_TO_PASS]
     pristine = provider.files(task.repo)
-    start = dict(grading.starting_changes(task, pristine))
-    if task.test_patch:
-        start |= patches.apply_changes({**pristine, **_present(start)}, task.test_patch)
-    fixed = start | patches.apply_changes({**pristine, **_present(start)}, task.patch)
+    start = grading.tested_changes(task, pristine)
+    fixed = start | patches.apply_changes(grading.Layered(pristine, start), task.patch)
     found: dict[str, str] = {}
     for state, overlay in (("with the defect", start), ("fixed", fixed)):
         passed: collections.Counter[str] = collections.Counter()
@@ -123,7 +154,3 @@ def flaky_tests(provider: Provider, task: Task, runs: int) -> dict[str, str]:
             if 0 < passed[name] < runs:
                 found.setdefault(name, f"{passed[name]} of {runs} pass {state}")
     return found
-
-
-def _present(files: Mapping[str, str | None]) -> dict[str, str]:
-    return {path: text for path, text in files.items() if text is not None}

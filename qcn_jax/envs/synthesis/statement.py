@@ -16,6 +16,7 @@ from qcn_jax.envs import patches
 
 SHORT = 220  # characters: at most about 80 tokens of a small BPE
 FULL = 1500
+LONGEST = 4000  # of any statement
 _ELLIPSIS = "..."
 
 
@@ -31,6 +32,7 @@ class Observation:
     arguments: tuple[tuple[str, str], ...]
     came: tuple[str, str]  # (verb, text)
     expected: tuple[str, str]
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # as it was recorded
 
 
 def find(
@@ -80,7 +82,7 @@ def differing(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, A
             difference = _difference(call, wanted)
             if difference is not None and call.get("stable", True) and wanted.get("stable", True):
                 arguments = tuple((name, text) for name, text in call["args"])
-                yield Observation(call["path"], call["name"], arguments, *difference)
+                yield Observation(call["path"], call["name"], arguments, *difference, call)
         seen[key] += 1
 
 
@@ -124,7 +126,7 @@ def write(observation: Observation, failing: Sequence[str], message: str = "", l
     if len(frame) + len(tail) > limit - 72:
         tail = ""  # the values say more than the test's name
     share = max((min(limit, FULL) - len(frame) - len(tail)) // 3, 8)
-    call = _cut(", ".join(named), share)
+    call = cut(", ".join(named), share)
     got, expected = _contrast(observation.came[1], observation.expected[1], share + (share - len(call)) // 2)
     text = f"`{observation.function}({call})` in {observation.path} {came} {got}; {turn}{expected}.{tail}"
     if limit > SHORT:
@@ -147,7 +149,7 @@ def _present(verb: str) -> str:
     return {"raised": "raise", "returned": "return", "yielded": "yield"}.get(verb, verb)
 
 
-def _cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - len(_ELLIPSIS)] + _ELLIPSIS
 
@@ -161,7 +163,7 @@ def _contrast(first: str, second: str, limit: int) -> tuple[str, str]:
     skip = max(same - limit // 3, 0)
     if skip:
         first, second = _ELLIPSIS + first[skip:], _ELLIPSIS + second[skip:]
-    return _cut(first, limit), _cut(second, limit)
+    return cut(first, limit), cut(second, limit)
 
 
 def contains_fix(text: str, patch: str) -> bool:
@@ -190,6 +192,6 @@ def worded(facts: str, function: str, patch: str, model: endpoint.Endpoint, seed
       UserError: the endpoint cannot be used.
     """
     text = model.ask([{"role": "user", "content": _WORDING.format(facts=facts)}], seed).strip()
-    if function.split(".")[-1] not in text or contains_fix(text, patch) or len(text) > 4 * FULL:
+    if function.split(".")[-1] not in text or contains_fix(text, patch) or len(text) > LONGEST:
         return facts
     return text

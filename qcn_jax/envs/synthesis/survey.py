@@ -38,12 +38,15 @@ class Survey:
     breadth: tuple[int, ...]  # number of repository functions that each test calls
     failing: int  # tests left out because they failed before any defect
     unstable: int  # tests left out because runs disagreed or their ids do not last
+    # Further passing tests, too slow to show a defect, or never traced because time was over.
+    slow: tuple[str, ...] = ()
+    suite_seconds: float = 0.0  # of the whole suite, without tracing
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Survey":
         """Reads what `dataclasses.asdict` gave."""
         callers = {name: tuple(found) for name, found in row["callers"].items()}
-        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth")}
+        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth", "slow") if name in row}
         return cls(**{**row, **lists, "callers": callers})
 
 
@@ -72,6 +75,10 @@ def take_survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0)
         reason = next(iter(value["messages"].values()), "no tests were found")
         raise UserError(f"{spec.name}: none of its tests passes before any defect ({failing} fail): {reason}")
     kept = [name for name in stable if value["seconds"].get(name, 0.0) <= MAX_TEST_SECONDS]
+    usable, traced = set(kept), set(value["outcomes"])
+    slow = [name for name in stable if name not in usable] + [
+        name for name, outcome in baseline.outcomes.items()
+        if outcome in PASSING and name not in traced and name.split("[")[0] not in wandering]
     calling: dict[str, list[int]] = collections.defaultdict(list)
     for number, name in enumerate(kept):
         for index in value["calls"][name]:
@@ -86,6 +93,8 @@ def take_survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0)
         tuple(len(value["calls"][name]) for name in kept),
         failing,
         len(passing) - len(stable),
+        tuple(slow),
+        baseline.cpu_seconds,
     )
 
 

@@ -13,7 +13,7 @@ from qcn_jax import files
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import combine, plan, validate
+from qcn_jax.envs.synthesis import candidates, combine, plan, validate
 from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
@@ -137,11 +137,11 @@ def synthesize(
         sources = {path: text for path, text in texts.items() if path.endswith(".py")}
         schedule.add(spec, surveys[spec.name], sources)
     verdicts: list[validate.Verdict] = []
-    candidates: dict[str, validate.Candidate] = {}
+    tried: dict[str, candidates.Candidate] = {}
     with Journal(workdir / f"{label}.journal.jsonl") as journal:
         said = time.monotonic()
 
-        def execute(wave: list[validate.Candidate]) -> list[validate.Verdict]:
+        def execute(wave: list[candidates.Candidate]) -> list[validate.Verdict]:
             nonlocal said
             start = len(verdicts)
             for verdict in _execute(pool, wave, settings, journal):
@@ -152,31 +152,31 @@ def synthesize(
             return verdicts[start:]
 
         while wave := schedule.next_wave():
-            candidates.update({candidate.key: candidate for candidate in wave})
+            tried.update({candidate.key: candidate for candidate in wave})
             schedule.record(execute(wave))
         single = plan.balanced(verdicts, settings.target)
         if settings.combined_per_repo:
             for survey in surveys.values():
-                parts = [(candidates[v.key], v.task) for v in single if v.repository == survey.repository and v.task]
+                parts = [(tried[v.key], v.task) for v in single if v.repository == survey.repository and v.task]
                 execute(combine.combinations(parts, survey, settings.combined_per_repo, settings.seed))
     log(_progress(label, verdicts, settings.target))
-    joined = [verdict for verdict in verdicts if verdict.key not in candidates]
+    joined = [verdict for verdict in verdicts if verdict.key not in tried]
     return Result([verdict.task for verdict in [*single, *joined] if verdict.task], verdicts, usable, skipped)
 
 
 def _execute(
-    pool: EnvPool, wave: Iterable[validate.Candidate], settings: plan.Settings, journal: Journal
+    pool: EnvPool, wave: Iterable[candidates.Candidate], settings: plan.Settings, journal: Journal
 ) -> Iterator[validate.Verdict]:
     """Verdicts in the order of `wave`: known ones from the journal, the others from the pool."""
     options = settings.options
 
-    def key(candidate: validate.Candidate) -> str:
+    def key(candidate: candidates.Candidate) -> str:
         return hashlib.sha256(f"{candidate.key}{options}".encode()).hexdigest()[:20]
 
     wave = list(wave)
     missing = [candidate for candidate in wave if key(candidate) not in journal.known]
 
-    def submit(candidate: validate.Candidate) -> Any:
+    def submit(candidate: candidates.Candidate) -> Any:
         return pool.submit(validate.check, candidate, options, repository=candidate.repository)
 
     fresh = pool.map(submit, missing)

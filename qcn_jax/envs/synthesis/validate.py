@@ -1,7 +1,8 @@
 """Candidates to verified tasks, by execution: tests that passed now fail, and the reverse patch fixes them.
 
-`check` runs, for one candidate, only tests that call the function it changes (survey.py knows which). Everything of the
-repository runs in sandboxes.
+`check` runs, for one candidate, tests that call the function it changes (survey.py knows which), and once the rest of
+the suite: what still passes there belongs in PASS_TO_PASS, and what fails in FAIL_TO_PASS. Everything of the repository
+runs in sandboxes.
 """
 
 import dataclasses
@@ -14,82 +15,16 @@ from typing import Any
 from qcn_jax.chat import endpoint
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Provider, Sandbox
-from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import heldout, inject, quality, statement
-from qcn_jax.envs.synthesis.survey import OBSERVE, Survey, callers
-from qcn_jax.envs.tasks import permissions
+from qcn_jax.envs.synthesis import describe, heldout, quality, statement
+from qcn_jax.envs.synthesis.candidates import Candidate, spread
+from qcn_jax.envs.synthesis.survey import OBSERVE
+from qcn_jax.envs.tasks import hidden, permissions
 from qcn_jax.envs.tasks.schema import Task
 
-MAX_TESTS = 40  # run for one candidate
 TASK_SECONDS = 4.0  # wall limit of a task's tests, beyond ten times what they need without the defect
 LEAST_SECONDS = 1.0  # of processor time that every run may use
+SUITE_FACTOR = 3  # times the suite's processor seconds that a run of it may use, beyond those of a candidate's tests
 MAX_SHARE = 0.5  # a defect that fails more than this share of all tests is trivially found
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One defect of one repository, with the tests that decide about it."""
-
-    repository: str
-    archive_sha256: str
-    kind: str
-    path: str
-    function: str
-    before: str = dataclasses.field(repr=False)
-    after: str = dataclasses.field(repr=False)
-    tests: tuple[str, ...] = dataclasses.field(repr=False)
-    observe: tuple[str, ...] = dataclasses.field(repr=False)  # tests in order of preference for the statement
-    sources: tuple[str, ...] = dataclasses.field(repr=False)
-    callers: int = 0  # tests that call the function, of which `tests` is a sample
-    suite: int = 0
-    seconds: float = 0.0  # of `tests` on the pristine state
-    strategy: str = "inject"
-    # Further files, as (path, before, after).
-    others: tuple[tuple[str, str, str], ...] = dataclasses.field(default=(), repr=False)
-    parts: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), repr=False)  # of several defects: tests of each
-
-    @property
-    def before_files(self) -> dict[str, str]:
-        """The changed files without the defect."""
-        return {self.path: self.before, **{path: before for path, before, _ in self.others}}
-
-    @property
-    def after_files(self) -> dict[str, str]:
-        """The changed files with the defect."""
-        return {self.path: self.after, **{path: after for path, _, after in self.others}}
-
-    @property
-    def key(self) -> str:
-        """Names the candidate by repository and content."""
-        others = [text for path, _, after in self.others for text in (path, after)]
-        text = "\0".join((self.repository, self.path, self.kind, self.function, self.after, *others))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def make_candidate(
-    injection: inject.Injection, spec: RepositorySpec, known: Survey, rng: random.Random
-) -> Candidate | None:
-    """Chooses the tests for an injected defect: a sample of those that call the function; None if none does."""
-    calling = callers(known, injection.path, injection.qualname)
-    if not calling:
-        return None
-    chosen = sorted(calling if len(calling) <= MAX_TESTS else rng.sample(calling, MAX_TESTS))
-    simple = sorted(chosen, key=lambda number: (known.breadth[number], number))
-    return Candidate(
-        known.repository,
-        spec.sha256,
-        injection.kind,
-        injection.path,
-        injection.qualname,
-        injection.before_source,
-        injection.after_source,
-        tuple(known.tests[number] for number in chosen),
-        tuple(known.tests[number] for number in simple),
-        tuple(sorted({name.split("::")[0] for name in known.callers})),
-        len(calling),
-        len(known.tests),
-        sum(known.seconds[number] for number in chosen),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +62,13 @@ class Options:
 
     `timeout` is in wall seconds for one run of the candidate's tests; the limit that usually acts is one of processor
     time, in proportion to what the tests need without the defect, so that a busy machine changes no outcome. `reruns`
-    further runs of the defective state must agree with the first, test by test. `characters` bound the statement. With
-    `at_fault` it must tell of the defective function; otherwise it tells of the first one seen misbehaving, which may
-    be one that the defective one misleads. With `held_out` tests that nobody sees are made (heldout.py); with `words` a
-    model words the statement. With `tests_may_tell` a defect that no recorded call shows is told by what its tests say.
+    further runs of the defective state must agree with the first, test by test. `statement` is a wording of describe.py
+    and `characters` bound it. With `at_fault` it must tell of the defective function; otherwise it may tell of one that
+    this one misleads. With `hide_tests` the failing tests are not in the starting state (hidden.py), with `held_out`
+    tests that nobody sees are made (heldout.py); with `words` a model words the statement. With `tests_may_tell` a
+    defect that no recorded call shows is told by what its tests say.
+    Of the suite's tests beyond those that a candidate begins with, `pass_to_pass` are run, spread over its files and
+    without slow ones; 0: all of them.
     """
 
     timeout: float = 10.0
@@ -140,6 +78,9 @@ class Options:
     held_out: bool = False
     words: endpoint.Endpoint | None = None
     tests_may_tell: bool = False
+    pass_to_pass: int = 0
+    statement: str = "observed"
+    hide_tests: bool = False
 
 
 def check(provider: Provider, candidate: Candidate, options: Options = Options()) -> Verdict:
@@ -151,6 +92,8 @@ def check(provider: Provider, candidate: Candidate, options: Options = Options()
             raise _Rejected("not_gradable")
         with provider.create(candidate.repository, candidate.after_files) as sandbox:
             task = _examine(sandbox, candidate, options, spent)
+        if options.hide_tests:
+            task = _hidden(provider, candidate, task)
     except _Rejected as rejection:
         outcome = str(rejection)
     seconds, cpu = (round(sum(column), 4) for column in zip(*(spent or [(0.0, 0.0)])))
@@ -185,22 +128,19 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     fixed = [{**run, "calls": statement.stable(run["calls"], _run(
         sandbox, candidate, test, timeout, spent, always=True, tests=test, disturb=1)["calls"])}
         for run, test in zip(fixed, observed)]
-    buggy = _agreeing(sandbox, candidate, buggy, passing, options, spent)
-    observations, text = _statement(candidate, buggy, fixed, failing, options)
-    if statement.contains_fix(text, gold):  # the tests' own words may quote the line
-        quiet = [{**run, "messages": {}} for run in buggy]
-        observations, text = _statement(candidate, quiet, fixed, failing, options)
-    if statement.contains_fix(text, gold):
-        raise _Rejected("statement_tells_fix")
-    if options.words:
-        text = statement.worded(text, observations[0].function if observations else "", gold, options.words)
+    buggy, others = _agreeing(sandbox, candidate, buggy, passing, options, spent)
+    more = _confirmed(sandbox, candidate, failing, others, fixed_files, options, spent)
+    failing, passing = [*failing, *more], [*passing, *(name for name, passes in others.items() if passes)]
+    if len(failing) > MAX_SHARE * candidate.suite:
+        raise _Rejected("broken")
+    told = _statement(sandbox, candidate, buggy, fixed, failing, gold, options)
     wanted = _unseen_calls(candidate, buggy, fixed) if options.held_out else []
     if wanted:
         sandbox.reset()
         for path, content in fixed_files.items():
             sandbox.write(path, content)
     fixed_calls = heldout.call_all(sandbox, wanted, timeout)
-    task = _task(candidate, gold, failing, passing, observations[0] if observations else None, text)
+    task = _task(candidate, gold, failing, passing, told.observation, told.text)
     if fixed_calls:
         sandbox.reset()
         task = heldout.add(task, fixed_calls, heldout.call_all(sandbox, wanted, timeout), sandbox, fixed_files,
@@ -208,28 +148,106 @@ def _examine(sandbox: Sandbox, candidate: Candidate, options: Options, spent: li
     if options.held_out and not task.held_out_patch:
         sandbox.reset()
         task = heldout.mirrored(task, sandbox, fixed_files, timeout)
-    return quality.scored(task, candidate.callers, candidate.suite)
+    return quality.scored(task, candidate.callers, candidate.suite, candidate.function)
+
+
+def _hidden(provider: Provider, candidate: Candidate, task: Task) -> Task:
+    """The task without the tests that show its defect in its starting state, where the other tests pass without them.
+
+    Raises:
+      _Rejected: cannot_hide.
+    """
+    pristine = provider.files(candidate.repository)
+    for whole in (False, True):
+        cut = hidden.without(task.FAIL_TO_PASS, pristine, whole)
+        if cut is None:
+            break
+        there = {path: pristine[path] for path in cut}
+        made = dataclasses.replace(
+            task, bug_patch=patches.make_diff({**candidate.before_files, **there}, {**candidate.after_files, **cut}),
+            test_patch=patches.make_diff(cut, there))
+        names = hidden.left(made)
+        with provider.create(candidate.repository, {**candidate.after_files, **cut}) as sandbox:
+            run = sandbox.run_tests([*task.FAIL_TO_PASS, *names], task.timeout)
+        if run.passed(names) and not set(task.FAIL_TO_PASS) & set(run.outcomes):
+            state = _state(candidate, made.bug_patch)
+            return dataclasses.replace(made, base_commit=state, environment_setup_commit=state)
+    raise _Rejected("cannot_hide")
+
+
+def _state(candidate: Candidate, bug: str) -> str:
+    """Names a starting state."""
+    return hashlib.sha256(f"{candidate.archive_sha256}\0{bug}".encode()).hexdigest()[:40]
 
 
 def _agreeing(
     sandbox: Sandbox, candidate: Candidate, buggy: Sequence[dict[str, Any]], passing: Sequence[str], options: Options,
     spent: list[tuple[float, float]],
-) -> list[dict[str, Any]]:
-    """The runs of the defective state, with those calls marked that further runs of it confirm.
+) -> tuple[list[dict[str, Any]], dict[str, bool]]:
+    """The runs of the defective state, with those calls marked that further runs of it confirm, and the suite's rest.
+
+    Returns:
+      The runs, and of the suite's other tests which ones pass.
 
     Raises:
       _Rejected: flaky, where a test ends otherwise.
     """
-    timeout, marked = options.timeout, list(buggy)
-    for number in range(options.reruns):
+    marked, rest = list(buggy), _rest(candidate, options)
+    others: dict[str, bool] = {}
+    for number in range(max(options.reruns, bool(rest))):
         sandbox.reset()
         tests = () if number else (buggy[0]["test"],)
-        again = _run(sandbox, candidate, tests, timeout, spent, always=True, disturb=number + 2)
+        again = _run(sandbox, candidate, tests, options.timeout, spent, always=True, disturb=number + 2,
+                     tests=candidate.tests if number else (*candidate.tests, *rest))
         if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
             raise _Rejected("flaky")
         if number == 0:
             marked[0] = {**buggy[0], "calls": statement.stable(buggy[0]["calls"], again["calls"])}
-    return marked
+            others = {name: again["outcomes"].get(name) in PASSING for name in rest}
+    return marked, others
+
+
+def _rest(candidate: Candidate, options: Options) -> list[str]:
+    """Tests of the suite besides the candidate's own: all, or a sample."""
+    own = set(candidate.tests)
+    rest = [name for name in candidate.everything if name not in own]
+    if not options.pass_to_pass:
+        return rest
+    return spread([name for name in rest if name not in candidate.slow], options.pass_to_pass,
+                  random.Random(candidate.key))
+
+
+def _confirmed(
+    sandbox: Sandbox, candidate: Candidate, failing: Sequence[str], others: Mapping[str, bool],
+    fixed: Mapping[str, str], options: Options, spent: list[tuple[float, float]],
+) -> list[str]:
+    """Of the suite's other tests that failed, those that fail again and pass once fixed, run without the rest."""
+    failed = [name for name, passes in others.items() if not passes]
+    if not failed:
+        return []
+    tests = (*failing, *failed)
+    again = _run(sandbox, candidate, (), options.timeout, spent, tests=tests)
+    for path, text in fixed.items():
+        sandbox.write(path, text)
+    right = _run(sandbox, candidate, (), options.timeout, spent, tests=tests)
+    sandbox.reset()
+    return [name for name in failed
+            if again["outcomes"].get(name) not in PASSING and right["outcomes"].get(name) in PASSING]
+
+
+def _statement(
+    sandbox: Sandbox, candidate: Candidate, buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]],
+    failing: Sequence[str], gold: str, options: Options,
+) -> describe.Description:
+    """The statement, in the wording that is asked for."""
+    only = (candidate.path, candidate.function) if options.at_fault else None
+    facts = describe.Facts(buggy, fixed, failing, candidate.before_files, candidate.key, options.characters,
+                           options.tests_may_tell, only)
+    wordings = {"observed": describe.observed, "issue": describe.issue}
+    try:
+        return describe.described(facts, wordings[options.statement], sandbox, gold, options.words)
+    except describe.NotTold as reason:
+        raise _Rejected(str(reason)) from reason
 
 
 def _unseen_calls(
@@ -241,30 +259,6 @@ def _unseen_calls(
     return heldout.calls(seen, candidate.key)
 
 
-def _statement(
-    candidate: Candidate, buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]],
-    failing: Sequence[str], options: Options,
-) -> tuple[list[statement.Observation], str]:
-    """What was observed of each defect, and the statement that tells it."""
-    only = (candidate.path, candidate.function) if options.at_fault else None
-    observations, texts = [], []
-    limit = options.characters // len(buggy)
-    for run, reference in zip(buggy, fixed):
-        observation = statement.find(run["calls"], reference["calls"], only)
-        told = observation is not None and observation not in observations
-        if not told and not options.tests_may_tell:
-            raise _Rejected("unobserved")
-        named = failing if len(buggy) == 1 else [name for name in run["outcomes"] if name in set(failing)]
-        ordered = [run["test"], *(name for name in named if name != run["test"])]
-        message = run["messages"].get(run["test"], "")
-        if observation is not None and told:
-            observations.append(observation)
-            texts.append(statement.write(observation, ordered, message, limit))
-        else:
-            texts.append(statement.from_tests(ordered, message, limit))
-    return observations, texts[0] if len(texts) == 1 else "\n\n".join(texts)
-
-
 def _run(
     sandbox: Sandbox, candidate: Candidate, observe: Sequence[str], timeout: float, spent: list[tuple[float, float]],
     always: bool = False, tests: Sequence[str] | None = None, disturb: int = 0,
@@ -274,11 +268,16 @@ def _run(
     Raises:
       _Rejected: timeout, out_of_memory or crashed.
     """
+    tests = candidate.tests if tests is None else tests
     # Of all tests more than MAX_SHARE would fail if those not run failed like those run.
     too_many = MAX_SHARE * candidate.suite / max(candidate.callers, 1) * len(candidate.tests)
-    arguments = {"mode": "check", "tests": candidate.tests if tests is None else tests, "observe": observe,
-                 "always": always, "disturb": disturb, "sources": candidate.sources, "too_many": too_many,
-                 "seconds": min(timeout, LEAST_SECONDS + 4 * candidate.seconds)}  # fmt: skip
+    seconds = min(timeout, LEAST_SECONDS + 4 * candidate.seconds)
+    if set(tests) - set(candidate.tests):  # the whole suite has a limit of its own
+        too_many = max(too_many, MAX_SHARE * len(tests))
+        seconds = seconds + SUITE_FACTOR * candidate.suite_seconds
+        timeout = max(timeout, 2 * seconds)
+    arguments = {"mode": "check", "tests": tests, "observe": observe, "always": always, "disturb": disturb,
+                 "sources": candidate.sources, "too_many": too_many, "seconds": seconds}
     run = sandbox.run_python(OBSERVE, arguments, timeout)
     spent.append((run.seconds, run.value["cpu"] if run.value else 0.0))
     if run.status != "ok":
@@ -294,7 +293,7 @@ def _task(
 ) -> Task:
     name, _, version = candidate.repository.partition("==")
     bug = patches.make_diff(candidate.before_files, candidate.after_files)
-    state = hashlib.sha256(f"{candidate.archive_sha256}\0{bug}".encode()).hexdigest()[:40]
+    state = _state(candidate, bug)
     return Task(
         instance_id=f"pypi__{name}.{candidate.archive_sha256[:8]}.{candidate.kind}__{candidate.key[:8]}",
         repo=candidate.repository,
@@ -311,5 +310,6 @@ def _task(
         bug_patch=bug,
         path=observation.path if observation else "",
         function=observation.function if observation else "",
-        timeout=5.0 * math.ceil((TASK_SECONDS + 10 * candidate.seconds) / 5),  # coarse: the same on every run
+        timeout=5.0 * math.ceil(  # coarse: the same on every run
+            (TASK_SECONDS + 10 * candidate.seconds + SUITE_FACTOR * candidate.suite_seconds) / 5),
     )

@@ -49,9 +49,7 @@ def _problems(provider: Provider, task: Task) -> tuple[list[str], float]:
         reason = verdict.detail or "; ".join(verdict.caught or verdict.dropped or list(verdict.messages.values())[:1])
         problems.append(f"the gold patch gives {verdict.outcome}" + (f" ({reason})" if reason else ""))
     pristine = provider.files(task.repo)
-    start = dict(grading.starting_changes(task, pristine))
-    if task.test_patch:
-        start = {**start, **grading.patches.apply_changes({**pristine, **start}, task.test_patch)}
+    start = grading.tested_changes(task, pristine)
     tests = [*task.FAIL_TO_PASS, *task.PASS_TO_PASS]
     with sandbox(provider, task.repo, start, role="grading") as place:
         run = place.run_tests(tests, timeout=task.timeout)

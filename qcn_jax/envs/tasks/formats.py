@@ -15,6 +15,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.envs import patches
+from qcn_jax.envs.tasks import hidden
 from qcn_jax.envs.tasks.schema import LANGUAGES, Task, read_rows
 from qcn_jax.errors import UserError
 
@@ -68,8 +69,8 @@ def eval_script(task: Task) -> str:
 
 def to_swesmith(task: Task) -> dict[str, Any]:
     """A row of SWE-smith: `patch` is the bug, the gold fix is its reverse."""
-    bug = task.bug_patch or patches.reverse(task.patch)
-    if task.test_patch:
+    bug = patches.reverse(task.patch) if task.test_patch else task.bug_patch or patches.reverse(task.patch)
+    if task.test_patch and not hidden.takes_out(task):  # SWE-smith takes failing tests out itself
         raise UserError(f"task {task.instance_id}: SWE-smith has no place for a test patch")
     return {"instance_id": task.instance_id, "repo": task.repo, "patch": bug, "FAIL_TO_PASS": list(task.FAIL_TO_PASS),
             "PASS_TO_PASS": list(task.PASS_TO_PASS), "created_at": task.created_at, "image_name": task.image_name,

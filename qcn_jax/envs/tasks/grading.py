@@ -22,6 +22,7 @@ from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict, VerdictCache
 from qcn_jax.errors import UserError
 
 INFRASTRUCTURE_ATTEMPTS = 3
+FIRST_PART = 40  # of PASS_TO_PASS, of which synthesis puts the tests first that the change can break
 FAILURES = (SandboxError, OSError)  # of the sandbox, whoever caused them
 KEPT = 4096  # of each of these
 _SUITES: dict[tuple[str, frozenset[str]], suite.Suite] = {}  # by prepared repository and the paths of a fix
@@ -47,13 +48,33 @@ def starting_changes(task: Task, pristine: Mapping[str, str]) -> dict[str, str |
         raise UserError(f"task {task.instance_id}: bug_patch does not apply: {error}") from error
 
 
+def tested_changes(task: Task, pristine: Mapping[str, str]) -> dict[str, str | None]:
+    """Likewise of the state in which an unpatched task is tested: with its tests.
+
+    Raises:
+      UserError: bug_patch or test_patch does not apply.
+    """
+    start = starting_changes(task, pristine)
+    return {**start, **_test_changes(task, Layered(pristine, start))}
+
+
+def _test_changes(task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
+    if not task.test_patch:
+        return {}
+    try:
+        return patches.apply_changes(state, task.test_patch)
+    except patches.PatchError as error:
+        raise UserError(f"task {task.instance_id}: test_patch does not apply: {error}") from error
+
+
 class Grader:
     """Grades patches with a provider whose repositories are prepared.
 
     Args:
       provider: makes the grading sandboxes (role "grading": servers that no agent uses).
       fail_fast: stop at the first failing test, FAIL_TO_PASS first; the remaining tests are then reported as failed.
-        Enough for rewards; reports of evaluations run everything.
+        The first FIRST_PART of PASS_TO_PASS come next, all tests only if these pass. Enough for rewards; reports of
+        evaluations run everything.
       strict: a patch with forbidden lines is a suspected exploit whatever its tests say.
       cache: remembers verdicts.
     """
@@ -82,7 +103,7 @@ class Grader:
         started = time.monotonic()
         pristine = self.provider.files(task.repo)
         start = starting_changes(task, pristine)
-        state = _Layered(pristine, start)
+        state = Layered(pristine, start)
         if not patch.strip():
             return Verdict(task.instance_id, "empty_patch")
         unfit: dict[str, str] = {}
@@ -103,9 +124,9 @@ class Grader:
             return Verdict(task.instance_id, SUSPECTED_EXPLOIT if forged else "empty_patch", dropped=dropped,
                            caught=forged, detail="the patch changes nothing that it may change")
         caught = permissions.forbidden_lines(kept, state) if self.strict else ()
-        tests = self._tests(task, state)
+        tests = _test_changes(task, state)
         overlay = {**start, **kept, **tests}
-        submission = _Submission(task, _Layered(state, {**kept, **tests}), overlay, tests, dropped, caught)
+        submission = _Submission(task, Layered(state, {**kept, **tests}), overlay, tests, dropped, caught)
         try:
             verdict = self._examine(submission)
         except FAILURES as failure:
@@ -116,7 +137,12 @@ class Grader:
 
     def _examine(self, given: "_Submission") -> Verdict:
         """The verdict of the tests, and of a second opinion where they all pass; raises FAILURES."""
-        run = self._run(given.task, given.overlay, self.fail_fast, INFRASTRUCTURE_ATTEMPTS)
+        if self.fail_fast:
+            part = dataclasses.replace(given.task, PASS_TO_PASS=given.task.PASS_TO_PASS[:FIRST_PART])
+            run = self._run(part, given.overlay, True, INFRASTRUCTURE_ATTEMPTS)
+            promising = judge(part, run, given.dropped, given.caught, fixed=lambda: self._fixed(given)).resolved
+        if not self.fail_fast or promising and part != given.task:
+            run = self._run(given.task, given.overlay, attempts=INFRASTRUCTURE_ATTEMPTS)
         verdict = judge(given.task, run, given.dropped, given.caught, fixed=lambda: self._fixed(given))
         return self._second(given, verdict, run) if verdict.resolved else verdict
 
@@ -160,7 +186,7 @@ class Grader:
         pristine = self.provider.files(given.task.repo)
         start = starting_changes(given.task, pristine)
         try:
-            gold = patches.apply_changes(_Layered(pristine, start), given.task.patch)
+            gold = patches.apply_changes(Layered(pristine, start), given.task.patch)
         except patches.PatchError as error:
             raise UserError(f"task {given.task.instance_id}: patch does not apply: {error}") from error
         return {**start, **gold, **given.tests}
@@ -194,7 +220,7 @@ class Grader:
                 fixed = self._fixed_state(given)
                 pristine = self.provider.files(task.repo)
                 helpers = suite.helpers({name.split("::")[0] for name in tests}, pristine, self._suite(task, pristine))
-                reference = opinion.learn(tests, _Layered(pristine, fixed), fixed, helpers, run_tests, secret)
+                reference = opinion.learn(tests, Layered(pristine, fixed), fixed, helpers, run_tests, secret)
             else:
                 reference = opinion.untaught(tests)
             opinion.store(self.provider.state_dir, key, reference)
@@ -207,6 +233,7 @@ class Grader:
     def _suite(self, task: Task, pristine: Mapping[str, str]) -> suite.Suite | None:
         """What of the repository tests the package; None where the task's fix is not known."""
         fix = {path for diff in (task.patch, task.bug_patch) if diff.strip() for path in patches.touched(diff)}
+        fix -= set(patches.touched(task.test_patch)) if task.test_patch.strip() else set()
         if not fix:
             return None
         prepared = self.provider.prepared.get(task.repo)
@@ -217,14 +244,6 @@ class Grader:
             _keep(_SUITES, key, suite.find(fix, pristine, prepared.settings.get("opened", ()),
                                            prepared.spec.python_path or ()))
         return _SUITES[key]
-
-    def _tests(self, task: Task, state: Mapping[str, str]) -> dict[str, str | None]:
-        if not task.test_patch:
-            return {}
-        try:
-            return patches.apply_changes(state, task.test_patch)
-        except patches.PatchError as error:
-            raise UserError(f"task {task.instance_id}: test_patch does not apply: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +258,7 @@ class _Submission:
     caught: tuple[str, ...]
 
 
-class _Layered(Mapping[str, str]):
+class Layered(Mapping[str, str]):
     """The pristine files with changes on top (None: no such file), without copying them."""
 
     def __init__(self, below: Mapping[str, str], above: Mapping[str, str | None]):

@@ -85,7 +85,7 @@ def write_folder(
     """
     folder = pathlib.Path(folder)
     start = patches.apply_diff(pristine, task.bug_patch) if task.bug_patch else dict(pristine)
-    tested = patches.apply_diff(pristine, task.test_patch) if task.test_patch else dict(pristine)
+    tested = patches.apply_diff(start, task.test_patch) if task.test_patch else dict(pristine)
     path = ":".join(os.path.normpath(f"/testbed/{part}") for part in python_path.split(":"))
     for name, text in start.items():
         files.write_text(folder / "environment" / "repo" / name, text)

@@ -51,8 +51,9 @@ class Task:
     path: str = ""
     function: str = ""
     timeout: float = 30.0
-    difficulty: float = 0.0  # 0 to 1, and so is ambiguity (synthesis/quality.py)
+    difficulty: float = 0.0  # 0 to 1, as the other scores (synthesis/quality.py)
     ambiguity: float = 0.0
+    localisation: float = 0.0  # how much of the fix's place the statement gives away
     held_out_patch: str = ""  # adds tests that no agent sees, for a second opinion
     HELD_OUT_FAIL_TO_PASS: tuple[str, ...] = ()
     HELD_OUT_PASS_TO_PASS: tuple[str, ...] = ()

@@ -265,8 +265,21 @@ def _yields(data: dict[str, Any]) -> str:
     yields = data["results"].get("tasks", {}).get("yields", {})
     rows = [(kind, value["candidates"], value["kept"]) for kind, value in yields.items()]
     rows.sort(key=lambda row: (-row[2], row[0]))
-    return _section("Task yield per transformation", "A candidate bug is kept when tests that passed now fail and the "
-                    "reverse patch makes them pass again; both are executed.", charts.yield_bars(rows))
+    text = ("A candidate bug is kept when tests that passed now fail and the reverse patch makes them pass again; both "
+            "are executed.")
+    return _section("Task yield per transformation", text + _given_away(data), charts.yield_bars(rows))
+
+
+def _given_away(data: dict[str, Any]) -> str:
+    """What an agent is told and may see of the tasks that were made."""
+    made = data["results"].get("tasks", {}).get("made")
+    if not made:
+        return ""
+    shown = "are hidden from the agent" if made["tests_hidden"] else "stay in the agent's tree"
+    others = "all" if made["pass_to_pass"] == "all" else f"{made['pass_to_pass']} of the"
+    return (f" Statements are of the kind “{_text(made['statement'])}”, and the tests that show a defect {shown}; "
+            f"statements give the fix's place away to {made['mean_localisation']:.2f} on a scale from 0 to 1. "
+            f"PASS_TO_PASS holds {others} passing tests that do not call the defective function.")
 
 
 def _times(data: dict[str, Any]) -> str:

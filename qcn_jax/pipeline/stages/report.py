@@ -78,6 +78,7 @@ def summary(data: dict[str, Any], experts: Sequence[Expert]) -> dict[str, Any]:
         "retention": evaluation.get("retention", {}),
         "control": evaluation.get("control", {}),
         "yields": tasks.get("yields", {}),
+        "tasks_made": tasks.get("made", {}),
         "stage_seconds": data["seconds"],
         "isolation": evaluation.get("isolation", ""),
         "machine": data["machine"],

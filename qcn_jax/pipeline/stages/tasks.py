@@ -11,7 +11,7 @@ from typing import Any
 from qcn_jax import files
 from qcn_jax.config_checks import in_both
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import plan, sources, synthesize
+from qcn_jax.envs.synthesis import plan, quality, sources, synthesize
 from qcn_jax.envs.tasks.schema import Task, write_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
@@ -54,6 +54,10 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         write_tasks(context.workdir / f"{split}.jsonl", tasks[split])
     rows = {spec.name: dataclasses.asdict(spec) for spec in (*used["train"], *used["heldout"])}
     files.write_json(context.workdir / "repositories.json", list(rows.values()))
+    if len(given) < len(names):
+        made = [task for split in names if split not in given for task in tasks[split]]
+        results["made"] = {"statement": config.statement, "pass_to_pass": config.pass_to_pass or "all",
+                           "tasks": len(made), **quality.summary(made)}
     results["line"] = f"{results['train']} training and {results['heldout']} held-out tasks" + (
         f" from {results['candidates']} candidates" if results["candidates"] else "")
     return results
@@ -105,8 +109,11 @@ def _settings(context: StageContext, target: int) -> plan.Settings:
         candidates_per_repo=config.candidates_per_repo,
         timeout=config.test_timeout,
         reruns=config.reruns,
+        statement=config.statement,
+        hide_tests=config.hide_tests,
         statement_characters=config.statement_characters,
         at_fault=config.at_fault,
+        pass_to_pass=config.pass_to_pass,
         seed=context.config.seed,
     )
 

@@ -11,6 +11,7 @@ import pytest
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.synthesis import (
+    candidates,
     combine,
     heldout,
     inject,
@@ -52,7 +53,7 @@ def candidate(place, old, new, kind="change_boundary"):
     holder = [f for f in inject.functions(ast.parse(SOURCE)) if f.start_line <= line <= f.end_line][-1]
     injection = inject.Injection(kind, PATH, holder.qualname, holder.start_line, holder.end_line, SOURCE, start,
                                  start + len(old), new)  # fmt: skip
-    return validate.make_candidate(injection, spec, survey, random.Random(0))
+    return candidates.make_candidate(injection, spec, survey, random.Random(0))
 
 
 def test_survey(place):
@@ -73,7 +74,8 @@ def test_kept_candidate(place):
     verdict = validate.check(provider, candidate(place, "total += value", "total -= value", "change_augmented"))
     task = verdict.task
     assert verdict.outcome == "kept" and verdict == validate.Verdict.from_json(verdict.to_json())
-    assert [name.split("::")[1] for name in task.FAIL_TO_PASS] == ["test_mean"] and task.PASS_TO_PASS == ()
+    assert [name.split("::")[1] for name in task.FAIL_TO_PASS] == ["test_mean"]
+    assert len(task.PASS_TO_PASS) == 8
     assert task.problem_statement == (
         "`mean([1, 2, 3])` in numbers_pkg/core.py returned -2.0; expected 2.0. Failing test: test_mean.")  # fmt: skip
     assert (task.function, task.path, task.kind) == ("mean", PATH, "change_augmented")
@@ -84,10 +86,51 @@ def test_kept_candidate(place):
 
 
 def test_pass_to_pass(place):
-    verdict = validate.check(place[0], candidate(place, "value > high", "value >= low"))
-    assert {name.split("::")[1] for name in verdict.task.FAIL_TO_PASS} == {"test_clamp[5-5]", "test_clamp[0-0]"}
-    assert {name.split("::")[1] for name in verdict.task.PASS_TO_PASS} == {
-        "test_clamp[-1-0]", "test_clamp[11-10]", "test_clamp[10-10]"}  # fmt: skip
+    """All tests of the suite that pass before and after, those that the change can break first; or a sample."""
+    item = candidate(place, "value > high", "value >= low")
+    task = validate.check(place[0], item).task
+    names = [name.split("::")[1] for name in task.PASS_TO_PASS]
+    assert {name.split("::")[1] for name in task.FAIL_TO_PASS} == {"test_clamp[5-5]", "test_clamp[0-0]"}
+    assert set(names[:3]) == {"test_clamp[-1-0]", "test_clamp[11-10]", "test_clamp[10-10]"}
+    assert set(names[3:]) == {"test_mean", "test_stack", "test_empty_stack", "test_countdown"}
+    assert not {*names} & {"test_already_failing"} and not any("wandering" in name for name in names)
+    sampled = validate.check(place[0], item, validate.Options(pass_to_pass=2)).task
+    assert sampled.PASS_TO_PASS[:3] == task.PASS_TO_PASS[:3] and len(sampled.PASS_TO_PASS) == 5
+
+
+@pytest.mark.parametrize("fail_fast", [True, False])
+def test_what_breaks_other_functions_does_not_resolve(place, monkeypatch, fail_fast):
+    """A patch that mends the defect and makes other public functions return None, which no test of the defect calls."""
+    task = validate.check(place[0], candidate(place, "value > high", "value >= low")).task
+    start = patches.apply_diff({PATH: SOURCE}, task.bug_patch)
+    broken = SOURCE.replace("def mean(values):\n", "def mean(values):\n    return None\n")
+    monkeypatch.setattr(grading, "FIRST_PART", 2)  # what a verdict begins with holds none of their tests
+    grader = grading.Grader(place[0], fail_fast)
+    verdict = grader.grade(task, patches.make_diff(start, {PATH: broken}))
+    assert verdict.outcome == "unresolved"
+    assert [name.split("::")[1] for name in verdict.tests_status["PASS_TO_PASS"]["failure"]] == ["test_mean"]
+    assert grader.grade(task, task.patch).resolved
+
+
+def test_failing_tests_beyond_those_tried_first(place):
+    """Of a function's many tests a sample is run first; the others that fail are found with the whole suite."""
+    item = candidate(place, "value > high", "value >= low")
+    few = tuple(name for name in item.everything if name.endswith(("test_clamp[5-5]", "test_clamp[-1-0]")))
+    task = validate.check(place[0], dataclasses.replace(item, tests=few, observe=few)).task
+    assert {name.split("::")[1] for name in task.FAIL_TO_PASS} == {"test_clamp[5-5]", "test_clamp[0-0]"}
+    assert len(task.PASS_TO_PASS) == 7
+
+
+def test_samples_are_spread_over_files():
+    names = [f"tests/test_{file}.py::test_{number}" for file, count in (("a", 60), ("b", 30), ("c", 1))
+             for number in range(count)]
+    count = lambda found, file: sum(name.startswith(f"tests/test_{file}.py") for name in found)
+    chosen = candidates.spread(names, 12, random.Random(0))
+    assert [count(chosen, file) for file in "abc"] == [8, 3, 1] or [count(chosen, file) for file in "abc"] == [7, 4, 1]
+    assert chosen == [name for name in names if name in set(chosen)]
+    assert {name.split("::")[0] for name in candidates.spread(names, 3, random.Random(1))} == {
+        name.split("::")[0] for name in names}
+    assert candidates.spread(names, 1000, random.Random(0)) == names
 
 
 @pytest.mark.parametrize(
@@ -153,9 +196,10 @@ def test_failing_test_that_leaves_something_behind(tmp_path):
     with make_provider("local", str(tmp_path / "state")) as provider:
         survey = take_survey(provider, spec)
         (injection,) = inject.candidates(source, "pkg/a.py", ["change_arithmetic"])
-        task = validate.check(provider, validate.make_candidate(injection, spec, survey, random.Random(0))).task
+        task = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0))).task
         assert task.FAIL_TO_PASS == ("tests/test_second.py::test_up",)
-        assert task.PASS_TO_PASS == ("tests/test_first.py::test_zero",)
+        assert task.PASS_TO_PASS == ("tests/test_first.py::test_zero", *(
+            f"tests/test_second.py::test_nothing[{number}]" for number in range(4)))
         assert verify.verify_task(provider, task).problems == ()
 
 
@@ -241,7 +285,7 @@ def test_combined_in_one_module(tmp_path):
         kept = []
         for name, function in (("a", "up"), ("b", "more")):
             (injection,) = inject.candidates(text.format(function), f"pkg/{name}.py", ["change_arithmetic"])
-            item = validate.make_candidate(injection, spec, survey, random.Random(0))
+            item = candidates.make_candidate(injection, spec, survey, random.Random(0))
             kept.append((item, validate.check(provider, item).task))
         made = combine.combinations(kept, survey, 4, seed=0)
         assert {c.kind for c in made} == {combine.MODULE}
@@ -361,7 +405,7 @@ def test_what_differs_between_processes_is_not_told(changing, name):
     start = CHANGING.index("if flag", CHANGING.index(f"def {name}"))
     injection = inject.Injection("negate", "changing/core.py", name, holder.start_line, holder.end_line, CHANGING, start,
                                  start + len("if flag"), "if not flag")
-    task = validate.check(provider, validate.make_candidate(injection, spec, survey, random.Random(0))).task
+    task = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0))).task
     if name == "measured":
         assert "returned 0; expected 1234567890123.0" in task.problem_statement
     else:

@@ -164,6 +164,7 @@ class Recorder(Tracing):
         self.before = min(args["disturb"], 1)  # runs more than usual, which counters count
         self.brief, self.calls, self.open, self.busy, self.deadline = Brief(), [], {}, False, 0.0
         self.changeable = {}  # frame: [(name, value)] of the arguments that the call may change
+        self.built = {}  # id of an object: how it was constructed
         self.failed, self.test, self.again = set(), None, "missing"
 
     @pytest.hookimpl(hookwrapper=True)
@@ -218,8 +219,20 @@ class Recorder(Tracing):
         values = frame.f_locals
         items = [(name, values[name]) for name in code.co_varnames[:count] if name in values]
         self.changeable[frame] = [item for item in items if not isinstance(item[1], PLAIN)]
-        return {"path": self.paths[code.co_filename], "name": qualified(code), "args": self.texts(items),
-                "result": [], "raised": "", "after": []}
+        call = {"path": self.paths[code.co_filename], "name": qualified(code), "args": self.texts(items),
+                "result": [], "raised": "", "after": [], "kinds": kinds(code), "built": None,
+                "local": "<locals>" in code.co_qualname}
+        if items and items[0][0] == "self":
+            call["built"] = self.construction(items[0][1], call)
+        return call
+
+    def construction(self, value, call):
+        """[class, arguments by name, their kinds] with which an object was made, as far as that was seen."""
+        kind = type(value).__qualname__
+        if call["name"].endswith(".__init__"):
+            self.built[id(value)] = [kind, call["args"][1:], call["kinds"][1:]]
+        found = self.built.get(id(value))
+        return found if found and found[0] == kind else None
 
     def local(self, frame, event, arg):
         call = self.open.get(frame)
@@ -287,6 +300,12 @@ class ProcessorLimit:
     def stop(self, *_):
         self.reached = True
         raise pytest.exit.Exception("out of processor time")
+
+
+def kinds(code):
+    """How each argument is given: "-" by place, "=" by name alone, "*" and "#" where it holds several of these."""
+    return "-" * code.co_argcount + "=" * code.co_kwonlyargcount + "*" * bool(code.co_flags & 4) + "#" * bool(
+        code.co_flags & 8)
 
 
 def dated(call, days):

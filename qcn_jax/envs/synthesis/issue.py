@@ -1,0 +1,160 @@
+"""Statements as people write issues: a program that shows the defect, what it gives and what it should give.
+
+The program repeats a recorded call with its receiver constructed (inside/reproduce.py). It is run in both states, and
+only what differs there is told, so that every such statement is true, and an agent can reproduce it. No test is named.
+"""
+
+import dataclasses
+import importlib.resources
+import random
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qcn_jax.envs.sandbox.base import Sandbox
+from qcn_jax.envs.synthesis.statement import FULL, Observation, cut
+from qcn_jax.envs.testpaths import is_test_path
+
+MOST_CALLS = 24  # that are tried for one task
+MOST_SHOWN = 3  # programs of one issue
+INLINE = 60  # characters of a value that stands in a sentence
+_SCRIPT = (importlib.resources.files("qcn_jax.envs.synthesis.inside") / "reproduce.py").read_text()
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A program, and (verb, text) of what its last line gives in the defective and in the fixed state."""
+
+    observation: Observation
+    program: str
+    came: tuple[str, str]
+    expected: tuple[str, str]
+
+
+def calls(observations: Iterable[Observation]) -> list[Observation]:
+    """Those that are worth repeating: what users call comes first, and of calls within each other the outer ones."""
+    found = list({(o.path, o.function, o.arguments, o.came[0]): o for o in observations
+                  if o.call and not o.call.get("local", False)}.values())
+    found.reverse()
+    return sorted(found, key=lambda o: _private(o.function) + ("..." in str(o.arguments)))[:MOST_CALLS]
+
+
+def _private(function: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in function.split("."))
+
+
+def run(sandbox: Sandbox, observations: Sequence[Observation], timeout: float) -> list[Any]:
+    """[program, verb, text] of each repeated call in the sandbox's present state, or None."""
+    wanted = [{**{name: o.call[name] for name in ("path", "name", "args", "kinds", "built", "yields")},
+               "shows": o.came[0][5:-3] if o.came[0].startswith("left ") else ""} for o in observations]
+    done = sandbox.run_python(_SCRIPT, wanted, timeout) if wanted else None
+    return done.value if done is not None and done.status == "ok" else [None] * len(wanted)
+
+
+def examples(observations: Sequence[Observation], buggy: Sequence[Any], fixed: Sequence[Any],
+             forbidden: Sequence[str] = ()) -> list[Example]:
+    """Programs that give something else in the two states, of one function; none that holds a `forbidden` word."""
+    found: dict[str, Example] = {}
+    for observation, bad, good in zip(observations, buggy, fixed):
+        if bad is not None and good is not None and bad[0] == good[0] and bad[1:] != good[1:]:
+            if not names(" ".join((*bad, *good)), forbidden):
+                found.setdefault(bad[0], Example(observation, bad[0], tuple(bad[1:]), tuple(good[1:])))
+    first = next(iter(found.values()), None)
+    return [one for one in found.values() if first and one.observation.function == first.observation.function]
+
+
+def names(text: str, words: Iterable[str]) -> bool:
+    """Whether a text holds one of some words."""
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in words if word)
+
+
+def test_names(tests: Iterable[str]) -> list[str]:
+    """Names of test functions."""
+    return sorted({name.partition("[")[0].split("::")[-1] for name in tests})
+
+
+def write(shown: Sequence[Example], rng: random.Random, limit: int = FULL) -> str:
+    """An issue from programs, in at most `limit` characters; "" where not even the first one fits."""
+    first, *others = shown
+    text = "\n\n".join((_title(first, rng), _program(first, rng), _difference(first, rng)))
+    lines: list[str] = []
+    for other in others:
+        program = other.program.split("\n")
+        if len(lines) < MOST_SHOWN - 1 and program[:-1] == first.program.split("\n")[:-1] and max(
+                len(other.came[1]), len(other.expected[1])) <= INLINE and len(program[-1]) <= 2 * INLINE:
+            lines.append(f"- `{program[-1]}` {_verb(other.came)}, not {_value(other.expected)}")
+    if lines:
+        head = rng.choice(("Also:", "Other calls are affected, too:", "I see the same with:"))
+        more = f"\n\n{head}\n\n" + "\n".join(lines)
+        text += more if len(text) + len(more) <= limit else ""
+    return text if len(text) <= limit else ""
+
+
+def _title(shown: Example, rng: random.Random) -> str:
+    name = shown.observation.function.removesuffix(".__init__")
+    (came, text), (expected, wanted) = shown.came, shown.expected
+    error, right = text.split(":")[0], wanted.split(":")[0]
+    if came == "raises" and expected == "raises":
+        return rng.choice((f"`{name}` raises {error} instead of {right}", f"Wrong exception from `{name}`")
+                          if error != right else (f"`{name}` raises {error} with the wrong message",))
+    if came == "raises":
+        return rng.choice((f"`{name}` raises {error}", f"{error} from `{name}` on valid input",
+                           f"Unexpected {error} in `{name}`"))
+    if expected == "raises":
+        return rng.choice((f"`{name}` does not raise {right}", f"No {right} from `{name}`"))
+    if shown.observation.came[0].startswith("left "):
+        return rng.choice((f"`{name}` leaves a wrong state behind", f"Wrong state after `{name}`"))
+    return rng.choice((f"`{name}` gives a wrong result", f"Wrong result from `{name}`",
+                       f"Unexpected result of `{name}`"))
+
+
+def _program(shown: Example, rng: random.Random) -> str:
+    lead = rng.choice(("To reproduce:", "Steps to reproduce:", "This shows it:", "I ran this:"))
+    *imports, last = shown.program.split("\n")
+    gap = [""] if imports and all(line.startswith(("from ", "import ")) for line in imports) else []
+    return "\n".join((lead, "", "```python", *imports, *gap, last, "```"))
+
+
+def _difference(shown: Example, rng: random.Random) -> str:
+    if max(len(shown.came[1]), len(shown.expected[1])) <= INLINE:
+        return rng.choice((f"It {_verb(shown.came)}. I would expect {_value(shown.expected)}.",
+                           f"The last line {_verb(shown.came)}; it should be {_value(shown.expected)}."
+                           if shown.expected[0] == "gives" else
+                           f"The last line {_verb(shown.came)}; it should raise `{shown.expected[1]}`."))
+    heads = ("Actual result:", "Expected result:") if rng.random() < 0.5 else ("What happens:", "What should happen:")
+    return "\n\n".join(f"{head}\n\n```\n{value if verb == 'gives' else f'raises {value}'}\n```"
+                       for head, (verb, value) in zip(heads, (shown.came, shown.expected)))
+
+
+def _verb(outcome: tuple[str, str]) -> str:
+    return f"{outcome[0]} `{outcome[1]}`"
+
+
+def _value(outcome: tuple[str, str]) -> str:
+    return f"`{outcome[1]}`" if outcome[0] == "gives" else f"`{outcome[1]}` to be raised"
+
+
+def from_observation(observation: Observation, limit: int = FULL) -> str:
+    """An issue in words, where no program repeats the call: the receiver is shown as it was."""
+    values = dict(observation.arguments)
+    receiver, share = values.pop("self", values.pop("cls", "")), max(limit // 5, 40)
+    given = ", ".join(f"`{name}` = `{cut(text, share)}`" for name, text in values.items())
+    whole = [f"`{observation.function}` does not do what it should.", ""]
+    whole.append(f"When it is called with {given}" if given else "When it is called without arguments")
+    if receiver:
+        whole[-1] += f" on `{cut(receiver, share)}`"
+    came, wanted = observation.came, observation.expected
+    verb = wanted[0] or came[0]
+    should = {"returned": "return", "raised": "raise", "yielded": "yield"}.get(verb, verb.replace("left ", "leave ", 1))
+    whole[-1] += f", it {came[0]} `{cut(came[1], share)}`. It should {should} `{cut(wanted[1], share)}`."
+    return "\n".join(whole)[:limit]
+
+
+def from_message(message: str, limit: int = FULL) -> str:
+    """An issue where no call was seen misbehaving: the line that failed, and how."""
+    said, _, place = message.partition(" | ")
+    path, _, line = place.partition(": ")
+    if line and is_test_path(path.rpartition(":")[0]):
+        return f"The following does not work:\n\n```python\n{line}\n```\n\nIt ends with `{said}`."[:limit]
+    return f"Something that used to work ends with `{said}`."[:limit] if said else ""
+
