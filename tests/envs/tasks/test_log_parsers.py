@@ -38,6 +38,68 @@ not ok 3 - someday # TODO
 # tests 4
 # pass 1
 """
+# What node 20 writes where tests print, with blocks cut short.
+NOISY = """TAP version 13
+# inside outer
+# \\# looks like a comment
+# no newlineSubtest: trap
+# ok 7 - printed
+# not ok
+# Subtest: trap
+# Subtest: outer
+    # Subtest: first
+    ok 1 - first
+      ---
+      duration_ms: 0.780608
+      ...
+# printed between
+    # Subtest: second
+    not ok 2 - second
+      ---
+      duration_ms: 1.176605
+      error: |-
+        Expected values to be strictly equal:
+
+        -3 !== -2
+
+      code: 'ERR_ASSERTION'
+      expected: -2
+      actual: -3
+      stack: |-
+        ok 9 - in a stack
+      ...
+    # Subtest: third
+    not ok 3 - third
+      ---
+      error: |-
+        Expected values to be strictly deep-equal:
+        + actual - expected
+
+      expected:
+        a: 1
+      actual:
+        a: 2
+      ...
+    1..3
+not ok 1 - outer
+  ---
+  error: '2 subtests failed'
+  ...
+# Subtest: plain
+not ok 2 - plain
+  ---
+  error: 'bad - thing # here'
+  ...
+# Subtest: words
+not ok 3 - words
+  ---
+  error: `values "differ" - it's so`
+  expected: true
+  actual: false
+  ...
+1..3
+# tests 5
+"""
 TAPE = """TAP version 13
 # parses
 ok 1 should be equal
@@ -105,6 +167,8 @@ GO = "\n".join(json.dumps(event) for event in [
     {"Action": "run", "Package": "m/p", "Test": "TestA"},
     {"Action": "output", "Package": "m/p", "Test": "TestA", "Output": "    p_test.go:12: Add(1, 2) = 4, want 3\n"},
     {"Action": "fail", "Package": "m/p", "Test": "TestA"}, {"Action": "pass", "Package": "m/p", "Test": "TestB/sub"},
+    {"Action": "output", "Package": "m/p", "Test": "TestD", "Output": "no newline--- PASS: TestD (0.00s)\n"},
+    {"Action": "output", "Package": "m/p", "Test": "TestE", "Output": "--- PASS: TestF (0.00s)\n"},
     {"Action": "skip", "Package": "m/p", "Test": "TestC"}, {"Action": "fail", "Package": "m/p"}]) + "\nnot json\n"
 
 
@@ -112,6 +176,8 @@ GO = "\n".join(json.dumps(event) for event in [
     ("parser", "log", "outcomes"),
     [
         ("tap", NODE, {"numbers > adds": "passed", "numbers > divides": "failed", "later": "skipped", "someday": "xfailed"}),
+        ("tap", NOISY, {"outer > first": "passed", "outer > second": "failed", "outer > third": "failed",
+                        "plain": "failed", "words": "failed"}),
         ("tap", TAPE, {"parses > should be equal": "passed", "parses > should be equal #2": "passed",
                        "refuses > should throw": "failed"}),
         ("jest", JEST, {"src/a.test.js > sum > adds": "passed", "src/a.test.js > sum > nested > later": "skipped",
@@ -122,7 +188,8 @@ GO = "\n".join(json.dumps(event) for event in [
                             "tests/test_b.py": "failed"}),
         ("unittest", UNITTEST, {"test_m.T.test_a": "passed", "test_m.T.test_b": "failed", "test_m.T.test_c": "skipped",
                                 "test_m.T.test_d": "xfailed"}),
-        ("go_test", GO, {"m/p::TestA": "failed", "m/p::TestB/sub": "passed", "m/p::TestC": "skipped", "m/p": "failed"}),
+        ("go_test", GO, {"m/p::TestA": "failed", "m/p::TestB/sub": "passed", "m/p::TestC": "skipped",
+                         "m/p::TestD": "passed", "m/p": "failed"}),
     ],
 )  # fmt: skip
 def test_parser(parser, log, outcomes):
@@ -133,7 +200,11 @@ def test_parser(parser, log, outcomes):
 def test_messages():
     assert runner_logs.messages("go_test", GO) == {"m/p::TestA": "Add(1, 2) = 4, want 3"}
     assert runner_logs.messages("tap", TAPE) == {"refuses > should throw": "expected SyntaxError, got undefined"}
-    assert runner_logs.messages("tap", NODE)["divides"] == "expected 2, got 3"
+    assert runner_logs.messages("tap", NODE)["numbers > divides"] == "expected 2, got 3"
+    assert runner_logs.messages("tap", NOISY) == {
+        "outer > second": "expected -2, got -3",
+        "outer > third": "Expected values to be strictly deep-equal: + actual - expected",
+        "plain": "bad - thing # here", "words": 'values "differ" - it\'s so'}
 
 
 def test_worse_outcome_counts():

@@ -4,9 +4,10 @@ Ids say where a test stands: pytest's node ids, "package::Test/sub" for Go, "sui
 test reported twice keeps its worse outcome, so that a name used twice cannot hide a failure.
 """
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 Outcomes = dict[str, str]
 _RANK = ("passed", "xfailed", "skipped", "failed")
@@ -54,42 +55,88 @@ def unittest(log: str) -> Outcomes:
                     for line in joined.splitlines() if (found := _UNITTEST.match(line)))
 
 
-_TAP_POINT = re.compile(r"^( *)(not ok|ok)\b *(\d+)? *(?:- )?(.*?)(?: # *(SKIP|TODO)\b.*| # time=.*)?$", re.IGNORECASE)
-_TAP_SUBTEST = re.compile(r"^( *)# Subtest: (.*)$")
+_TAP_POINT = re.compile(r"^( *)(not ok|ok) +(\d+)\b *(?:- )?(.*?)(?: # *(SKIP|TODO)\b.*| # time=.*)?$", re.IGNORECASE)
+MAX_INDENT = 200  # of a point that is read: fifty tests within each other
+_TAP_NESTED = re.compile(r"(?m)^ *# Subtest: ")
 _TAP_SECTION = re.compile(r"^# (?!tests |pass |fail |ok$|skip|todo|cancelled|suites|duration_ms|failures|not ok)(.+)$")
 
 
-def tap(log: str) -> Outcomes:
-    """TAP of `node --test`, tape, mocha and node-tap: nested tests are "outer > inner", only leaves count.
+@dataclasses.dataclass
+class _Point:
+    """A test point: where it stands, how it ended, and the lines of its YAML block."""
 
-    tape names its sections by comments; numbers keep apart assertions of one section with equal words.
+    indent: int
+    name: str
+    outcome: str
+    block: list[str] = dataclasses.field(default_factory=list)
+    inner: bool = False  # there are tests within it
+
+
+def _tap_points(log: str) -> list[_Point]:
+    """The points of a TAP log, their names with those around them.
+
+    Tests within a test come before its own point, further in. Nothing else counts: what tests print may look like a
+    comment or a heading. tape, which nests nothing, names its sections by comments; numbers keep apart assertions of
+    one section with equal words.
     """
-    found: list[tuple[str, str]] = []
-    opened: list[tuple[int, str]] = []  # (indent, name) of subtests under way
-    parents: set[str] = set()
-    section, counts = "", {}
+    found: list[_Point] = []
+    section, counts, nested = "", {}, bool(_TAP_NESTED.search(log))
+    block = -1  # the indent of the block that is being read
     for line in _ANSI.sub("", log).splitlines():
-        if subtest := _TAP_SUBTEST.match(line):
-            indent = len(subtest[1])
-            opened = [entry for entry in opened if entry[0] < indent]
-            if opened:
-                parents.add(" > ".join(name for _, name in opened))
-            opened.append((indent, subtest[2].strip()))
-        elif point := _TAP_POINT.match(line):
-            indent, name = len(point[1]), point[4].strip() or f"test {point[3] or ''}".strip()
-            opened = [entry for entry in opened if entry[0] < indent]
-            full = " > ".join([*(outer for _, outer in opened), name])
-            if not opened and section:
-                full = f"{section} > {name}"
-                counts[full] = counts.get(full, 0) + 1
-                full += f" #{counts[full]}" if counts[full] > 1 else ""
-            mark = (point[5] or "").upper()
-            failed = point[2].lower() == "not ok"
-            found.append((full, "skipped" if mark == "SKIP" else "xfailed" if mark == "TODO" and failed
-                          else "failed" if failed else "passed"))
+        indent = len(line) - len(line.lstrip(" "))
+        if block >= 0 and (indent >= block or not line.strip()):
+            if line.strip() == "..." and indent == block:
+                block = -1
+            else:
+                found[-1].block.append(line[block:])
+            continue
+        block = -1
+        if indent <= MAX_INDENT and (point := _TAP_POINT.match(line)):
+            name = point[4].strip() or f"test {point[3]}"
+            if section and not nested:
+                name = f"{section} > {name}"
+                counts[name] = counts.get(name, 0) + 1
+                name += f" #{counts[name]}" if counts[name] > 1 else ""
+            mark, failed = (point[5] or "").upper(), point[2].lower() == "not ok"
+            outcome = ("skipped" if mark == "SKIP" else "xfailed" if mark == "TODO" and failed
+                       else "failed" if failed else "passed")
+            one = _Point(indent, name, outcome)
+            for other in reversed(found):
+                if other.indent <= indent:
+                    break
+                other.name, one.inner = f"{name} > {other.name}", True
+            for other in reversed(found):  # they now stand as far out as this one, for what comes around it
+                if other.indent <= indent:
+                    break
+                other.indent = indent + 1
+            found.append(one)
+        elif line.strip() == "---" and found and indent > found[-1].indent:
+            block = indent
         elif heading := _TAP_SECTION.match(line):
             section = heading[1].strip()
-    return _collect((name, outcome) for name, outcome in found if name not in parents)
+    return found
+
+
+def tap(log: str) -> Outcomes:
+    """TAP of `node --test`, tape, mocha and node-tap: nested tests are "outer > inner", only leaves count."""
+    return _collect((point.name, point.outcome) for point in _tap_points(log) if not point.inner)
+
+
+def _tap_message(block: Sequence[str]) -> str:
+    """What the YAML block of a failed point says: what was expected and came, or its error."""
+    facts: dict[str, str] = {}
+    key = ""
+    for line in block:
+        if fact := re.match(r"^ {0,2}(\w+): *(.*)$", line):
+            key, value = fact[1], fact[2].strip()
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\"`"
+            facts[key] = "" if value in ("|-", "|", ">-", ">") else value[1:-1] if quoted else value
+        elif key == "error" and line.strip():
+            facts[key] += f" {line.strip()}"
+    error, expected, actual = (facts.get(name, "").strip() for name in ("error", "expected", "actual"))
+    if expected and actual and (not error or error.startswith("Expected ")):
+        return f"expected {expected[:100]}, got {actual[:100]}"
+    return error[:240]
 
 
 _JEST_FILE = re.compile(r"^(?:PASS|FAIL) (\S+)")
@@ -136,6 +183,7 @@ def mocha(log: str) -> Outcomes:
     return _collect(found)
 
 
+_GO_END = re.compile(r"--- (PASS|FAIL|SKIP): (\S+) \([\d.]+s\)\n?$")
 _GO = {"pass": "passed", "fail": "failed", "skip": "skipped"}
 
 
@@ -144,6 +192,10 @@ def go_test(log: str) -> Outcomes:
     found: list[tuple[str, str]] = []
     for event in _events(log):
         outcome = _GO.get(event.get("Action", ""))
+        # Go before 1.20 takes no notice of an end that stands behind what the test printed last.
+        end = _GO_END.search(event.get("Output", ""))
+        if event.get("Action") == "output" and end and end[2] == event.get("Test"):
+            outcome = _GO[end[1].lower()]
         if outcome and event.get("Test"):
             found.append((f"{event.get('Package', '')}::{event['Test']}", outcome))
         elif outcome == "failed" and event.get("Package"):
@@ -171,26 +223,14 @@ def messages(parser: str, log: str) -> dict[str, str]:
     """One line for each failing test of a TAP or Go log: what it said."""
     found: dict[str, str] = {}
     if parser == "go_test":
+        failed = {name for name, outcome in go_test(log).items() if outcome == "failed"}
         for event in _events(log):
             text = event.get("Output", "").strip()
             name = f"{event.get('Package', '')}::{event.get('Test', '')}"
-            if event.get("Test") and text and not text.startswith(("=== ", "--- ", "FAIL", "PASS")):
+            if name in failed and text and not text.startswith(("=== ", "--- ", "FAIL", "PASS")):
                 found.setdefault(name, re.sub(r"^\w+_test\.go:\d+: ", "", text)[:240])
     elif parser == "tap":
-        section, name = "", ""
-        facts: dict[str, str] = {}
-        for line in _ANSI.sub("", log).splitlines():
-            point = _TAP_POINT.match(line)
-            if point:
-                name = point[4].strip() if point[2].lower() == "not ok" else ""
-                facts = {}
-                name = f"{section} > {name}" if name and section and not point[1] else name
-            elif heading := _TAP_SECTION.match(line):
-                section = heading[1].strip()
-            elif name and (fact := re.match(r"^\s+(error|expected|actual): *(.*)$", line)):
-                facts[fact[1]] = fact[2].strip("'\"|- ")
-                if facts.get("expected") and facts.get("actual"):
-                    found[name] = f"expected {facts['expected'][:100]}, got {facts['actual'][:100]}"
-                elif facts.get("error"):
-                    found[name] = facts["error"][:240]
+        for point in _tap_points(log):
+            if point.outcome == "failed" and not point.inner and (said := _tap_message(point.block)):
+                found.setdefault(point.name, said)
     return found
