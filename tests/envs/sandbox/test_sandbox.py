@@ -71,6 +71,20 @@ def test_files(agent):
     assert agent.changes() == {"README.md": None, "victim/new/deep.txt": "form\x0cfeed\r\nno newline"}
 
 
+def test_paths_are_the_same_in_every_sandbox(world):
+    """Ids, and whatever else tests make of where they stand, hold in other sandboxes."""
+    seen = []
+    for _ in range(2):
+        with world.provider.create(world.spec.name) as place:
+            place.write("tests/test_here.py", "import os\n\nimport pytest\n\nHERE = os.path.realpath(__file__)\n\n\n"
+                        "@pytest.mark.parametrize('path', [HERE, os.getcwd()])\ndef test_here(path):\n    pass\n")
+            seen.append([sorted(place.run_tests().outcomes), place.run_python("def main(args):\n    return ROOT").value])
+            copy = place.fork()
+            seen.append([sorted(copy.run_tests().outcomes), copy.run_python("def main(args):\n    return ROOT").value])
+            copy.destroy()
+    assert all(one == seen[0] for one in seen) and sum("test_here[" in name for name in seen[0][0]) == 2
+
+
 def test_fork_and_reset(agent):
     agent.write("victim/extra.py", "x = 1\n")
     agent.exec("rm README.md")

@@ -114,6 +114,27 @@ class Server:
 
     def run(self, workspace, job, timeout):
         """Runs a job in a fork; returns (status, how it ended, output, records)."""
+        with self.at_work(workspace):
+            return self._run(workspace, job, timeout)
+
+    @contextlib.contextmanager
+    def at_work(self, workspace):
+        """Puts a workspace in the place of the one at work, to which /testbed, /tmp, /var/tmp and /dev/shm lead.
+
+        Paths that tests see, and may have in their ids, are then the same in every sandbox.
+        """
+        home, now = workspace.home, os.path.join(self.work, "now")
+        if os.path.lexists(now):
+            folders.erase(now)  # of a workspace that could not be put back
+        os.rename(home, now)
+        workspace.stand(now)
+        try:
+            yield
+        finally:
+            os.rename(now, home)
+            workspace.stand(home)
+
+    def _run(self, workspace, job, timeout):
         output_read, output_write = os.pipe()
         result_read, result_write = os.pipe()
         key = secrets.token_hex(8)
@@ -121,7 +142,6 @@ class Server:
                "home": workspace.home, "readable": self.readable, "root": workspace.root,
                "env": self.environment(workspace, job), "sys_path": self.python_path(workspace),
                "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
-        self.point(workspace)
         output, result = results.Bounded(self.limits["output"]), bytearray()
         try:
             try:
@@ -282,14 +302,6 @@ class Server:
         ended, timed_out, output, _ = self.run(workspace, job, request["timeout"])
         return {"exit_code": exit_code(ended["status"]), "timed_out": timed_out, "out_of_memory": self.memory_gone(
             ended, timed_out), "seconds": ended["seconds"], "output": output}, b""
-
-    def point(self, workspace):
-        """Lets /testbed, /tmp, /var/tmp and /dev/shm, which lead through "now", be the workspace's that is at work."""
-        with contextlib.suppress(OSError):
-            now = os.path.join(self.work, "now")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(now)
-            os.symlink(workspace.home, now)
 
     def tests(self, request, payload):
         workspace = self.workspace(request)

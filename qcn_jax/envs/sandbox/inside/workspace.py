@@ -63,11 +63,15 @@ class Workspace:
     """
 
     def __init__(self, home, tree, overlay, edits, uid, guarded=False):
-        self.home, self.tree, self.uid, self.guarded = home, tree, uid, guarded
-        self.root = os.path.join(home, "repo")
+        self.tree, self.uid, self.guarded = tree, uid, guarded
         self.overlay, self.edits = overlay, edits
         self.cut = 0  # files that were deleted for want of room, until its user is told
+        self.stand(home)
         self.make()
+
+    def stand(self, home):
+        """Takes note of where the workspace is."""
+        self.home, self.root = home, os.path.join(home, "repo")
 
     def make(self):
         """Writes the files; `home` must not exist."""
