@@ -24,7 +24,8 @@ PATH = "test_held_out.py"
 FUNCTIONS = 4  # called for one task
 VARIANTS = 24  # of the arguments of one call
 TESTS = 6  # kept of each group
-_SCRIPT = (importlib.resources.files("qcn_jax.envs.synthesis.inside") / "differential.py").read_text()
+_INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
+_SCRIPT = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "differential.py"))
 
 
 def calls(observations: Iterable[statement.Observation], seed: str) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from qcn_jax.envs.testpaths import is_test_path
 MOST_CALLS = 24  # that are tried for one task
 MOST_SHOWN = 3  # programs of one issue
 INLINE = 60  # characters of a value that stands in a sentence
-_SCRIPT = (importlib.resources.files("qcn_jax.envs.synthesis.inside") / "reproduce.py").read_text()
+_INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
+_SCRIPT = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "reproduce.py"))
 
 
 @dataclasses.dataclass(frozen=True)

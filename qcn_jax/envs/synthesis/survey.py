@@ -20,7 +20,8 @@ MAX_TEST_SECONDS = 1.0  # slower tests are not used
 # the same in all of them once in 2 ** (LISTINGS - 1).
 LISTINGS = 4
 _INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
-OBSERVE, _COLLECT = ((_INSIDE / name).read_text() for name in ("observe.py", "collect.py"))
+OBSERVE = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "observe.py"))
+_COLLECT = (_INSIDE / "collect.py").read_text()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import sys
 import types
 
 ROOT: str
+Watch = globals().get("Watch")  # of clocks.py
 
 SECONDS = 0.25  # of processor time for one call
 LONGEST = 400  # characters of a result
@@ -86,20 +87,19 @@ def attempt(function, positional, named):
     """(outcome, text) of a call on copies of its arguments, or None."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        result = function(*copy.deepcopy(positional), **copy.deepcopy(named))
-        kind = "returned"
-        if isinstance(result, types.GeneratorType):
-            kind, result = "yielded", list(itertools.islice(result, ITEMS + 1))
-            if len(result) > ITEMS:
-                return None
-        return written(kind, result)
+        with Watch() as watch:
+            result = function(*copy.deepcopy(positional), **copy.deepcopy(named))
+            kind = "returned"
+            if isinstance(result, types.GeneratorType):
+                kind, result = "yielded", list(itertools.islice(result, ITEMS + 1))
+        return None if watch.asked or kind == "yielded" and len(result) > ITEMS else written(kind, result)
     except OutOfTime:
         return None
     except (RecursionError, MemoryError):  # what comes depends on how much is in use around the call
         return None
     except Exception as error:
         known = getattr(builtins, type(error).__name__, None) is type(error)
-        return ("raised", type(error).__name__) if known else None
+        return ("raised", type(error).__name__) if known and not watch.asked else None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

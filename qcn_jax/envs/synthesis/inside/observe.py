@@ -20,6 +20,7 @@ from _pytest.runner import runtestprotocol
 
 ROOT: str
 run_pytest = globals().get("run_pytest")  # given by the sandbox
+tells_time = globals().get("tells_time")  # of clocks.py
 
 MAX_CALLS = 1000  # recorded calls of one test
 MAX_SECONDS = 1.0  # of processor time in recording one test; later calls are not recorded
@@ -49,6 +50,8 @@ class Tracing:
     def __init__(self):
         self.seconds = {}
 
+    profile = None
+
     def trace(self, frame, event, arg):
         raise NotImplementedError
 
@@ -57,11 +60,13 @@ class Tracing:
         """Traces while the block runs, and keeps the processor seconds that it took."""
         started = time.process_time()
         threading.settrace(self.trace)
+        sys.setprofile(self.profile)
         sys.settrace(self.trace)
         try:
             yield
         finally:
             sys.settrace(None)
+            sys.setprofile(None)
             threading.settrace(None)
             self.seconds[node_id] = round(time.process_time() - started, 4)
 
@@ -166,9 +171,12 @@ class Recorder(Tracing):
         self.changeable = {}  # frame: [(name, value)] of the arguments that the call may change
         self.built = {}  # id of an object: how it was constructed
         self.failed, self.test, self.again = set(), None, "missing"
+        self.parameters = {}
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
+        if item.nodeid in self.wanted and hasattr(item, "callspec"):
+            self.parameters[item.nodeid] = fresh(item.callspec.params)
         yield  # the first run of every test is not traced
 
     @pytest.hookimpl
@@ -184,13 +192,25 @@ class Recorder(Tracing):
         if names and len(self.failed) <= self.too_many:
             self.test, item = names[0], items[names[0]]
             for _ in range(self.before):
-                item._initrequest()
+                self.renew(item)
                 runtestprotocol(item, log=False, nextitem=None)
-            item._initrequest()  # as for a new item: its fixtures are set up again
-            self.deadline = time.process_time() + MAX_SECONDS
+            self.renew(item)
+            self.failed, self.deadline = set(), time.process_time() + MAX_SECONDS
             with self.tracing(self.test):
                 reports = runtestprotocol(item, log=False, nextitem=None)
-            self.again = "failed" if any(report.failed for report in reports) else "passed"
+            # Subtests report by themselves alone.
+            self.again = "failed" if self.failed or any(report.failed for report in reports) else "passed"
+
+    def renew(self, item):
+        """Makes an item as it was before it ran: its fixtures are set up again, its parameters are what they were."""
+        if item.nodeid in self.parameters:
+            item.callspec.params.update(fresh(self.parameters[item.nodeid]))
+        item._initrequest()
+
+    def profile(self, frame, event, arg):
+        if event == "c_call" and not self.busy and tells_time(arg):
+            for call in self.open.values():
+                call["dated"] = True
 
     def trace(self, frame, event, arg):
         code = frame.f_code
@@ -308,8 +328,19 @@ def kinds(code):
         code.co_flags & 8)
 
 
+def fresh(value):
+    """A copy of containers; what else they hold, whose identity may matter, is the same."""
+    if type(value) in (list, tuple, set):
+        return type(value)(map(fresh, value))
+    if type(value) is dict:
+        return {key: fresh(item) for key, item in value.items()}
+    return bytearray(value) if type(value) is bytearray else value
+
+
 def dated(call, days):
-    """Whether a call's texts tell the day on which it was recorded."""
+    """Whether a call asked for the time, or its texts tell the day on which it was recorded."""
+    if call.get("dated"):
+        return True
     texts = [call["raised"], *call["result"], *(text for _, text in (*call["args"], *call["after"]))]
     return any(day in text for text in texts for day in days)
 

@@ -37,6 +37,11 @@ def pytest(log: str) -> Outcomes:
                 yield found[2], _PYTEST[found[1]]
             elif (name := _PYTEST_NAME.match(line)) and (found := _PYTEST_LAST.search(line, name.end())):
                 yield line[:found.start()], _PYTEST[found[1]]
+            elif line.startswith("SUBFAIL"):  # behind a failed subtest pytest may call its test passed
+                words = line.split(" ")
+                at = next((number for number, word in enumerate(words) if ".py::" in word), len(words))
+                if at < len(words):
+                    yield " ".join(words[at:]).partition(" - ")[0], "failed"
 
     return _collect(pairs())
 
