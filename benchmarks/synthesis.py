@@ -20,7 +20,7 @@ from absl import app, flags
 
 from qcn_jax import files
 from qcn_jax.envs.pool.env_pool import EnvPool
-from qcn_jax.envs.synthesis import plan, quality, sources, statement, synthesize
+from qcn_jax.envs.synthesis import plan, sources, statement, synthesize
 from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.recipes.nano import repositories
 
@@ -63,21 +63,21 @@ def main(argv):
         result = synthesize.synthesize(pool, specs, settings, out, lambda line: print(line, flush=True))
     wall = time.monotonic() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    tasks, repeated = quality.without_near_duplicates(result.tasks)
+    tasks, repeated = result.tasks, result.outcomes().get("near_duplicate", 0)
     write_tasks(out / "tasks.jsonl", tasks)
     executed = sum(row["seconds"] * row["candidates"] for row in result.yields().values())
     summary = {
         "machine": f"{platform.machine()}, {_WORKERS.value} workers, {described}", "tasks": len(tasks),
         "repositories": dict(collections.Counter(task.repo for task in tasks).most_common()),
         "left_out": result.skipped, "candidates": len(result.verdicts), "outcomes": result.outcomes(),
-        "near_duplicates": len(repeated), "with_held_out_tests": sum(bool(task.held_out_patch) for task in tasks),
+        "near_duplicates": repeated, "with_held_out_tests": sum(bool(task.held_out_patch) for task in tasks),
         "wall_seconds_of_this_start": round(wall, 1), "sandbox_seconds_all_starts": round(executed, 1),
         "cpu_seconds_of_children_of_this_start": round(used.ru_utime + used.ru_stime, 1),
         "kinds": result.yields(), "by_repository": result.repository_yields(),
     }
     files.write_json(out / "summary.json", summary)
     print(f"\n{summary['machine']}\n{len(tasks)} tasks from {len(summary['repositories'])} repositories, "
-          f"{len(result.verdicts)} candidates, {wall:.0f} s; {len(repeated)} near duplicates left out; "
+          f"{len(result.verdicts)} candidates, {wall:.0f} s; {repeated} near duplicates left out; "
           f"{summary['with_held_out_tests']} with held-out tests")
     files.write_text(out / "table.md", table(summary))
     print("\n" + table(summary))

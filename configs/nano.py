@@ -103,6 +103,7 @@ def full():
             kinds=KINDS, max_function_lines=14, single_line=True, at_fault=True,
             # A model of this size writes no reproduction: it is told the call and its tests, and runs these.
             statement="observed", statement_characters=220, hide_tests=False,
+            held_out=False,  # nothing here grades by them
             pass_to_pass=40),  # a verdict at most twice as long as with the defective function's tests alone
         midtrain=MidtrainConfig(
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), sources=sources),

@@ -162,6 +162,8 @@ class TasksConfig:
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
     pass_to_pass: Count = 0  # tests that do not call the defective function, spread over the suite's files; 0: all
     statement: Statement = "issue"  # as a user reports it, naming no test, or what a call gave and should, and tests
+    held_out: bool = True  # tests that no agent sees are made for each task
+    near_duplicates: AboveZero = 0.9  # tasks of one file whose changes are this alike are kept once; above 1: all
     hide_tests: bool = True  # tests that show the defect are not in the tree that the agent sees
     statement_characters: Positive = 1500  # longest problem statement
     at_fault: bool = False  # only tasks whose statement tells of the defective function itself, not of one it misleads

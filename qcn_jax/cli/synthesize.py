@@ -105,6 +105,7 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
         statement_characters=values.statement_characters, held_out=values.held_out, tests_may_tell=True,
         combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
         rules="inject" in asked, model=model, statement=values.statement, hide_tests=values.hide_tests,
+        near_duplicates=values.near_duplicates,
         rewrites_per_repo=values.rewrites_per_repo if "rewrite" in asked else 0, seed=values.seed,
     )  # fmt: skip
 
@@ -117,7 +118,7 @@ def _synthesize(values: flags.FlagValues) -> int:
                       setup=tuple(values.setup))
     tasks, yields = make_tasks.make_tasks(make_tasks.Request(
         values.repo, pathlib.Path(f"{out}.work"), values.strategies, _settings(values), mining, values.issues,
-        values.setup, values.near_duplicates, values.sandbox, values.workers))
+        values.setup, values.sandbox, values.workers))
     write_tasks(out, tasks)
     files.write_json(f"{out}.yields.json", yields)
     if yields["kinds"]:

@@ -52,6 +52,33 @@ def run(sandbox: Sandbox, observations: Sequence[Observation], timeout: float) -
     return done.value if done is not None and done.status == "ok" else [None] * len(wanted)
 
 
+def programs(text: str) -> list[str]:
+    """Programs in a statement: its code blocks that begin with an import."""
+    blocks = re.findall(r"(?ms)^```python\n(.*?)\n```$", text)
+    return ["\n".join(line for line in block.split("\n") if line.strip()) for block in blocks
+            if block.startswith(("from ", "import "))]
+
+
+def repeat(sandbox: Sandbox, wanted: Sequence[str], timeout: float) -> list[Any]:
+    """What programs give in the sandbox's present state, as `run`."""
+    done = sandbox.run_python(_SCRIPT, [{"program": program} for program in wanted], timeout)
+    return done.value if done.status == "ok" else [None] * len(wanted)
+
+
+def falsehood(text: str, bad: Sequence[Any], good: Sequence[Any]) -> str:
+    """What in a statement is not so, where its programs give `bad` and `good` in the two states; "" for nothing."""
+    for program, came, wanted in zip(programs(text), bad, good):
+        last = program.split("\n")[-1]
+        if came is None or wanted is None:
+            return f"`{last}` cannot be repeated"
+        if came[1:] == wanted[1:]:
+            return f"`{last}` {came[1]} {came[2]} with the fix, too"
+        for what, outcome in (("without", came), ("with", wanted)):
+            if outcome[2] not in text:
+                return f"`{last}` {outcome[1]} {outcome[2]} {what} the fix, which it does not say"
+    return ""
+
+
 def examples(observations: Sequence[Observation], buggy: Sequence[Any], fixed: Sequence[Any],
              forbidden: Sequence[str] = ()) -> list[Example]:
     """Programs that give something else in the two states, of one function; none that holds a `forbidden` word."""

@@ -39,7 +39,6 @@ class Request:
       mining: of strategy mine; None are its defaults.
       issues: file of exported issues that mined changes may be linked to; empty for none.
       setup: shell commands that install what tests of Python repositories need.
-      near_duplicates: tasks of one file whose changes are this alike are kept once; above 1 all are kept.
       sandbox: auto, docker or local.
       workers: candidates side by side.
     """
@@ -51,7 +50,6 @@ class Request:
     mining: "Criteria | None" = None
     issues: str = ""
     setup: Sequence[str] = ()
-    near_duplicates: float = 0.9
     sandbox: str = "auto"
     workers: int = 2
 
@@ -60,7 +58,7 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
     """Makes verified tasks.
 
     Returns:
-      Tasks, and JSON-ready yields: kinds, repositories, outcomes, left_out, near_duplicates, held_out,
+      Tasks, and JSON-ready yields: kinds, repositories, outcomes, left_out, near_duplicates, ambiguous, held_out,
       statement, pass_to_pass, `quality.summary`, and mined where histories were mined.
 
     Raises:
@@ -84,8 +82,10 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
             tasks += _foreign(request, foreign, yields, log)
         if "mine" in request.strategies:
             tasks += _mined(request, pool, yields, log)
-    tasks, repeated = quality.without_near_duplicates(tasks, request.near_duplicates)
-    yields |= {"near_duplicates": len(repeated), "held_out": sum(bool(task.held_out_patch) for task in tasks),
+    tasks, refused = quality.sifted(tasks, request.settings.near_duplicates)  # across strategies, too
+    yields |= {f"{reason}s" if reason == "near_duplicate" else reason: refused.get(reason, 0) + yields["outcomes"].get(
+        reason, 0) for reason in ("near_duplicate", "ambiguous")}
+    yields |= {"held_out": sum(bool(task.held_out_patch) for task in tasks),
                "statement": request.settings.statement, "pass_to_pass": request.settings.pass_to_pass or "all",
                **quality.summary(tasks)}
     return tasks, yields

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qcn_jax.chat import endpoint
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import candidates, inject, validate
+from qcn_jax.envs.synthesis import candidates, inject, quality, validate
 from qcn_jax.envs.synthesis.inject import rewrite
 from qcn_jax.envs.synthesis.survey import Survey, callers
 from qcn_jax.envs.tasks import permissions
@@ -29,7 +29,8 @@ class Settings:
     `per_function` keeps one function from filling the set. `rules` are inject.KINDS, or `kinds` of them; `model` makes
     defects too, of so many functions of each repository, and words the statements where `statement`, one of
     describe.WORDINGS, is endpoint. Beyond the target, `combined_per_repo` combinations of verified defects are tried.
-    `pass_to_pass` and `hide_tests`: as in validate.Options.
+    `pass_to_pass` and `hide_tests`: as in validate.Options. Tasks of one file whose changes are alike to
+    `near_duplicates` are kept once; above 1 all are kept.
     """
 
     target: int = 0
@@ -51,6 +52,7 @@ class Settings:
     statement: str = "issue"
     hide_tests: bool = True
     pass_to_pass: int = 0
+    near_duplicates: float = quality.NEAR
     seed: int = 0
 
     @property

@@ -15,6 +15,7 @@ from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
 from qcn_jax.envs.tasks import grading, hidden
 from qcn_jax.envs.tasks.schema import Task
 
+AMBIGUOUS = 0.35  # ambiguity from which a task is refused: tests want names that nobody says, or values are cut away
 NEAR = 0.9  # similarity from which two changes of one file count as the same task
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _DEFINED = re.compile(r"^\s*(?:def|class|func|function)\s+(\w+)|^\s*(?:const|let|var)\s+(\w+)\s*=", re.M)
@@ -78,8 +79,6 @@ def ambiguity(task: Task) -> float:
     place = task.function.split(".")[-1]
     if place and place not in text:
         score += 0.2
-    if not any(name.split("::")[-1].split("[")[0] in text for name in task.FAIL_TO_PASS):
-        score += 0.15
     wanted = _added_names(task.patch) & set(_TOKEN.findall(task.test_patch))
     missing = [name for name in wanted if not re.search(rf"\b{re.escape(name)}\b", text)]
     if missing:
@@ -108,27 +107,42 @@ def shingles(task: Task) -> frozenset[tuple[str, ...]]:
     return frozenset(found)
 
 
-def near_duplicates(tasks: Sequence[Task], threshold: float = NEAR) -> dict[str, str]:
-    """{instance_id: the earlier one that it repeats}: same repository and files, changes alike to `threshold`."""
-    buckets: dict[tuple, list[tuple[str, frozenset]]] = collections.defaultdict(list)
-    repeated: dict[str, str] = {}
-    for task in tasks:
-        bucket, own = buckets[task.repo, *patches.touched(task.patch)], shingles(task)
+class Sieve:
+    """Refuses tasks that nobody can solve by what they say, and those that repeat an earlier one.
+
+    Args:
+      near: similarity of two changes of the same files from which the later one is refused; above 1 none is.
+    """
+
+    def __init__(self, near: float = NEAR):
+        self._near = near
+        self._buckets: dict[tuple, list[tuple[str, frozenset]]] = collections.defaultdict(list)
+
+    def refuses(self, task: Task) -> str:
+        """Why a task is refused: ambiguous or near_duplicate; "" where it is not."""
+        return "ambiguous" if task.ambiguity >= AMBIGUOUS else "near_duplicate" if self.repeats(task) else ""
+
+    def repeats(self, task: Task) -> str:
+        """The id of the earlier task that this one repeats, or ""; what repeats none is remembered."""
+        bucket, own = self._buckets[task.repo, *patches.touched(task.patch)], shingles(task)
         for name, other in bucket:
             union = len(own | other)
-            if union and len(own & other) / union >= threshold:
-                repeated[task.instance_id] = name
-                break
-        else:
-            bucket.append((task.instance_id, own))
-    return repeated
+            if union and len(own & other) / union >= self._near:
+                return name
+        bucket.append((task.instance_id, own))
+        return ""
 
 
-def without_near_duplicates(tasks: Iterable[Task], threshold: float = NEAR) -> tuple[list[Task], dict[str, str]]:
-    """The tasks that repeat none before them, and what was left out."""
-    tasks = list(tasks)
-    repeated = near_duplicates(tasks, threshold)
-    return [task for task in tasks if task.instance_id not in repeated], repeated
+def sifted(tasks: Iterable[Task], near: float = NEAR) -> tuple[list[Task], dict[str, int]]:
+    """The tasks that a Sieve lets pass, and how many it refused for which reason."""
+    sieve, kept = Sieve(near), []
+    refused: collections.Counter[str] = collections.Counter()
+    for task in tasks:
+        reason = sieve.refuses(task)
+        refused[reason] += bool(reason)
+        if not reason:
+            kept.append(task)
+    return kept, {reason: count for reason, count in refused.items() if count}
 
 
 def flaky_tests(provider: Provider, task: Task, runs: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ from qcn_jax import files
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import candidates, combine, plan, validate
+from qcn_jax.envs.synthesis import candidates, combine, plan, quality, validate
 from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
@@ -137,6 +137,7 @@ def synthesize(
         sources = {path: text for path, text in texts.items() if path.endswith(".py")}
         schedule.add(spec, surveys[spec.name], sources)
     verdicts: list[validate.Verdict] = []
+    sieve = quality.Sieve(settings.near_duplicates)
     tried: dict[str, candidates.Candidate] = {}
     with Journal(workdir / f"{label}.journal.jsonl") as journal:
         said = time.monotonic()
@@ -145,7 +146,8 @@ def synthesize(
             nonlocal said
             start = len(verdicts)
             for verdict in _execute(pool, wave, settings, journal):
-                verdicts.append(verdict)
+                reason = sieve.refuses(verdict.task) if verdict.task else ""
+                verdicts.append(dataclasses.replace(verdict, outcome=reason, task=None) if reason else verdict)
                 if time.monotonic() - said > _LOG_EVERY:
                     said = time.monotonic()
                     log(_progress(label, verdicts, settings.target))

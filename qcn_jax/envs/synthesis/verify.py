@@ -1,14 +1,17 @@
 """Whether tasks are what they claim: the gold patch resolves them, and without a patch they stay unresolved."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
+from qcn_jax.envs import patches
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox.base import PASSING, Provider, sandbox
-from qcn_jax.envs.synthesis import heldout, quality
+from qcn_jax.envs.synthesis import heldout, issue, quality
 from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
+
+MADE = ("inject", "rewrite", "combine")  # strategies whose statements are made by rule, or worded from these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,8 @@ def _problems(provider: Provider, task: Task) -> tuple[list[str], float]:
     tests = [*task.FAIL_TO_PASS, *task.PASS_TO_PASS]
     with sandbox(provider, task.repo, start, role="grading") as place:
         run = place.run_tests(tests, timeout=task.timeout)
+    if false := _falsehood(provider, task, start):
+        problems.append(f"the statement is false: {false}")
     passing = [name for name in task.FAIL_TO_PASS if run.outcomes.get(name) in PASSING]
     broken = [name for name in task.PASS_TO_PASS if run.outcomes.get(name) in ("failed", "error")]
     if passing:
@@ -60,6 +65,22 @@ def _problems(provider: Provider, task: Task) -> tuple[list[str], float]:
     if broken:
         problems.append(f"without a patch {broken[0]} of PASS_TO_PASS fails")
     return problems, verdict.seconds + run.seconds
+
+
+def _falsehood(provider: Provider, task: Task, start: Mapping[str, str | None]) -> str:
+    """What a statement that was made by rule says and is not so."""
+    programs = issue.programs(task.problem_statement) if task.strategy in MADE else []
+    if not programs:
+        return ""
+    try:
+        fixed = {**start, **patches.apply_changes(grading.Layered(provider.files(task.repo), start), task.patch)}
+    except patches.PatchError:
+        return ""  # told by the verdict
+    results = []
+    for state in (start, fixed):
+        with sandbox(provider, task.repo, state) as place:
+            results.append(issue.repeat(place, programs, task.timeout))
+    return issue.falsehood(task.problem_statement, *results)
 
 
 def verify(pool: EnvPool, tasks: Iterable[Task], reruns: int = 0) -> Iterator[Check]:

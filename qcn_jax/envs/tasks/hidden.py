@@ -17,8 +17,11 @@ _DEFINITION = re.compile(r"\s*(?:async\s+)?def\s+(\w+)")
 
 def takes_out(task: Task) -> bool:
     """Whether a task's starting state lacks tests that its `test_patch` puts back."""
-    return bool(task.bug_patch and task.test_patch) and set(patches.touched(task.test_patch)) <= set(
-        patches.touched(task.bug_patch))
+    try:
+        return bool(task.bug_patch and task.test_patch) and set(patches.touched(task.test_patch)) <= set(
+            patches.touched(task.bug_patch))
+    except patches.PatchError:  # no patch of ours
+        return False
 
 
 def left(task: Task) -> tuple[str, ...]:

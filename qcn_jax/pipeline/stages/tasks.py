@@ -111,6 +111,8 @@ def _settings(context: StageContext, target: int) -> plan.Settings:
         reruns=config.reruns,
         statement=config.statement,
         hide_tests=config.hide_tests,
+        held_out=config.held_out,
+        near_duplicates=config.near_duplicates,
         statement_characters=config.statement_characters,
         at_fault=config.at_fault,
         pass_to_pass=config.pass_to_pass,

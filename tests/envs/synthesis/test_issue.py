@@ -69,6 +69,15 @@ def test_issues_are_true_and_name_no_test(place, old, new):
     assert not describe.unreadable(text) and verify.verify_task(place[0], task).problems == ()
 
 
+def test_verify_notices_false_statements(place, task):
+    """A value that does not come, and a program that gives the same in both states."""
+    for old, new, said in (("`10`", "`11`", "gives 10 without the fix, which it does not say"),
+                           ("clamp(5, 0, 10)", "clamp(50, 0, 10)", "gives 10 with the fix, too")):
+        false = dataclasses.replace(task, problem_statement=task.problem_statement.replace(old, new))
+        (problem,) = verify.verify_task(place[0], false).problems
+        assert problem.startswith("the statement is false: `clamp(") and problem.endswith(said)
+
+
 def test_without_a_call_the_failing_line_is_told(place):
     task = validate.check(place[0], candidate(place, "list(items)", "items"), OPTIONS).task
     assert "stack.pop(0) == 1 and items == [1, 2]" in task.problem_statement and "test_stack" not in task.problem_statement

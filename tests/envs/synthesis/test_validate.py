@@ -24,6 +24,7 @@ from qcn_jax.envs.synthesis import (
 )  # fmt: skip
 from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks import grading
+from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from tests.envs.synthesis.small import SOURCE, write_repository
 
@@ -342,8 +343,21 @@ def test_scores_and_duplicates(place):
         ("value > high", "value >= low"), ("total += value", "total -= value"))]  # fmt: skip
     assert all(0 < task.difficulty < 1 and 0 <= task.ambiguity < 1 for task in tasks)
     repeated = dataclasses.replace(tasks[0], instance_id="again")
-    kept, dropped = quality.without_near_duplicates([*tasks, repeated])
-    assert kept == tasks and dropped == {"again": tasks[0].instance_id}
+    vague = dataclasses.replace(tasks[1], instance_id="vague", ambiguity=0.4)
+    assert quality.sifted([*tasks, repeated, vague]) == (tasks, {"near_duplicate": 1, "ambiguous": 1})
+    assert quality.sifted([*tasks, repeated], near=1.1) == ([*tasks, repeated], {})
+
+
+def test_ambiguity():
+    """Tests that want names which only the fix defines, and nobody says; values that were cut away."""
+    fix = patches.make_diff({PATH: "a\n"}, {PATH: "a\n\n\ndef parse_all(x):\n    return x\n"})
+    tests = patches.make_diff({}, {"tests/test_a.py": "def test_a():\n    assert parse_all(1)\n"})
+    text = "Parsing of all of them at once is missing from the package."
+    task = Task("i", "r==1", "", fix, tests, text, ("tests/test_a.py::test_a",), ())
+    assert quality.sifted([dataclasses.replace(task, ambiguity=quality.ambiguity(task))])[1] == {"ambiguous": 1}
+    said = dataclasses.replace(task, problem_statement=text + " `parse_all` should do it.")
+    assert quality.ambiguity(said) == 0.0
+    assert quality.ambiguity(dataclasses.replace(said, problem_statement=said.problem_statement + " [1, ...] [2, ...]")) == 0.3
 
 
 def test_flaky_tests(place):

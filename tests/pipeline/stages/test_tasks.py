@@ -22,7 +22,7 @@ def config(tmp_path):
     """A configuration over two copies of the small repository, under different names."""
     train = write_repository(tmp_path, "numbers_pkg-1.0")
     heldout = write_repository(tmp_path, "others_pkg-2.0")
-    tasks = TasksConfig(repos_train=(str(train),), repos_heldout=(str(heldout),), train=6, heldout=3, reruns=0, test_timeout=60.0,
+    tasks = TasksConfig(repos_train=(str(train),), repos_heldout=(str(heldout),), train=6, heldout=3, reruns=0, test_timeout=60.0, near_duplicates=2.0,
                         kinds=("change_boundary", "flip_comparison", "wrong_variable"))  # fmt: skip
     return RunConfig(sandbox="local", workers=1, tasks=tasks)
 

@@ -36,7 +36,7 @@ def stop(*_):
 
 
 def main(wanted):
-    """For each {path, name, args, kinds, built, yields, shows}: [program, returned, raised or left, text], or None."""
+    """For each {path, name, args, kinds, built, yields, shows}, or {program}: [program, verb, text], or None."""
     signal.signal(signal.SIGPROF, stop)
     return [reproduced(call) for call in wanted]
 
@@ -44,7 +44,7 @@ def main(wanted):
 def reproduced(call):
     """What one call gives when it is repeated."""
     try:
-        lines = program(call)
+        lines = call["program"].split("\n") if "program" in call else program(call)
         first = attempt(lines)
         return ["\n".join(lines), *first] if first is not None and first == attempt(lines) else None
     except (Exception, SystemExit, OutOfTime):

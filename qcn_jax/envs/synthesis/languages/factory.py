@@ -116,6 +116,7 @@ def synthesize(
     log(f"{name}: {len(expected)} stable tests, {len(found)} candidates in code that they reach, {len(chosen)} tried")
     place = _Place(name, environment, texts, expected, settings)
     verdicts: list[validate.Verdict] = []
+    sieve = quality.Sieve(settings.near_duplicates)
     idle: queue.SimpleQueue[Container] = queue.SimpleQueue()
     containers = [Container(client, environment.image) for _ in range(workers)]
     for container in containers:
@@ -137,7 +138,9 @@ def synthesize(
             for number, key in enumerate(keys, 1):
                 if key not in journal.known:
                     journal.add(key, futures[key].result().to_json())
-                verdicts.append(validate.Verdict.from_json(journal.known[key]))
+                verdict = validate.Verdict.from_json(journal.known[key])
+                reason = sieve.refuses(verdict.task) if verdict.task else ""
+                verdicts.append(dataclasses.replace(verdict, outcome=reason, task=None) if reason else verdict)
                 kept = sum(verdict.task is not None for verdict in verdicts)
                 if number % 20 == 0 or number == len(keys):
                     log(f"{name}: {kept} verified, {number} of {len(keys)} candidates executed")
@@ -173,7 +176,7 @@ def _choose(found: Sequence[inject.Injection], settings: plan.Settings, rng: ran
 
 def _key(place: _Place, injection: inject.Injection) -> str:
     facts = (place.name, place.environment.image, injection.path, injection.kind, injection.after_source,
-             place.settings.reruns)
+             place.settings.reruns, place.settings.statement)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
 
@@ -219,10 +222,7 @@ def _task(
         return "not_fixed", None
     said = runner_logs.messages(recipe.parser, run.log)
     shown = sorted(failing, key=lambda name: name not in said)
-    text = f"`{injection.qualname}` in {injection.path} does not do what it should."
-    if shown[0] in said:
-        text += f" In the test \"{shown[0]}\": {said[shown[0]]}."
-    text += "\n\nThese tests fail:" + "".join(f"\n- {name}" for name in shown[:LISTED])
+    text = _statement(injection, shown, said.get(shown[0], ""), place.settings.statement)
     if statement.contains_fix(text, gold):
         return "statement_tells_fix", None
     content = hashlib.sha256(repr(sorted(place.files.items())).encode()).hexdigest()
@@ -235,7 +235,16 @@ def _task(
         environment_setup_commit=state, image_name=place.environment.image, bug_patch=bug, path=injection.path,
         function=injection.qualname, timeout=limit, language=recipe.language, log_parser=recipe.parser,
         eval_script=f"#!/bin/sh\ncd {ROOT}\n{recipe.test}\n")
-    return "kept", quality.scored(task)
+    return "kept", quality.scored(task, function=injection.qualname)
+
+
+def _statement(injection: inject.Injection, failing: Sequence[str], said: str, kind: str) -> str:
+    """What the first failing test says; who reports an issue knows of no tests and no files."""
+    if kind != "observed":
+        return f"`{injection.qualname}` does not do what it should" + (f": {said}" if said else ".")
+    text = f"`{injection.qualname}` in {injection.path} does not do what it should."
+    text += f" In the test \"{failing[0]}\": {said}." if said else ""
+    return text + "\n\nThese tests fail:" + "".join(f"\n- {name}" for name in failing[:LISTED])
 
 
 def _slug(name: str) -> str:
