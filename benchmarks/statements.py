@@ -79,21 +79,23 @@ def page(tasks):
     for number, task in enumerate(sorted(chosen, key=lambda task: (task.repo, task.instance_id)), 1):
         lines += ["<details>", f"<summary>{number}. {task.repo}, {task.kind}: FAIL_TO_PASS {len(task.FAIL_TO_PASS)}, "
                   f"PASS_TO_PASS {len(task.PASS_TO_PASS)}, localisation {task.localisation}</summary>", "",
-                  task.problem_statement, "", "</details>", ""]
+                  *(f"> {line}".rstrip() for line in task.problem_statement.split("\n")), "", "</details>", ""]
     return "\n".join([*lines, END])
 
 
 def main(argv):
     """Makes the tasks, counts, prints."""
     del argv
-    out, started = pathlib.Path(_OUT.value), time.monotonic()
+    out = pathlib.Path(_OUT.value)
     settings = plan.Settings(candidates_per_repo=_CANDIDATES.value, statement_characters=1500, tests_may_tell=True,
                              held_out=True)
-    tasks, yields = make_tasks.make_tasks(make_tasks.Request(
-        _REPOS.value, out, settings=settings, sandbox=_SANDBOX.value, workers=_WORKERS.value))
-    wall = time.monotonic() - started
+    tasks, yields, rows, faults = [], {}, collections.defaultdict(list), []
+    for name in _REPOS.value:  # each continues from its own journal
+        started = time.monotonic()
+        made, yields[name] = make_tasks.make_tasks(make_tasks.Request(
+            [name], out / name, settings=settings, sandbox=_SANDBOX.value, workers=_WORKERS.value))
+        tasks, yields[name]["wall_seconds"] = tasks + made, round(time.monotonic() - started, 1)
     write_tasks(out / "tasks.jsonl", tasks)
-    rows, faults = collections.defaultdict(list), []
     with make_provider(_SANDBOX.value, str(files.cache_folder("sandbox"))) as provider:
         for name in _REPOS.value:
             provider.prepare(sources.locate(name))
@@ -102,7 +104,7 @@ def main(argv):
             named = issue.names(task.problem_statement, issue.test_names(task.FAIL_TO_PASS))
             rows[task.repo].append((task, bool(wrong), bool(unreadable), named))
             faults += [f"{task.instance_id}: {fault}" for fault in (wrong, unreadable) if fault]
-        about = next((task for task in tasks if task.repo.startswith("humanize") and "clamp" in task.patch), None) or next(
+        about = next((task for task in tasks if task.repo.startswith("humanize") and "`clamp`" in task.problem_statement), None) or next(
             (task for task in tasks if task.repo.startswith("humanize")), None)
         if about:
             patch, emptied = destructive(provider, about)
@@ -112,15 +114,16 @@ def main(argv):
           "| with a program | tests hidden | localisation |\n" + "|---" * 11 + "|")
     for name, found in sorted(rows.items()):
         these = [task for task, *_ in found]
-        print(f"| {name} | {yields['repositories'][name]['candidates']} | {len(found)} | {sum(row[1] for row in found)} | "
+        print(f"| {name} | {yields[name]['repositories'][name]['candidates']} | {len(found)} | {sum(row[1] for row in found)} | "
               f"{sum(row[2] for row in found)} | {sum(row[3] for row in found)} | "
               f"{sum(not task.PASS_TO_PASS for task in these)} | "
               f"{statistics.median(len(task.PASS_TO_PASS) for task in these):.0f} | "
               f"{sum(bool(issue.programs(task.problem_statement)) for task in these)} | "
               f"{sum(map(hidden.takes_out, these))} | {statistics.mean(task.localisation for task in these):.2f} |")
-    print(f"{len(tasks)} tasks, {wall:.0f} s with {_WORKERS.value} workers; outcomes: {yields['outcomes']}")
+    outcomes = sum((collections.Counter(found["outcomes"]) for found in yields.values()), collections.Counter())
+    print(f"{len(tasks)} tasks with {_WORKERS.value} workers; outcomes: {dict(outcomes)}")
     print("\n".join(faults))
-    files.write_json(out / "summary.json", {**yields, "wall_seconds": round(wall, 1), "faults": faults})
+    files.write_json(out / "summary.json", {"repositories": yields, "faults": faults})
     if _DOCS.value:
         path = pathlib.Path(_DOCS.value)
         files.write_text(path, re.sub(f"(?s){re.escape(START)}.*{re.escape(END)}", lambda _: page(tasks),

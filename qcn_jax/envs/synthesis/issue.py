@@ -17,6 +17,7 @@ from qcn_jax.envs.testpaths import is_test_path
 
 MOST_CALLS = 24  # that are tried for one task
 MOST_SHOWN = 3  # programs of one issue
+_FORMS = ("`{}`", "\n{}\n", "\nraises {}\n")  # in which a statement gives a value
 INLINE = 60  # characters of a value that stands in a sentence
 _INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
 _SCRIPT = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "reproduce.py"))
@@ -74,7 +75,7 @@ def falsehood(text: str, bad: Sequence[Any], good: Sequence[Any]) -> str:
         if came[1:] == wanted[1:]:
             return f"`{last}` {came[1]} {came[2]} with the fix, too"
         for what, outcome in (("without", came), ("with", wanted)):
-            if outcome[2] not in text:
+            if not any(form.format(outcome[2]) in text for form in _FORMS):
                 return f"`{last}` {outcome[1]} {outcome[2]} {what} the fix, which it does not say"
     return ""
 

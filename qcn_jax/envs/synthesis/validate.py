@@ -294,6 +294,7 @@ def _task(
     name, _, version = candidate.repository.partition("==")
     bug = patches.make_diff(candidate.before_files, candidate.after_files)
     state = _state(candidate, bug)
+    share = min(1.0, (len(failing) + len(passing)) / max(len(candidate.everything), 1))  # of the suite
     return Task(
         instance_id=f"pypi__{name}.{candidate.archive_sha256[:8]}.{candidate.kind}__{candidate.key[:8]}",
         repo=candidate.repository,
@@ -311,5 +312,5 @@ def _task(
         path=observation.path if observation else "",
         function=observation.function if observation else "",
         timeout=5.0 * math.ceil(  # coarse: the same on every run
-            (TASK_SECONDS + 10 * candidate.seconds + SUITE_FACTOR * candidate.suite_seconds) / 5),
+            (TASK_SECONDS + 10 * candidate.seconds + SUITE_FACTOR * share * candidate.suite_seconds) / 5),
     )
