@@ -273,7 +273,7 @@ def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tupl
     came, samples, lock = collections.Counter(dict.fromkeys(known, 1)), [], threading.Lock()
     one = task()
     todo = [number for number in range(_EXECUTIONS.value) if number not in known]
-    with concurrent.futures.ThreadPoolExecutor(4) as threads, open(journal, "a", encoding="utf-8") as stream, tqdm.tqdm(
+    with open(journal, "a", encoding="utf-8") as stream, concurrent.futures.ThreadPoolExecutor(4) as threads, tqdm.tqdm(
             total=_EXECUTIONS.value, initial=len(known), desc="executions", file=sys.stderr, mininterval=5) as bar:
         def start(number):
             kind, text = patch(number)
