@@ -20,6 +20,7 @@ from qcn_jax.envs.sandbox.base import sandbox
 from qcn_jax.envs.tasks import formats, harbor
 from qcn_jax.envs.tasks.grading import Grader, starting_changes
 from tests.agents import playing, tiny
+from tests.envs.tasks.test_formats import GOOD_TOMLS
 from tests.sandboxes import CALC, FILE, SOURCE, TESTS, make_task
 
 SED = "sed -i 's/if value > low/if value < low/' calc/core.py"
@@ -151,6 +152,17 @@ def harbor_python(tmp_path_factory):
         if done.returncode == 0:
             return python
     pytest.skip("harbor needs Python 3.12; set QCN_HARBOR_PYTHON to an interpreter that has it")
+
+
+def test_harbor_reads_resources_as_we_do(harbor_python, tmp_path):
+    script = ("import json, sys\nfrom harbor.models.task.config import TaskConfig\nfor text in json.load(sys.stdin):\n"
+              "    found = TaskConfig.model_validate_toml(text).environment\n"
+              "    print(json.dumps([found.memory_mb, found.storage_mb, found.cpus, found.docker_image]))\n")
+    done = subprocess.run([harbor_python, "-W", "ignore", "-c", script], input=json.dumps(list(GOOD_TOMLS)), text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line, wanted in zip(done.stdout.splitlines(), GOOD_TOMLS.values(), strict=True):
+        assert all(value in (None, ours) for value, ours in zip(json.loads(line), wanted, strict=True)), line
 
 
 def test_harbor_reads_our_folder(harbor_python, tmp_path):

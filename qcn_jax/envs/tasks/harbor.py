@@ -5,9 +5,12 @@ leaves its reward in /logs/verifier/reward.json (key "reward") or reward.txt.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +23,8 @@ from qcn_jax.errors import UserError
 
 # Defaults of Harbor's own documentation, used where task.toml is silent.
 AGENT_SECONDS, VERIFIER_SECONDS, BUILD_SECONDS, CPUS, MEMORY_MB, STORAGE_MB = 600.0, 600.0, 600.0, 1, 2048, 10240
+_MIB = {"G": 1024.0, "M": 1.0, "K": 1 / 1024}
+_DEFINITIONS = ("Dockerfile", "docker-compose.yaml")
 
 _DOCKERFILE = """FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
@@ -39,20 +44,43 @@ cd /testbed && python /tests/grade.py
 _GRADE = '''"""Reward 1 if every FAIL_TO_PASS and every PASS_TO_PASS test passes (SWE-bench's semantics), else 0."""
 
 import json
+import os
 import pathlib
-import re
-import subprocess
 import sys
 
-config = json.loads(pathlib.Path("/tests/config.json").read_text())
-command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "console_output_style=progress",
-           "--continue-on-collection-errors", "--tb=no", *config["test_files"]]
-output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-print(output)
-line = re.compile(r"^(\\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?: \\(.*\\))? +\\[ *\\d+%\\]$", re.MULTILINE)
-outcomes = {name: outcome for name, outcome in line.findall(output)}
-passed = all(outcomes.get(name) in ("PASSED", "XFAIL") for name in config["FAIL_TO_PASS"])
-kept = all(outcomes.get(name) in ("PASSED", "XFAIL", "SKIPPED") for name in config["PASS_TO_PASS"])
+import pytest
+
+BAD = ("failed", "error")
+
+
+class Outcomes:
+    """What pytest itself reports, whatever the repository's settings make it print."""
+
+    def __init__(self):
+        self.found = {}
+
+    def pytest_runtest_logreport(self, report):
+        expected = hasattr(report, "wasxfail")
+        outcome = ("xfailed" if expected else "skipped") if report.skipped else (
+            "failed" if report.failed else "xpassed" if expected and report.when == "call" else "passed")
+        known = self.found.get(report.nodeid, "passed")  # subtests report under their test's id
+        if known not in BAD and outcome != "passed":
+            known = outcome
+        self.found[report.nodeid] = known
+
+
+config = json.loads(pathlib.Path("/tests/config.json").read_text(encoding="utf-8"))
+sys.path[0] = os.getcwd()  # as python -m pytest has it
+arguments = ["-v", "-p", "no:cacheprovider", "--maxfail=0", "--continue-on-collection-errors", "--tb=short",
+             *config["test_files"]]
+outcomes = Outcomes()
+status = pytest.main([*arguments], plugins=[outcomes])  # which puts the repository's options into its list
+if status == pytest.ExitCode.USAGE_ERROR:  # options of plugins that are not here
+    outcomes = Outcomes()
+    pytest.main(["-o", "addopts=", *arguments], plugins=[outcomes])
+found = outcomes.found
+passed = all(found.get(name) in ("passed", "xfailed") for name in config["FAIL_TO_PASS"])
+kept = all(found.get(name) in ("passed", "xfailed", "skipped") for name in config["PASS_TO_PASS"])
 pathlib.Path("/logs/verifier/reward.json").write_text(json.dumps({"reward": int(passed and kept)}))
 '''
 
@@ -70,6 +98,7 @@ class HarborTask:
     memory_mb: int
     storage_mb: int
     metadata: dict[str, Any]
+    docker_image: str = ""
     task: Task | None = None
 
 
@@ -123,42 +152,84 @@ def _toml(task: Task) -> str:
 
 
 def read_folder(folder: str | os.PathLike[str]) -> HarborTask:
-    """Reads a Harbor task folder, ours or anybody's.
+    """Reads a Harbor task folder of one step, ours or anybody's, as Harbor 0.26 does.
 
     Raises:
-      UserError: a file is missing or a field ill-typed; names it.
+      UserError: a file is missing or no text, or a field ill-typed; names it.
     """
     folder = pathlib.Path(folder)
-    for name in ("task.toml", "instruction.md", "tests/test.sh"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: is no Harbor task: {name} is missing")
-    if not any((folder / "environment" / name).is_file() for name in ("Dockerfile", "docker-compose.yaml")):
-        raise UserError(f"{folder}: is no Harbor task: environment/Dockerfile is missing")
+    path = folder / "task.toml"
     try:
-        config = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'task.toml'}: is not valid TOML: {error}") from error
-
-    def number(section: str, field: str, default: float) -> Any:
-        value = config.get(section, {}).get(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{folder / 'task.toml'}: {section}.{field} must be a positive number, got {value!r}")
-        return value
-
+        config = tomllib.loads(_text(folder, "task.toml"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from error
+    sections = {name: config.get(name, {}) for name in ("task", "metadata", "agent", "verifier", "environment")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} must be a table, got {section!r}")
+    if config.get("steps"):
+        raise UserError(f"{path}: steps: tasks of several steps are not read")
+    number = functools.partial(_number, path, sections)
+    image, system = (sections["environment"].get(name, default) for name, default in
+                     (("docker_image", ""), ("os", "linux")))
+    if not isinstance(image, str):
+        raise UserError(f"{path}: environment.docker_image must be text, got {image!r}")
+    if str(system).lower() != "linux":
+        raise UserError(f"{path}: environment.os must be linux, got {system!r}")
+    if not image and not any(files.is_file(folder / "environment" / name) for name in _DEFINITIONS):
+        raise UserError(f"{folder}: is no Harbor task: environment/Dockerfile is missing, and environment.docker_image")
+    instruction = _text(folder, "instruction.md")
+    _text(folder, "tests/test.sh")
     ours = folder / "tests" / "config.json"
-    row = files.read_json(ours).get("task") if ours.is_file() else None
+    row = files.read_json(ours) if files.is_file(ours) else None
+    row = row.get("task") if isinstance(row, dict) else None  # others' folders may hold such a file, too
     return HarborTask(
-        name=str(config.get("task", {}).get("name", folder.name)),
-        instruction=(folder / "instruction.md").read_text(encoding="utf-8"),
+        name=str(sections["task"].get("name", folder.name)),
+        instruction=instruction,
         agent_seconds=number("agent", "timeout_sec", AGENT_SECONDS),
         verifier_seconds=number("verifier", "timeout_sec", VERIFIER_SECONDS),
         build_seconds=number("environment", "build_timeout_sec", BUILD_SECONDS),
         cpus=number("environment", "cpus", CPUS),
-        memory_mb=number("environment", "memory_mb", MEMORY_MB),
-        storage_mb=number("environment", "storage_mb", STORAGE_MB),
-        metadata=config.get("metadata", {}),
-        task=Task.from_json(row, str(ours)) if row else None,
+        memory_mb=_size(path, sections, "memory", MEMORY_MB),
+        storage_mb=_size(path, sections, "storage", STORAGE_MB),
+        metadata=sections["metadata"],
+        docker_image=image,
+        task=Task.from_json(row, str(ours)) if isinstance(row, dict) else None,
     )
+
+
+def _text(folder: pathlib.Path, name: str) -> str:
+    if not files.is_file(folder / name):
+        raise UserError(f"{folder}: is no Harbor task: {name} is missing")
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder / name}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / name}: is not valid UTF-8") from error
+
+
+def _number(path: pathlib.Path, sections: Mapping[str, Any], section: str, field: str, default: float) -> Any:
+    value = sections[section].get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {section}.{field} must be a positive number, got {value!r}")
+    return value
+
+
+def _size(path: pathlib.Path, sections: Mapping[str, Any], field: str, default: int) -> int:
+    """MiB: of `field`_mb, or of the older `field` in words such as 8G; Harbor refuses both where they disagree."""
+    words = sections["environment"].get(field)
+    stated = f"{field}_mb" in sections["environment"]
+    number = int(_number(path, sections, "environment", f"{field}_mb", default))
+    if not isinstance(words, str):
+        return number
+    size = re.fullmatch(r"\s*(\d+(?:\.\d*)?)([GMK])\s*", words.upper())
+    if not size:
+        raise UserError(f"{path}: environment.{field} must be a size such as 8G, 512M or 1024K, got {words!r}")
+    found = int(float(size[1]) * _MIB[size[2]])
+    if stated and found != number:
+        raise UserError(f"{path}: environment.{field} is {words!r}, and environment.{field}_mb {number}")
+    return found
 
 
 def read_reward(logs: str | os.PathLike[str]) -> float | None:
@@ -169,10 +240,17 @@ def read_reward(logs: str | os.PathLike[str]) -> float | None:
     """
     logs = pathlib.Path(logs)
     try:
-        if (logs / "reward.json").is_file():
-            return float(files.read_json(logs / "reward.json")["reward"])
-        if (logs / "reward.txt").is_file():
-            return float((logs / "reward.txt").read_text().strip())
+        if files.is_file(logs / "reward.json"):
+            found = files.read_json(logs / "reward.json")
+            reward = found["reward"] if isinstance(found, dict) else found
+            if not isinstance(reward, int | float):
+                raise TypeError(f"{reward!r} is no number")
+        elif files.is_file(logs / "reward.txt"):
+            reward = float((logs / "reward.txt").read_text(encoding="utf-8").strip())
+        else:
+            return None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{logs}: holds no reward: {error}") from error
-    return None
+    if not math.isfinite(reward):
+        raise UserError(f"{logs}: holds no reward: {reward} is not finite")
+    return float(reward)

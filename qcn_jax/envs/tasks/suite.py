@@ -12,6 +12,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from qcn_jax.envs import python_source
 from qcn_jax.envs.testpaths import is_test_path
 
 SOURCE_FOLDERS = ("", "src/", "lib/", "python/")  # in which top-level modules stand
@@ -107,7 +108,7 @@ def _plugins(text: str) -> list[str]:
     """Modules that `pytest_plugins` of a file names."""
     names: list[str] = []
     try:
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(python_source.parse(text)):
             if isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if any(isinstance(target, ast.Name) and target.id == "pytest_plugins" for target in targets):
@@ -144,7 +145,7 @@ def _modules(text: str, folder: str) -> set[str]:
     """Modules, dotted, that a file in `folder` imports; names taken from a package count as modules, too."""
     names: set[str] = set()
     try:
-        tree = ast.parse(text)
+        tree = python_source.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return names
     for node in ast.walk(tree):

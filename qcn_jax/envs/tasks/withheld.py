@@ -22,6 +22,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from qcn_jax.envs import python_source
 from qcn_jax.envs.tasks import claims, dataflow, parameters
 from qcn_jax.envs.tasks.claims import Claim
 
@@ -75,7 +76,7 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
     Raises:
       SyntaxError: the file cannot be read.
     """
-    tree = ast.parse(source)
+    tree = python_source.parse(source)
     rewriter = _Rewriter({place: ends for place, ends in wanted.items() if place not in plain}, set(plain), set(inside),
                          rng, known, dataflow.Dataflow(tree))
     names = _rename(tree, set(wanted) - set(plain), set(named), rng)

@@ -13,6 +13,7 @@ import pytest
 
 from qcn_jax.envs.synthesis import inject
 from qcn_jax.errors import UserError
+from tests.envs.synthesis.small import SOURCE
 
 # (kind, a function body before, the defects expected after), written by hand.
 CASES = [
@@ -166,3 +167,17 @@ def test_odd_sources():
     assert [i.after_source for i in inject.candidates(crlf, "m.py", ["drop_not"])] == ["def f(x):\r\n    return x\r\n"]
     with pytest.raises(UserError, match="unknown 'nonsense'"):
         inject.candidates("", "m.py", ["nonsense"])
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("text", ["\x0c\n", "# a\u2028b\x85c\x1c\n", "x = '''\x0b\u2029'''\n", "\r\n"])
+def test_odd_characters_move_no_defect(mark, text):
+    """A byte order mark, form feeds and separators of lines that end none in Python: the same defects, in their places."""
+    plain = [(i.kind, i.qualname, i.old, i.new) for i in inject.candidates(SOURCE, "a.py")]
+    odd = SOURCE.replace("\n", "\r\n") if text == "\r\n" else text + SOURCE.replace("\n\ndef mean", f"\n{text}\ndef mean")
+    found = inject.candidates(mark + odd, "a.py")
+    assert [(i.kind, i.qualname) for i in found] == [(kind, name) for kind, name, _, _ in plain]
+    for injection in found:
+        assert injection.after_source[:injection.start] == (mark + odd)[:injection.start] and injection.before_source == mark + odd
+        compile(injection.after_source.encode(), "a.py", "exec")
+        assert injection.qualname.split(".")[-1] in injection.function_before

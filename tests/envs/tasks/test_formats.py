@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -102,10 +103,11 @@ def _write(root: pathlib.Path, state):
         (root / path).write_text(text)
 
 
-def test_harbor_folder(tmp_path):
-    """The documented files and keys; the verifier, run, rewards the solution and nothing else."""
+@pytest.mark.parametrize("settings", ["addopts = -ra -q", "addopts = -s -x\nconsole_output_style = count", "addopts = --cov=pkg -n 4"])
+def test_harbor_folder(tmp_path, settings):
+    """The documented files and keys; the verifier, run, rewards the solution and nothing else, however pytest is set."""
     folder = tmp_path / "task"
-    harbor.write_folder(folder, TASK, PRISTINE)
+    harbor.write_folder(folder, TASK, {**PRISTINE, "pytest.ini": f"[pytest]\n{settings}\n"})
     config = tomllib.loads((folder / "task.toml").read_text())
     assert set(config) >= {"version", "metadata", "agent", "verifier", "environment"}
     assert config["agent"]["timeout_sec"] > 0 and config["verifier"]["timeout_sec"] > 0
@@ -131,6 +133,78 @@ def test_harbor_folder(tmp_path):
         subprocess.run(["bash", "-c", script("tests/test.sh")], check=True, env={**os.environ, "PATH": path},
                        stdout=subprocess.DEVNULL)  # fmt: skip
         assert harbor.read_reward(logs) == reward
+
+
+GOOD_TOMLS = {
+    "[environment]\nmemory = '8G'\nstorage = '512m'\n": (8192, 512, 1, ""),
+    "[environment]\nmemory = '1.5g'\nmemory_mb = 1536\n": (1536, 10240, 1, ""),
+    "[environment]\ndocker_image = 'a/b:1'\ncpus = 0.5\nmemory = '2048K'\n": (2, 10240, 0.5, "a/b:1"),
+    "version = '1.0'\n[metadata]\nx = [1]\n[environment]\nmemory_mb = 100\nos = 'Linux'\n": (100, 10240, 1, "")}
+BAD_TOMLS = {
+    "[environment]\nmemory = '8X'\n": "environment.memory must be a size", "environment = 3\n": "environment must be a table",
+    "[environment]\nmemory = '8G'\nmemory_mb = 100\n": "environment.memory_mb 100", "agent = []\n": "agent must be a table",
+    "[agent]\ntimeout_sec = nan\n": "agent.timeout_sec must be a positive number",
+    "[verifier]\ntimeout_sec = inf\n": "verifier.timeout_sec must be", "[environment]\ndocker_image = 3\n": "docker_image must be text",
+    "metadata = 'x'\n": "metadata must be a table", "task = 'x'\n": "task must be a table", "x = [\n": "is not valid TOML",
+    "[environment]\ncpus = '2'\n": "environment.cpus must be", "[[steps]]\nname = 'a'\n": "several steps",
+    "[environment]\nos = 'windows'\n": "environment.os must be linux"}
+
+
+def _harbor(folder, toml, dockerfile):
+    for name, text in {"task.toml": toml, "instruction.md": "Do.", "tests/test.sh": ""}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    if dockerfile:
+        (folder / "environment").mkdir(exist_ok=True)
+        (folder / "environment" / "Dockerfile").write_text("FROM a/b:1\n")
+    return folder
+
+
+def test_harbor_resources_are_read_as_harbor_reads_them(tmp_path):
+    """In both spellings, and with an image in place of a Dockerfile; what is odd is one line that names the field."""
+    for number, (toml, wanted) in enumerate(GOOD_TOMLS.items()):
+        task = harbor.read_folder(_harbor(tmp_path / str(number), toml, "docker_image" not in toml))
+        assert (task.memory_mb, task.storage_mb, task.cpus, task.docker_image) == wanted
+    for number, (toml, words) in enumerate(BAD_TOMLS.items()):
+        with pytest.raises(UserError, match=re.escape(words)) as failure:
+            harbor.read_folder(_harbor(tmp_path / f"bad{number}", toml, True))
+        assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("task.toml", b"\xff\xfe", "is not valid UTF-8"), ("instruction.md", b"\xff", "is not valid UTF-8"),
+    ("tests/config.json", b"{", "is not valid JSON"), ("tests/config.json", b'{"task": {}}', "field instance_id is missing"),
+    ("instruction.md", None, "instruction.md is missing"), ("tests/test.sh", None, "tests/test.sh is missing"),
+    ("environment/Dockerfile", None, "Dockerfile is missing")])
+def test_odd_files_of_harbor_are_named(tmp_path, name, content, words):
+    path = _harbor(tmp_path, "", True) / name
+    path.write_bytes(content) if content is not None else path.unlink()
+    with pytest.raises(UserError, match=words) as failure:
+        harbor.read_folder(tmp_path)
+    assert "\n" not in str(failure.value)
+    if content is None:
+        path.mkdir()
+        with pytest.raises(UserError, match=words):
+            harbor.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", '["tests"]', '{"task": 3}', '{"other": 1}'])
+def test_other_peoples_files_of_the_same_name_are_theirs(tmp_path, content):
+    (_harbor(tmp_path, "", True) / "tests" / "config.json").write_text(content)
+    assert harbor.read_folder(tmp_path).task is None
+
+
+@pytest.mark.parametrize("name, content, reward", [
+    ("reward.json", "1", 1.0), ("reward.json", '{"reward": 0.25, "other": 3}', 0.25), ("reward.txt", "1e0\n", 1.0),
+    ("reward.json", '{"reward": "1"}', None), ("reward.json", "NaN", None), ("reward.json", "[]", None),
+    ("reward.txt", "inf", None), ("reward.txt", "", None), ("reward.json", '{"reward": 1e999}', None)])
+def test_rewards(tmp_path, name, content, reward):
+    (tmp_path / name).write_text(content)
+    if reward is None:
+        with pytest.raises(UserError, match="holds no reward"):
+            harbor.read_reward(tmp_path)
+    else:
+        assert harbor.read_reward(tmp_path) == reward
 
 
 def test_harbor_refusals(tmp_path):

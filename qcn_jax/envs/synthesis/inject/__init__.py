@@ -9,11 +9,12 @@ import ast
 import dataclasses
 import pathlib
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import libcst as cst
 from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
 
+from qcn_jax.envs import python_source
 from qcn_jax.envs.synthesis.inject import classes, expressions, statements
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site
 from qcn_jax.envs.testpaths import is_test_path
@@ -106,14 +107,14 @@ class Injection:
     @property
     def function_before(self) -> str:
         """The function's lines without the defect."""
-        rows = self.before_source.splitlines(keepends=True)
+        rows = python_source.lines(self.before_source)
         return "".join(rows[self.function_start_line - 1 : self.function_end_line])
 
     @property
     def function_after(self) -> str:
         """The function's lines with the defect."""
         last = self.function_end_line + self.new.count("\n") - self.old.count("\n")
-        return "".join(self.after_source.splitlines(keepends=True)[self.function_start_line - 1 : last])
+        return "".join(python_source.lines(self.after_source)[self.function_start_line - 1 : last])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,8 @@ def candidates(
         raise UserError(f"kinds: unknown {unknown[0]!r}; allowed: {', '.join(KINDS)}")
     if is_test_path(path) or pathlib.PurePosixPath(path).name == "setup.py":
         return []
+    if (plain := python_source.plain(source)) != source:
+        return within(source, candidates(plain, path, kinds, max_function_lines, rng))
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -172,9 +175,7 @@ def candidates(
     table = _by_node_type([kind for kind in chosen if kind not in CLASS_KINDS])
     rng = rng or random.Random(0)
     limit = max_function_lines or len(source)
-    rows = source.splitlines(keepends=True)
-    if "".join(rows).count("\n") != len(rows) - (not source.endswith("\n")):
-        return []  # form feeds and other line boundaries: ast's line numbers are not ours
+    rows = python_source.lines(source)
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
@@ -194,7 +195,24 @@ def candidates(
                 found.append(Injection(kind, path, name, *lines, source, *span, edit.new))
     if max_function_lines is None and (whole := [kind for kind in chosen if kind in CLASS_KINDS]):
         found += _class_injections(source, path, whole, rng)
+    if "\f" in source:  # before code: libcst's positions behind it may be wrong
+        found = [injection for injection in found if _parses(injection.after_source)]
     return sorted(found, key=lambda injection: (injection.start, injection.end, injection.kind, injection.new))
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def within(source: str, found: Iterable[Injection]) -> list[Injection]:
+    """Defects that were found in `python_source.plain(source)`, in `source` itself."""
+    moved = len(source) - len(python_source.plain(source))
+    return [dataclasses.replace(one, before_source=source, start=one.start + moved, end=one.end + moved)
+            for one in found]
 
 
 def _by_node_type(kinds: Collection[str]) -> dict[type[cst.CSTNode], list[tuple[str, Callable[..., Edits]]]]:

@@ -10,7 +10,8 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 from qcn_jax.chat import endpoint
-from qcn_jax.envs.synthesis.inject import Function, Injection, functions
+from qcn_jax.envs import python_source
+from qcn_jax.envs.synthesis.inject import Function, Injection, functions, within
 from qcn_jax.envs.testpaths import is_test_path
 
 MODIFY, REWRITE = "model_modify", "model_rewrite"
@@ -54,11 +55,13 @@ def candidates(
     """
     if is_test_path(path):
         return []
+    if (plain := python_source.plain(source)) != source:
+        return within(source, candidates(plain, path, model, kinds, seed, limit, among))
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    rows = source.splitlines(keepends=True)
+    rows = python_source.lines(source)
     found = [f for f in functions(tree) if SHORTEST <= f.end_line - f.start_line + 1 <= LONGEST
              and (among is None or f.qualname in among)]
     if limit is not None and len(found) > limit:
@@ -90,7 +93,7 @@ def _stub(text: str) -> str:
     """The function without its body, docstring kept."""
     node = ast.parse(text).body[0]
     keep = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
-    lines = text.splitlines(keepends=True)[:keep]
+    lines = python_source.lines(text)[:keep]
     return "".join(lines) + " " * node.body[0].col_offset + "...\n"
 
 
@@ -108,7 +111,7 @@ def _injection(
         return None
     if ast.dump(old[0]) == ast.dump(new[0]):
         return None
-    written = plain.splitlines(keepends=True)[new[0].lineno - 1 :]  # decorators stay as they are
+    written = python_source.lines(plain)[new[0].lineno - 1 :]  # decorators stay as they are
     lines = [indent + line if line.strip() else line for line in written]
     before = list(rows[function.start_line - 1 : function.end_line])
     head = next((n for n, (a, b) in enumerate(zip(before, lines)) if a != b), min(len(before), len(lines)))

@@ -2,6 +2,7 @@
 
 import libcst as cst
 
+from qcn_jax.envs import python_source
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site
 
 _EXCEPTIONS = (
@@ -51,7 +52,7 @@ def unwrap(node: cst.CSTNode, site: Site) -> Edits:
         end = site.lines(node, node)[1]
         outer = site.span(node)[0] - start
         depth = site.span(node.body.body[0])[0] - first - outer
-        rows = site.data[first:last].decode().splitlines(keepends=True)
+        rows = python_source.lines(site.data[first:last].decode())
         movable = all(not row.strip() or not row[:depth].strip() for row in rows)
         if depth > 0 and movable and b'"""' not in site.data[first:last] and b"'''" not in site.data[first:last]:
             yield Edit(start, end, "".join(row[depth:] if row.strip() else row for row in rows))
