@@ -11,7 +11,8 @@ Strategies: inject (rules), rewrite (a model changes or rewrites functions), com
 mine (the history of a git clone), build (only the environment: Dockerfile, install steps, test command, log parser).
 JavaScript and Go repositories get an environment first and need a Docker engine. A candidate is kept only after
 execution: tests that passed now fail, and the fix makes them pass again. Interrupted runs continue from OUT.work, with
-the same result. Beside OUT stands OUT.yields.json.
+the same result. Beside OUT stands OUT.yields.json. Every repository's last line says what it gave, or why it gave
+nothing; exit status 0 means that there are tasks (or that only environments were asked for).
 """
 
 import pathlib
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
                       flag_values=values)  # fmt: skip
     flags.DEFINE_integer("mined_per_repo", 0, "mine: try at most so many changes, newest first; 0: all.",
                          flag_values=values, lower_bound=0)  # fmt: skip
-    task_repositories.define_setup(values)
+    task_repositories.define_needs(values)
     flags.DEFINE_integer("seed", 0, "Seed of all choices.", flag_values=values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_integer("workers", 2, "Candidates side by side.", flag_values=values, lower_bound=1)
@@ -115,10 +116,10 @@ def _synthesize(values: flags.FlagValues) -> int:
 
     out = pathlib.Path(values.out)
     mining = Criteria(need_issue=values.need_issue, limit=values.mined_per_repo, timeout=values.timeout,
-                      setup=tuple(values.setup))
+                      setup=tuple(values.setup), python_path=task_repositories.python_path(values))
     tasks, yields = make_tasks.make_tasks(make_tasks.Request(
         values.repo, pathlib.Path(f"{out}.work"), values.strategies, _settings(values), mining, values.issues,
-        values.setup, values.sandbox, values.workers))
+        values.setup, values.sandbox, values.workers, task_repositories.python_path(values)))
     write_tasks(out, tasks)
     files.write_json(f"{out}.yields.json", yields)
     if yields["kinds"]:
@@ -128,7 +129,7 @@ def _synthesize(values: flags.FlagValues) -> int:
           f"of 1; PASS_TO_PASS: {yields['pass_to_pass']}, median {yields['median_pass_to_pass']}, "
           f"{yields['without_pass_to_pass']} tasks have none")
     print(f"{len(tasks)} verified tasks: {out}")
-    return 0
+    return 0 if tasks or set(values.strategies) == {"build"} else 1
 
 
 def _table(rows: dict[str, dict[str, float]]) -> str:

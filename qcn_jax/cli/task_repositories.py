@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from absl import flags
 
+from qcn_jax.envs import names
 from qcn_jax.envs.sandbox import RepositorySpec
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.envs.tasks.schema import Task
@@ -13,17 +14,31 @@ from qcn_jax.errors import UserError
 
 
 def define(values: flags.FlagValues) -> None:
-    """Defines --repo and --setup."""
+    """Defines --repo, --setup and --python_path."""
     flags.DEFINE_list("repo", [], "Archives or folders of the tasks' repositories; those not given are downloaded.",
                       flag_values=values)
-    define_setup(values)
+    define_needs(values)
 
 
-def define_setup(values: flags.FlagValues) -> None:
-    """Defines --setup."""
+def define_needs(values: flags.FlagValues) -> None:
+    """Defines --setup and --python_path."""
     flags.DEFINE_multi_string(
         "setup", [], "Shell command that installs what the repositories' tests need; run in their image as root with "
         "network. May be given several times; needs Docker.", flag_values=values)
+    flags.DEFINE_list("python_path", [], "Folders of the repositories, relative to their roots, from which Python "
+                      "imports; by default the root, and src, lib and python where they are.", flag_values=values)
+
+
+def python_path(values: flags.FlagValues) -> tuple[str, ...] | None:
+    """The folders of --python_path; None where it is not given.
+
+    Raises:
+      UserError: one that is not inside the repository.
+    """
+    for folder in values.python_path:
+        if folder != "." and (fault := names.path_fault(folder)):
+            raise UserError(f"--python_path: {names.shown(folder)} {fault}")
+    return tuple(values.python_path) or None
 
 
 def find(values: flags.FlagValues, tasks: Iterable[Task], faults: list[str] | None = None) -> list[RepositorySpec]:
@@ -38,4 +53,5 @@ def find(values: flags.FlagValues, tasks: Iterable[Task], faults: list[str] | No
         if faults is None:
             raise UserError(reason)
         faults.append(f"{values.tasks}: {reason}")
-    return [dataclasses.replace(spec, setup=tuple(values.setup)) for spec in found.values()]
+    return [dataclasses.replace(spec, setup=tuple(values.setup), python_path=python_path(values))
+            for spec in found.values()]

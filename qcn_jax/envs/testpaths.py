@@ -12,6 +12,15 @@ _PYTHON = re.compile(r"test_.*|.*_tests?\.py|tests?\.py|conftest\.py")
 _OTHER = re.compile(r".*_test\.go|.*\.(test|spec)\.[a-z]+|tests?\.[a-z]+")
 
 
+def is_doctest(node_id: str) -> bool:
+    """Tells whether a pytest id is that of an example in a source's docstring, whose file is no test then."""
+    path, _, name = node_id.partition("::")
+    parts = path.removesuffix(".py").split("/")
+    modules = {".".join(parts[start:]).removesuffix(".__init__") for start in range(len(parts))}
+    return path.endswith(".py") and not is_test_path(path) and any(
+        name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def is_test_path(path: str) -> bool:
     """Tells whether the file at `path`, relative to its repository and with "/" between folders, is a test.
 

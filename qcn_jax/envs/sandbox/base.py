@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.sandbox import channel, repository
+from qcn_jax.envs.sandbox import channel, pytest_options, repository
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.sandbox.spares import Spares
@@ -271,18 +271,25 @@ class Provider:
     def _prepare(self, spec: RepositorySpec, key: str) -> repository.Stored:
         members = repository.unpack(spec)
         settings = repository.settings(spec, members)
-        with contextlib.closing(self._start(spec)) as server:
-            server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
-            made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
-            reply, payload = server.call(
-                {"op": "tests", "kind": "warm", "workspace": made["workspace"], "node_ids": None, "fail_fast": False,
-                 "timeout": PREPARE_TIMEOUT}, b"", STARVATION * PREPARE_TIMEOUT + ANSWER_GRACE)
+        texts = repository.text_files((name, member.data) for name, member in members.items())
+        (reply, payload), settings = pytest_options.followed(
+            texts, settings, lambda changed: self._warm_up(spec, key, members, changed))
         offset = 0
         for path, (size, mtime) in reply.pop("compiled").items():
             members[path] = repository.Member(payload[offset:offset + size], 0o644, mtime)
             offset += size
         settings["modules"], settings["opened"] = reply.pop("modules", []), reply.pop("opened", [])
         return repository.store(self.state_dir, key, members, settings, reply)
+
+    def _warm_up(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
+                 settings: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """One run of all tests that also compiles, in a server of its own."""
+        with contextlib.closing(self._start(spec)) as server:
+            server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
+            made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
+            return server.call(
+                {"op": "tests", "kind": "warm", "workspace": made["workspace"], "node_ids": None, "fail_fast": False,
+                 "timeout": PREPARE_TIMEOUT}, b"", STARVATION * PREPARE_TIMEOUT + ANSWER_GRACE)
 
     def files(self, name: str) -> Mapping[str, str]:
         """Pristine text files of a prepared repository, by path."""

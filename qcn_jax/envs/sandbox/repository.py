@@ -33,8 +33,9 @@ DROPPED_NAMES = frozenset({".git", ".hg", ".svn", "__pycache__", ".pytest_cache"
 _PACKAGES_TOO = frozenset({"build", "dist"})
 DROPPED_ENDINGS = (".pyc", ".pyo", ".orig", ".rej", ".whl", ".egg")
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by the first bytes
+_SEARCHED = ("src", "lib", "python")
 MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of one repository; far above any in the lists
-FORMAT = "7"  # part of every key: raise it when what is stored changes
+FORMAT = "8"  # part of every key: raise it when what is stored changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +231,9 @@ def settings(spec: RepositorySpec, members: Mapping[str, Member]) -> dict[str, A
     """What the server must know about a tree besides its files."""
     paths = spec.python_path
     if paths is None:
-        # "src" is a search path, unless it is a package itself.
-        has_src = any(path.startswith("repo/src/") for path in members) and "repo/src/__init__.py" not in members
-        paths = ("src", ".") if has_src else (".",)
+        # "src" and its like are search paths, unless they are packages themselves.
+        paths = (*(folder for folder in _SEARCHED if f"repo/{folder}/__init__.py" not in members and any(
+            path.startswith(f"repo/{folder}/") and path.endswith(".py") for path in members)), ".")
     return {"python_path": [os.path.normpath(os.path.join("repo", path)) for path in paths] + ["meta"],
             "environment": dict(spec.environment), "pytest_args": list(spec.pytest_args), "modules": []}
 

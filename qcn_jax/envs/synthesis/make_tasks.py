@@ -41,6 +41,7 @@ class Request:
       setup: shell commands that install what tests of Python repositories need.
       sandbox: auto, docker or local.
       workers: candidates side by side.
+      python_path: folders below the repositories' roots from which Python imports; None: the usual ones.
     """
 
     repositories: Sequence[str]
@@ -52,6 +53,7 @@ class Request:
     setup: Sequence[str] = ()
     sandbox: str = "auto"
     workers: int = 2
+    python_path: tuple[str, ...] | None = None
 
 
 def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tuple[list[Task], dict[str, Any]]:
@@ -124,7 +126,7 @@ def _locate(source: str, request: Request) -> RepositorySpec:
         spec = clone.archive(clone.head, request.work / "archives")
     else:
         spec = sources.locate(source)
-    return dataclasses.replace(spec, setup=tuple(request.setup))
+    return dataclasses.replace(spec, setup=tuple(request.setup), python_path=request.python_path)
 
 
 def _language(spec: RepositorySpec) -> str:

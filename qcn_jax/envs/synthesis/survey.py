@@ -12,7 +12,8 @@ from typing import Any
 
 from qcn_jax.envs.sandbox.base import PASSING, Provider
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.testpaths import is_test_path
+from qcn_jax.envs.synthesis import causes
+from qcn_jax.envs.testpaths import is_doctest, is_test_path
 from qcn_jax.errors import UserError
 
 MAX_TEST_SECONDS = 1.0  # slower tests are not used
@@ -42,6 +43,7 @@ class Survey:
     # Further passing tests, too slow to show a defect, or never traced because time was over.
     slow: tuple[str, ...] = ()
     suite_seconds: float = 0.0  # of the whole suite, without tracing
+    note: str = ""  # what is lacking, or was left out of pytest's options
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Survey":
@@ -60,26 +62,29 @@ def take_survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0)
     Raises:
       UserError: the repository's tests cannot run at all or none of them passes; names the repository.
     """
-    baseline = provider.prepare(spec).baseline
+    prepared = provider.prepare(spec)
+    baseline, files = prepared.baseline, [*prepared.files]
     with provider.create(spec.name) as sandbox:
         run = sandbox.run_python(OBSERVE, {"mode": "calls", "seconds": seconds}, timeout=10 * seconds)
     if run.status != "ok":
-        raise UserError(f"{spec.name}: its tests cannot be run: {run.error or run.status}")
+        reason = causes.of_no_passing_test(files, baseline, [run.error] if run.error else [])
+        raise UserError(f"{spec.name}: its tests cannot be run: {reason}")
     value = run.value
-    wandering = _wandering(_listings(provider, spec, 10 * seconds))
-    ids = list(value["calls"])
-    passing = [name for name in ids if value["outcomes"].get(name) in PASSING]
-    stable = [name for name in passing
-              if baseline.outcomes.get(name) in PASSING and name.split("[")[0] not in wandering]
+    good = [name for name in value["calls"] if value["outcomes"].get(name) in PASSING]
+    passing = [name for name in good if not is_doctest(name)]
     failing = sum(outcome in ("failed", "error") for outcome in value["outcomes"].values())
     if not passing:
-        reason = next(iter(value["messages"].values()), "no tests were found")
+        reason = (causes.ONLY_DOCTESTS if good else
+                  causes.of_no_passing_test(files, baseline, value["messages"].values()))
         raise UserError(f"{spec.name}: none of its tests passes before any defect ({failing} fail): {reason}")
+    wandering = _wandering(_listings(provider, spec, 10 * seconds))
+    stable = [name for name in passing
+              if baseline.outcomes.get(name) in PASSING and name.split("[")[0] not in wandering]
     kept = [name for name in stable if value["seconds"].get(name, 0.0) <= MAX_TEST_SECONDS]
     usable, traced = set(kept), set(value["outcomes"])
     slow = [name for name in stable if name not in usable] + [
         name for name, outcome in baseline.outcomes.items()
-        if outcome in PASSING and name not in traced and name.split("[")[0] not in wandering]
+        if outcome in PASSING and name not in traced and name.split("[")[0] not in wandering and not is_doctest(name)]
     calling: dict[str, list[int]] = collections.defaultdict(list)
     for number, name in enumerate(kept):
         for index in value["calls"][name]:
@@ -96,21 +101,26 @@ def take_survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0)
         len(passing) - len(stable),
         tuple(slow),
         baseline.cpu_seconds,
+        "; ".join(filter(None, (prepared.settings.get("without", ""),
+                                causes.lacking(files, value["messages"].values())))),
     )
 
 
 def _listings(provider: Provider, spec: RepositorySpec, timeout: float) -> list[dict[str, str | None]]:
     """Parameters by id of all tests (None: see collect.py), from interpreters whose sets have different orders."""
     collected = "qcn_collected.json"  # in this sandbox alone
-    command = f"python -c {shlex.quote(_COLLECT)} {collected} {shlex.join(spec.pytest_args)} > /dev/null 2>&1"
+    options = shlex.join(provider.prepared[spec.name].settings["pytest_args"])
+    command = f"python -c {shlex.quote(_COLLECT)} {collected} {options}"
     found = []
     with provider.create(spec.name) as sandbox:
         for seed in range(LISTINGS):
-            sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
+            ran = sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
             try:
                 found.append(json.loads(zlib.decompress(base64.b85decode(sandbox.read(collected)))))
             except (OSError, ValueError, zlib.error) as error:
-                raise UserError(f"{spec.name}: its tests cannot be collected") from error
+                last = ran.output.strip().split("\n")[-1][:300] or f"status {ran.exit_code}"
+                raise UserError(
+                    f"{spec.name}: its tests cannot be collected in a process of their own: {last}") from error
     return found
 
 

@@ -6,14 +6,14 @@ import hashlib
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.synthesis import candidates, combine, plan, quality, validate
+from qcn_jax.envs.synthesis import candidates, causes, combine, plan, quality, validate
 from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
@@ -109,7 +109,8 @@ def survey_all(
         left_out = ""
         if found.failing + found.unstable:
             left_out = f", {found.failing} failing and {found.unstable} unstable left out"
-        log(f"{spec.name}: {len(found.tests)} passing tests{left_out}; they call {len(found.callers)} functions")
+        log(f"{spec.name}: {len(found.tests)} passing tests{left_out}; they call {len(found.callers)} functions"
+            + (f" ({found.note})" if found.note else ""))
     return surveys, skipped
 
 
@@ -132,10 +133,16 @@ def synthesize(
     if not usable:
         raise UserError(f"{label}: no repository can be used: {'; '.join(skipped.values())}")
     schedule = plan.Plan(settings)
+    nothing: dict[str, str] = {}
     for spec in usable:
-        texts = repository.text_files((name, member.data) for name, member in repository.unpack(spec).items())
+        members = repository.unpack(spec)
+        texts = repository.text_files((name, member.data) for name, member in members.items())
         sources = {path: text for path, text in texts.items() if path.endswith(".py")}
-        schedule.add(spec, surveys[spec.name], sources)
+        survey = surveys[spec.name]
+        if not schedule.add(spec, survey, sources):
+            called = {name.split("::")[0] for name in survey.callers}
+            paths = [name.removeprefix("repo/") for name in members]
+            nothing[spec.name] = causes.of_no_candidate(called, paths, sources)
     verdicts: list[validate.Verdict] = []
     sieve = quality.Sieve(settings.near_duplicates)
     tried: dict[str, candidates.Candidate] = {}
@@ -162,8 +169,29 @@ def synthesize(
                 parts = [(tried[v.key], v.task) for v in single if v.repository == survey.repository and v.task]
                 execute(combine.combinations(parts, survey, settings.combined_per_repo, settings.seed))
     log(_progress(label, verdicts, settings.target))
+    skipped |= {name: f"{name}: {reason}" for name, reason in _without_tasks(usable, verdicts, nothing).items()}
+    for spec in usable:
+        found = [verdict for verdict in verdicts if verdict.repository == spec.name]
+        kept = sum(verdict.task is not None for verdict in found)
+        log(skipped.get(spec.name) or f"{spec.name}: {kept} of {len(found)} candidates became tasks")
     joined = [verdict for verdict in verdicts if verdict.key not in tried]
     return Result([verdict.task for verdict in [*single, *joined] if verdict.task], verdicts, usable, skipped)
+
+
+def _without_tasks(specs: Iterable[RepositorySpec], verdicts: Iterable[validate.Verdict], nothing: Mapping[str, str]
+                   ) -> dict[str, str]:
+    """By repository that gave no task, why: no candidate (`nothing` says why), or what became of them."""
+    found: dict[str, collections.Counter[str]] = {spec.name: collections.Counter() for spec in specs}
+    for verdict in verdicts:
+        found[verdict.repository][verdict.outcome] += 1
+    reasons = {}
+    for name, outcomes in found.items():
+        if not outcomes:
+            reasons[name] = f"no candidate: {nothing.get(name, 'the others gave as many tasks as were asked for')}"
+        elif not outcomes["kept"]:
+            words = ", ".join(f"{outcome} {count}" for outcome, count in outcomes.most_common())
+            reasons[name] = f"none of {outcomes.total()} candidates became a task: {words}"
+    return reasons
 
 
 def _execute(

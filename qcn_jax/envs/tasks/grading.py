@@ -19,6 +19,7 @@ from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.tasks import opinion, permissions, suite
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict, VerdictCache, judge, verdict_key
+from qcn_jax.envs.testpaths import is_doctest
 from qcn_jax.errors import UserError
 
 INFRASTRUCTURE_ATTEMPTS = 3
@@ -111,7 +112,8 @@ class Grader:
             changes = patches.apply_changes(state, patches.parse(patch, unfit))
         except patches.PatchError as error:
             return Verdict(task.instance_id, "patch_failed", detail=str(error))
-        test_files = {name.split("::")[0] for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)}
+        test_files = {name.split("::")[0] for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)
+                      if not is_doctest(name)}
         changes = {path: text for path, text in changes.items() if text != state.get(path)}
         of_suite = self._suite(task, pristine)
         removed = {path for path, text in changes.items() if text is None}

@@ -140,6 +140,14 @@ class Reporter:
             config.hook.pytest_deselected(items=[item for item in items if id(item) not in wanted])
             items[:] = keep
 
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_make_collect_report(self, collector):
+        """A module that ends the interpreter when it is imported is one that cannot be collected, not the end."""
+        outcome = yield
+        if outcome.excinfo is not None and issubclass(outcome.excinfo[0], SystemExit):
+            words = f"SystemExit: {outcome.excinfo[1].code} at import"
+            outcome.force_result(pytest.CollectReport(collector.nodeid, "failed", words, []))
+
     def pytest_collectreport(self, report):
         if report.failed:
             self._finish(report.nodeid, "error", str(report.longrepr).strip().splitlines()[-1:])
@@ -240,7 +248,7 @@ def selected_files(root, node_ids):
 
 def pytest_arguments(root, extra, files, fail_fast):
     """Command-line arguments of pytest; no files means whatever the repository's configuration says."""
-    return [*FIXED_ARGUMENTS, "--rootdir", root, *extra, *(["--maxfail=1"] if fail_fast else []), *files]
+    return [*FIXED_ARGUMENTS, "--rootdir", root, *extra, f"--maxfail={int(fail_fast)}", *files]  # 0: no limit
 
 
 def run_tests(job, write):
@@ -251,12 +259,12 @@ def run_tests(job, write):
         write({"finished": int(pytest.ExitCode.NO_TESTS_COLLECTED), "tampered": []})
         return int(pytest.ExitCode.NO_TESTS_COLLECTED)
     reporter = Reporter(write, root, node_ids, ordered=job["fail_fast"])
-    arguments = pytest_arguments(root, job["pytest_args"], files, job["fail_fast"])
-    if job["evidence"]:  # some of the tests must fail, and no configuration may end the run there
+    # With evidence some of the tests must fail.
+    arguments = pytest_arguments(root, job["pytest_args"], files, job["fail_fast"] and not job["evidence"])
+    if job["evidence"]:
         builtins._qcn_evidence = evidence.Evidence(write)
         if job["evidence"] == "blind":
             evidence.blind()
-        arguments.insert(len(arguments) - len(files), "--maxfail=0")
     status = int(pytest.main(arguments, plugins=[reporter]))
     write({"finished": status, "tampered": tampered()})
     return status

@@ -46,11 +46,18 @@ def names_and_values(argnames=(), argvalues=(), *_, **__):
 class Collected:
     """Writes what was collected."""
 
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_make_collect_report(self, collector):
+        outcome = yield
+        if outcome.excinfo is not None and issubclass(outcome.excinfo[0], SystemExit):
+            outcome.force_result(pytest.CollectReport(collector.nodeid, "failed", "SystemExit at import", []))
+
     def pytest_collection_finish(self, session):
         with open(sys.argv[1], "wb") as stream:
             stream.write(base64.b85encode(zlib.compress(json.dumps(cases(session)).encode())))
 
 
 if __name__ == "__main__":
-    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *sys.argv[2:]],
+    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+                 "--maxfail=0", *sys.argv[2:]],
                 plugins=[Collected()])

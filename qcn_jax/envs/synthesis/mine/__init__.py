@@ -38,7 +38,8 @@ class Criteria:
     """Which changes are tried; the defaults are SWE-bench's.
 
     `need_issue`: a linked issue; `max_lines` bounds the fix; `limit` newest changes are tried (0: all); `timeout` in
-    seconds for one run of the change's test files; `reruns` further runs of both states; `setup` as of RepositorySpec.
+    seconds for one run of the change's test files; `reruns` further runs of both states; `setup` and `python_path` as
+    of RepositorySpec.
     """
 
     need_issue: bool = True
@@ -47,6 +48,7 @@ class Criteria:
     timeout: float = 60.0
     reruns: int = 1
     setup: tuple[str, ...] = ()
+    python_path: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _execute(
 
     def key(candidate: _Candidate) -> str:
         facts = (candidate.change.commit, candidate.patch, candidate.test_patch, criteria.timeout, criteria.reruns,
-                 *criteria.setup)
+                 *criteria.setup, *(criteria.python_path or ()))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
 
     def submit(pair: tuple[int, _Candidate]) -> Future:
@@ -200,7 +202,8 @@ def _execute(
         name = f"{first}/{place}"
         if name not in anchors:
             anchors.clear()
-            spec = dataclasses.replace(clone.archive(candidate.change.base, archives), setup=criteria.setup)
+            spec = dataclasses.replace(clone.archive(candidate.change.base, archives), setup=criteria.setup,
+                                       python_path=criteria.python_path)
             pool.register([spec])
             anchors[name] = spec, before
         spec, anchor = anchors[name]
