@@ -35,6 +35,7 @@ setuptools.setup(
         "docker>=7", "numpy>=2", "absl-py>=2", "pytest>=8", "ml_collections>=1.0", "safetensors>=0.5",
         "tokenizers>=0.21", "jinja2>=3.1", "libcst>=1.5", "unidiff>=0.7.5", "tqdm>=4.66",
         "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27", "pyarrow>=17",
+        "tree-sitter>=0.23", "tree-sitter-bash>=0.23",  # how agents' commands are read
     ],
     extras_require={
         # From 1.0 on the package downloads its grammars at run time.

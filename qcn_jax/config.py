@@ -391,6 +391,7 @@ class RunConfig:
     init: str = "base"  # random, a Hugging Face folder, base (the packaged one) or the package.module:OBJECT of one
     vision: Annotated[str, OneOf("keep", "drop")] = "keep"  # what becomes of an encoder of images
     sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"  # auto, docker or local
+    network: Annotated[str, OneOf("none", "filtered")] = "none"  # agents': none, or package indexes and documentation
     workers: Positive = 2  # environment workers
     pool: Pool = "process"  # where they run: process (this machine) or ray (a cluster)
     ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine

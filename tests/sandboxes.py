@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -115,11 +116,12 @@ class World:
     task: Task
 
 
-def make_provider(kind: str, state_dir: pathlib.Path, isolation: str = "shared", limits: Limits = LIMITS) -> Provider:
+def make_provider(kind: str, state_dir: pathlib.Path, isolation: str = "shared", limits: Limits = LIMITS,
+                  **options: Any) -> Provider:
     """A provider of one back end; local ones only with namespaces, because these tests attack them."""
     if kind == "docker":
-        return DockerProvider(str(state_dir), limits, isolation)
-    provider = LocalProvider(str(state_dir), limits, isolation)
+        return DockerProvider(str(state_dir), limits, isolation, **options)
+    provider = LocalProvider(str(state_dir), limits, isolation, **options)
     if provider.containment != "namespaces":
         pytest.skip(f"no namespaces on this machine: {provider.reason}")
     return provider

@@ -32,6 +32,7 @@ class Place:
     ray_address: str = ""
     workers: int = 2
     timeout: float = swebench.TIMEOUT  # seconds of the tests of a SWE-bench instance
+    network: str = "none"  # of agents with a shell (network.policy.NETWORKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,8 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
       UserError: a back end that is asked for or needed is missing; the scaffold has a shell that nothing keeps in.
     """
     instances = instances or {}
-    arguments = {"kind": place.sandbox, "isolation": place.isolation, "state_dir": str(files.cache_folder("sandbox"))}
+    arguments = {"kind": place.sandbox, "isolation": place.isolation, "state_dir": str(files.cache_folder("sandbox")),
+                 "network": place.network}
     with contextlib.ExitStack() as stack:
         services, pool, kind, client = _no_services(), None, "docker", None
         if specs or any(not task.eval_script for task in tasks.values()):
@@ -165,6 +167,9 @@ def _with_images(services: Services, client: Any, instances: Mapping[str, sweben
     from qcn_jax.agents.images import opener
     from qcn_jax.envs.synthesis.languages import grade as languages
 
+    if scaffold is not None and place.network != "none":
+        raise UserError(f"--network={place.network}: agents in tasks' own images have no network; leave it out, or these "
+                        "tasks")
     if scaffold is not None and not scaffold.has_shell:
         raise UserError(f"--scaffold: {scaffold.name!r}; tasks with images of their own need one with a shell, such as "
                         "mini_swe_agent or swe_agent")

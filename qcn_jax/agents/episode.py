@@ -85,6 +85,7 @@ class EpisodeResult:
       tests_passed: the last test run passed and nothing was changed after it.
       malformed: per turn, see `Observation.malformed`.
       blocked: calls that the guard refused.
+      guard: what it counted, refusals by rule among it (`Guard.counts`).
     """
 
     task_id: str
@@ -96,6 +97,7 @@ class EpisodeResult:
     tests_passed: bool
     malformed: tuple[bool, ...]
     blocked: int
+    guard: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def attempts(self) -> int:
@@ -194,11 +196,13 @@ class Episode:
 
     def _execute(self, calls: Sequence[ToolCall]) -> tuple[ToolResult, ...]:
         """Results of `calls`; of those before the first that the guard refuses, its refusal, and skipped ones."""
-        refusals = (self.guard.check(call.name, call.arguments) if self.guard else None for call in calls)
-        refused, message = next(((i, text) for i, text in enumerate(refusals) if text is not None), (len(calls), ""))
+        rules = (self.guard.check(call.name, call.arguments) if self.guard else None for call in calls)
+        refused, rule = next(((i, rule) for i, rule in enumerate(rules) if rule is not None), (len(calls), None))
         results = self.executor.execute(calls[:refused]) if refused else []
-        if refused < len(calls) and all(result.ok and not result.submitted for result in results):
-            results.append(ToolResult(calls[refused].name, message or "", ok=False, blocked=True))
+        for result in results if self.guard else ():
+            self.guard.add(result.network)
+        if rule is not None and all(result.ok and not result.submitted for result in results):
+            results.append(ToolResult(calls[refused].name, rule.message, ok=False, blocked=True))
             results += [skipped(call) for call in calls[refused + 1 :]]
         return tuple(results)
 
@@ -231,6 +235,7 @@ class Episode:
             patch=patch, reason=self.reason, turns=len(self.turns),
             runs=tuple(result.tests for result in results if result.tests is not None), tests_passed=passed,
             malformed=tuple(turn.malformed for turn in self.turns), blocked=sum(result.blocked for result in results),
+            guard=dict(self.guard.counts) if self.guard else {},
         )
 
 

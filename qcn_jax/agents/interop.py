@@ -35,13 +35,14 @@ class SandboxEnvironment:
           SandboxError: the sandbox failed.
         """
         command = action.get("command", "")
-        refusal = self.guard.check("bash", {"command": command})
-        if refusal is not None:
-            return {"output": refusal, "returncode": 1, "exception_info": ""}
+        rule = self.guard.check("bash", {"command": command})
+        if rule is not None:
+            return {"output": rule.message, "returncode": 1, "exception_info": ""}
         if cwd:
             command = f"cd {cwd} && {{ {command}\n}}"
         limit = timeout or self.timeout
         ran = self.sandbox.exec(command, limit)
+        self.guard.add(ran.network)
         late = late_command(limit) * ran.timed_out
         output = {"output": ran.output, "returncode": -1 if late else ran.exit_code, "exception_info": late}
         lines = ran.output.lstrip().splitlines(keepends=True)

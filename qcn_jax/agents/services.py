@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from qcn_jax.agents.episode import Episode, Executor
-from qcn_jax.agents.guard import Guard
+from qcn_jax.agents.guard import Guard, rules_for
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.sessions import SessionExecutor
 from qcn_jax.agents.workspace import ProviderRunner, open_overlay
+from qcn_jax.envs.network.policy import fix_date
 from qcn_jax.envs.pool.env_pool import EnvPool, Session
 from qcn_jax.envs.sandbox.base import Provider, TestRun
 from qcn_jax.envs.sandbox.repository import RepositorySpec
@@ -30,6 +31,7 @@ class Services:
     run_tests: (repository, changed files, node ids, timeout, fail fast) -> TestRun.
     grade: (task, patch) -> Verdict, in a fresh sandbox.
     open: task -> a live sandbox in the task's starting state, for agents with a shell; the caller closes it.
+    network: what that sandbox reaches (network.policy.NETWORKS).
     image: (task, scaffold) -> what runs tools in the image of a task that has one of its own (agents.images).
     """
 
@@ -37,6 +39,7 @@ class Services:
     run_tests: Callable[[str, Mapping[str, str | None], Sequence[str] | None, float, bool], TestRun]
     grade: Callable[[Task, str], Verdict]
     open: Callable[[Task], Session] | None = None
+    network: str = "none"
     image: Callable[[Task, Scaffold], Executor] | None = None
 
     def episode(self, task: Task, scaffold: Scaffold, max_turns: int) -> Episode:
@@ -50,7 +53,7 @@ class Services:
             return Episode(task, scaffold, self.image(task, scaffold), max_turns=max_turns, guard=Guard())
         if scaffold.has_shell:
             live = SessionExecutor(functools.partial(self.open, task), scaffold.executor(task, None))
-            return Episode(task, scaffold, live, max_turns=max_turns, guard=Guard())
+            return Episode(task, scaffold, live, max_turns=max_turns, guard=Guard(rules_for(self.network)))
         runner = functools.partial(self.run_tests, task.repo)
         workspace = open_overlay(task, self.files(task.repo), runner)
         return Episode(task, scaffold, scaffold.executor(task, workspace), max_turns=max_turns)
@@ -120,6 +123,7 @@ def pool_services(repositories: Mapping[str, RepositorySpec], provider: Provider
         files=pristine,
         run_tests=lambda *arguments: pool.run_tests(*arguments).result(),
         grade=lambda task, patch: pool.grade(task, patch, fail_fast=fail_fast).result(),
-        open=lambda task: pool.open_session(task.repo, starting_changes(task, pristine(task.repo))),
+        open=lambda task: pool.open_session(task.repo, starting_changes(task, pristine(task.repo)), fix_date(task)),
+        network=provider.network,
     )
     return services.remembering()

@@ -64,6 +64,7 @@ class ToolResult:
       changed: files changed, or may have (a shell command).
       tests: set by run_tests.
       submitted: the agent is done.
+      network: what came of requests to the network during the call (`ExecResult.network`).
     """
 
     tool: str
@@ -75,6 +76,7 @@ class ToolResult:
     changed: bool = False
     tests: RunSummary | None = None
     submitted: bool = False
+    network: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ class ToolExecutor:
         self._limit = output_limit
         self._undo: list[tuple[str, str | None, _View | None]] = []
         self._view: _View | None = None
-        self._revision = 0
+        self._revision, self._requests = 0, {}
         self.notes: dict[str, Any] = {}  # what a scaffold's tools keep between calls; plain values
 
     def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
@@ -163,19 +165,22 @@ class ToolExecutor:
             arguments = fit_arguments(spec.parameters, call.arguments)
         except ToolError as error:
             return ToolResult(call.name, f"{call.name}: {error}", ok=False, malformed=True)
-        revision = self._revision
+        revision, self._requests = self._revision, {}
         try:
             result = spec.operation(self, **arguments)
         except (ToolError, WorkspaceError) as error:
             result = ToolResult(call.name, str(error), ok=False)
         if not isinstance(result, ToolResult):
             result = ToolResult(call.name, result)
-        return dataclasses.replace(result, tool=call.name, changed=self._revision != revision)
+        return dataclasses.replace(result, tool=call.name, changed=self._revision != revision,
+                                   network=self._requests)
 
     def bash(self, command: str, timeout: float) -> ExecResult:
         """Runs a shell command; whatever it did to files counts as a change."""
         self._revision += 1
-        return self.workspace.bash(command, timeout)
+        ran = self.workspace.bash(command, timeout)
+        self._requests = dict(ran.network)
+        return ran
 
     def change(self, path: str, text: str | None) -> None:
         """Writes `text` to `path` so that `undo` can take it back."""

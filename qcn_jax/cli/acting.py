@@ -18,6 +18,7 @@ from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.chat.endpoint import Endpoint
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.config import MeshConfig
+from qcn_jax.envs.network.policy import NETWORKS
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError
 from qcn_jax.envs.tasks import formats, swebench
 from qcn_jax.envs.tasks.schema import Task
@@ -27,6 +28,8 @@ from qcn_jax.errors import UserError
 def define_place(values: flags.FlagValues) -> None:
     """Defines where code runs."""
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
+    flags.DEFINE_enum("network", "none", NETWORKS, "What an agent with a shell reaches: nothing, or package indexes and "
+                      "documentation through a filter.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
                       "A fresh container for each grading, or warm ones with a fresh workspace.", flag_values=values)
     flags.DEFINE_enum("pool", "process", ["process", "ray"], "Workers on this machine or in a Ray cluster.",
@@ -39,7 +42,8 @@ def define_place(values: flags.FlagValues) -> None:
 
 def place_of(values: flags.FlagValues) -> Place:
     """What the flags of `define_place` say."""
-    return Place(values.sandbox, values.isolation, values.pool, values.ray_address, values.workers, values.timeout)
+    return Place(values.sandbox, values.isolation, values.pool, values.ray_address, values.workers, values.timeout,
+                 values.network)
 
 
 def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[], MeshConfig | None]:
@@ -140,7 +144,7 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
     turns = values.max_turns or (50 if url else 8)
     limits = Limits(turns, values.max_seconds, values.max_length or 0)
     plan = running.Plan(values.attempts, values.seed, limits, values.parallel or (8 if url else 32))
-    settings = {"model": model, "checkpoint": values.checkpoint, "scaffold": scaffold.name,
+    settings = {"model": model, "checkpoint": values.checkpoint, "scaffold": scaffold.name, "network": values.network,
                 "temperature": values.temperature, "top_p": values.top_p, "seed": values.seed, "max_turns": turns,
                 "max_new_tokens": values.max_new_tokens, "max_length": values.max_length}
     if not url:

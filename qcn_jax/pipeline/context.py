@@ -193,7 +193,7 @@ class StageContext:
         from qcn_jax.envs.sandbox import make_provider
 
         def build() -> Any:
-            provider = make_provider(self.config.sandbox, state_dir=self.sandbox_path)
+            provider = make_provider(self.config.sandbox, state_dir=self.sandbox_path, network=self.config.network)
             passed_over = f" (docker passed over: {provider.reason})" if getattr(provider, "reason", "") else ""
             self.log(f"sandbox: {provider.describe()}{passed_over}")
             return provider
@@ -219,7 +219,8 @@ class StageContext:
         from qcn_jax.envs.pool.env_pool import make_pool
 
         def build() -> Any:
-            arguments = {"kind": self.provider().kind, "state_dir": str(self.sandbox_path)}
+            arguments = {"kind": self.provider().kind, "state_dir": str(self.sandbox_path),
+                         "network": self.config.network}
             return make_pool(self.config.pool, self.config.workers, arguments, ray_address=self.config.ray_address,
                              cache=self.sandbox_path / "verdicts.jsonl")
 

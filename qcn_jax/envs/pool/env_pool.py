@@ -199,13 +199,19 @@ class EnvPool:
                 progress(done)
             yield result
 
-    def open_session(self, repository: str, overlay: Mapping[str, str | None]) -> "Session":
-        """A sandbox that stays with one worker; calls on it may be batched, the first waits for its creation."""
+    def open_session(self, repository: str, overlay: Mapping[str, str | None],
+                     before: str = "") -> "Session":
+        """A sandbox that stays with one worker; calls on it may be batched, the first waits for its creation.
+
+        Where agents have a network, releases of the repository from the date `before` on are withheld
+        (policy.fix_date).
+        """
         with self._changed:
             worker = min(range(len(self._open)), key=self._open.__getitem__)
             self._open[worker] += 1
         number = next(self._numbers)
-        opened = self._submit("open", (self._specs[repository], number, dict(overlay)), PREPARE_DEADLINE, worker, 1)
+        arguments = (self._specs[repository], number, dict(overlay), before)
+        opened = self._submit("open", arguments, PREPARE_DEADLINE, worker, 1)
         return Session(self, worker, number, opened)
 
     def _submit(self, kind: str, arguments: tuple[Any, ...], deadline: float, worker: int | None = None,

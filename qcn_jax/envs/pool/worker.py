@@ -71,9 +71,9 @@ class Worker:
         """`function(provider, *arguments)`."""
         return function(self.provider(spec), *arguments)
 
-    def open(self, spec: RepositorySpec, session: int, overlay: dict[str, str | None]) -> None:
+    def open(self, spec: RepositorySpec, session: int, overlay: dict[str, str | None], before: str) -> None:
         """Makes the sandbox of a session."""
-        self._sessions[session] = self.provider(spec).create(spec.name, overlay)
+        self._sessions[session] = self.provider(spec).create(spec.name, overlay, before=before)
 
     def call(self, session: int, function: Any, arguments: tuple[Any, ...]) -> Any:
         """`function(sandbox, *arguments)` on a session's sandbox."""

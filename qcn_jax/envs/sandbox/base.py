@@ -8,17 +8,22 @@ program in `inside/server.py`; back ends differ in what stands around it (`local
 import contextlib
 import dataclasses
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from qcn_jax.envs import patches
+from qcn_jax.envs.network import policy
 from qcn_jax.envs.sandbox import channel, pytest_options, repository
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.sandbox.runs import PASSING as PASSING  # theirs who use providers
+from qcn_jax.envs.sandbox.runs import ExecResult, PythonResult, TestRun, test_run
 from qcn_jax.envs.sandbox.spares import Spares
+from qcn_jax.errors import UserError
 
-PASSING = frozenset({"passed", "xfailed"})  # SWE-bench's reading: an expected failure counts as a pass
 ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
 STARVATION = 5.0  # on a busy machine a job may take this many times its limit (inside/server.py, STARVED)
 PREPARE_TIMEOUT = 300.0
@@ -37,90 +42,33 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExecResult:
-    """What a command did; `exit_code` is 128 + signal where a signal ended it."""
-
-    exit_code: int
-    output: str  # standard output and error, the middle left out where too long
-    timed_out: bool
-    out_of_memory: bool
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TestRun:
-    """What a test run did.
-
-    `outcomes` maps node ids to passed, failed, error, skipped, xfailed or xpassed; a file that cannot be
-    collected is listed under its path as error. `messages` says in one line each what the first failures were.
-    `tampered` names what in pytest or the results was interfered with, and is empty in an honest run.
-    """
-
-    __test__ = False  # not a test class, whatever pytest thinks of its name
-
-    status: str  # ok, timeout, out_of_memory, killed
-    outcomes: dict[str, str]
-    messages: dict[str, str]
-    seconds: float
-    output: str
-    exit_status: int
-    cpu_seconds: float = 0.0
-    tampered: tuple[str, ...] = ()
-    evidence: tuple[tuple[str, int, Any], ...] = ()  # (node id, number, value) of claims, where tests make such
-
-    @property
-    def outcome(self) -> str:
-        """passed (every test that ran did what it must, and at least one did), failed, timeout, out_of_memory, killed.
-
-        Failures of the infrastructure are no outcome of a run: they are raised as SandboxError.
-        """
-        if self.status != "ok":
-            return self.status
-        good = self.exit_status == 0 and not self.tampered and bool(self.outcomes)
-        return "passed" if good else "failed"
-
-    def passed(self, node_ids: Sequence[str]) -> bool:
-        """Whether the run was orderly and every one of `node_ids` passed."""
-        return (self.status == "ok" and not self.tampered
-                and all(self.outcomes.get(name) in PASSING for name in node_ids))
-
-
-@dataclasses.dataclass(frozen=True)
-class PythonResult:
-    """What a harness script did: status is ok, error, timeout, out_of_memory or killed."""
-
-    status: str
-    value: Any
-    error: str
-    output: str
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Snapshot:
     """A sandbox's state that outlives it, as `Provider.create` takes it: changes to a repository's files.
 
-    `edits` came after the starting state, which is the pristine repository with `overlay` on top.
+    `edits` came after the starting state, which is the pristine repository with `overlay` on top. `before` is the date
+    from which on releases of the repository are withheld where there is a network (network.policy.fix_date).
     """
 
     repository: str
     overlay: Mapping[str, str | None]
     edits: Mapping[str, str | None]
+    before: str = ""
 
 
 class Sandbox:
     """A repository copy in which to act. Not safe for use from two threads at once; `destroy` when done."""
 
     def __init__(self, provider: "Provider", server: channel.Server, prepared: "Prepared",
-                 overlay: Mapping[str, str | None], workspace: int):
-        self.repository, self.overlay = prepared.spec.name, dict(overlay)
+                 overlay: Mapping[str, str | None], workspace: int, before: str = ""):
+        self.repository, self.overlay, self.before = prepared.spec.name, dict(overlay), before
         self._provider, self._server, self._prepared, self._workspace = provider, server, prepared, workspace
 
-    def _call(self, op: str, payload: bytes = b"", **request: Any) -> tuple[Any, bytes]:
+    def _call(self, op: str, payload: bytes = b"", during: AbstractContextManager[Any] | None = None,
+              **request: Any) -> tuple[Any, bytes]:
         if self._workspace is None:
             raise SandboxError("the sandbox was destroyed")
         return self._server.call({"op": op, "workspace": self._workspace, **request}, payload,
-                                 STARVATION * request.get("timeout", 0.0) + ANSWER_GRACE)
+                                 STARVATION * request.get("timeout", 0.0) + ANSWER_GRACE, during)
 
     def exec(self, command: str, timeout: float = 30.0, env: Mapping[str, str] | None = None) -> ExecResult:
         """Runs a shell command in the repository folder; everything it started is killed when it ends.
@@ -130,9 +78,11 @@ class Sandbox:
         """
         if not self._provider.commands_allowed:
             raise PermissionError("commands are refused: this machine cannot isolate them")
-        reply, _ = self._call("execute", command=command, timeout=timeout, env=dict(env or {}))
+        visit = None if self._server.gate is None else self._server.gate.open(
+            policy.withheld(self.repository, self._prepared.files, self.before))
+        reply, _ = self._call("execute", during=visit, command=command, timeout=timeout, env=dict(env or {}))
         return ExecResult(reply["exit_code"], reply["output"], reply["timed_out"], reply["out_of_memory"],
-                          reply["seconds"])
+                          reply["seconds"], {} if visit is None else dict(visit.counts))
 
     def read(self, path: str) -> str:
         """Text of a file; raises FileNotFoundError, IsADirectoryError or PermissionError."""
@@ -156,7 +106,7 @@ class Sandbox:
         """
         reply, _ = self._call("tests", node_ids=None if node_ids is None else list(node_ids),
                               timeout=timeout, fail_fast=fail_fast, evidence=evidence)
-        return _test_run(reply)
+        return test_run(reply)
 
     def run_python(self, script: str, args: Any = None, timeout: float = 30.0) -> PythonResult:
         """Runs a trusted harness script in the repository, in a process with pytest imported.
@@ -183,11 +133,11 @@ class Sandbox:
     def fork(self) -> "Sandbox":
         """A second sandbox in the same state (files; nothing runs between calls)."""
         reply, _ = self._call("fork")
-        return Sandbox(self._provider, self._server, self._prepared, self.overlay, reply["workspace"])
+        return Sandbox(self._provider, self._server, self._prepared, self.overlay, reply["workspace"], self.before)
 
     def snapshot(self) -> Snapshot:
         """The state of the files (regular text files, as `changes`), from which `Provider.restore` makes sandboxes."""
-        return Snapshot(self.repository, dict(self.overlay), self.changes())
+        return Snapshot(self.repository, dict(self.overlay), self.changes(), self.before)
 
     def reset(self) -> None:
         """Back to the starting state."""
@@ -227,13 +177,23 @@ class Provider:
     kind = ""
     commands_allowed = True
 
-    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", spares: int = 0):
-        """`spares` servers are kept started where each sandbox gets one of its own (isolation "container")."""
+    def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", spares: int = 0,
+                 network: str = "none"):
+        """Args:
+          state_dir: folder for what is prepared once and kept.
+          limits: bounds of each sandbox.
+          isolation: see `choose.make_provider`.
+          spares: servers kept started where each sandbox gets one of its own (isolation "container").
+          network: of agents' sandboxes, one of network.policy.NETWORKS; others never have any.
+        """
+        if network not in policy.NETWORKS:
+            raise UserError(f"--config.network: expected {' or '.join(policy.NETWORKS)}, got {network!r}")
         if isolation not in ("shared", "container"):
             raise ValueError(f"isolation must be shared or container, got {isolation!r}")
         self.state_dir, self.limits, self.isolation = os.path.abspath(state_dir), limits, isolation
         self.prepared: dict[str, Prepared] = {}
         self._warm: dict[str, channel.Server] = {}
+        self.network, self._outside = network, None
         self._starting = threading.Lock()
         self._spares = Spares(self._start_loaded, spares) if spares and isolation == "container" else None
         os.makedirs(self.state_dir, exist_ok=True)
@@ -246,8 +206,24 @@ class Provider:
         """Names the interpreter and pytest that byte code is prepared for."""
         raise NotImplementedError
 
-    def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+    def _start(self, prepared: RepositorySpec | None, networked: bool = False) -> channel.Server:
+        """Starts a server; of one that is `networked`, the door is open (`_open_gate`)."""
         raise NotImplementedError
+
+    def _open_gate(self, server: channel.Server, line: socket.socket) -> channel.Server:
+        """Answers on the listening socket that `server` sends over `line`."""
+        from qcn_jax.envs.network import proxy
+
+        if self._outside is None:
+            self._outside = proxy.Outside()
+        line.settimeout(ANSWER_GRACE)
+        try:
+            _, descriptors, _, _ = socket.recv_fds(line, 1, 1)
+            server.gate = proxy.Gate(socket.socket(fileno=descriptors[0]), self._outside)
+        except (OSError, IndexError) as error:
+            server.close()
+            raise SandboxError(f"the sandbox gives no way to the network: {error}") from error
+        return server
 
     def prepare(self, spec: RepositorySpec) -> Prepared:
         """Makes a repository known: unpacked, cleaned, compiled, its tests run once. Kept in `state_dir`.
@@ -264,7 +240,7 @@ class Provider:
         if found is None:
             with repository.lock(self.state_dir, key):
                 found = repository.load(self.state_dir, key) or self._prepare(spec, key)
-        prepared = Prepared(spec, key, found.files, found.settings, found.archive, _test_run(found.baseline))
+        prepared = Prepared(spec, key, found.files, found.settings, found.archive, test_run(found.baseline))
         self.prepared[spec.name] = prepared
         return prepared
 
@@ -295,16 +271,18 @@ class Provider:
         """Pristine text files of a prepared repository, by path."""
         return self.prepared[name].files
 
-    def create(self, name: str, overlay: Mapping[str, str | None] | None = None, role: str = "agent") -> Sandbox:
+    def create(self, name: str, overlay: Mapping[str, str | None] | None = None, role: str = "agent",
+               before: str = "") -> Sandbox:
         """A fresh sandbox of a prepared repository with `overlay` on top (None deletes a file).
 
         `role` separates what must never meet: agents' sandboxes and grading ("grading") use different servers. In a
-        sandbox for grading the repository's files belong to another user: tested code can add to them, not change them.
+        sandbox for grading the repository's files belong to another user: tested code can add to them, not change them;
+        and it never has a network. `before`: see Snapshot.
 
         Raises:
           SandboxError: the back end failed; trying again may help.
         """
-        return self.restore(Snapshot(name, dict(overlay or {}), {}), role)
+        return self.restore(Snapshot(name, dict(overlay or {}), {}, before), role)
 
     def restore(self, snapshot: Snapshot, role: str = "agent") -> Sandbox:
         """A fresh sandbox in the state of `snapshot`; `changes` and `diff` are told from its starting state.
@@ -331,7 +309,7 @@ class Provider:
             if self.isolation == "container" or server.broken:
                 server.close()
             raise
-        return Sandbox(self, server, prepared, overlay, reply["workspace"])
+        return Sandbox(self, server, prepared, overlay, reply["workspace"], snapshot.before)
 
     def _load(self, server: channel.Server, prepared: Prepared) -> None:
         """Gives a server the repository's files, once."""
@@ -352,15 +330,16 @@ class Provider:
         return server
 
     def _server(self, prepared: Prepared, role: str) -> channel.Server:
+        networked = self.network != "none" and role == "agent"
         if self.isolation == "container":
-            spare = self._spares.take(prepared) if self._spares is not None else None
-            return spare or self._start(prepared.spec)
+            spare = self._spares.take(prepared) if self._spares is not None and not networked else None
+            return spare or self._start(prepared.spec, networked)
         name = self._warm_name(prepared, role)
         with self._starting:  # two threads must not start it twice: the first one's would be lost
             if name in self._warm and not self._warm[name].alive():
                 self._warm.pop(name).close()
             if name not in self._warm:
-                self._warm[name] = self._start(prepared.spec)
+                self._warm[name] = self._start(prepared.spec, networked)
             return self._warm[name]
 
     def _warm_name(self, prepared: Prepared, role: str) -> str:
@@ -382,6 +361,9 @@ class Provider:
         for server in self._warm.values():
             server.close()
         self._warm = {}
+        if self._outside is not None:
+            self._outside.close()
+            self._outside = None
 
     def __enter__(self) -> "Provider":
         return self
@@ -392,9 +374,9 @@ class Provider:
 
 @contextlib.contextmanager
 def sandbox(provider: Provider, name: str, overlay: Mapping[str, str | None] | None = None,
-            role: str = "agent") -> Iterator[Sandbox]:
+            role: str = "agent", before: str = "") -> Iterator[Sandbox]:
     """`provider.create` for a with statement."""
-    made = provider.create(name, overlay, role)
+    made = provider.create(name, overlay, role, before)
     try:
         yield made
     finally:
@@ -406,9 +388,3 @@ def _inside(path: str) -> str:
     if path == "/testbed" or path.startswith("/testbed/"):
         return path[len("/testbed/"):] or "."
     return path
-
-
-def _test_run(reply: Mapping[str, Any]) -> TestRun:
-    return TestRun(reply["status"], reply["outcomes"], reply["messages"], reply["seconds"], reply["output"],
-                   reply["exit_status"], reply["cpu"], tuple(reply["tampered"]),
-                   tuple((name, number, value) for name, number, value in reply.get("evidence", ())))

@@ -9,7 +9,11 @@ import struct
 import subprocess
 import threading
 import time
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from qcn_jax.envs.network.proxy import Gate
 
 
 class SandboxError(RuntimeError):
@@ -37,6 +41,7 @@ class Server:
 
     def __init__(self, stream: Stream, start_timeout: float = 60.0):
         self.stream, self.trees, self.broken = stream, set(), False
+        self.gate: Gate | None = None  # the way out of the sandboxes that it serves
         self._lock = threading.Lock()
         try:
             self.facts, _ = self.call({"op": "hello"}, b"", start_timeout)
@@ -44,14 +49,15 @@ class Server:
             self.close()
             raise
 
-    def call(self, request: dict[str, Any], payload: bytes, timeout: float) -> tuple[dict[str, Any], bytes]:
-        """Sends a request and waits for its reply.
+    def call(self, request: dict[str, Any], payload: bytes, timeout: float,
+             during: AbstractContextManager[Any] | None = None) -> tuple[dict[str, Any], bytes]:
+        """Sends a request and waits for its reply; `during` is entered while it is served, after those before it.
 
         Raises:
           SandboxError: no reply in `timeout` seconds, or the server died (it is closed), or this request failed there.
           OSError or a subclass: the server refused (no such file, for instance).
         """
-        with self._lock:
+        with self._lock, during or contextlib.nullcontext():
             if self.broken:
                 raise SandboxError("the sandbox's server is gone")
             deadline = time.monotonic() + timeout
@@ -79,6 +85,8 @@ class Server:
     def close(self) -> None:
         """Ends the server."""
         self.broken = True
+        if self.gate is not None:
+            self.gate.close()
         self.stream.close()
 
 

@@ -11,7 +11,7 @@ from qcn_jax.errors import UserError
 
 def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits: Limits = Limits(),
                   isolation: str = "shared", image: str = "", spares: int = 0, image_budget_mb: int = IMAGE_BUDGET_MB,
-                  **local_options: Any) -> Provider:
+                  network: str = "none", **local_options: Any) -> Provider:
     """A provider of sandboxes; `.kind` and `.describe()` say what was chosen, `.reason` why not docker.
 
     Args:
@@ -23,6 +23,8 @@ def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits:
       image: base image for docker; by default one is found, pulled or made.
       spares: servers kept started ahead of need with isolation "container".
       image_budget_mb: disk space for images above the base; the longest unused are removed.
+      network: of agents' sandboxes: "none", or "filtered" (package indexes and documentation, see envs/network).
+        Sandboxes in which patches are graded have none.
       **local_options: `containment` of LocalProvider.
 
     Raises:
@@ -33,11 +35,11 @@ def make_provider(kind: str = "auto", state_dir: str = ".cache/sandbox", limits:
     reason = ""
     if kind != "local":
         try:
-            return DockerProvider(state_dir, limits, isolation, image, spares, image_budget_mb)
+            return DockerProvider(state_dir, limits, isolation, image, spares, image_budget_mb, network)
         except SandboxError as error:
             if kind == "docker":
                 raise UserError(f"--config.sandbox=docker: {error}") from error
             reason = str(error)
-    provider = LocalProvider(state_dir, limits, isolation, spares=spares, **local_options)
+    provider = LocalProvider(state_dir, limits, isolation, spares=spares, network=network, **local_options)
     provider.reason = provider.reason or reason
     return provider

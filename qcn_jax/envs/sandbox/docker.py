@@ -1,8 +1,9 @@
 """The docker back end: the same server inside a hardened container.
 
-No network, read-only root, scratch in size-limited memory, memory and swap capped together, bounded processes and
-processor share, no new privileges. The server runs as the container's root with the five capabilities that it needs
-to switch users, own files and kill; what is tested runs under a user id of its own with none.
+No network (for agents, where it was asked for, one socket that the host answers: envs/network), read-only root, scratch
+in size-limited memory, memory and swap capped together, bounded processes and processor share, no new privileges. The
+server runs as the container's root with the five capabilities that it needs to switch users, own files and kill; what
+is tested runs under a user id of its own with none.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import pathlib
 import select
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,7 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
 IMAGE_BUDGET_MB = 20_000  # what images above the base may take together
+DOOR, DOOR_TIMEOUT = "/run/qcn", 10.0  # where a container finds the host's end; seconds until its network stands
 OWNER, HOST = "qcn_jax.owner", "qcn_jax.host"
 
 
@@ -35,18 +38,19 @@ class DockerProvider(Provider):
     kind = "docker"
 
     def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", image: str = "",
-                 spares: int = 0, image_budget_mb: int = IMAGE_BUDGET_MB):
+                 spares: int = 0, image_budget_mb: int = IMAGE_BUDGET_MB, network: str = "none"):
         """`image` is a base image with Python 3.11 or newer; by default one is found, pulled or made.
 
         Raises:
           SandboxError: no engine, or no base image.
         """
-        super().__init__(state_dir, limits, isolation, spares)
+        super().__init__(state_dir, limits, isolation, spares, network)
+        self._packages = local.packages(network)
         self.client = images.engine()
         remove_leftovers(self.client)
         with lock(self.state_dir, "image"), engine_failures():
             self.base = images.base_image(self.client, image)
-            self.image = images.runtime_image(self.client, self.base)
+            self.image = images.runtime_image(self.client, self.base, self._packages)
         self._containers: set[str] = set()
         # Otherwise a port stays taken for a minute after its connection was closed, also for the next workspace.
         self._sysctls = {"net.ipv4.tcp_max_tw_buckets": "0"}
@@ -54,7 +58,7 @@ class DockerProvider(Provider):
 
     def describe(self) -> str:
         each = "a fresh container each" if self.isolation == "container" else "warm containers, a user id per workspace"
-        return f"docker: no network, read-only root, no capabilities for tested code, {each}"
+        return f"docker: {local.NETWORK_WORDS[self.network]}, read-only root, no capabilities for tested code, {each}"
 
     def fingerprint(self) -> str:
         return self.image.removeprefix("sha256:")[:16]
@@ -75,7 +79,7 @@ class DockerProvider(Provider):
                     self.client, parent, {path[5:]: member.data for path, member in members.items()
                                           if path.startswith("repo/")},
                     [os.path.relpath(root, "repo") for root in roots if root.split("/")[0] == "repo"])
-                self._images[key] = images.runtime_image(self.client, parent, system_packages=True)
+                self._images[key] = images.runtime_image(self.client, parent, self._packages, system_packages=True)
                 layers.prune(self.client, self._image_budget)
         return self._images[key]
 
@@ -88,11 +92,29 @@ class DockerProvider(Provider):
         own = (prepared.spec.image, prepared.spec.setup, self._own(prepared.spec))
         return role if own == ("", (), "") else f"{role} {own}"
 
-    def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+    def _start(self, prepared: RepositorySpec | None, networked: bool = False) -> channel.Server:
+        if not networked:
+            return self._container(prepared)
+        with tempfile.TemporaryDirectory(prefix="qcn-door-") as folder, socket.socket(socket.AF_UNIX) as door:
+            door.bind(os.path.join(folder, "door"))
+            door.listen(1)
+            server = self._container(prepared, folder)
+            door.settimeout(DOOR_TIMEOUT)
+            try:
+                line, _ = door.accept()
+            except OSError as error:
+                server.close()
+                raise SandboxError(f"the container gives no way to the network: {error}") from error
+            with line:
+                return self._open_gate(server, line)
+
+    def _container(self, prepared: RepositorySpec | None, door: str = "") -> channel.Server:
+        """A server in a new container; `door` is a folder of the host in which its network is asked for."""
         image = self._image(prepared)
         limits = self.limits
         options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
-                   "own_root": True, "calls": {"counted": True, "alone": True, "offline": True},
+                   "door": f"{DOOR}/door" if door else None, "own_root": True,
+                   "calls": {"counted": True, "alone": True, "offline": True},
                    "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
                               "disk": limits.disk_mb << 20, "processes": limits.processes, "cpus": limits.cpus,
                               "output": limits.output_bytes}}
@@ -106,6 +128,7 @@ class DockerProvider(Provider):
                 mem_limit=memory, memswap_limit=memory, pids_limit=limits.processes + 64,
                 nano_cpus=int(limits.cpus * 1e9), log_config={"Type": "none"},
                 sysctls=self._sysctls,
+                binds={door: {"bind": DOOR, "mode": "rw"}} if door else None,
                 tmpfs={"/work": f"{flags},size={limits.disk_mb}m,nr_inodes=200k,mode=711"})
             made = api.create_container(
                 image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],

@@ -87,12 +87,13 @@ def debian_image(client: docker.DockerClient, packages: Sequence[str] = PACKAGES
     return _debootstrap(client, name, packages)
 
 
-def runtime_image(client: docker.DockerClient, base: str, system_packages: bool = False) -> str:
-    """The id of `base` with pytest in a virtual environment and the server's programs, at /opt/qcn.
+def runtime_image(client: docker.DockerClient, base: str, distributions: tuple[str, ...] = local.DISTRIBUTIONS,
+                  system_packages: bool = False) -> str:
+    """The id of `base` with `distributions` in a virtual environment and the server's programs, at /opt/qcn.
 
     With `system_packages` tests can also import what is installed in the base's own Python.
     """
-    parts = base + local.inside_digest() + ("+system" if system_packages else "")
+    parts = base + local.inside_digest(distributions) + ("+system" if system_packages else "")
     name = f"qcn-runtime:{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
     found = _local(client, name)
     if found:
@@ -101,15 +102,16 @@ def runtime_image(client: docker.DockerClient, base: str, system_packages: bool 
         f"FROM {base}", f"LABEL {LABEL}=runtime {PARENT}={base}", "USER root",
         f"RUN python3 -m venv --without-pip{' --system-site-packages' * system_packages} /opt/qcn"
         " && mkdir -p /work /testbed && rmdir /testbed && ln -s /work/now/repo /testbed",
-        "COPY packages /tmp/packages", "COPY inside /opt/qcn/inside", "COPY pytest /opt/qcn/bin/pytest",
-        "RUN mv /tmp/packages/* $(echo /opt/qcn/lib/python3*/site-packages)/ && chmod 755 /opt/qcn/bin/pytest"
+        "COPY packages /tmp/packages", "COPY inside /opt/qcn/inside", "COPY scripts /opt/qcn/bin",
+        "RUN mv /tmp/packages/* $(echo /opt/qcn/lib/python3*/site-packages)/"
         " && chmod -R go+rX /opt/qcn && /opt/qcn/bin/python -m compileall -q /opt/qcn /usr/lib/python3.11 || true",
         "RUN rm -rf /tmp /var/tmp && ln -s /work/now/tmp /tmp && ln -s /work/now/var /var/tmp",
         "ENTRYPOINT []", "CMD []"])
     with tempfile.TemporaryDirectory() as folder:
-        local.copy_packages(pathlib.Path(folder, "packages"))
+        local.copy_packages(pathlib.Path(folder, "packages"), distributions)
         shutil.copytree(local.INSIDE, pathlib.Path(folder, "inside"), ignore=shutil.ignore_patterns("__pycache__"))
-        pathlib.Path(folder, "pytest").write_text(local.PYTEST_SCRIPT)
+        pathlib.Path(folder, "scripts").mkdir()
+        local.write_scripts(pathlib.Path(folder, "scripts"), distributions)
         context = io.BytesIO()
         with tarfile.open(fileobj=context, mode="w") as archive:
             info = tarfile.TarInfo("Dockerfile")

@@ -23,10 +23,12 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import tempfile
 import venv
@@ -41,7 +43,8 @@ from qcn_jax.errors import UserError
 
 INSIDE = pathlib.Path(__file__).parent / "inside"
 DISTRIBUTIONS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")  # pytest and what it needs, all pure Python
-PYTEST_SCRIPT = '#!/bin/sh\nexec "${0%/*}/python" -m pytest "$@"\n'
+SCRIPT = '#!/bin/sh\nexec "${0%%/*}/python" -m %s "$@"\n'
+NETWORK_WORDS = {"none": "no network", "filtered": "package indexes and documentation for agents, otherwise no network"}
 
 
 class LocalProvider(Provider):
@@ -50,14 +53,14 @@ class LocalProvider(Provider):
     kind = "local"
 
     def __init__(self, state_dir: str, limits: Limits = Limits(), isolation: str = "shared", containment: str = "auto",
-                 spares: int = 0):
+                 spares: int = 0, network: str = "none"):
         """`containment` is auto (the strongest that works), namespaces, filters or none.
 
         Raises:
-          UserError: tested code could only be run as root, or the containment asked for cannot be had.
+          UserError: tested code could only be run as root, or the containment or network asked for cannot be had.
         """
-        super().__init__(state_dir, limits, isolation, spares)
-        self.runtime = build_runtime(self.state_dir)
+        super().__init__(state_dir, limits, isolation, spares, network)
+        self.runtime = build_runtime(self.state_dir, packages(network))
         self.reason, self.commands_allowed, self._spare = "", True, None
         self._remove_leftovers()
         if containment in ("auto", "namespaces"):
@@ -72,6 +75,9 @@ class LocalProvider(Provider):
                 self.containment = "filters" if filters.landlock_version() else "none"
         else:
             self.containment = containment
+        if network != "none" and self.containment != "namespaces":
+            raise UserError(f"--config.network={network}: needs docker, or namespaces of this machine"
+                            + (f" ({self.reason})" if self.reason else ""))
         self.missing = missing(self.containment)
         self.commands_allowed = not self.missing or containment == "none"
         if self.containment != "namespaces" and os.geteuid() == 0 and not self._separate():
@@ -81,7 +87,8 @@ class LocalProvider(Provider):
     def describe(self) -> str:
         if self.containment == "namespaces":
             users = "a user id per workspace" if os.geteuid() == 0 else "an unprivileged user namespace"
-            return f"local: namespaces (no network, own root file system, {users}), resource limits{self._lacks()}"
+            return (f"local: namespaces ({NETWORK_WORDS[self.network]}, own root file system, {users}), "
+                    f"resource limits{self._lacks()}")
         users = "a user id per workspace" if self._separate() else "the calling user"
         reason = f" (no namespaces: {self.reason})" if self.reason else ""
         if self.containment == "filters":
@@ -95,9 +102,13 @@ class LocalProvider(Provider):
     def fingerprint(self) -> str:
         return os.path.basename(self.runtime)
 
-    def _start(self, prepared: RepositorySpec | None) -> channel.Server:
+    def _start(self, prepared: RepositorySpec | None, networked: bool = False) -> channel.Server:
         if prepared is not None and (prepared.image or prepared.setup):
             raise UserError(f"repository {prepared.name}: image and setup need --config.sandbox=docker")
+        if networked:
+            line, door = socket.socketpair()
+            with line, door:
+                return self._open_gate(self._namespaces(door), line)
         server, self._spare = self._spare, None
         if server is not None:
             if server.alive():
@@ -111,11 +122,13 @@ class LocalProvider(Provider):
             self._spare.close()
             self._spare = None
 
-    def _namespaces(self) -> channel.Server:
+    def _namespaces(self, door: socket.socket | None = None) -> channel.Server:
+        descriptors = () if door is None else (door.fileno(),)
+        options = self._options("/work", True) | {"door": None if door is None else door.fileno()}
         settings = {"runtime": self.runtime, "prefix": os.path.realpath(sys.base_prefix),
-                    "megabytes": self.limits.disk_mb, "options": encode(self._options("/work", True))}
+                    "megabytes": self.limits.disk_mb, "options": encode(options)}
         command = [sys.executable, "-I", "-S", f"{self.runtime}/inside/enter.py", encode(settings)]
-        return channel.Server(channel.PipeStream(command, {"PATH": os.defpath}))
+        return channel.Server(channel.PipeStream(command, {"PATH": os.defpath}, descriptors))
 
     def _plain(self) -> channel.Server:
         folder = pathlib.Path(self.state_dir, "work")
@@ -202,13 +215,27 @@ def _reachable(path: str) -> bool:
     return all(os.stat(place).st_mode & 0o001 for place in (path, *map(str, pathlib.Path(path).parents)))
 
 
+def packages(network: str) -> tuple[str, ...]:
+    """Distributions that sandboxes have: pytest, and pip where there is something to install from.
+
+    Raises:
+      UserError: this Python has no pip.
+    """
+    if network == "none":
+        return DISTRIBUTIONS
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(f"--config.network={network}: {sys.executable} has no pip to give to sandboxes; "
+                        "python -m ensurepip")
+    return (*DISTRIBUTIONS, "pip")
+
+
 @functools.cache
-def inside_digest() -> str:
-    """A hash of the programs that run inside and of the pytest they use."""
+def inside_digest(distributions: tuple[str, ...] = DISTRIBUTIONS) -> str:
+    """A hash of the programs that run inside and of the packages they come with."""
     digest = hashlib.sha256()
     for source in sorted(INSIDE.glob("*.py")):
         digest.update(source.read_bytes())
-    for name in DISTRIBUTIONS:
+    for name in distributions:
         digest.update(f"{name}=={importlib.metadata.version(name)}".encode())
     return digest.hexdigest()[:12]
 
@@ -223,9 +250,9 @@ def _wanted(file: importlib.metadata.PackagePath) -> bool:
     return file.parts[:2] != ("pygments", "lexers") or file.name in _LEXERS
 
 
-def copy_packages(target: pathlib.Path) -> None:
-    """Copies pytest and its dependencies from this interpreter into the folder `target`, compiled."""
-    for name in DISTRIBUTIONS:
+def copy_packages(target: pathlib.Path, distributions: tuple[str, ...]) -> None:
+    """Copies distributions from this interpreter into the folder `target`, compiled."""
+    for name in distributions:
         distribution = importlib.metadata.distribution(name)
         for file in distribution.files or ():
             if _wanted(file):
@@ -235,10 +262,17 @@ def copy_packages(target: pathlib.Path) -> None:
     compileall.compile_dir(target, quiet=2)
 
 
-def build_runtime(state_dir: str) -> str:
+def write_scripts(target: pathlib.Path, distributions: tuple[str, ...]) -> None:
+    """Writes the commands pytest and, where it is among the distributions, pip into the folder `target`."""
+    for name in {"pytest", "pip"} & set(distributions):
+        (target / name).write_text(SCRIPT % name)
+        (target / name).chmod(0o755)
+
+
+def build_runtime(state_dir: str, distributions: tuple[str, ...] = DISTRIBUTIONS) -> str:
     """The folder with interpreter link, pytest and our programs; built once per version. Returns its path."""
     version = f"{sys.implementation.cache_tag}-{hashlib.sha256(sys.base_prefix.encode()).hexdigest()[:6]}"
-    target = pathlib.Path(state_dir, "runtime", f"{version}-{inside_digest()}")
+    target = pathlib.Path(state_dir, "runtime", f"{version}-{inside_digest(distributions)}")
     with lock(state_dir, "runtime"):
         if target.exists():
             return str(target)
@@ -246,12 +280,10 @@ def build_runtime(state_dir: str) -> str:
         temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
         os.chmod(temporary, 0o755)
         venv.EnvBuilder(symlinks=True, with_pip=False).create(temporary)
-        copy_packages(next(temporary.glob("lib/python*/site-packages")))
+        copy_packages(next(temporary.glob("lib/python*/site-packages")), distributions)
         shutil.copytree(INSIDE, temporary / "inside", ignore=shutil.ignore_patterns("__pycache__"))
         compileall.compile_dir(temporary / "inside", quiet=2)
         (temporary / "root").mkdir()
-        script = temporary / "bin" / "pytest"
-        script.write_text(PYTEST_SCRIPT)
-        script.chmod(0o755)
+        write_scripts(temporary / "bin", distributions)
         os.rename(temporary, target)
     return str(target)

@@ -179,4 +179,5 @@ def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) ->
     return {"instance_id": task.instance_id, "kind": kind, "solved": outcome.solved,
             "infrastructure": outcome.infrastructure, "turns": turns,
             "suspected_exploit": outcome.detail.get("outcome") == SUSPECTED_EXPLOIT, "malformed": malformed,
-            "attempts": outcome.detail.get("attempts", 0), "reason": outcome.detail.get("reason", "unknown")}
+            "attempts": outcome.detail.get("attempts", 0), "reason": outcome.detail.get("reason", "unknown"),
+            "guard": outcome.detail.get("guard", {})}

@@ -2,7 +2,8 @@
 
 An episode row is a JSON object: `instance_id`, `kind` (of the bug), `solved`, `infrastructure` (no verdict, for a
 reason that is not the model's), `turns`, `malformed` (how many of them broke the format), `attempts` (how often the
-tests were run), `reason` (why the episode ended), `suspected_exploit` (its patch seems to forge a verdict).
+tests were run), `reason` (why the episode ended), `suspected_exploit` (its patch seems to forge a verdict), `guard`
+(agents.guard's counts, where it had a shell).
 """
 
 from collections import Counter
@@ -34,6 +35,7 @@ def greedy(rows: Sequence[Row]) -> dict[str, Any]:
         "mean_turns": round(turns / len(counted), 3) if counted else None,
         "valid_turns": round(1 - sum(row["malformed"] for row in counted) / turns, 6) if turns else 0.0,
         "outcomes": dict(Counter(row["reason"] for row in counted)) | {"infrastructure": len(rows) - len(counted)},
+        "guard": dict(sum((Counter(row.get("guard", {})) for row in rows), Counter())),
         "suspected_exploits": [row["instance_id"] for row in counted if row.get("suspected_exploit")],
         "solved": {row["instance_id"]: bool(row["solved"]) for row in counted},
     }

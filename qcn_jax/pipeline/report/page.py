@@ -138,10 +138,11 @@ def _rates(evaluation: dict[str, Any], cast: Cast) -> str:
             f"{low:.1%} – {high:.1%}", _rate_or_dash(model.get("pass_at_1")), _rate_or_dash(model.get("pass_at_8")),
             *(_rate_or_dash(expert.rate(model)) for expert in others),
             _number_or_dash(model.get("mean_turns")), str(len(model.get("suspected_exploits", ()))),
+            _refused(model.get("guard", {})),
             str(outcomes.get("infrastructure", 0)),
         ])
     head = ["model", "resolved", "greedy", "95 % interval", "sampled pass@1", "pass@8",
-            *(_text(expert.column or expert.name) for expert in others), "turns", "exploits", "infra"]
+            *(_text(expert.column or expert.name) for expert in others), "turns", "exploits", "refused", "infra"]
     return _section(
         "Resolved rate on repositories never seen in training",
         "Multi-turn agent, greedy, one try per task: resolved means every failing test of the task passes and no "
@@ -149,6 +150,7 @@ def _rates(evaluation: dict[str, Any], cast: Cast) -> str:
         "the same tools and turns, until the tests pass. The SFT control had the same minutes of more imitation that "
         f"the {_text(cast.headline.title)} had of reinforcement learning. Format valid: share of turns whose "
         "tool calls parse, over the templates. Exploits: patches that seem to forge a verdict and count as failures. "
+        "Refused: calls that reached for the network, by rule, where the agent has a shell. "
         "Infra: episodes without a verdict, left out of rates.",
         charts.interval_bars(bars) + (table(head, rows, [i for i, n in enumerate(order) if n == cast.headline.model])
                                       if rows else ""))
@@ -302,6 +304,13 @@ def _footer(data: dict[str, Any]) -> str:
 
 def _rate_or_dash(value: float | None) -> str:
     return "<span class=quiet>–</span>" if value is None else f"{value:.1%}"
+
+
+def _refused(guard: dict[str, int]) -> str:
+    """Calls that the guard refused, and by which of its rules."""
+    rules = {name.removeprefix("blocked/"): count for name, count in guard.items() if name.startswith("blocked/")}
+    told = ", ".join(f"{_text(name)} {count}" for name, count in sorted(rules.items()))
+    return f"{guard.get('blocked', 0)} ({told})" if rules else "0"
 
 
 def _number_or_dash(value: float | None) -> str:

@@ -4,6 +4,8 @@ Penalties take away from what execution gave (turns that break the tool format o
 nothing here adds.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from qcn_jax.config import ExpertsConfig
@@ -62,4 +64,13 @@ def summarize(records: list[RolloutRecord]) -> dict[str, float]:
         "suspected_exploit": float(sum(r.outcome.detail.get("outcome") == "suspected_exploit" for r in counted)),
         "infrastructure": float(len(records) - len(counted)),
         "episodes": float(len(counted)),
-    }
+    } | {f"guard/{name}": float(count) for name, count in sorted(_guarded(counted).items())}
+
+
+def _guarded(records: list[RolloutRecord]) -> Counter[str]:
+    """What guards refused, by rule, and could not see through."""
+    found: Counter[str] = Counter()
+    for record in records:
+        found.update({name: count for name, count in record.outcome.detail.get("guard", {}).items()
+                      if name not in ("allowed", "blocked")})
+    return found

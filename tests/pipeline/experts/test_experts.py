@@ -204,6 +204,7 @@ def test_a_scaffold_with_a_shell_acts_in_a_live_sandbox(encoder, live) -> None:
     turns = shell("grep -n 'value >' calc/core.py", MEND, "git remote add o https://github.com/o/tiny && git fetch o", DONE)
     outcome, tokens, flags = play(encoder, services, tiny.make_task(), turns, scaffold=MINI_SWE_AGENT)
     assert outcome.reward == 1.0 and outcome.detail["resolved"] and flags == [False] * 4
+    assert outcome.detail["guard"] == {"allowed": 3, "blocked": 1, "blocked/repository_link": 1}
     assert outcome.detail["blocked"] == 1 and outcome.detail["scaffold"] == "mini_swe_agent"
     said = encoder.tokenizer.decode(tokens)
     assert "if value > low:" in said and "This call was blocked" in said and "<returncode>0</returncode>" in said

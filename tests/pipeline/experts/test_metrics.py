@@ -24,7 +24,9 @@ def test_greedy_counts_verdicts_only():
     assert found["kinds"] == {"x": {"resolved": 2, "attempted": 2}, "y": {"resolved": 1, "attempted": 2}}
     assert found["outcomes"] == {"submitted": 3, "turn_limit": 1, "infrastructure": 1}
     assert found["mean_turns"] == 3.5 and found["valid_turns"] == pytest.approx(13 / 14, abs=1e-6)
-    assert found["solved"] == {"a": True, "b": True, "c": False, "d": True}
+    assert found["solved"] == {"a": True, "b": True, "c": False, "d": True} and found["guard"] == {}
+    counted = [{**row, "guard": {"allowed": 2, "blocked/git_remote": 1}} for row in ROWS]
+    assert metrics.greedy(counted)["guard"] == {"allowed": 10, "blocked/git_remote": 5}
 
 
 def test_attempts_curve_grows_to_the_resolved_rate():

@@ -42,6 +42,7 @@ def _context(tmp_path):
              "repos_heldout": ["schema==0.7.8"], "sandbox": "docker",
              "yields": {"delete_not": {"candidates": 200, "kept": 90}, "none_tried": {"candidates": 0, "kept": 0}}}
     models = {name: _model(index * 4) for index, name in enumerate(MODELS)}
+    models["sft"]["guard"] = {"allowed": 9, "blocked": 3, "blocked/git_remote": 2, "blocked/package_download": 1}
     models |= {"sft_control": _model(9), "heuristic": _model(2, pass_at_8=None)}
     evaluation = {
         "sandbox": "docker", "isolation": "network none", "models": models,
@@ -121,7 +122,7 @@ def test_page_shows_the_numbers(context):
     page = _page(context)
     for text in ("12/40", "30.0%", "24.0% – 44.0%", "+20.0 points", "0.0215", "33 further SFT steps", "90/200",
                  "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min",
-                 "same first choice"):
+                 "same first choice", "3 (git_remote 2, package_download 1)"):
         assert text in page, text
     assert page.count("<svg") >= 7
     assert "none_tried" not in page

@@ -32,7 +32,11 @@ def test_groups_that_teach() -> None:
     summary = advantages.summarize(records)
     assert summary["infrastructure"] == 1 and summary["episodes"] == 7
     assert summary["pass_rate"] == pytest.approx(4 / 7) and summary["reward"] == pytest.approx(3.6 / 7)
-    assert advantages.summarize([])["reward"] == 0.0
+    assert advantages.summarize([])["reward"] == 0.0 and not any(name.startswith("guard/") for name in summary)
+    records[0].outcome.detail["guard"] = {"allowed": 4, "blocked": 2, "blocked/git_remote": 2, "unseen": 1}
+    summary = advantages.summarize([records[0], *records])
+    assert {name: value for name, value in summary.items() if name.startswith("guard/")} == {
+        "guard/blocked/git_remote": 4.0, "guard/unseen": 2.0}
 
 
 def test_only_the_tokens_of_malformed_turns_are_penalised() -> None:

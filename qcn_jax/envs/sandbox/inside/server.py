@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 
+import door
 import filters
 import folders
 import results
@@ -49,6 +50,7 @@ class Server:
         self.uid_base = 1_900_000_000 + 4096 * random.SystemRandom().randrange(2**15)
         self.readable = options["readable"]  # None: no filters, because namespaces contain this process
         self.calls = options["calls"] if filters.known() else None
+        self.door = options.get("door") is not None
         self.shared = () if options["own_root"] else SHARED
         self.trees, self.workspaces, self.free, self.users, self.made = {}, {}, [], 0, 0
         self.memory_kills = out_of_memory_kills()
@@ -216,8 +218,9 @@ class Server:
         return ended, timed_out
 
     def python_path(self, workspace):
-        return [os.path.normpath(os.path.join(workspace.home, path))
-                for path in workspace.tree.settings["python_path"]]
+        paths = [os.path.normpath(os.path.join(workspace.home, path))
+                 for path in workspace.tree.settings["python_path"]]
+        return [*paths, door.packages(workspace.home)] if self.door else paths
 
     def environment(self, workspace, job):
         base = {"PATH": os.path.dirname(sys.executable) + ":/usr/local/bin:/usr/bin:/bin",
@@ -226,6 +229,9 @@ class Server:
                 "TZ": "UTC", "TERM": "dumb", "PWD": workspace.root,
                 "PYTHONPATH": os.pathsep.join(self.python_path(workspace)), "PYTHONHASHSEED": "0",
                 "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        if self.door:
+            base |= door.environment(workspace.home, job["kind"] == "exec")
+            base["PATH"] += os.pathsep + os.path.join(workspace.home, "home", ".local", "bin")
         return {**base, **workspace.tree.settings["environment"], **job.get("extra_env", {})}
 
     # --- requests
@@ -385,6 +391,8 @@ def serve():
         os.setgroups([])
     if options["own_root"] and not os.path.lexists("/dev/shm"):  # with docker; it is in memory and starts empty
         os.symlink("/work/now/shm", "/dev/shm")
+    if options.get("door") is not None:
+        door.offer(options["door"])
     server = Server(options)
     out = os.dup(1)
     os.dup2(2, 1)  # nothing but frames may reach the host's end
