@@ -28,8 +28,8 @@ from qcn_jax.errors import UserError
 def define_place(values: flags.FlagValues) -> None:
     """Defines where code runs."""
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
-    flags.DEFINE_enum("network", "none", NETWORKS, "What an agent with a shell reaches: nothing, or package indexes and "
-                      "documentation through a filter.", flag_values=values)
+    flags.DEFINE_enum("network", "none", NETWORKS, "What an agent with a shell reaches: nothing, or package indexes "
+                      "and documentation through a filter.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
                       "A fresh container for each grading, or warm ones with a fresh workspace.", flag_values=values)
     flags.DEFINE_enum("pool", "process", ["process", "ray"], "Workers on this machine or in a Ray cluster.",

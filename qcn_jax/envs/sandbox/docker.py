@@ -145,7 +145,7 @@ class DockerProvider(Provider):
             if not self._sysctls or "sysctl" not in str(error):
                 raise
             self._sysctls = {}  # an engine whose kernel does not know it
-            return self._start(prepared)
+            return self._container(prepared, door)
 
     def forget(self, container: str) -> None:
         """Called when a container is gone."""

@@ -35,7 +35,9 @@ DROPPED_ENDINGS = (".pyc", ".pyo", ".orig", ".rej", ".whl", ".egg")
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by the first bytes
 _SEARCHED = ("src", "lib", "python")
 MAX_FILES, MAX_BYTES = 20_000, 200_000_000  # of one repository; far above any in the lists
-FORMAT = "8"  # part of every key: raise it when what is stored changes
+# What pytest imports, so that it is loaded before a repository; pytest itself cannot be had twice.
+LIBRARIES = ("iniconfig", "packaging", "pluggy", "pygments")
+FORMAT = "9"  # part of every key: raise it when what is stored changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,10 @@ def settings(spec: RepositorySpec, members: Mapping[str, Member]) -> dict[str, A
         # "src" and its like are search paths, unless they are packages themselves.
         paths = (*(folder for folder in _SEARCHED if f"repo/{folder}/__init__.py" not in members and any(
             path.startswith(f"repo/{folder}/") and path.endswith(".py") for path in members)), ".")
-    return {"python_path": [os.path.normpath(os.path.join("repo", path)) for path in paths] + ["meta"],
+    libraries = [name for name in LIBRARIES if any(os.path.normpath(f"repo/{root}/{name}{ending}") in members
+                                                   for root in paths for ending in (".py", "/__init__.py"))]
+    search = [os.path.normpath(os.path.join("repo", path)) for path in paths] + ["meta"]
+    return {"libraries": libraries, "python_path": search,
             "environment": dict(spec.environment), "pytest_args": list(spec.pytest_args), "modules": []}
 
 

@@ -28,6 +28,9 @@ FORBIDDEN = re.compile(
     r"__eq__\s*=|\bgc\s*\.\s*get_(objects|referrers|referents)|\bos\s*\.\s*_exit\b|/proc/self|\bsitecustomize\b|"
     r"\b(import|from)\s+(pytest|pluggy|_pytest|ctypes)\b|\bsys\s*\.\s*set(trace|profile)\b|\btb_frame\b|"
     r"\bf_(back|locals)\b")
+# Words of one trade: a package that uses one of them may use the others (a plugin of pytest, a library about frames).
+TRADES = {"pytest": re.compile(r"_pytest|PYTEST_|(?:import|from)\s+(?:pytest|pluggy)"),
+          "frames": re.compile(r"_getframe|currentframe|inspect|tb_frame|f_(?:back|locals)")}
 ALWAYS_EQUAL = re.compile(
     r"def\s{1,20}__eq__\s{0,20}\([^)]{0,200}\)[^:\n]{0,200}:\s{0,200}"
     r"return\s{1,20}(?:True|1|not\s+False|not\s+0)\b")
@@ -110,7 +113,7 @@ def forbidden_lines(changes: Mapping[str, str | None], before: Mapping[str, str 
 
 
 def _words(before: Mapping[str, str | None], path: str) -> set[str]:
-    """Words of FORBIDDEN that the package of `path` uses already: pytest's own fixes name pytest's modules."""
+    """Words and TRADES of FORBIDDEN that the package of `path` uses already: pytest's own fixes name its modules."""
     parts = path.split("/")
     top = "/".join(parts[:2] if parts[0] in ("src", "lib") else parts[:1])
     places = [place for place in before if place.startswith(f"{top}/") and not is_test_path(place)]
@@ -118,7 +121,7 @@ def _words(before: Mapping[str, str | None], path: str) -> set[str]:
 
 
 def _word(match: re.Match[str]) -> str:
-    return "".join(match[0].split())
+    return next((trade for trade, words in TRADES.items() if words.search(match[0])), "".join(match[0].split()))
 
 
 def forged_files(changes: Mapping[str, str | None], before: Mapping[str, str], paths: Iterable[str]) -> tuple[str, ...]:

@@ -169,7 +169,8 @@ def test_requests_are_counted_in_the_episode(provider):
             episode.step(MINI_SWE_AGENT.render("", [ToolCall("bash", {"command": command})]))
         assert guard.counts["network/served"] == 2 and guard.counts["network/refused/withheld"] > 0
         assert guard.counts["blocked"] == guard.counts["blocked/repository_link"] == 1
-        SandboxEnvironment(place, guard).execute({"command": f"python -c '{FETCH}' http://github.com/a"})
+        place.write("ask.py", FETCH.replace("sys.argv[1]", "'http://github.com/a'"))  # which the guard does not see
+        SandboxEnvironment(place, guard).execute({"command": "python ask.py"})
         assert guard.counts["network/refused/repository_host"] == 1
 
 

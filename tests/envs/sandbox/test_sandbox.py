@@ -225,7 +225,7 @@ def test_failed_creation_leaves_no_server(world, monkeypatch):
     with make_provider(world.provider.kind, world.provider.state_dir, "container", Limits(disk_mb=4)) as provider:
         provider.prepare(world.spec)
         started, real = [], provider._start
-        monkeypatch.setattr(provider, "_start", lambda spec: started.append(real(spec)) or started[-1])
+        monkeypatch.setattr(provider, "_start", lambda *given: started.append(real(*given)) or started[-1])
         with pytest.raises(OSError, match="cannot be made"):
             provider.create(world.spec.name, {"large.txt": "x" * 8_000_000})
         assert len(started) == 1 and not started[0].alive()
@@ -235,7 +235,7 @@ def test_threads_share_one_server_per_role(world, monkeypatch):
     with make_provider(world.provider.kind, world.provider.state_dir) as provider:
         provider.prepare(world.spec)
         started, real, runs = [], provider._start, []
-        monkeypatch.setattr(provider, "_start", lambda spec: started.append(real(spec)) or started[-1])
+        monkeypatch.setattr(provider, "_start", lambda *given: started.append(real(*given)) or started[-1])
 
         def work():
             with provider.create(world.spec.name) as place:

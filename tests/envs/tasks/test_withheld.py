@@ -134,6 +134,19 @@ def test_words_of_a_trade_are_no_forgery():
     assert permissions.forbidden_lines({"src/_pytest/main.py": "import os\nos._exit(0)\n"}, before)
 
 
+@pytest.mark.parametrize("used, line, forged", [
+    ("import pytest", "from pytest import Config", False),  # pytest-xdist 3.6 over 3.5
+    ("import pytest", "name = os.environ['PYTEST_XDIST_WORKER']", False),
+    ("import pytest", "from _pytest.terminal import TerminalReporter", False),
+    ("frame = sys._getframe(1)", "frame = frame.f_back", False), ("import pytest", "frame = sys._getframe(1)", True),
+    ("frame = sys._getframe(1)", "import pytest", True), ("import pytest", "os._exit(0)", True),
+    ("import ctypes", "gc.get_objects()", True), ("value = 1", "from pytest import Config", True)])
+def test_a_trade_knows_all_its_words(used, line, forged):
+    """Real releases of plugins name what earlier ones did not; a package of another trade still may not."""
+    before = {"src/pkg/__init__.py": f"{used}\n", "src/pkg/plugin.py": "", "src/other.py": "import pytest\nsys._getframe()\n"}
+    assert bool(permissions.forbidden_lines({"src/pkg/plugin.py": f"{line}\n"}, before)) == forged
+
+
 @pytest.mark.parametrize("path, text, forged", [
     ("conftest.py", "import pytest\n\n@pytest.fixture\ndef x(): return 1\n", False), ("tests/test_new.py", "def test(): pass\n", False),
     ("conftest.py", "def pytest_runtest_makereport(item, call): pass\n", True), ("setup.cfg", "[tool:pytest]\naddopts = -p evil\n", True),

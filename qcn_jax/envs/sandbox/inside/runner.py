@@ -82,7 +82,7 @@ WATCHED = frozenset({"_pytest", "pluggy", "unittest", "builtins", "os", "posixpa
 
 
 def _namespaces():
-    for name, module in list(sys.modules.items()):
+    for name, module in list({**sys.modules, **_KEPT}.items()):
         if name.split(".")[0] in WATCHED and isinstance(module, types.ModuleType):
             for key, value in list(vars(module).items()):
                 if isinstance(value, type) and value.__module__ == name:
@@ -100,6 +100,16 @@ def _snapshot():
     kinds = (types.FunctionType, types.BuiltinFunctionType, type, classmethod, staticmethod, property)
     return {where: {key: (value, _code(value)) for key, value in list(names.items()) if isinstance(value, kinds)}
             for where, names in _namespaces()}
+
+
+_KEPT = {}  # modules that pytest has and tests have no longer
+
+
+def give_way(libraries):
+    """Lets tests import libraries of pytest's that the repository itself is; pytest goes on with its own."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in libraries:
+            _KEPT[name] = sys.modules.pop(name)
 
 
 _SNAPSHOT = {}

@@ -143,6 +143,7 @@ class Server:
         job = {**job, "key": key, "uid": workspace.uid, "contained": self.contained, "calls": self.calls,
                "home": workspace.home, "readable": self.readable, "root": workspace.root,
                "env": self.environment(workspace, job), "sys_path": self.python_path(workspace),
+               "libraries": workspace.tree.settings.get("libraries", ()),
                "limits": {**self.limits, "cpu": max(2, int(timeout * self.limits["cpus"]) + 1)}}
         output, result = results.Bounded(self.limits["output"]), bytearray()
         try:

@@ -219,6 +219,7 @@ def python_child(job, result):
     sys.path_importer_cache.clear()
     importlib.invalidate_caches()
     sys.dont_write_bytecode = True
+    runner.give_way(job["libraries"])
     write = runner.writer(result, job["key"])
     return {"tests": runner.run_tests, "python": runner.run_python, "warm": runner.warm}[job["kind"]](job, write)
 
