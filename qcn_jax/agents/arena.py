@@ -168,8 +168,8 @@ def _with_images(services: Services, client: Any, instances: Mapping[str, sweben
     from qcn_jax.envs.synthesis.languages import grade as languages
 
     if scaffold is not None and place.network != "none":
-        raise UserError(f"--network={place.network}: agents in tasks' own images have no network; leave it out, or these "
-                        "tasks")
+        raise UserError(f"--network={place.network}: agents in tasks' own images have no network; leave it out, or "
+                        "these tasks")
     if scaffold is not None and not scaffold.has_shell:
         raise UserError(f"--scaffold: {scaffold.name!r}; tasks with images of their own need one with a shell, such as "
                         "mini_swe_agent or swe_agent")

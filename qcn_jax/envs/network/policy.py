@@ -77,7 +77,7 @@ def _moment(text: object) -> datetime.datetime | None:
 
 
 def fix_date(task: Task) -> str:
-    """When the task's fix was made; "" where unknown, or where a defect was put in: every release then holds the fix."""
+    """When the task's fix was made; "" where unknown, or where a defect was put in: all releases then hold the fix."""
     return "" if task.bug_patch else task.created_at
 
 

@@ -34,7 +34,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.hookimpl
 def pytest_report_teststatus(report):
-    if getattr(report, "loud", "") == "TEST_LOUDER!":
+    if report.when == "call" and getattr(report, "loud", "") == "TEST_LOUDER!":
         return "passed", "L", "LOUDER"
     return None
 
