@@ -24,6 +24,7 @@ import folders
 import results
 import zygote
 from accounting import exit_code, out_of_memory_kills, waited
+from frames import read_exactly, send, stdin_open
 from workspace import Refused, Tree, Workspace
 
 SHARED = ("/tmp", "/var/tmp", "/dev/shm")  # of the machine, where the sandbox has no root of its own
@@ -353,34 +354,6 @@ class Server:
 
 OPERATIONS = {name: getattr(Server, name) for name in (
     "hello", "load", "create", "fork", "reset", "destroy", "read", "write", "changes", "execute", "tests", "python")}
-
-
-def send(sock, message, descriptors=()):
-    """One message for the nursery or a zygote, with descriptors."""
-    body = json.dumps(message).encode()
-    header = struct.pack(">I", len(body))
-    if descriptors:
-        socket.send_fds(sock, [header], list(descriptors))
-    else:
-        sock.sendall(header)
-    sock.sendall(body)
-
-
-def stdin_open():
-    """False when the host has gone (the host sends nothing while it waits for a reply)."""
-    poll = select.poll()
-    poll.register(0, select.POLLIN | select.POLLHUP)
-    return all(not event & select.POLLHUP and not event & select.POLLIN for _, event in poll.poll(0))
-
-
-def read_exactly(size):
-    data = bytearray()
-    while len(data) < size:
-        part = os.read(0, min(1 << 20, size - len(data)))
-        if not part:
-            return None
-        data += part
-    return bytes(data)
 
 
 def serve():

@@ -211,8 +211,8 @@ def python_child(job, result):
     # The program's own folder is no place for the tested code to import from.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [*job["sys_path"], *(path for path in sys.path if path and os.path.abspath(path) != here)]
-    for name in ("accounting", "door", "evidence", "filters", "folders", "results", "runner", "server", "workspace",
-                 "zygote"):
+    for name in ("accounting", "door", "evidence", "filters", "folders", "frames", "results", "runner", "server",
+                 "workspace", "zygote"):
         sys.modules.pop(name, None)
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.argv = ["pytest"]
