@@ -325,7 +325,7 @@ class ExpertsConfig:
     ratio_cap: AboveZero = 2.0  # of importance weights, in `reinforce`
     # Tokens outside of (least, most) ratio to the policy that drew them are left out, and those of negative advantage
     # in episodes that are less probable by more than this per token; empty and 0: none.
-    ratio_bounds: tuple[float, ...] = ()
+    ratio_bounds: tuple[Amount, ...] = ()
     negative_bound: Amount = 0.0
     advantage_baseline: AdvantageBaseline = "mean"  # what a group's rewards are compared with: mean, leave_one_out
     advantage_scale: AdvantageScale = "std"  # what they are divided by: std (GRPO), none (Dr. GRPO)

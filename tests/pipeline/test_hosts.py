@@ -31,7 +31,8 @@ STAGES = ("midtrain", "sft")
 SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain.train.rows=8",
             "--config.sft.train.rows=8", "--config.sft.train.steps=6",
             *(f"--config.{stage}.train.optimizer.{setting}" for stage in STAGES
-              for setting in ("learning_rate=0.001", "warmup_steps=1")))
+              for setting in ("learning_rate=0.001", "warmup_steps=1")),
+            *(f"--config.{stage}.train.log_every=1" for stage in STAGES))
 FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
          "tasks.heldout_data": "heldout.jsonl"}
 ACTING = ("experts", "distill", "evaluate", "report")

@@ -49,10 +49,11 @@ def child():
     """Runs all stages in the folder QCN_TEST_DIRECTORY from the checkpoint in it, whose encoder they keep or drop."""
     root, vision = pathlib.Path(os.environ["QCN_TEST_DIRECTORY"]), os.environ["QCN_TEST_VISION"]
     config = on_devices.make_config()
+    model = model_of(hub.load_config(root / "whole").model_type)
     config = dataclasses.replace(
-        config, init=str(root / "whole"), model=model_of(hub.load_config(root / "whole").model_type), vision=vision,
+        config, init=str(root / "whole"), model=model, vision=vision,
         mesh=MeshConfig(fsdp=1), midtrain=dataclasses.replace(config.midtrain, phases=()),
-        experts=dataclasses.replace(config.experts, names=("swe",)))
+        experts=dataclasses.replace(config.experts, names=("swe",), routing="replay" if model.num_experts else "free"))
     on_devices.run(root, config)
 
 
