@@ -88,7 +88,7 @@ def test_what_the_tests_need_is_set_up(tmp_path):
 
     mine = ["synthesize", f"--repo={repo}", "--strategies=mine"]
     status, text = run(*mine, "--out=without.jsonl")
-    assert status == 0 and "0 tasks of 1 changes (tests_fail_after 1)" in text
+    assert status == 1 and "0 tasks of 1 changes (tests_fail_after 1)" in text
     status, text = run(*mine, "--setup=echo no such thing; exit 3", "--out=broken.jsonl")
     assert status == 1 and "--setup: image" in text and "no such thing" in text
     assert not (tmp_path / "broken.jsonl").exists()
