@@ -5,7 +5,6 @@ provider of the local back end is then started. Without the edit the same attack
 """
 
 import dataclasses
-import functools
 import shutil
 import socket
 import time
@@ -59,7 +58,8 @@ def edited(archive, tmp_path, monkeypatch):
             assert old in text, (name, old)
             (inside / name).write_text(text.replace(old, new))
         monkeypatch.setattr(local, "INSIDE", inside)
-        monkeypatch.setattr(local, "inside_digest", functools.partial(str, f"edited{time.time_ns()}"))
+        name = f"edited{time.time_ns()}"
+        monkeypatch.setattr(local, "inside_digest", lambda *_: name)
         made.append(start(archive, tmp_path / "state"))
         return made[-1]
 
