@@ -43,8 +43,9 @@ try:
             with provider.create("victim") as other:  # a neighbour, on the same server and of the same user
                 other.write("mine.txt", "mine")
                 place.write("evil.py", sys.argv[3])
-                roots = [other.run_python("def main(args):\\n    return ROOT").value]
-                out["evil"] = place.exec("python evil.py " + roots[0] + " " + folder, timeout=20).output.split()
+                work = os.path.dirname(os.path.dirname(other.run_python("def main(args):\\n    return ROOT").value))
+                root = os.path.join(work, str(other._workspace), "repo")  # where it rests while others work
+                out["evil"] = place.exec("python evil.py " + root + " " + folder, timeout=20).output.split()
                 place.run_tests(["tests/test_calc.py::test_mean"])
                 out["neighbour"] = [other.read("mine.txt"), other.changes(), other.exec("echo alive").output]
             out["timed_out"] = place.exec("setsid sleep 50 & sleep 50", timeout=1).timed_out
