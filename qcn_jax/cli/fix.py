@@ -35,13 +35,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_multi_string("test", None, "Test that fails: an id as pytest has it, or a file or class of which "
                               "those count that fail. May be given several times.", flag_values=values, required=True)
     flags.DEFINE_string("out", None, "Folder that keeps the episodes.", flag_values=values)
-    task_repositories.define_setup(values)
+    task_repositories.define_needs(values)
     acting.define_place(values)
     mesh = acting.define_agent(values)
     parsing.parse(values, "fix", __doc__, argv)
     if values.out:
         files.check_folder(values.out, "out")
-    spec = dataclasses.replace(sources.locate(values.repo), setup=tuple(values.setup))
+    spec = dataclasses.replace(sources.locate(values.repo), setup=tuple(values.setup),
+                               python_path=task_repositories.python_path(values))
     agent = acting.agent(values, mesh)
     with contextlib.ExitStack() as stack:
         out = values.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="qcn-fix-"))
