@@ -50,7 +50,7 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
     if _asks_for_help(argv):
         print(_help(values, verb, explanation))
         raise HelpShown
-    values.set_gnu_getopt(bool(words))  # so that flags may stand behind words
+    values.set_gnu_getopt(True)  # flags may stand behind words, and a stray word is named as what it is
     try:
         rest = values([f"qcn {verb}", *_arranged(values, argv)])[1:]
     except flags.UnrecognizedFlagError as error:
