@@ -407,20 +407,27 @@ def measured(flag):
 
 
 def checked(flag):
-    return bool(stamp(flag) and drawn(flag) and numbered(flag) and placed(flag) and dated(flag))
+    return bool(drawn(flag) and numbered(flag) and placed(flag))
+
+
+def timed(flag):
+    return bool(stamp(flag) and dated(flag))
 '''
 
 
 @pytest.mark.parametrize("name", ["stamp", "drawn", "numbered", "placed", "dated", "measured"])
 def test_what_differs_between_processes_is_not_told(changing, name):
-    """A clock, chance, a counter, an identity and today's date differ elsewhere; a long number is a value."""
+    """Chance, a counter and an identity differ elsewhere, what asks for the time tells nothing; a long number is a value."""
     provider, spec, survey = changing
     holder = next(f for f in inject.functions(ast.parse(CHANGING)) if f.qualname == name)
     start = CHANGING.index("if flag", CHANGING.index(f"def {name}"))
     injection = inject.Injection("negate", "changing/core.py", name, holder.start_line, holder.end_line, CHANGING, start,
                                  start + len("if flag"), "if not flag")
-    task = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0))).task
-    if name == "measured":
+    found = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0)))
+    task = found.task
+    if name in ("stamp", "dated"):
+        assert task is None and found.outcome == "unobserved"
+    elif name == "measured":
         assert "returned 0; expected 1234567890123.0" in task.problem_statement
     else:
         assert task.function == "checked" and "checked(True)" in task.problem_statement
@@ -432,7 +439,8 @@ def _changing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("changing")
     root = folder / "changing-1.0"
     write(root, {"changing/__init__.py": "", "changing/core.py": CHANGING, "tests/test_core.py": (
-        "from changing.core import checked, measured\n\n\ndef test_checked():\n    assert checked(True)\n\n\n"
+        "from changing.core import checked, measured, timed\n\n\ndef test_checked():\n    assert checked(True)\n\n\n"
+        "def test_timed():\n    assert timed(True)\n\n\n"
         "def test_measured():\n    assert measured(True)\n")})
     spec = sources.locate(str(root))
     with make_provider("local", str(folder / "state")) as provider:
