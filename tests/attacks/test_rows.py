@@ -118,7 +118,7 @@ class Failing:
     def files(self, name):
         return {**STATE, "tests/test_a.py": "def test(): pass\n"}
 
-    def create(self, name, overlay=None, role="agent"):
+    def create(self, name, overlay=None, role="agent", *rest, **more):
         self.made += 1
         if self.always or "KILL" in "".join(text or "" for text in (overlay or {}).values()):
             raise self.error

@@ -1,6 +1,6 @@
 """`qcn run` on two hosts for real: the command given to two processes of four devices each, on one work directory.
 
-Everything begins with files: a Hugging Face folder, a Parquet corpus, conversations, and what `qcn synthesize` made. It ends where one process of eight devices ends; when a process is killed, the other ends with one line; the same
+It ends where one process of eight devices ends; when a process is killed, the other ends with one line; the same
 command resumes; and transformers reads the result.
 """
 
@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,10 @@ import numpy as np
 import pytest
 
 from qcn_jax import hub, testing
-from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
+from qcn_jax.config import RunConfig, from_config_dict
+from qcn_jax.pipeline import models
 from qcn_jax.sharding import last_line
-from tests.pipeline import chain, own_files
+from tests.pipeline import chain
 
 pytestmark = pytest.mark.slow
 
@@ -29,27 +30,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("midtrain", "sft")
 # Rows for eight devices, and enough steps to be killed among them.
 SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain.train.rows=8",
-            "--config.sft.train.rows=8", "--config.sft.train.steps=6",
-            *(f"--config.{stage}.train.optimizer.{setting}" for stage in STAGES
-              for setting in ("learning_rate=0.001", "warmup_steps=1")),
-            *(f"--config.{stage}.train.log_every=1" for stage in STAGES))
-FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
-         "tasks.heldout_data": "heldout.jsonl"}
+            "--config.sft.train.rows=8", "--config.midtrain.train.steps=6", "--config.sft.train.steps=6")
 ACTING = ("experts", "distill", "evaluate", "report")
 ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS",
                    *(f"--config.{stage}.{setting}" for stage in ACTING[:2]
-                     for setting in ("updates=2", "rows=8", "prompts=4", "group_size=4", "rollout.slots=16", "rollout.max_turns=2",
+                     for setting in ("rows=8", "prompts=4", "group_size=4", "rollout.slots=16", "rollout.max_turns=2",
                                      # Steps proportional to gradients, see stages/on_devices.py.
                                      "optimizer.learning_rate=0.1", "optimizer.warmup_steps=0", "optimizer.eps=0.1")),
-                   *(f"--config.evaluate.{setting}" for setting in ("tasks=3", "pass_k_tasks=1", "rollout.slots=16",
-                                                                    "rollout.max_turns=2")))
+                   *(f"--config.evaluate.{setting}" for setting in ("baseline=", "sft_control=False", "tasks=3",
+                     "pass_k_tasks=1", "rollout.slots=16", "rollout.max_turns=2")))
 SURVIVOR_SECONDS = 90
 
 
 def _command(config, workdir, stages=STAGES, settings=SETTINGS):
     return [sys.executable, "-m", "qcn_jax", "run", f"--config={config}", f"--workdir={workdir}",
-            f"--stages={','.join(stages)}", *(f"--config.{name}={workdir.parent / path}" for name, path in FILES.items()),
-            *settings]
+            f"--stages={','.join(stages)}", *settings]
 
 
 def _environment(cache):
@@ -69,16 +64,7 @@ def _prepared(tmp_path_factory):
     """(config, folder with the work directory `tasks`, in which stage tasks has finished)."""
     folder = tmp_path_factory.mktemp("hosts")
     folder.chmod(0o755)
-    (folder / "corpus").mkdir()
-    own_files.write_corpus(folder / "corpus" / "a.parquet")
-    own_files.write_chats(folder / "chats.jsonl")
-    # Qwen's own vocabulary, with which recipes are tested, would take eight devices' logits out of memory here.
-    own_files.write_model(folder / "model", Tokenizer.train(own_files.texts(), 384, ADDED_TOKENS), own_files.LENGTH)
-    chain.write(folder)
-    for name, repository in (("tasks", "shapes-1.0"), ("heldout", "words-1.0")):
-        own_files.synthesize(folder, repository, f"{name}.jsonl")
-    small = own_files.write_small(folder / "small.py", "qwen3_coder_next", steps=3)
-    config = f"{small}:v5p-128@{folder}/model"
+    config = chain.write(folder)
     _alone(_command(config, folder / "tasks", ["tasks"]), 1, folder / "cache")
     return config, folder
 
@@ -142,7 +128,8 @@ def _distance(a, b) -> float:
 
 
 def test_two_hosts_end_where_one_does(prepared, one, two):
-    before = hub.load(prepared[1] / "model")[1]
+    config, _ = prepared
+    before = jax.device_get(models.initial(from_config_dict(RunConfig, runpy.run_path(config)["get_config"]()))[1])
     for stage in STAGES:
         (_, ours), (_, theirs) = (hub.load(workdir / stage / "model") for workdir in (two[0], one))
         moved, apart = _distance(theirs, before), _distance(ours, theirs)
