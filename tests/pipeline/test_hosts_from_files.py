@@ -1,31 +1,22 @@
-"""`qcn run` on two hosts for real: the command given to two processes of four devices each, on one work directory.
-
-Everything begins with files: a Hugging Face folder, a Parquet corpus, conversations, and what `qcn synthesize` made. It ends where one process of eight devices ends; when a process is killed, the other ends with one line; the same
-command resumes; and transformers reads the result.
+"""`qcn run` on two hosts as in test_hosts, from nothing but files: a Hugging Face folder, a Parquet corpus, conversations, and
+what `qcn synthesize` made.
 """
 
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
 import sys
-import time
 
-import jax
-import numpy as np
 import pytest
 
 from qcn_jax import hub, testing
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
-from qcn_jax.sharding import last_line
 from tests.pipeline import chain, own_files
+from tests.pipeline.test_hosts import _alone, _distance, _environment, _survivor_ends
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("midtrain", "sft")
 # Rows for eight devices, and enough steps to be killed among them.
 SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain.train.rows=8",
@@ -35,25 +26,12 @@ SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain
             *(f"--config.{stage}.train.log_every=1" for stage in STAGES))
 FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
          "tasks.heldout_data": "heldout.jsonl"}
-SURVIVOR_SECONDS = 90
 
 
 def _command(config, workdir, stages=STAGES, settings=SETTINGS):
     return [sys.executable, "-m", "qcn_jax", "run", f"--config={config}", f"--workdir={workdir}",
             f"--stages={','.join(stages)}", *(f"--config.{name}={workdir.parent / path}" for name, path in FILES.items()),
             *settings]
-
-
-def _environment(cache):
-    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PYTHONUNBUFFERED": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(cache)}
-
-
-def _alone(command, devices, cache):
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=testing.processes.TIMEOUT,
-                          env={**os.environ, **testing.emulated(devices), **_environment(cache)})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module", name="prepared")
@@ -99,23 +77,6 @@ def _two(prepared):
     with start() as hosts:
         outputs = hosts.finish()
     return workdir, outputs
-
-
-def _survivor_ends(hosts, number):
-    began = time.monotonic()
-    assert hosts.wait(number) != 0
-    seconds = time.monotonic() - began
-    assert seconds < SURVIVOR_SECONDS
-    hosts.until(number, last_line.LOST, timeout=600)  # its stderr is passed on by a process that outlives it
-    # Gloo's lines of several threads run into each other, which leaves the numbers they end in on lines of their own.
-    lines = [line for line in hosts.output(number).splitlines() if not re.match(r"\[|\s*\d*$", line)]
-    assert lines == [last_line.LOST], hosts.output(number)
-    return seconds
-
-
-def _distance(a, b) -> float:
-    squares = jax.tree.map(lambda x, y: float(np.sum((np.asarray(x, np.float64) - y) ** 2)), a, b)
-    return sum(jax.tree.leaves(squares)) ** 0.5
 
 
 def test_two_hosts_end_where_one_does(prepared, one, two):
