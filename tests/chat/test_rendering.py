@@ -90,8 +90,8 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def written():
     """The template file as transformers reads it."""
-    from transformers.utils import chat_template_utils
-
+    reason = "not installed: transformers"
+    chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils", reason=reason)
     template = chat_template_utils._compile_jinja_template(jinja_template.chat_template())
     return lambda messages, tools: template.render(messages=messages, tools=tools, add_generation_prompt=True)
 
