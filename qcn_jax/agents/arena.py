@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.agents import image_tasks
+from qcn_jax.agents.image_tasks import ImageTasks
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.services import Services, check_shell, pool_services
 from qcn_jax.envs.pool.env_pool import EnvPool, make_pool
-from qcn_jax.envs.sandbox import RepositorySpec, SandboxError, make_provider
+from qcn_jax.envs.sandbox import RepositorySpec, make_provider
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.synthesis import verify
 from qcn_jax.envs.tasks import swebench
@@ -52,8 +54,7 @@ class Arena:
     sandbox: str
     workers: int
     _pool: EnvPool | None
-    _client: Any
-    _timeout: float
+    _images: ImageTasks | None
 
     def without(self, names: Sequence[str]) -> "Arena":
         """Without some tasks."""
@@ -89,22 +90,8 @@ class Arena:
                 yield found.instance_id, "; ".join(found.problems)
         foreign = [name for name in names if self.tasks[name].eval_script]
         with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
-            yield from zip(foreign, threads.map(self._check_image, foreign), strict=True)
-
-    def _check_image(self, name: str) -> str:
-        if name not in self.instances:
-            from qcn_jax.envs.synthesis.languages import grade
-
-            return "; ".join(grade.verify(self._client, self.tasks[name]).problems)
-        instance, problems = self.instances[name], []
-        gold = self.tasks[name].patch
-        for words, patch, nothing in (("the gold patch", gold, False), ("without a patch it", "", True)):
-            verdict, _ = swebench.run(self._client, instance, patch, self._timeout, skip_patch=nothing)
-            if verdict.outcome == "infrastructure":
-                raise SandboxError(verdict.detail)
-            if verdict.resolved == nothing:
-                problems.append(f"{words} gives {verdict.outcome}")
-        return "; ".join(problems)
+            found = threads.map(lambda name: self._images.check(self.tasks[name]), foreign)
+            yield from zip(foreign, found, strict=True)
 
 
 @contextlib.contextmanager
@@ -127,7 +114,7 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
     arguments = {"kind": place.sandbox, "isolation": place.isolation, "state_dir": str(files.cache_folder("sandbox")),
                  "network": place.network}
     with contextlib.ExitStack() as stack:
-        services, pool, kind, client = _no_services(), None, "docker", None
+        services, pool, kind, images = _no_services(), None, "docker", None
         if specs or any(not task.eval_script for task in tasks.values()):
             pool = stack.enter_context(make_pool(place.pool, place.workers, arguments, specs,
                                                  ray_address=place.ray_address))
@@ -137,9 +124,12 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
                 check_shell(scaffold, provider, "--scaffold")
             services = pool_services({spec.name: spec for spec in specs}, provider, pool, fail_fast=False)
         if any(task.eval_script for task in tasks.values()):
-            client = _engine(instances, place)
-            services = _with_images(services, client, instances, place, scaffold)
-        yield Arena(tasks, instances, services, kind, place.workers, pool, client, place.timeout)
+            if scaffold is not None:
+                image_tasks.check_agent(scaffold, place.network, "--", "--scaffold")
+            images = stack.enter_context(contextlib.closing(
+                image_tasks.connect(instances, place.timeout, "--tasks")))
+            services = images.services(services)
+        yield Arena(tasks, instances, services, kind, place.workers, pool, images)
 
 
 def _no_services() -> Services:
@@ -147,41 +137,3 @@ def _no_services() -> Services:
         raise AssertionError("no task without an image")
 
     return Services(missing, missing, missing)
-
-
-def _engine(instances: Mapping[str, swebench.Instance], place: Place) -> Any:
-    from qcn_jax.envs.sandbox import docker as back_end
-    from qcn_jax.envs.sandbox import images
-    from qcn_jax.envs.synthesis.build.container import engine
-
-    try:
-        client = images.engine(timeout=place.timeout + 120) if instances else engine()
-        back_end.remove_leftovers(client)
-        return client
-    except SandboxError as error:
-        raise UserError(f"--tasks: tasks with images of their own need Docker: {error}") from error
-
-
-def _with_images(services: Services, client: Any, instances: Mapping[str, swebench.Instance], place: Place,
-                 scaffold: Scaffold | None) -> Services:
-    from qcn_jax.agents.images import opener
-    from qcn_jax.envs.synthesis.languages import grade as languages
-
-    if scaffold is not None and place.network != "none":
-        raise UserError(f"--network={place.network}: agents in tasks' own images have no network; leave it out, or "
-                        "these tasks")
-    if scaffold is not None and not scaffold.has_shell:
-        raise UserError(f"--scaffold: {scaffold.name!r}; tasks with images of their own need one with a shell, such as "
-                        "mini_swe_agent or swe_agent")
-
-    def grade(task: Task, patch: str) -> Verdict:
-        if not task.eval_script:
-            return services.grade(task, patch)
-        if task.instance_id in instances:
-            return swebench.run(client, instances[task.instance_id], patch, place.timeout)[0]
-        try:
-            return languages.grade(client, task, patch)
-        except SandboxError as error:  # with the patch and without it
-            return Verdict(task.instance_id, "infrastructure", detail=str(error))
-
-    return dataclasses.replace(services, grade=grade, image=opener(client))

@@ -5,6 +5,7 @@ in `DIR/<stage>/DONE.json`. The layout of a work directory, fixed here and nowhe
 
   DIR/tasks/{train,heldout}.jsonl      verified tasks (SWE-bench schema)
   DIR/tasks/repositories.json          list of RepositorySpec fields, one per repository
+  DIR/tasks/instances.jsonl            of tasks that SWE-bench's own rules decide: image, script, log parser, tests
   DIR/midtrain/tokenizer/              tokenizer.json of the run; without mid-training, that of config.init
   DIR/midtrain/init.json               which checkpoint the run starts from (see pipeline.models), in the folder of
                                        the first stage that reads it
@@ -28,6 +29,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.sharding import distributed
 
 if TYPE_CHECKING:
+    from qcn_jax.agents.image_tasks import ImageTasks
     from qcn_jax.agents.scaffolds import Scaffold
     from qcn_jax.agents.services import Services
     from qcn_jax.chat.encoder import Encoder
@@ -204,12 +206,37 @@ class StageContext:
         """What the episodes of a stage that acts need.
 
         Raises:
-          UserError: its scaffold has a shell, and the sandbox lets no command run.
+          UserError: its scaffold has a shell, and the sandbox lets no command run; tasks have images of their own, and
+            there is no Docker.
         """
         from qcn_jax.agents.services import check_shell, pool_services
 
-        check_shell(self.scaffold(self.stage), self.provider(), f"--config.{self.stage}.scaffold")
-        return pool_services(self.repositories(), self.provider(), self.pool())
+        tasks = self.tasks("heldout" if self.stage == "evaluate" else "train")
+        if not all(task.eval_script for task in tasks):
+            check_shell(self.scaffold(self.stage), self.provider(), f"--config.{self.stage}.scaffold")
+        services = pool_services(self.repositories(), self.provider(), self.pool())
+        if not any(task.eval_script for task in tasks):
+            return services
+        images = self.shared.get("images", lambda: self.connect(self.instances()))
+        return images.services(services).remembering()
+
+    def instances(self) -> dict[str, Any]:
+        """Those of the run's tasks that SWE-bench's own rules decide, by id (envs.tasks.swebench.Instance)."""
+        from qcn_jax.envs.tasks.swebench import read
+
+        self.result("tasks")
+        path = self.root / "tasks" / "instances.jsonl"
+        return (read(path) if path.exists() else None) or {}
+
+    def connect(self, instances: Any) -> "ImageTasks":
+        """What checks, grades and opens tasks that have images of their own, `instances` among them (by id).
+
+        Raises:
+          UserError: there is no Docker.
+        """
+        from qcn_jax.agents.image_tasks import connect
+
+        return connect(instances, self.config.tasks.image_timeout, "--config.tasks.data")
 
     def pool(self) -> Any:
         """The pool of environment workers of this run, `config.workers` of them.

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import http.client
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -153,9 +154,14 @@ def _archives(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in folder.glob("*") if path.name.endswith(_ARCHIVES))
 
 
-@functools.cache
 def _index() -> str:
     """The package index of pip's settings; "" where they forbid any."""
+    return _index_of(tuple(sorted(item for item in os.environ.items() if item[0].startswith("PIP_"))))
+
+
+@functools.cache
+def _index_of(variables: tuple[tuple[str, str], ...]) -> str:
+    """`_index` under these environment variables, which are this process's."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
     try:
         settings = subprocess.run(command, capture_output=True, text=True, timeout=_INDEX_SECONDS, check=False).stdout

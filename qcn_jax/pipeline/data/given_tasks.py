@@ -2,16 +2,20 @@
 
 A task can be used where its repository is found (of `--config.tasks.repos_train` and `repos_heldout`, beside its file,
 in a clone at its base commit, or downloaded), its patches apply there, and it says what is wrong and which tests must
-pass. Some of each file's are executed besides. Training tasks that have to do with held-out ones are left out.
+pass; or where it has a script for its tests, and the image in which that runs is here. Some of each file's are executed
+besides. Training tasks that have to do with held-out ones are left out.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from qcn_jax.agents.image_tasks import ImageTasks
 from qcn_jax.config import TasksConfig
 from qcn_jax.envs import patches
 from qcn_jax.envs.pool.env_pool import EnvPool
@@ -22,6 +26,7 @@ from qcn_jax.envs.synthesis import sources, verify
 from qcn_jax.envs.synthesis.mine.history import Clone
 from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.swebench import Instance
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.readers.task_sets import FIELDS, file_of, read_tasks
 from qcn_jax.pipeline.data.texts import Findings
@@ -30,14 +35,23 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _PER_COMMIT = re.compile(r"\.[0-9a-f]{7,40}$")  # the end of SWE-smith's repositories
 
 Placed = tuple[str, Task]  # where it was read, and what
+Connect = Callable[[Mapping[str, Instance]], ImageTasks]
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """The tasks of one split that can be used, the repositories that they need, and counts for DONE.json."""
+    """The tasks of one split that can be used, and what they need.
+
+    Attributes:
+      tasks: those with an `eval_script` are run in their images, the others in sandboxes.
+      repositories: of the latter.
+      instances: those of the former that SWE-bench's rules decide.
+      summary: counts for DONE.json.
+    """
 
     tasks: list[Task]
     repositories: list[RepositorySpec]
+    instances: list[Instance]
     summary: dict[str, Any]
 
 
@@ -67,14 +81,15 @@ def _marks(task: Task) -> tuple[tuple[str, str], ...]:
     return tuple((name, text) for name, text in words.items() if text)
 
 
-def load(config: TasksConfig, split: str, pool: EnvPool, archives: pathlib.Path, log: Callable[[str], None],
-         apart: Callable[[Task], str] = lambda task: "") -> Given:
+def load(config: TasksConfig, split: str, pool: EnvPool, connect: Connect, archives: pathlib.Path,
+         log: Callable[[str], None], apart: Callable[[Task], str] = lambda task: "") -> Given:
     """Reads and checks the tasks of a split.
 
     Args:
       config: of the stage.
       split: train or heldout.
       pool: executes some of them.
+      connect: gives what executes those that have images of their own, called where there are such.
       archives: where starting states that are taken from clones are kept.
       log: takes one line.
       apart: see `heldout_apart`.
@@ -84,33 +99,47 @@ def load(config: TasksConfig, split: str, pool: EnvPool, archives: pathlib.Path,
     """
     path, field = getattr(config, FIELDS[split]), f"--config.tasks.{FIELDS[split]}"
     findings = Findings(config.malformed, "--config.tasks.malformed")
-    placed = _without(read_tasks(path, field, findings), apart, lambda _, reason: findings.without(reason))
+    instances: dict[str, Instance] = {}
+    placed = _without(read_tasks(path, field, findings, instances), apart,
+                      lambda _, reason: findings.without(reason))
     placed = _without(placed, _fault, findings.row)
     placed, specs = _with_repositories(config, placed, archives, findings)
-    faults = _patch_faults(placed, specs)
+    faults = _patch_faults([one for one in placed if not one[1].eval_script], specs)
     placed = _without(placed, lambda task: faults.get(task.instance_id, ""), findings.row)
     pool.register(specs.values())
-    sample = _sample(placed, config.verify)
-    problems = _problems(pool, sample)
+    with contextlib.ExitStack() as stack:
+        images = None
+        if any(task.eval_script for _, task in placed):
+            images = stack.enter_context(contextlib.closing(connect(instances)))
+            image_fault = functools.cache(images.image_fault)
+            placed = _without(placed, lambda task: image_fault(task) if task.eval_script else "", findings.row)
+        sample = _sample(placed, config.verify)
+        problems = _problems(pool, images, sample)
     placed = _without(placed, lambda task: problems.get(task.instance_id, ""), findings.row)
     findings.kept = len(placed)
     if not placed:
         raise UserError(f"{field}={path}: no task is left ({findings.line()})")
     log(f"{split}: {findings.line()}; {len(sample)} executed, {len(problems)} of them not as they say")
-    used = [specs[name] for name in sorted({task.repo for _, task in placed})]
-    tasks = [dataclasses.replace(task, eval_script="", log_parser="") for _, task in placed]
-    return Given(tasks, used, findings.summary() | {"executed": len(sample)})
+    tasks = [task for _, task in placed]
+    foreign = [task.instance_id for task in tasks if task.eval_script]
+    used = [specs[name] for name in sorted({task.repo for task in tasks if not task.eval_script})]
+    counts = {"executed": len(sample)} | ({"in_images": len(foreign)} if foreign else {})
+    return Given(tasks, used, [instances[name] for name in foreign if name in instances], findings.summary() | counts)
 
 
 def _with_repositories(config: TasksConfig, placed: Sequence[Placed], archives: pathlib.Path, findings: Findings
                        ) -> tuple[list[Placed], dict[str, RepositorySpec]]:
-    """The tasks whose repositories are found, under the repositories' names."""
+    """The tasks whose repositories are found, under the repositories' names, and those that have images instead."""
     known = (*config.repos_train, *config.repos_heldout)
-    specs, missing = sources.of_tasks({task.repo for _, task in placed}, {file_of(place) for place, _ in placed}, known,
+    local = [(place, task) for place, task in placed if not _only_in_image(task)]
+    specs, missing = sources.of_tasks({task.repo for _, task in local}, {file_of(place) for place, _ in local}, known,
                                       "--config.tasks.repos_train")
     clones = {clone.name.lower(): clone for clone in map(_clone, known) if clone is not None}
     kept = []
     for place, task in placed:
+        if _only_in_image(task):
+            kept.append((place, task))
+            continue
         clone = clones.get(task.repo.rsplit("/", 1)[-1].lower())
         try:
             if clone is not None and not task.bug_patch and _COMMIT.fullmatch(task.base_commit):
@@ -119,9 +148,12 @@ def _with_repositories(config: TasksConfig, placed: Sequence[Placed], archives: 
             elif task.repo in missing:
                 raise UserError(missing[task.repo])
         except UserError as error:
-            findings.row(place, str(error))
+            if task.eval_script and task.image_name:
+                kept.append((place, task))
+            else:
+                findings.row(place, str(error))
             continue
-        kept.append((place, task))
+        kept.append((place, dataclasses.replace(task, eval_script="", log_parser="")))
     return kept, {name: dataclasses.replace(spec, setup=tuple(config.setup)) for name, spec in specs.items()}
 
 
@@ -147,10 +179,15 @@ def _fault(task: Task) -> str:
         return "field FAIL_TO_PASS is empty"
     if not task.problem_statement.strip():
         return "field problem_statement is empty"
-    ours = task.language == "python" and all("::" in name for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS))
-    if task.eval_script and not ours:
-        return f"its tests are run by a script of its own in {task.image_name or 'an image'}, where no stage acts yet"
+    if _only_in_image(task) and not task.image_name:
+        return "field eval_script: its tests are run by a script of its own, but no field names the image for that"
     return ""
+
+
+def _only_in_image(task: Task) -> bool:
+    """Whether no sandbox can run a task's tests, even where its repository is found."""
+    ours = task.language == "python" and all("::" in name for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS))
+    return bool(task.eval_script) and not ours
 
 
 def _patch_faults(placed: Sequence[Placed], specs: Mapping[str, RepositorySpec]) -> dict[str, str]:
@@ -187,9 +224,12 @@ def _sample(placed: Sequence[Placed], count: int) -> list[Task]:
     return [placed[number * total // count][1] for number in range(count)] if total > count else [t for _, t in placed]
 
 
-def _problems(pool: EnvPool, sample: Sequence[Task]) -> dict[str, str]:
+def _problems(pool: EnvPool, images: ImageTasks | None, sample: Sequence[Task]) -> dict[str, str]:
     """By id, what is wrong with tasks that were executed with their gold patch and without."""
+    ours = [task for task in sample if not task.eval_script]
     try:
-        return {found.instance_id: "; ".join(found.problems) for found in verify.verify(pool, sample) if found.problems}
+        problems = {found.instance_id: "; ".join(found.problems) for found in verify.verify(pool, ours)}
+        problems |= {task.instance_id: images.check(task) for task in sample if images and task.eval_script}
+        return {name: words for name, words in problems.items() if words}
     except SandboxError as error:
         raise UserError(f"--config.tasks.verify: tasks cannot be executed: {error}") from error

@@ -48,6 +48,7 @@ class TrajectorySource(ChatReader):
           UserError: there is no trajectory at all.
         """
         tasks, _ = split_tasks(context.tasks("train"), context.config.seed)
+        tasks = [task for task in tasks if not task.eval_script]  # those are run in images, where no rules act
         context.pool().register(context.repositories().values())
         found = self.collect(context, source, tasks, stopped)
         if found == []:

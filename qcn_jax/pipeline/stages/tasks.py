@@ -9,20 +9,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.agents import image_tasks
+from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.config_checks import in_both
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import plan, quality, sources, synthesize
 from qcn_jax.envs.tasks.schema import Task, write_tasks
+from qcn_jax.envs.tasks.swebench import Instance
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import given_tasks
 from qcn_jax.pipeline.data.readers.task_sets import FIELDS
+from qcn_jax.pipeline.evaluate.baseline import baseline_of
 
 _DOWNLOADS = 4  # at a time
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
-    """Makes `train.jsonl`, `heldout.jsonl` and `repositories.json` in the stage's folder.
+    """Makes `train.jsonl`, `heldout.jsonl`, `repositories.json` and `instances.jsonl` in the stage's folder.
 
     Raises:
       UserError: no network, a wrong hash, a repository in both splits, none that can be used, or a task of a file that
@@ -38,11 +42,15 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     results: dict[str, Any] = {"candidates": 0, "yields": {}, "repository_yields": {}, "outcomes": {}, "left_out": {}}
     tasks: dict[str, list[Task]] = {}
     used: dict[str, list[RepositorySpec]] = {}
+    instances: list[Instance] = []
     for split in ("heldout", "train") if given else ("train", "heldout"):  # what is held out bounds what is trained on
         if split in given:
             apart = given_tasks.heldout_apart(tasks.get("heldout", ()), used.get("heldout", ()))
-            found = given_tasks.load(config, split, context.pool(), context.workdir / "archives", context.log, apart)
+            found = given_tasks.load(config, split, context.pool(), context.connect, context.workdir / "archives",
+                                     context.log, apart)
+            _check_agents(context, split, found.tasks)
             tasks[split], used[split] = found.tasks, found.repositories
+            instances += found.instances
             results.setdefault("given", {})[split] = found.summary
             results |= {split: len(found.tasks), f"repos_{split}": [spec.name for spec in found.repositories]}
         else:
@@ -54,6 +62,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         write_tasks(context.workdir / f"{split}.jsonl", tasks[split])
     rows = {spec.name: dataclasses.asdict(spec) for spec in (*used["train"], *used["heldout"])}
     files.write_json(context.workdir / "repositories.json", list(rows.values()))
+    files.write_jsonl(context.workdir / "instances.jsonl", map(dataclasses.asdict, instances))
     if len(given) < len(names):
         made = [task for split in names if split not in given for task in tasks[split]]
         results["made"] = {"statement": config.statement, "pass_to_pass": config.pass_to_pass or "all",
@@ -88,6 +97,21 @@ def _make(context: StageContext, split: str, chosen: list[RepositorySpec], resul
                     "or candidates_per_repo would help")
     _add(results, split, found)
     return found
+
+
+def _check_agents(context: StageContext, split: str, tasks: Sequence[Task]) -> None:
+    """Raises UserError where a stage would act on tasks in images, and its agent cannot act there."""
+    if not any(task.eval_script for task in tasks):
+        return
+    for stage in ("experts", "distill") if split == "train" else ("evaluate",):
+        settings, field = getattr(context.config, stage), f"--config.{stage}.scaffold"
+        scaffold = SCAFFOLDS.resolve(settings.scaffold, field)
+        for expert in context.experts():
+            image_tasks.check_agent(expert.present(scaffold), context.config.network, "--config.", field)
+    baseline = baseline_of(context.config)
+    if split == "heldout" and baseline is not None:
+        raise UserError(f"--config.evaluate.baseline: {baseline.name!r}; it does not act in tasks' own images; \"\" "
+                        "leaves it out")
 
 
 def _check_apart(train: Sequence[RepositorySpec], heldout: Sequence[RepositorySpec]) -> None:

@@ -15,13 +15,6 @@ from qcn_jax.errors import UserError
 from tests.envs.synthesis.small import write_repository
 
 
-@pytest.fixture(autouse=True)
-def settings_are_read_anew():
-    sources._index.cache_clear()
-    yield
-    sources._index.cache_clear()
-
-
 @pytest.fixture
 def archive(tmp_path):
     """An sdist of the small repository."""

@@ -124,7 +124,7 @@ def load(tmp_path, pool, rows, *, apart=lambda task: "", malformed="skip", repos
     write(tmp_path / "tasks.jsonl", rows)
     repos = (str(tiny.write_tree(tmp_path / "tiny-1")),) if repos is None else repos
     config = TasksConfig(data=str(tmp_path / "tasks.jsonl"), repos_train=repos, malformed=malformed, verify=verify)
-    return given_tasks.load(config, "train", pool, tmp_path / "archives", print, apart)
+    return given_tasks.load(config, "train", pool, None, tmp_path / "archives", print, apart)
 
 
 def test_tasks_that_cannot_be_used_are_counted_with_their_reason(tmp_path, pool):
@@ -133,7 +133,8 @@ def test_tasks_that_cannot_be_used_are_counted_with_their_reason(tmp_path, pool)
     for reason, fields in (
         ("field FAIL_TO_PASS is empty", {"FAIL_TO_PASS": ()}),
         ("field problem_statement is empty", {"problem_statement": " \n"}),
-        ("its tests are run by a script of its own in tiny:1", {"eval_script": "npm test", "FAIL_TO_PASS": ("clamps",)}),
+        ("field eval_script: its tests are run by a script of its own, but no field names the image",
+         {"eval_script": "npm test", "FAIL_TO_PASS": ("clamps",), "image_name": ""}),
         ("field repo: 'owner/tiny' is not name==version and not given by --config.tasks.repos_train", {"repo": "owner/tiny"}),
         ("task bad.5: bug_patch does not apply", {"bug_patch": TASK.patch}),
         ("field patch does not apply to tiny==1", {"patch": TASK.bug_patch}),

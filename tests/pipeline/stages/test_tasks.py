@@ -1,11 +1,14 @@
 """Stage tasks, whole: folders in, verified tasks out; refusals; the same result after an interruption."""
 
+import base64
 import dataclasses
+import json
 
 import pytest
 
 from qcn_jax import files
-from qcn_jax.config import RunConfig, TasksConfig
+from qcn_jax.agents.scaffolds import SCAFFOLDS
+from qcn_jax.config import DistillConfig, ExpertsConfig, RunConfig, TasksConfig
 from qcn_jax.envs.sandbox import make_provider
 from qcn_jax.envs.tasks import formats
 from qcn_jax.envs.tasks.grading import Grader
@@ -13,8 +16,10 @@ from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import run
 from qcn_jax.pipeline.context import Shared, StageContext
-from tests.agents import tiny
+from tests.agents import playing, tiny
 from tests.envs.synthesis.small import write_repository
+from tests.envs.tasks.test_swebench import instance  # noqa: F401
+from tests.sandboxes import CALC, SOURCE
 
 
 @pytest.fixture
@@ -77,6 +82,40 @@ def test_given_tasks_take_the_place_of_made_ones(tmp_path, capsys):
     (read,) = context.tasks("train")
     assert (read.instance_id, read.repo, read.bug_patch) == (task.instance_id, task.repo, task.bug_patch)
     assert set(context.repositories()) == {"tiny==1", "other==2"}
+
+
+@pytest.mark.docker
+def test_given_tasks_are_acted_on_and_graded_in_their_images(instance, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Instances of SWE-bench, whose repository is nowhere: checked by the stage, then played as a policy would."""
+    rows = [instance, {**instance, "instance_id": "absent", "image": "qcn-test/absent:1"},
+            {**instance, "instance_id": "false", "patch": "diff --git a/x b/x\n"}]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = TasksConfig(data=str(tmp_path / "tasks.jsonl"), malformed="skip", heldout=0)
+    config = RunConfig(sandbox="local", workers=1, tasks=given, experts=ExpertsConfig(scaffold="mini_swe_agent", names=("swe",)),
+                       distill=DistillConfig(scaffold="mini_swe_agent"))
+    found = run.run(config, tmp_path / "run", ("tasks",))["tasks"]["given"]["train"]
+    assert (found["kept"], found["in_images"], found["executed"]) == (1, 1, 2)
+    reasons = "\n".join(found["malformed_rows"])
+    assert "tasks.jsonl:2: " in reasons and "absent:1" in reasons and "the gold patch gives patch_failed" in reasons
+
+    shared = Shared(config, tmp_path / "run")
+    context = StageContext(config, tmp_path / "run", "experts", shared)
+    (task,), services = context.tasks("train"), context.services()
+    episode = services.episode(task, SCAFFOLDS.resolve("mini_swe_agent", ""), 3)
+    try:
+        coded = base64.b64encode(CALC.encode()).decode()
+        assert not episode.step(playing.block(f"echo {coded} | base64 -d > {SOURCE}")).done
+        assert episode.step(playing.SUBMIT).done
+        assert services.grade(task, episode.result().patch).resolved and not services.grade(task, "").resolved
+    finally:
+        episode.executor.close()
+        shared.close()
+
+    refuse = lambda name, **changes: pytest.raises(UserError, run.run, dataclasses.replace(config, **changes), tmp_path / name,
+                                                   ("tasks",)).value
+    assert str(refuse("nano", experts=ExpertsConfig())).startswith("--config.experts.scaffold: 'nano'; tasks with images")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    assert str(refuse("none")).startswith("--config.tasks.data: tasks with images of their own need Docker")
 
 
 def test_nothing_is_made_of_a_project_that_given_tasks_hold_out(config, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 from qcn_jax.config import TasksConfig
 from qcn_jax.envs.tasks import formats, harbor
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.swebench import Instance
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.readers.rows import matching, read_rows, row_files
 from qcn_jax.pipeline.data.texts import Findings
@@ -31,19 +32,21 @@ def check(config: TasksConfig) -> None:
                 raise UserError(f"--config.tasks.{name}={path}: holds no task ({findings.line()})")
 
 
-def read_tasks(path: str, field: str, findings: Findings) -> Iterator[tuple[str, Task]]:
+def read_tasks(path: str, field: str, findings: Findings, instances: dict[str, Instance] | None = None
+               ) -> Iterator[tuple[str, Task]]:
     """Yields (place, task), the place as FILE:NUMBER or FOLDER.
 
     Args:
       path: a file, a folder or a glob.
       field: that names it; begins the line where it names nothing.
       findings: is told of rows that are no tasks, and of ids that came before.
+      instances: takes, by id, what SWE-bench's own grading needs of rows of its release 5.
 
     Raises:
       UserError: there is nothing at `path`, or something of an unknown kind.
     """
     seen: dict[str, str] = {}
-    for place, make in _makers(path, field, findings):
+    for place, make in _makers(path, field, findings, {} if instances is None else instances):
         findings.read += 1
         try:
             task = make()
@@ -62,7 +65,8 @@ def file_of(place: str) -> pathlib.Path:
     return pathlib.Path(name if number.isdecimal() else place)
 
 
-def _makers(path: str, field: str, findings: Findings) -> Iterator[tuple[str, Callable[[], Task]]]:
+def _makers(path: str, field: str, findings: Findings, instances: dict[str, Instance]
+            ) -> Iterator[tuple[str, Callable[[], Task]]]:
     for found in matching(path, field):
         folders = sorted(file.parent for file in found.rglob(_HARBOR)) if found.is_dir() else []
         inside = [] if folders else [file for file in row_files([found]) if not _is_beside(file.relative_to(found))]
@@ -73,7 +77,14 @@ def _makers(path: str, field: str, findings: Findings) -> Iterator[tuple[str, Ca
             yield str(folder), lambda folder=folder: _of_harbor(folder)
         for file in inside:
             for place, row in _rows(file, findings):
-                yield place, lambda row=row, place=place: formats.from_row(row, place)
+                yield place, lambda row=row, place=place: _of_row(row, place, instances)
+
+
+def _of_row(row: dict[str, Any], place: str, instances: dict[str, Instance]) -> Task:
+    task = formats.from_row(row, place)
+    if formats.detect(row) == "swebench5":
+        instances[task.instance_id] = Instance.from_row(row, place)
+    return task
 
 
 def _is_beside(file: pathlib.Path) -> bool:
