@@ -27,6 +27,7 @@ from qcn_jax.inference.generation import Generation
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.inference.programs import STOP_IDS, Programs
 from qcn_jax.inference.sampling import History, Sampling, adjustments
+from qcn_jax.layers.attention import can_read
 from qcn_jax.model import Qwen3Next
 from qcn_jax.sharding.parallel import Parallel
 
@@ -230,6 +231,8 @@ class Engine:
 
     def _key_limit(self, longest: int) -> int:
         """How much of the cache attention must read for sequences of up to `longest` tokens."""
+        if self.config.attention == "splash" and can_read(self.max_length):
+            return self.max_length  # the kernel sees what each sequence holds
         limit = FIRST_KEY_LIMIT
         while limit < longest:
             limit *= 2

@@ -19,6 +19,7 @@ from qcn_jax.layers.rotary import apply_rotary
 from qcn_jax.layers.sharded import sharded_attention
 
 Array = jax.Array
+MIN_KEYS = 16  # of a block that kernels.cached_attention reads
 
 
 def init_attention_cache(config: ModelConfig, batch: int, max_length: int) -> dict[str, Array]:
@@ -28,12 +29,13 @@ def init_attention_cache(config: ModelConfig, batch: int, max_length: int) -> di
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, cache: dict[str, Array], context: TokenContext
+    q: Array, k: Array, v: Array, cache: dict[str, Array], context: TokenContext, form: str = "xla"
 ) -> tuple[Array, dict[str, Array]]:
     """Appends k, v [B, K, T, H] at each sequence's length; q [B, K, R, T, H] attends to all that is then cached.
 
-    Padding beyond `context.lengths` is not written. What a sequence gets that outgrows the cache, or the part of it
-    that is read, is NaN.
+    `form` is xla, which reads the first `context.key_limit` tokens of every sequence, or splash, of which a TPU kernel
+    reads what each sequence holds where it can read a cache of this size in blocks. Padding beyond `context.lengths`
+    is not written. What a sequence gets that outgrows the cache, or the part of it that is read, is NaN.
 
     Raises:
       ValueError: T is more than the cache holds.
@@ -48,24 +50,34 @@ def cached_attention(
     write = lambda old, new: old.at[rows, :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
     cache = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
     limit = context.key_limit or capacity
-    mask = jnp.arange(limit, dtype=jnp.int32)[None, :, None] <= query[:, None]  # [B, S, T]
-    y = attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask)[0]
-    added = length if context.lengths is None else context.lengths
+    added = jnp.full(batch, length, jnp.int32) if context.lengths is None else context.lengths
+    if form == "splash" and can_read(capacity):
+        from qcn_jax.layers.kernels.cached_attention import cached_attention as by_kernel
+
+        y = by_kernel(q, cache["k"], cache["v"], context.start, added)
+    else:
+        mask = jnp.arange(limit, dtype=jnp.int32)[None, :, None] <= query[:, None]  # [B, S, T]
+        y = attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask)[0]
     outgrown = (context.start + added > limit) & (added > 0)
     return jnp.where(outgrown[:, None, None, None, None], jnp.nan, y), cache
 
 
+def can_read(capacity: int) -> bool:
+    """Whether the kernel can read caches of `capacity` tokens a sequence."""
+    return capacity % MIN_KEYS == 0
+
+
 def _cached_by_part(
-    q: Array, k: Array, v: Array, cache: dict[str, Array], context: TokenContext
+    q: Array, k: Array, v: Array, cache: dict[str, Array], context: TokenContext, form: str
 ) -> tuple[Array, dict[str, Array]]:
     """`cached_attention` of every device's own sequences; the compiler would not see that they do not mix."""
     parallel = context.parallel
     if parallel is None:
-        return cached_attention(q, k, v, cache, context)
+        return cached_attention(q, k, v, cache, context, form)
 
     def local(q: Array, k: Array, v: Array, cache: dict[str, Array], start: Array, *rest: Array | None) -> Any:
         own = context.replace(start=start, lengths=rest[0], valid=rest[1], parallel=None)
-        return cached_attention(q, k, v, cache, own)
+        return cached_attention(q, k, v, cache, own, form)
 
     rows = parallel.spec("activation_batch")
     run = parallel.per_device(local, rows, rows)
@@ -95,7 +107,8 @@ class GatedAttention(nn.Module):
             y = sharded_attention(q, k, v, context.segment_ids, context.parallel, cfg.attention)
         else:
             q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
-            y, cache = _cached_by_part(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context)
+            y, cache = _cached_by_part(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), cache, context,
+                                       cfg.attention)
             y = jnp.moveaxis(y, 3, 1).reshape(batch, length, heads, dim)
         y = y * jax.nn.sigmoid(gate)
         out = project(cfg.hidden_size, ("heads", "embed"), "o_proj")

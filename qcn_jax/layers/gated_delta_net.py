@@ -128,6 +128,30 @@ def by_kernel(
     return parallel.per_device(mix, specs, flat)(*arrays)
 
 
+def continued_by_kernel(
+    cfg: ModelConfig, qkvz: Array, kernel: Array, g: Array, beta: Array, weight: Array, cache: dict[str, Array],
+    parallel: Parallel | None,
+) -> tuple[Array, Array]:
+    """`by_kernel` of sequences that go on from a cache, each whole on a device.
+
+    Returns:
+      [B, T, H * R * dv] and the state [B, H, R, dk, dv] behind the last token.
+    """
+    from qcn_jax.layers.kernels.mixer import continued_delta_net
+
+    mix = functools.partial(
+        continued_delta_net, eps=cfg.rms_norm_eps, chunk_size=cfg.chunk_size, key_dim=cfg.linear_key_head_dim)
+    arrays = (qkvz, kernel, g, beta, weight, cache["conv"], cache["state"])
+    if parallel is None:
+        return mix(*arrays)
+    spec = functools.partial(parallel.spec, "activation_batch")
+    flat, gates = spec(None, "activation_heads"), spec(None, "activation_heads", None)
+    states = spec("activation_heads", None, None, None)
+    taps = parallel.spec(None, "activation_heads", None)
+    specs = (flat, taps, gates, gates, parallel.spec(None), spec(None, "activation_heads", None), states)
+    return parallel.per_device(mix, specs, (flat, states))(*arrays)
+
+
 class _ConvKernel(nn.Module):
     """conv1d/kernel [taps, channels], channels ordered all q, all k, all v; returned grouped by key head."""
 
@@ -173,9 +197,13 @@ class GatedDeltaNet(nn.Module):
         kernel = _ConvKernel(cfg, name="conv1d")()
         norm = GatedRMSNorm(cfg.rms_norm_eps, param_dtype=jnp.dtype(cfg.param_dtype), name="norm")
         out = project(cfg.hidden_size, ("heads", "embed"), "out_proj")
-        if cfg.delta_rule == "pallas" and cache is None and length > 1 and not _on_gpu(parallel):
-            qkvz = product(x, weight, axes, parallel)
-            return out(by_kernel(cfg, qkvz, kernel, g, beta, norm.weight(value_dim), context)), None
+        if cfg.delta_rule == "pallas" and length > 1 and not _on_gpu(context.parallel):
+            arrays = product(x, weight, axes, parallel), kernel, g, beta, norm.weight(value_dim)
+            if cache is None:
+                return out(by_kernel(cfg, *arrays, context)), None
+            y, state = continued_by_kernel(cfg, *arrays, cache, context.parallel)
+            qkv = arrays[0].reshape(batch, length, heads, -1)[..., : _conv_width(cfg)]
+            return out(y), {"conv": next_window(qkv, cache["conv"], context.lengths), "state": state}
 
         window, state = (None, None) if cache is None else (cache["conv"], cache["state"])
         qkv, q, k, v, z = self._mixed(x, weight, kernel, window, context)

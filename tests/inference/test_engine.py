@@ -338,6 +338,22 @@ def test_scanned_layers_and_tied_embeddings() -> None:
     assert generation.tokens == logits[10:-1].argmax(-1).tolist()
 
 
+def test_kernels_continue_from_caches_as_the_plain_forms_do(params, logits_of) -> None:
+    """Prefill in pieces of different lengths, fork, and decoding, by the TPU kernels in interpretation."""
+    config = dataclasses.replace(CONFIG, attention="splash", delta_rule="pallas", chunk_size=16)
+    engine = Engine(config, params, slots=3, max_length=LENGTH, max_new_tokens=4, prefill_rows=2, prefill_chunk=24)
+    prompts = {0: prompt(1, 41), 1: prompt(2, 5)}
+    engine.extend(prompts)
+    engine.fork({0: [2]})
+    found = engine.generate([0, 1, 2], seeds=[0, 1, 2], sampling=GREEDY)
+    for slot, generation in zip((0, 1, 0), found, strict=True):
+        tokens = prompts[slot] + generation.tokens
+        logits = logits_of(tokens)[len(prompts[slot]) - 1 : -1]
+        assert generation.tokens == logits.argmax(-1).tolist()
+        expected = logits.max(-1) - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) - logits.max(-1)
+        np.testing.assert_allclose(generation.logprobs, expected, atol=1e-4)
+
+
 def test_pausing_for_stragglers_changes_nothing(engine) -> None:
     lengths, limits = [5, 30, 12, 8], [2, 12, 3, 9]
     engine.extend({slot: prompt(slot, length) for slot, length in enumerate(lengths)})

@@ -1,14 +1,14 @@
 """`qcn run` on two hosts for real: the command given to two processes of four devices each, on one work directory.
 
-It ends where one process of eight devices ends; when a process is killed, the other ends with one line; the same
-command resumes; and transformers reads the result.
+It begins from nothing but files: a Hugging Face folder, a Parquet corpus, conversations, and what `qcn synthesize` made. It
+ends where one process of eight devices ends; when a process is killed, the other ends with one line; the same command
+resumes; and transformers reads the result.
 """
 
 import json
 import os
 import pathlib
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from qcn_jax import hub, testing
-from qcn_jax.config import RunConfig, from_config_dict
-from qcn_jax.pipeline import models
+from qcn_jax.chat.tokenizer import Tokenizer
+from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
 from qcn_jax.sharding import last_line
-from tests.pipeline import chain
+from tests.pipeline import chain, own_files
 
 pytestmark = pytest.mark.slow
 
@@ -30,21 +30,29 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 STAGES = ("midtrain", "sft")
 # Rows for eight devices, and enough steps to be killed among them.
 SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain.train.rows=8",
-            "--config.sft.train.rows=8", "--config.midtrain.train.steps=6", "--config.sft.train.steps=6")
+            "--config.sft.train.rows=8", "--config.sft.train.steps=6",
+            *(f"--config.{stage}.train.optimizer.{setting}" for stage in STAGES
+              for setting in ("learning_rate=0.001", "warmup_steps=1")),
+            *(f"--config.{stage}.train.log_every=1" for stage in STAGES))
 ACTING = ("experts", "distill", "evaluate", "report")
+LENGTH = 1280  # of episodes: mini_swe_agent's instructions are 900 of this vocabulary's tokens
 ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS",
                    *(f"--config.{stage}.{setting}" for stage in ACTING[:2]
-                     for setting in ("rows=8", "prompts=4", "group_size=4", "rollout.slots=16", "rollout.max_turns=2",
+                     for setting in ("updates=2", "rows=8", "prompts=4", "group_size=4", f"sequence_length={LENGTH}",
                                      # Steps proportional to gradients, see stages/on_devices.py.
                                      "optimizer.learning_rate=0.1", "optimizer.warmup_steps=0", "optimizer.eps=0.1")),
-                   *(f"--config.evaluate.{setting}" for setting in ("baseline=", "sft_control=False", "tasks=3",
-                     "pass_k_tasks=1", "rollout.slots=16", "rollout.max_turns=2")))
+                   *(f"--config.{stage}.rollout.{setting}" for stage in ACTING[:3]
+                     for setting in ("slots=16", "max_turns=2", "max_new_tokens=16", f"max_length={LENGTH}")),
+                   "--config.evaluate.tasks=3", "--config.evaluate.pass_k_tasks=1")
+FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
+         "tasks.heldout_data": "heldout.jsonl"}
 SURVIVOR_SECONDS = 90
 
 
 def _command(config, workdir, stages=STAGES, settings=SETTINGS):
     return [sys.executable, "-m", "qcn_jax", "run", f"--config={config}", f"--workdir={workdir}",
-            f"--stages={','.join(stages)}", *settings]
+            f"--stages={','.join(stages)}", *(f"--config.{name}={workdir.parent / path}" for name, path in FILES.items()),
+            *settings]
 
 
 def _environment(cache):
@@ -64,7 +72,16 @@ def _prepared(tmp_path_factory):
     """(config, folder with the work directory `tasks`, in which stage tasks has finished)."""
     folder = tmp_path_factory.mktemp("hosts")
     folder.chmod(0o755)
-    config = chain.write(folder)
+    (folder / "corpus").mkdir()
+    own_files.write_corpus(folder / "corpus" / "a.parquet")
+    own_files.write_chats(folder / "chats.jsonl")
+    # Qwen's own vocabulary, with which recipes are tested, would take eight devices' logits out of memory here.
+    own_files.write_model(folder / "model", Tokenizer.train(own_files.texts(), 384, ADDED_TOKENS), LENGTH)
+    chain.write(folder)
+    for name, repository in (("tasks", "shapes-1.0"), ("heldout", "words-1.0")):
+        own_files.synthesize(folder, repository, f"{name}.jsonl")
+    small = own_files.write_small(folder / "small.py", "qwen3_coder_next", steps=3)
+    config = f"{small}:v5p-128@{folder}/model"
     _alone(_command(config, folder / "tasks", ["tasks"]), 1, folder / "cache")
     return config, folder
 
@@ -84,30 +101,36 @@ def _two(prepared):
     config, folder = prepared
     workdir = folder / "two"
     shutil.copytree(folder / "tasks", workdir)
-    start = lambda: testing.Hosts(_command(config, workdir), environment=_environment(folder / "cache"))
-    for killed, stage in ((1, "midtrain"), (0, "sft")):  # behind the checkpoint of step 2
-        with start() as hosts:
-            hosts.until(killed, re.compile(rf"^\[ *{stage} .*step [345]/6", re.MULTILINE))
-            hosts.kill(killed)
-            print(f"survivor of {stage} ended after {_survivor_ends(hosts, 1 - killed):.1f} s")
-    with start() as hosts:
-        outputs = hosts.finish()
+    # Behind the checkpoint of step 2.
+    outputs = _killed(_command(config, workdir), folder / "cache", {stage: f"{stage} .*step [345]/6" for stage in STAGES})
     return workdir, outputs
 
 
 @pytest.fixture(scope="module", name="acted")
 def _acted(prepared, one):
-    """Work directories in which one process, and two, went on to act and learn; and what the two printed."""
+    """Work directories in which one process, and two, each killed once, went on to act and learn; what the two printed."""
     config, folder = prepared
     settings = (*SETTINGS, *ACTING_SETTINGS)
     workdirs = folder / "acted-one", folder / "acted-two"
     for workdir in workdirs:
         shutil.copytree(one, workdir)
     _alone(_command(config, workdirs[0], ACTING, settings), 8, folder / "cache")
-    command = _command(config, workdirs[1], ACTING, settings)
-    with testing.Hosts(command, environment=_environment(folder / "cache")) as hosts:
-        outputs = hosts.finish()
+    outputs = _killed(_command(config, workdirs[1], ACTING, settings), folder / "cache",
+                      {stage: f"{stage} .*step 1/2" for stage in ("experts", "distill")})
     return workdirs, outputs
+
+
+def _killed(command, cache, stages):
+    """What two processes print in the end, one of which was killed in each of `stages`, at the line that its pattern finds."""
+    start = lambda: testing.Hosts(command, environment=_environment(cache))
+    for number, (stage, line) in enumerate(stages.items(), 1):
+        killed = number % 2
+        with start() as hosts:
+            hosts.until(killed, re.compile(rf"^\[ *{line}", re.MULTILINE))
+            hosts.kill(killed)
+            print(f"survivor of {stage} ended after {_survivor_ends(hosts, 1 - killed):.1f} s")
+    with start() as hosts:
+        return hosts.finish()
 
 
 def _survivor_ends(hosts, number):
@@ -128,8 +151,7 @@ def _distance(a, b) -> float:
 
 
 def test_two_hosts_end_where_one_does(prepared, one, two):
-    config, _ = prepared
-    before = jax.device_get(models.initial(from_config_dict(RunConfig, runpy.run_path(config)["get_config"]()))[1])
+    before = hub.load(prepared[1] / "model")[1]
     for stage in STAGES:
         (_, ours), (_, theirs) = (hub.load(workdir / stage / "model") for workdir in (two[0], one))
         moved, apart = _distance(theirs, before), _distance(ours, theirs)

@@ -45,23 +45,61 @@ def delta_net(
     Raises:
       UserError: a shard is shorter than the taps before a token.
     """
-    batch, length, channels = qkvz.shape
-    heads, repeats = g.shape[2:]
-    sizes = Sizes(heads, repeats, key_dim, weight.shape[0], chunk_size, kernel.shape[0], eps)
-    if channels != heads * sizes.width or kernel.shape[1:] != (heads, sizes.mixed) or sizes.taps > SUBLANES:
-        raise ValueError(f"qkvz {qkvz.shape} and kernel {kernel.shape} do not fit {sizes}")
+    batch, length, _ = qkvz.shape
+    sizes = _sizes(qkvz, kernel, g, weight, eps, chunk_size, key_dim)
     ids_before, continues = None, jnp.ones((batch,), jnp.float32)
     if context:
         ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
         ids_before = previous_tokens(ids, sizes.taps - 1, context)
         continues = continuing(ids, context)
     rows = gate_rows(g, beta, segment_ids, chunk_size, position_limit=sizes.taps - 1, ids_before=ids_before)
-    kernel = kernel.astype(jnp.float32).reshape(sizes.taps, heads * sizes.mixed)
+    return _mixer(*_arrays(qkvz, kernel, rows, weight, sizes), continues, sizes, context, length)[:, :length]
+
+
+def continued_delta_net(
+    qkvz: Array, kernel: Array, g: Array, beta: Array, weight: Array, window: Array, state: Array,
+    *, eps: float, chunk_size: int, key_dim: int,
+) -> tuple[Array, Array]:
+    """`delta_net` of sequences that go on, whose padding g = beta = 0 makes inert; has no gradient.
+
+    Args:
+      qkvz, kernel, g, beta, weight, eps, chunk_size, key_dim: as of `delta_net`.
+      window: [B, taps - 1, H, W], what entered the convolution before the first token; zeros before a sequence.
+      state: [B, H, R, dk, dv] float32, before the first token.
+
+    Returns:
+      [B, T, H * R * dv] in qkvz's dtype, of no meaning at padding, and the state behind the last token.
+    """
+    batch, length, _ = qkvz.shape
+    sizes = _sizes(qkvz, kernel, g, weight, eps, chunk_size, key_dim)
+    same = jnp.zeros((batch, sizes.taps - 1), jnp.int32)  # of the document that goes on
+    rows = gate_rows(g, beta, None, chunk_size, position_limit=sizes.taps - 1, ids_before=same)
+    missing = SUBLANES - window.shape[1]
+    before = jnp.pad(window.astype(jnp.float32), ((0, 0), (missing, 0), (0, 0), (0, sizes.width - sizes.mixed)))
+    names = ("qkvz", "kernel", "rows", "weight")
+    reads = dict(zip(names, _arrays(qkvz, kernel, rows, weight, sizes)))
+    reads |= {"before": before.reshape(batch, SUBLANES, -1), "state": _joined(state.astype(jnp.float32))}
+    written = on_platform(mixer_kernels.continued, sizes)(reads)
+    return written["out"][:, :length], _by_value(written["final"], sizes)
+
+
+def _sizes(
+    qkvz: Array, kernel: Array, g: Array, weight: Array, eps: float, chunk_size: int, key_dim: int
+) -> Sizes:
+    heads, repeats = g.shape[2:]
+    sizes = Sizes(heads, repeats, key_dim, weight.shape[0], chunk_size, kernel.shape[0], eps)
+    if qkvz.shape[2] != heads * sizes.width or kernel.shape[1:] != (heads, sizes.mixed) or sizes.taps > SUBLANES:
+        raise ValueError(f"qkvz {qkvz.shape} and kernel {kernel.shape} do not fit {sizes}")
+    return sizes
+
+
+def _arrays(qkvz: Array, kernel: Array, rows: Array, weight: Array, sizes: Sizes) -> tuple[Array, ...]:
+    """qkvz, kernel, rows and weight as mixer_blocks has them."""
+    kernel = kernel.astype(jnp.float32).reshape(sizes.taps, sizes.heads * sizes.mixed)
     kernel = jnp.pad(kernel, ((0, SUBLANES - sizes.taps), (0, 0)))
-    padded = jnp.pad(qkvz, ((0, 0), (0, -length % chunk_size), (0, 0)))
+    padded = jnp.pad(qkvz, ((0, 0), (0, -qkvz.shape[1] % sizes.chunk), (0, 0)))
     # Rounded as the weight of the layer's XLA form is.
-    weight = weight.astype(qkvz.dtype).astype(jnp.float32)[None]
-    return _mixer(padded, kernel, rows, weight, continues, sizes, context, length)[:, :length]
+    return padded, kernel, rows, weight.astype(qkvz.dtype).astype(jnp.float32)[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

@@ -93,11 +93,12 @@ class Blocks:
                 return self._per_chunk(*state)
             case "inverses":
                 return self._per_chunk(s.repeats, self.chunk, self.chunk)
-            case "before":  # float32, of qkvz, the rows before a shard
+            case "before":  # float32, of qkvz, the rows before the first token
                 return self._per_head_lanes(s.width)
             case "d_before" | "d_kernel":
                 return self._per_head_lanes(s.mixed)
-            case "state" | "d_state":  # which a shard receives; in the backward pass the gradient of what it hands on
+            # Before the first token and behind the last; in the backward pass the gradient of what a shard hands on.
+            case "state" | "final" | "d_state":
                 return self._per_head(*state)
             case "transfer":  # of every value head [added | carried]
                 return self._per_head(s.key_dim, s.repeats * (s.value_dim + s.key_dim))

@@ -9,7 +9,8 @@ their gradient for that chunk.
 
 Every call reads arrays by name and writes arrays by name; mixer_blocks.Blocks says what each of them is.
 
-`forward` and `backward` are the two passes. A shard of a sequence whose other shards lie elsewhere needs the state
+`forward` and `backward` are the two passes; `continued` is the first of them from a state and rows that are given, and
+also gives the state it ends in. A shard of a sequence whose other shards lie elsewhere needs the state
 that it receives, and in the backward pass the gradient of the state that it hands on: `transfer` and `first_gradient`
 run through a shard ahead of each pass and write no more than what these follow from.
 
@@ -46,6 +47,16 @@ def forward(sizes: Sizes, save: bool, interpret: bool, reads: Arrays) -> Arrays:
     saved = [name for name in ("states", "inverses") if save and name not in reads]
     blocks = Blocks(sizes, reads["rows"], FORWARD_HEADS)
     return blocks.run(_forward_kernel, "forward", reads, dict.fromkeys(["out", *saved], dtype), "state", interpret)
+
+
+def continued(sizes: Sizes, interpret: bool, reads: Arrays) -> Arrays:
+    """The forward pass of sequences that go on.
+
+    Reads qkvz, kernel, rows, weight, before and state; returns out and final, the state behind the last token.
+    """
+    blocks = Blocks(sizes, reads["rows"], FORWARD_HEADS)
+    writes = {"out": reads["qkvz"].dtype, "final": jnp.float32}
+    return blocks.run(_forward_kernel, "continued", reads, writes, "state", interpret)
 
 
 def transfer(sizes: Sizes, interpret: bool, reads: Arrays) -> Arrays:
@@ -170,6 +181,11 @@ def _forward_kernel(reads: dict, writes: dict, state_ref, halo_ref, *, sizes: Si
         z = qkvz_ref[0, :, _moved(part, h * sizes.width + sizes.mixed)].astype(jnp.float32)
         out_ref[0, :, sizes.part(i)] = _gated_norm(o, z, reads["weight"][...], sizes.eps).astype(out_ref.dtype)
         state_ref[h, :, part] = after
+    if "final" in writes:
+
+        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        def _():
+            writes["final"][0] = state_ref[...]
 
 
 def _transfer_kernel(reads: dict, writes: dict, state_ref, halo_ref, *, sizes: Sizes, interpret: bool):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qcn_jax.layers.kernels.mixer import delta_net
+from qcn_jax.layers.gated_delta_net import next_window
+from qcn_jax.layers.kernels.mixer import continued_delta_net, delta_net
 from tests.layers.mixer_by_parts import by_parts
 
 B, T, H, R, DK, DV, CHUNK, TAPS = 2, 75, 2, 2, 16, 24, 32, 4
@@ -74,3 +75,25 @@ def test_bfloat16():
     for name, a, b in zip(NAMES, gradients, expected_gradients):
         assert np.isfinite(a).all(), name
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b), name
+
+
+def test_pieces_of_different_lengths_go_on_from_state_and_window():
+    """Sequences taken in by pieces of one shape, padded to it, against the layer's parts of them whole."""
+    (qkvz, kernel, g, beta, weight), _ = inputs(2)
+    expected = by_parts(EPS, qkvz, kernel, g, beta, weight, None)
+    mix = jax.jit(functools.partial(continued_delta_net, eps=EPS, chunk_size=CHUNK, key_dim=DK))
+    window = jnp.zeros((B, TAPS - 1, H, kernel.shape[-1]))
+    state = jnp.zeros((B, H, R, DK, DV))
+    done, size, y = np.zeros(B, int), 40, np.zeros(expected.shape)
+    for lengths in ([40, 1], [2, 37], [33, 0], [0, 37]):  # T in all, of both
+        at = np.minimum(done[:, None] + np.arange(size), T - 1)
+        piece = lambda x: np.take_along_axis(x, at.reshape(B, size, *[1] * (x.ndim - 2)), axis=1)
+        real = np.arange(size) < np.asarray(lengths)[:, None]
+        gates = [np.where(real[..., None, None], piece(x), 0).astype(np.float32) for x in (g, beta)]
+        out, state = mix(piece(qkvz), kernel, *gates, weight, window, state)
+        inputs_of = piece(qkvz).reshape(B, size, H, -1)[..., : kernel.shape[-1]]
+        window = next_window(jnp.asarray(inputs_of), window, jnp.asarray(lengths))
+        for row, length in enumerate(lengths):
+            y[row, done[row] : done[row] + length] = out[row, :length]
+        done += lengths
+    assert (done == T).all() and np.linalg.norm(y - expected) < 1e-5 * np.linalg.norm(expected)

@@ -21,9 +21,9 @@ def compile_layers(context: int, topology: str = "v5p:2x2x1") -> None:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from qcn_jax.config import ModelConfig
-    from qcn_jax.layers.attention import GatedAttention
+    from qcn_jax.layers.attention import GatedAttention, init_attention_cache
     from qcn_jax.layers.context import TokenContext
-    from qcn_jax.layers.gated_delta_net import GatedDeltaNet
+    from qcn_jax.layers.gated_delta_net import GatedDeltaNet, init_delta_net_cache
     from qcn_jax.sharding.mesh import AXES
     from qcn_jax.sharding.parallel import Parallel
 
@@ -51,6 +51,22 @@ def compile_layers(context: int, topology: str = "v5p:2x2x1") -> None:
         step = jax.jit(jax.grad(loss, argnums=(0, 1)))
         text = step.trace(params, x, ids, angles, angles).lower(lowering_platforms=("tpu",)).compile().as_text()
         print(*re.findall(r"%(\w+)[\w.]* = [^\n]*tpu_custom_call", text), sep="\n")
+        if context > 1:
+            continue
+        for pieces in (1, 256):  # of sequences that have a cache: decoding, prefill
+
+            def go_on(params, x, cos, sin, start, cache, layer=layer):
+                return layer.apply(params, x, TokenContext(cos, sin, start=start, parallel=parallel), cache)
+
+            make = init_delta_net_cache if isinstance(layer, GatedDeltaNet) else init_attention_cache
+            sizes = () if isinstance(layer, GatedDeltaNet) else (4096,)
+            cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, "fsdp"),
+                                 jax.eval_shape(lambda: make(config, batch, *sizes)))
+            given = (array((batch, pieces, config.hidden_size), jnp.bfloat16, "fsdp"),
+                     *[array((batch, pieces, 32), jnp.float32, "fsdp")] * 2, array((batch,), jnp.int32, "fsdp"), cache)
+            text = jax.jit(go_on, donate_argnums=5).trace(params, *given).lower(
+                lowering_platforms=("tpu",)).compile().as_text()
+            print(*re.findall(r"%(\w+)[\w.]* = [^\n]*tpu_custom_call", text), sep="\n")
 
 
 @pytest.mark.slow
@@ -65,6 +81,7 @@ def test_compiler_accepts_the_kernels(context):
         [sys.executable, "-c", code], env=aot.worker_environment(), capture_output=True, text=True, timeout=900,
         check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    kernels = ["forward", "backward"] + (["transfer", "first_gradient"] if context > 1 else [])
+    kernels = ["forward", "backward", *(["transfer", "first_gradient"] if context > 1 else ["continued"])]
     assert all(f"delta_net_{kernel}" in done.stdout for kernel in kernels), done.stdout
+    assert done.stdout.count("cached_attention") == (2 if context == 1 else 0), done.stdout
     assert done.stdout.count("splash") >= 3, done.stdout  # forward, gradient of queries, gradient of keys and values
