@@ -117,6 +117,7 @@ class Qwen3Next(nn.Module):
         key_limit: int | None = None,
         routes: Array | None = None,
         with_routes: bool = False,
+        rows: Array | None = None,
     ) -> Output:
         """One pass over `tokens`.
 
@@ -134,9 +135,11 @@ class Qwen3Next(nn.Module):
           routes: [L, B, T, k], experts that tokens go to instead of the routers' choice, see moe.router; a negative
             one is free. Not those of multi-token prediction.
           with_routes: ask for `routes` of the output; static.
+          rows: [B], with a cache whose keys and values are of more sequences (lengths, windows and states of B): the
+            rows of these B there. Others' are left as they are. Of an unrolled model.
         """
         context = self._context(tokens.shape, positions, segment_ids, cache, lengths, key_limit).replace(
-            with_routes=with_routes)
+            with_routes=with_routes, rows=rows)
         x, aux, layers = self._run_layers(
             self._embed(tokens), context, None if cache is None else cache.layers, routes)
         taken = None

@@ -56,6 +56,23 @@ def cache_put(cache: Cache, indices: Array, update: Cache) -> Cache:
     return Cache(length, _map(put, cache.layers, update.layers))
 
 
+def clear_rows(cache: Cache, indices: Array, fresh: Array) -> Cache:
+    """An unrolled model's `cache` with no keys and values in its rows indices[p] where fresh[p]; see `cache_reset`.
+
+    One row is written after the other, in place: no more is moved than there is to clear.
+    """
+    chosen, count = indices[jnp.argsort(~fresh, stable=True)], jnp.sum(fresh)
+
+    def clear(path: tuple[Any, ...], x: Array) -> Array:
+        if path[-1].key not in ("k", "v"):
+            return x
+        empty = jnp.zeros((1, *x.shape[1:]), x.dtype)
+        put = lambda p, x: jax.lax.dynamic_update_slice_in_dim(x, empty, chosen[p], axis=0)
+        return jax.lax.fori_loop(0, count, put, x)
+
+    return Cache(cache.length, jax.tree_util.tree_map_with_path(clear, cache.layers))
+
+
 def cache_reset(cache: Cache, reset: Array) -> Cache:
     """`cache` with the sequences where `reset` [B] is True empty again.
 

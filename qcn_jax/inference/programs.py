@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qcn_jax.inference.cache import cache_put, cache_reset, cache_take, states, with_states
+from qcn_jax.inference.cache import cache_put, cache_reset, cache_take, clear_rows, states, with_states
 from qcn_jax.inference.placement import Placement
 from qcn_jax.inference.sampling import MAX_ALTERNATIVES, adjusted, sample
 from qcn_jax.layers.cache import Cache
@@ -140,25 +140,34 @@ class Programs:
     def _prefill(self, params: Any, cache: Cache, logits: Array, indices: Array, fresh: Array, tokens: Array,
                  lengths: Array, key_limit: int) -> tuple[Cache, Array, dict[str, Array]]:
         """Appends lengths[p] of tokens [P, C] to slot indices[p] of its part; S: no slot; `fresh`: cleared first."""
-        per_part, slots = self._placement.per_part, self._slots
+        slots, stepwise = self._slots, self._model.unrolled
+        specs = {"cache": cache, "held": states(cache)}
 
-        def take(cache: Cache, indices: Array, fresh: Array) -> Cache:
-            return cache_reset(cache_take(cache, jnp.minimum(indices, slots - 1)), fresh)
+        def take(cache: Cache, indices: Array, fresh: Array) -> tuple[Cache, ...]:
+            nearest = jnp.minimum(indices, slots - 1)
+            if not stepwise:  # a scan over layers would copy the keys and values of all slots
+                return (cache_reset(cache_take(cache, nearest), fresh),)
+            # Keys and values stay where they are, and are written there.
+            return cache_reset(cache_take(states(cache), nearest), fresh), clear_rows(cache, indices, fresh)
 
         def put(cache: Cache, logits: Array, indices: Array, lengths: Array, rows: Cache, last: Array
                 ) -> tuple[Cache, Array]:
             target = jnp.where(lengths > 0, indices, slots)
             return cache_put(cache, indices, rows), logits.at[target].set(last, mode="drop")
 
-        rows = per_part(take, {"cache": cache}, ("cache", "rows", "rows"), ("cache",))(cache, indices, fresh)
+        run = functools.partial(self._placement.per_part, caches=specs)
+        taken = ("held", "cache") if stepwise else ("cache",)
+        rows, *cleared = run(take, in_specs=("cache", "rows", "rows"), out_specs=taken)(cache, indices, fresh)
         out = self._model.apply(
-            {"params": params}, tokens, cache=rows, lengths=lengths, with_logits=False, key_limit=key_limit,
-            with_routes=self._with_routes)
+            {"params": params}, tokens, cache=with_states(cleared[0], rows) if stepwise else rows, lengths=lengths,
+            with_logits=False, key_limit=key_limit, with_routes=self._with_routes, rows=indices if stepwise else None)
         last = jnp.take_along_axis(out.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
         last = self._model.head(params, last)[:, 0].astype(jnp.float32)
-        store = per_part(put, {"cache": cache}, ("cache", "rows", "rows", "rows", "cache", "rows"), ("cache", "rows"))
         made = {"routes": by_token(out.routes)} if self._with_routes else {}
-        return *store(cache, logits, indices, lengths, out.cache, last), made
+        kind, old, new = ("held", states(cache), states(out.cache)) if stepwise else ("cache", cache, out.cache)
+        store = run(put, in_specs=(kind, "rows", "rows", "rows", kind, "rows"), out_specs=(kind, "rows"))
+        stored, logits = store(old, logits, indices, lengths, new, last)
+        return with_states(out.cache, stored) if stepwise else stored, logits, made
 
     def _copy(self, cache: Cache, logits: Array, source: Array) -> tuple[Cache, Array]:
         """Slot n becomes a copy of slot source[n] of its part."""

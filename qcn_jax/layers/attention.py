@@ -35,7 +35,8 @@ def cached_attention(
 
     `form` is xla, which reads the first `context.key_limit` tokens of every sequence, or splash, of which a TPU kernel
     reads what each sequence holds where it can read a cache of this size in blocks. Padding beyond `context.lengths`
-    is not written. What a sequence gets that outgrows the cache, or the part of it that is read, is NaN.
+    is not written. What a sequence gets that outgrows the cache, or the part of it that is read, is NaN. The cache may
+    have other sequences besides, see `context.rows`; it is written in place.
 
     Raises:
       ValueError: T is more than the cache holds.
@@ -46,18 +47,19 @@ def cached_attention(
         raise ValueError(f"{length} tokens for a cache of {capacity} a sequence")
     query = context.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]  # [B, T]
     slot = query if context.valid is None else jnp.where(context.valid, query, capacity)
-    rows = jnp.arange(batch)[:, None]
-    write = lambda old, new: old.at[rows, :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
+    rows = jnp.arange(batch, dtype=jnp.int32) if context.rows is None else context.rows
+    write = lambda old, new: old.at[rows[:, None], :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
     cache = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
     limit = context.key_limit or capacity
     added = jnp.full(batch, length, jnp.int32) if context.lengths is None else context.lengths
     if form == "splash" and can_read(capacity):
         from qcn_jax.layers.kernels.cached_attention import cached_attention as by_kernel
 
-        y = by_kernel(q, cache["k"], cache["v"], context.start, added)
+        y = by_kernel(q, cache["k"], cache["v"], context.start, added, jnp.minimum(rows, len(cache["k"]) - 1))
     else:
         mask = jnp.arange(limit, dtype=jnp.int32)[None, :, None] <= query[:, None]  # [B, S, T]
-        y = attend(q, cache["k"][:, :, :limit], cache["v"][:, :, :limit], mask)[0]
+        read = lambda x: x[:, :, :limit] if context.rows is None else x.at[rows, :, :limit].get(mode="clip")
+        y = attend(q, read(cache["k"]), read(cache["v"]), mask)[0]
     outgrown = (context.start + added > limit) & (added > 0)
     return jnp.where(outgrown[:, None, None, None, None], jnp.nan, y), cache
 
@@ -76,12 +78,12 @@ def _cached_by_part(
         return cached_attention(q, k, v, cache, context, form)
 
     def local(q: Array, k: Array, v: Array, cache: dict[str, Array], start: Array, *rest: Array | None) -> Any:
-        own = context.replace(start=start, lengths=rest[0], valid=rest[1], parallel=None)
+        own = context.replace(start=start, lengths=rest[0], valid=rest[1], rows=rest[2], parallel=None)
         return cached_attention(q, k, v, cache, own, form)
 
     rows = parallel.spec("activation_batch")
     run = parallel.per_device(local, rows, rows)
-    return run(q, k, v, cache, context.start, context.lengths, context.valid)
+    return run(q, k, v, cache, context.start, context.lengths, context.valid, context.rows)
 
 
 class GatedAttention(nn.Module):

@@ -20,7 +20,11 @@ class Dataflow:
     def __init__(self, tree: ast.Module):
         self._fixtures = {node.name for node in tree.body if isinstance(node, Function) and _is_fixture(node)}
         self._star = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
-        self._tree = tree
+        self._classes: dict[int, list[ast.ClassDef]] = {}  # around a function, by its id
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for function in node.body:
+                    self._classes.setdefault(id(function), []).append(node)
         self._module = self._spread(tree.body, set(), whole=False)
         self._functions: dict[int, set[str]] = {}
 
@@ -31,13 +35,11 @@ class Dataflow:
         names = self._module
         for function in functions:
             if id(function) not in self._functions:
-                marks = [mark for outer in (*self._classes(function), function) for mark in outer.decorator_list]
+                marks = [mark for outer in (*self._classes.get(id(function), ()), function)
+                         for mark in outer.decorator_list]
                 self._functions[id(function)] = self._spread(function.body, names | self._parameters(function, marks))
             names = self._functions[id(function)]
         return not _mentions(expression, names)
-
-    def _classes(self, function: Function) -> list[ast.ClassDef]:
-        return [node for node in ast.walk(self._tree) if isinstance(node, ast.ClassDef) and function in node.body]
 
     def _parameters(self, function: Function, marks: list[ast.expr]) -> set[str]:
         """Parameters that may come from elsewhere: neither written down in a mark nor by a fixture of the file."""
@@ -54,13 +56,15 @@ class Dataflow:
 
     def _spread(self, body: list[ast.stmt], names: set[str], whole: bool = True) -> set[str]:
         """`names`, and those that get something of them in `body`; without `whole` not those inside of functions."""
-        nodes = [node for statement in body for node in _inside(statement, whole)]
-        names = set(names)
+        found = [_bound(node) for statement in body for node in _inside(statement, whole)]
+        names = set(names).union(*(targets for targets, uses in found if targets and uses is None))
+        waiting = [(targets, uses) for targets, uses in found if targets and uses]
         before = -1
         while len(names) > before:
             before = len(names)
-            for node in nodes:
-                names |= _bound(node, names)
+            for targets, uses in waiting:
+                if not names.isdisjoint(uses):
+                    names |= targets
         return names
 
 
@@ -72,8 +76,20 @@ def _inside(node: ast.AST, whole: bool) -> Iterator[ast.AST]:
 
 
 def _mentions(node: ast.AST, names: set[str]) -> bool:
-    return any(isinstance(one, ast.Name) and one.id in names or isinstance(one, ast.Await | ast.Yield | ast.YieldFrom)
-               for one in ast.walk(node))
+    uses = _uses(node)
+    return uses is None or not names.isdisjoint(uses)
+
+
+def _uses(*nodes: ast.AST) -> set[str] | None:
+    """Names in these; None where something comes from outside whatever the names are."""
+    found = set()
+    for node in nodes:
+        for one in ast.walk(node):
+            if isinstance(one, ast.Name):
+                found.add(one.id)
+            elif isinstance(one, ast.Await | ast.Yield | ast.YieldFrom):
+                return None
+    return found
 
 
 def _targets(*nodes: ast.AST | None) -> set[str]:
@@ -81,34 +97,33 @@ def _targets(*nodes: ast.AST | None) -> set[str]:
     return {one.id for node in nodes if node is not None for one in ast.walk(node) if isinstance(one, ast.Name)}
 
 
-def _bound(node: ast.AST, names: set[str]) -> set[str]:
-    """Names that a node gives something of `names` to."""
+def _bound(node: ast.AST) -> tuple[set[str], set[str] | None]:
+    """Names that a node gives something to, and those of which it is given if it is of any; None: of others anyway."""
     match node:
         case ast.Import():
             return {alias.asname or alias.name.split(".")[0] for alias in node.names
-                    if alias.name.split(".")[0] not in _OWN_MODULES}
+                    if alias.name.split(".")[0] not in _OWN_MODULES}, None
         case ast.ImportFrom():
             own = not node.level and (node.module or "").split(".")[0] in _OWN_MODULES
-            return set() if own else {alias.asname or alias.name for alias in node.names}
+            return set() if own else {alias.asname or alias.name for alias in node.names}, None
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return {node.name} if _mentions(node, names) else set()
-        case ast.Assign() if _mentions(node.value, names):
-            return _targets(*node.targets)
-        case ast.AugAssign() | ast.AnnAssign() | ast.NamedExpr() if node.value and _mentions(node.value, names):
-            return _targets(node.target)
-        case ast.For() | ast.AsyncFor() | ast.comprehension() if _mentions(node.iter, names):
-            return _targets(node.target)
+            return {node.name}, _uses(node)
+        case ast.Assign():
+            return _targets(*node.targets), _uses(node.value)
+        case ast.AugAssign() | ast.AnnAssign() | ast.NamedExpr() if node.value:
+            return _targets(node.target), _uses(node.value)
+        case ast.For() | ast.AsyncFor() | ast.comprehension():
+            return _targets(node.target), _uses(node.iter)
         case ast.withitem():  # such as what was raised, or printed; an open file is what it is
             opens = isinstance(node.context_expr, ast.Call) and "open" in ast.unparse(node.context_expr.func)
-            return set() if opens and not _mentions(node.context_expr, names) else _targets(node.optional_vars)
+            return _targets(node.optional_vars), _uses(node.context_expr) if opens else None
         case ast.ExceptHandler() if node.name:
-            return {node.name}
+            return {node.name}, None
         case ast.Global() | ast.Nonlocal():
-            return set(node.names)
-        case ast.Call(func=ast.Attribute(value=ast.Name(id=owner))) if any(
-                _mentions(one, names) for one in (*node.args, *(keyword.value for keyword in node.keywords))):
-            return {owner}  # such as a list that something is appended to
-    return set()
+            return set(node.names), None
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=owner))):  # such as a list that something is appended to
+            return {owner}, _uses(*node.args, *(keyword.value for keyword in node.keywords))
+    return set(), set()
 
 
 # --- taking out what is no longer used

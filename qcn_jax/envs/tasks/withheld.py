@@ -186,8 +186,8 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def _compares_inside(self, function: ast.AST) -> bool:
-        return any(f"{node.lineno}:{node.col_offset}" in self.inside for node in ast.walk(function)
-                   if isinstance(node, ast.stmt | ast.expr))
+        return bool(self.inside) and any(f"{node.lineno}:{node.col_offset}" in self.inside
+                                         for node in ast.walk(function) if isinstance(node, ast.stmt | ast.expr))
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         conditional = isinstance(node, _CONDITIONAL)

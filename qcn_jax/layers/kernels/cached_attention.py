@@ -37,14 +37,15 @@ def keys_of_a_block(capacity: int) -> int:
     return fits[-1]
 
 
-def cached_attention(q: Array, k: Array, v: Array, start: Array, added: Array) -> Array:
+def cached_attention(q: Array, k: Array, v: Array, start: Array, added: Array, held: Array) -> Array:
     """Attention of a chunk of every sequence to all that it holds, the chunk included.
 
     Args:
       q: [B, K, R, T, H].
-      k, v: [B, K, S, H], the cache, the chunk's own keys and values already in it.
+      k, v: [N, K, S, H], the cache, the chunk's own keys and values already in it.
       start: [B] int32, tokens before the chunk; query t sees keys up to start + t.
       added: [B] int32, how many of the T tokens are real; no key beyond start + added is read but for its block.
+      held: [B] int32, the row of the cache that each sequence has.
 
     Returns:
       [B, K, R, T, H] in v's dtype; of no meaning at padding, but finite where the cache is.
@@ -57,12 +58,12 @@ def cached_attention(q: Array, k: Array, v: Array, start: Array, added: Array) -
     rows = jnp.swapaxes(q, 2, 3).reshape(batch, kv_heads, length * repeats, dim)
     size = min(MAX_ROWS, -(-rows.shape[2] // MIN_KEYS) * MIN_KEYS)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % size), (0, 0))).astype(v.dtype)
-    out = on_platform(_call, size, block, repeats)(start, added, rows, k, v)[:, :, : length * repeats]
+    out = on_platform(_call, size, block, repeats)(start, added, held, rows, k, v)[:, :, : length * repeats]
     return jnp.swapaxes(out.reshape(batch, kv_heads, length, repeats, dim), 2, 3)
 
 
-def _call(size: int, block: int, repeats: int, interpret: bool, start: Array, added: Array, rows: Array, k: Array,
-          v: Array) -> Array:
+def _call(size: int, block: int, repeats: int, interpret: bool, start: Array, added: Array, held: Array, rows: Array,
+          k: Array, v: Array) -> Array:
     batch, kv_heads, count, dim = rows.shape
     tile = pl.BlockSpec((1, 1, size, dim), lambda b, h, n, *_: (b, h, n, 0))
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -70,20 +71,20 @@ def _call(size: int, block: int, repeats: int, interpret: bool, start: Array, ad
     return pl.pallas_call(
         kernel, out_shape=jax.ShapeDtypeStruct(rows.shape, v.dtype), interpret=interpret, name="cached_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(batch, kv_heads, count // size), in_specs=[tile, whole, whole],
+            num_scalar_prefetch=3, grid=(batch, kv_heads, count // size), in_specs=[tile, whole, whole],
             out_specs=tile,
             scratch_shapes=[
                 pltpu.VMEM((2, 2, block, dim), v.dtype), pltpu.SemaphoreType.DMA((2, 2)),
                 *[pltpu.VMEM((size, width), jnp.float32) for width in (_LANES, _LANES, dim)]]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-    )(start.astype(jnp.int32), added.astype(jnp.int32), rows, k, v)
+    )(start.astype(jnp.int32), added.astype(jnp.int32), held.astype(jnp.int32), rows, k, v)
 
 
-def _kernel(start_ref, added_ref, q_ref, k_ref, v_ref, out_ref, buffer, arrived, largest, total, summed, *, block: int,
-            repeats: int):
+def _kernel(start_ref, added_ref, held_ref, q_ref, k_ref, v_ref, out_ref, buffer, arrived, largest, total, summed, *,
+            block: int, repeats: int):
     b, h, n = (pl.program_id(axis) for axis in range(3))
     size, dim = q_ref.shape[2:]
-    start = start_ref[b]
+    start, held = start_ref[b], held_ref[b]
     first_token = n * size // repeats
     # Tokens up to the last that these rows may see; at least one block is read, whose first key all may see.
     seen = start + jnp.minimum(added_ref[b], ((n + 1) * size + repeats - 1) // repeats)
@@ -93,7 +94,7 @@ def _kernel(start_ref, added_ref, q_ref, k_ref, v_ref, out_ref, buffer, arrived,
 
     def copies(i):
         slot = jax.lax.rem(i, 2)
-        return [pltpu.make_async_copy(ref.at[b, h, pl.ds(i * block, block)], buffer.at[which, slot],
+        return [pltpu.make_async_copy(ref.at[held, h, pl.ds(i * block, block)], buffer.at[which, slot],
                                       arrived.at[which, slot]) for which, ref in enumerate((k_ref, v_ref))]
 
     def begin(i):
