@@ -19,10 +19,10 @@ class TokenContext:
       valid: [B, T] bool or None (all real); False marks padding.
       start: [B] int32 or None; with a cache, how many tokens each sequence held before this call.
       lengths: [B] int32 or None; with a cache, how many of the T tokens are real.
-      rows: [B] int32 or None; with a cache, which rows of its keys and values these sequences have (None: all).
       key_limit: with a cache, attention reads its first `key_limit` slots only (None: all).
       parallel: the devices over which the batch is spread; None is one device.
       with_routes: whether router statistics hold which experts each router chose.
+      rows: [B] int32 or None; with a cache, which rows of its keys and values these sequences have (None: all).
     """
 
     cos: Array
@@ -31,10 +31,10 @@ class TokenContext:
     valid: Array | None = None
     start: Array | None = None
     lengths: Array | None = None
-    rows: Array | None = None
     key_limit: int | None = struct.field(pytree_node=False, default=None)
     parallel: Parallel | None = struct.field(pytree_node=False, default=None)
     with_routes: bool = struct.field(pytree_node=False, default=False)
+    rows: Array | None = None
 
     @property
     def whole_parallel(self) -> Parallel | None:
