@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.agents.scaffolds import Message, Scaffold
@@ -24,6 +24,14 @@ class Model(Protocol):
     def turn(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, seed: int,
              deadline: float | None) -> Completion:
         """See Endpoint.turn."""
+
+
+@runtime_checkable
+class Script(Protocol):
+    """Whoever plays whole episodes without a model, as baselines do."""
+
+    def play(self, episode: Episode) -> None:
+        """Plays `episode` to its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +69,18 @@ class Stopped(Exception):
     """The episode was given up because the run ends."""
 
 
-def play(episode: Episode, model: Model, limits: Limits, seed: int = 0, stopped: Callable[[], bool] = lambda: False
-         ) -> Usage:
-    """Plays `episode` to its end; its limit of turns is its own.
+def play(episode: Episode, model: Model | Script, limits: Limits, seed: int = 0,
+         stopped: Callable[[], bool] = lambda: False) -> Usage:
+    """Plays `episode` to its end; its limit of turns is its own, and the only one that a script has.
 
     Raises:
       ContextExceeded: the task alone is longer than the model's context.
       EndpointError: the endpoint refuses or fails.
       Stopped: `stopped` said so.
     """
+    if isinstance(model, Script):
+        model.play(episode)
+        return Usage()
     tools, usage, deadline = episode.scaffold.schemas(), Usage(), time.monotonic() + limits.seconds
     while not episode.done:
         if stopped():

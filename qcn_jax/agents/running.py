@@ -19,7 +19,7 @@ from typing import Any
 
 from qcn_jax import files
 from qcn_jax.agents import records
-from qcn_jax.agents.acting import Limits, Model, Stopped, Usage, play
+from qcn_jax.agents.acting import Limits, Model, Script, Stopped, Usage, play
 from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.agents.records import Record
 from qcn_jax.agents.scaffolds import Scaffold
@@ -100,7 +100,7 @@ class Folder:
         self._rows.close()
 
 
-def run(tasks: Sequence[Task], scaffold: Scaffold, services: Services, model: Model, name: str, plan: Plan,
+def run(tasks: Sequence[Task], scaffold: Scaffold, services: Services, model: Model | Script, name: str, plan: Plan,
         folder: Folder, progress: Callable[[Record], None] = lambda record: None) -> list[Record]:
     """Plays every attempt that `folder` does not know, or knows as failed by the infrastructure.
 
@@ -156,8 +156,8 @@ def attempt_seed(seed: int, task: Task, attempt: int) -> int:
 class _Player:
     """Plays episodes in several threads."""
 
-    def __init__(self, scaffold: Scaffold, services: Services, model: Model, name: str, plan: Plan, folder: Folder
-                 ) -> None:
+    def __init__(self, scaffold: Scaffold, services: Services, model: Model | Script, name: str, plan: Plan,
+                 folder: Folder) -> None:
         self._scaffold, self._services, self._model, self._name = scaffold, services, model, name
         self._plan, self._folder = plan, folder
         self._stopping = threading.Event()

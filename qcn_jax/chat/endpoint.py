@@ -58,8 +58,8 @@ class Endpoint:
 
     `url` ends where `/chat/completions` begins (`http://localhost:8000/v1`); `key_variable` names the environment
     variable that holds the key (none is sent where it is not set); `cache` is a folder of answers, of `ask` alone.
-    `timeout` are seconds without a byte; `top_p` 0 leaves the choice to the server. `stream`: answers come in pieces,
-    so that a long one is not taken for a dead server.
+    `timeout` are seconds without a byte; `top_p` 0 and `top_k` 0 leave the choice to the server. `stream`:
+    answers come in pieces, so that a long one is not taken for a dead server.
     """
 
     url: str
@@ -71,6 +71,7 @@ class Endpoint:
     timeout: float = 300.0
     top_p: float = 0.0
     stream: bool = True
+    top_k: int = 0
     attempts: int = ATTEMPTS
 
     def __post_init__(self) -> None:
@@ -111,6 +112,8 @@ class Endpoint:
         body = self._body(messages, seed)
         if self.top_p:
             body["top_p"] = self.top_p
+        if self.top_k:
+            body["top_k"] = self.top_k
         if tools:
             body["tools"] = list(tools)
         if self.stream:

@@ -11,7 +11,7 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.agents import running
-from qcn_jax.agents.acting import Limits
+from qcn_jax.agents.acting import Limits, Script
 from qcn_jax.agents.arena import Arena, Place
 from qcn_jax.agents.records import Record
 from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
@@ -20,8 +20,10 @@ from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.config import MeshConfig
 from qcn_jax.envs.network.policy import NETWORKS
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError
+from qcn_jax.envs.sandbox.repository import read_specs
 from qcn_jax.envs.tasks import formats, swebench
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import read_tasks as read_rows
 from qcn_jax.errors import UserError
 
 
@@ -55,6 +57,8 @@ def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[]
     more = " May be given several times." if several else ""
     flags.DEFINE_string("checkpoint", None, "Folder with weights in Hugging Face form and tokenizer.json.",
                         flag_values=values)
+    flags.DEFINE_string("baseline", None, "What plays by rules, without a model: heuristic (with scaffold nano), or "
+                        "package.module:OBJECT.", flag_values=values)
     define("endpoint", None, f"OpenAI-compatible endpoint, e.g. http://localhost:8000/v1.{more}", flag_values=values)
     define("model", None, f"Model to ask there.{more}", flag_values=values)
     flags.DEFINE_string("key_variable", "OPENAI_API_KEY", "Environment variable that holds the endpoint's key.",
@@ -63,38 +67,44 @@ def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[]
     flags.DEFINE_float("request_seconds", 300.0, "Without a byte from the endpoint, after which it is asked again.",
                        flag_values=values, lower_bound=0.1)
     flags.DEFINE_string("scaffold", None, f"How tasks are shown: {', '.join(SCAFFOLDS)} or package.module:OBJECT. "
-                        "Default: mini_swe_agent with an endpoint, nano with a checkpoint.", flag_values=values)
+                        "Default: mini_swe_agent with an endpoint; with a checkpoint what the run that made it goes "
+                        "by, as with all that follows, or nano.", flag_values=values)
     flags.DEFINE_integer("attempts", 1, "Episodes for each task.", flag_values=values, lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "Of sampling.", flag_values=values, lower_bound=0.0)
     flags.DEFINE_float("top_p", 0.0, "Of sampling; 0: the endpoint's own, or 1.", flag_values=values, lower_bound=0.0,
                        upper_bound=1.0)
+    flags.DEFINE_integer("top_k", 0, "Of sampling, most probable tokens; 0: the endpoint's own, or all.",
+                         flag_values=values, lower_bound=0)
     flags.DEFINE_integer("seed", 0, "From which each attempt gets its own.", flag_values=values)
-    flags.DEFINE_integer("max_turns", None, "Turns of an episode. Default: 50, with a checkpoint 8.",
+    flags.DEFINE_integer("max_turns", None, "Turns of an episode. Default: 50, with a checkpoint its run's or 8.",
                          flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", None, "Tokens of a turn. Default: 4096, with a checkpoint 64.",
+    flags.DEFINE_integer("max_new_tokens", None, "Tokens of a turn. Default: 4096, with a checkpoint its run's or 64.",
                          flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("max_length", None, "Tokens of an episode: with a checkpoint prompt included, default 1024; "
+    flags.DEFINE_integer("max_length", None, "Tokens of an episode: with a checkpoint prompt included, default its "
+                         "run's or 1024; "
                          "with an endpoint those that it generates, default no limit.", flag_values=values,
                          lower_bound=16)
     flags.DEFINE_float("max_seconds", 3600.0, "Of an episode with an endpoint.", flag_values=values, lower_bound=0.1)
-    flags.DEFINE_integer("parallel", None, "Episodes side by side. Default: 8, with a checkpoint its 32 slots.",
+    flags.DEFINE_integer("parallel", None, "Episodes side by side. Default: 8, with a checkpoint its run's or "
+                         "32.",
                          flag_values=values, lower_bound=1)
     return parsing.define_mesh(values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """Who acts: behind an endpoint, or the weights of a folder.
+    """Who acts: behind an endpoint, by rules, or the weights of a folder.
 
     name: of the model, in reports.
     settings: what episodes depend on, by flag.
+    player: the endpoint or the rules; None for weights.
     """
 
     name: str
     scaffold: Scaffold
     plan: running.Plan
     settings: Mapping[str, Any]
-    endpoint: Endpoint | None
+    player: Endpoint | Script | None
     values: flags.FlagValues
     mesh: MeshConfig | None
 
@@ -112,14 +122,14 @@ class Agent:
                 bar.update()
 
             tasks = list(arena.tasks.values())
-            if self.endpoint is not None:
-                return running.run(tasks, self.scaffold, arena.services, self.endpoint, self.name, self.plan, folder,
+            if self.player is not None:
+                return running.run(tasks, self.scaffold, arena.services, self.player, self.name, self.plan, folder,
                                    progress)
             from qcn_jax.pipeline.evaluate import acting
 
             values = self.values
-            drawing = acting.Drawing(values.temperature, values.top_p or 1.0, values.max_new_tokens or 64,
-                                     values.max_length or 1024)
+            drawing = acting.Drawing(values.temperature, values.top_p or 1.0, values.top_k,
+                                     values.max_new_tokens or 64, values.max_length or 1024)
             return acting.run(values.checkpoint, self.mesh, tasks, self.scaffold, arena.services, self.plan, drawing,
                               folder, progress)
 
@@ -136,24 +146,44 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
       UserError: nobody, or two at once; a scaffold that is none; an endpoint that does not answer.
     """
     url, model = url or values.endpoint, model or values.model
-    if bool(values.checkpoint) == bool(url):
-        raise UserError("give either --checkpoint=DIR or --endpoint=URL with --model=NAME")
+    if bool(values.checkpoint) + bool(url) + bool(values.baseline) != 1:
+        raise UserError("give one of --checkpoint=DIR, --endpoint=URL (with --model=NAME) and --baseline=NAME")
     if url and not model:
         raise UserError("--model: name the model that --endpoint serves")
+    if values.checkpoint:
+        _as_its_run(values)
     scaffold = SCAFFOLDS.resolve(values.scaffold or ("mini_swe_agent" if url else "nano"), "--scaffold")
     turns = values.max_turns or (50 if url else 8)
     limits = Limits(turns, values.max_seconds, values.max_length or 0)
-    plan = running.Plan(values.attempts, values.seed, limits, values.parallel or (8 if url else 32))
-    settings = {"model": model, "checkpoint": values.checkpoint, "scaffold": scaffold.name, "network": values.network,
-                "temperature": values.temperature, "top_p": values.top_p, "seed": values.seed, "max_turns": turns,
-                "max_new_tokens": values.max_new_tokens, "max_length": values.max_length}
+    plan = running.Plan(values.attempts, values.seed, limits, values.parallel or (32 if values.checkpoint else 8))
+    settings = {"model": model, "checkpoint": values.checkpoint, "baseline": values.baseline,
+                "scaffold": scaffold.name, "network": values.network,
+                "temperature": values.temperature, "top_p": values.top_p, "top_k": values.top_k or None,
+                "seed": values.seed, "max_turns": turns, "max_new_tokens": values.max_new_tokens,
+                "max_length": values.max_length}
+    if values.baseline:
+        from qcn_jax.pipeline.evaluate.baseline import BASELINES
+
+        rules = BASELINES.resolve(values.baseline, "--baseline")
+        rules.check(scaffold)
+        return Agent(rules.name, scaffold, plan, settings, rules, values, None)
     if not url:
         return Agent(values.checkpoint, scaffold, plan, settings, None, values, mesh())
     endpoint = Endpoint(url, model, values.key_variable, max_tokens=values.max_new_tokens or 4096,
                         temperature=values.temperature, timeout=values.request_seconds, top_p=values.top_p,
-                        stream=values.stream)
+                        stream=values.stream, top_k=values.top_k)
     endpoint.check()
     return Agent(model, scaffold, plan, settings, endpoint, values, None)
+
+
+def _as_its_run(values: flags.FlagValues) -> None:
+    """Gives flags that are not given the values of the run that made --checkpoint, where its folder has them."""
+    from qcn_jax.pipeline.evaluate import settings
+
+    if (stored := settings.read(values.checkpoint)) is not None:
+        for name, value in stored.flags(sampled=values.attempts > 1).items():
+            if not values[name].present:
+                values[name].value = value
 
 
 def agents(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None]) -> list[Agent]:
@@ -185,7 +215,7 @@ class TaskSet:
 
     def located(self, values: flags.FlagValues) -> "TaskSet":
         """With the repositories of tasks without an image, found or downloaded; raises UserError where none is left."""
-        if self.instances is not None:
+        if self.instances is not None or self.specs:
             return self
         faults = list(self.faults)
         specs = task_repositories.find(values, [task for task in self.tasks.values() if not task.eval_script], faults)
@@ -207,6 +237,26 @@ def read_tasks(path: str) -> TaskSet:
     if not tasks:
         raise UserError(faults[0] if faults else f"--tasks={path}: holds no task")
     return TaskSet(tasks, instances, faults)
+
+
+def tasks_of_run(checkpoint: str) -> TaskSet | None:
+    """The tasks that the run which made a model measures its models on; None where there is no such run.
+
+    Raises:
+      UserError: its files are damaged.
+    """
+    from qcn_jax.pipeline.evaluate import settings
+
+    stored = settings.read(checkpoint)
+    path = pathlib.Path(checkpoint, stored.tasks) if stored is not None else None
+    if stored is None or path is None or not files.is_file(path):
+        return None
+    from qcn_jax.pipeline.evaluate.bench import balanced
+
+    tasks = {task.instance_id: task for task in balanced(read_rows(path), stored.count, stored.seed)}
+    needed = {task.repo for task in tasks.values() if not task.eval_script}
+    specs = [spec for spec in read_specs(path.with_name("repositories.json")) if spec.name in needed]
+    return TaskSet(tasks, None, [], specs)
 
 
 def define_invalid(values: flags.FlagValues) -> None:

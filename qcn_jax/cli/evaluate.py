@@ -1,13 +1,15 @@
 """Measures how many tasks a checkpoint, a model behind an endpoint, or patches that were made elsewhere, resolve.
 
   qcn evaluate --endpoint=http://localhost:8000/v1 --model=NAME --tasks=tasks.jsonl --scaffold=mini_swe_agent --out=DIR
-  qcn evaluate --checkpoint=runs/nano/distill/model --tasks=runs/nano/tasks/heldout.jsonl --out=DIR
+  qcn evaluate --checkpoint=runs/nano/distill/model --out=DIR
   qcn evaluate --predictions=preds.jsonl --tasks=tasks.jsonl --out=DIR
   qcn evaluate --repo=. --endpoint=URL --model=NAME --model=OTHER --out=DIR
 
 Whoever acts plays --attempts episodes a task with --scaffold; all are written down as they end, and the same command
-goes on after a kill. An endpoint that is busy, fails or breaks off is asked again. First the tasks themselves are
-executed: their gold patches must resolve them, and nothing must not. Predictions are SWE-bench's: one JSON object a
+goes on after a kill. A model within the folder of a run acts as that run let it (scaffold, limits, sampling), without
+--tasks on the tasks that it measured its models on; flags that are given come first. An endpoint that is busy, fails or
+breaks off is asked again. First the tasks themselves are executed: their gold patches must resolve them, and nothing
+must not. Predictions are SWE-bench's: one JSON object a
 line with instance_id, model_name_or_path and model_patch, a list of them, or mini-swe-agent's object by id.
 
 Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are acted on and run in their images,
@@ -45,7 +47,8 @@ from qcn_jax.errors import UserError
 def main(argv: Sequence[str]) -> int:
     """Parses flags, obtains patches, grades them, writes and prints the report."""
     values = flags.FlagValues()
-    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema; without them tasks are made of --repo.",
+    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema; without them: made of --repo, or those "
+                        "of the run that made --checkpoint.",
                         flag_values=values)
     flags.DEFINE_string("out", None, "Folder for the report.", flag_values=values, required=True)
     flags.DEFINE_string("predictions", None, "Predictions: JSON lines, a JSON list or JSON by id.", flag_values=values)
@@ -56,19 +59,22 @@ def main(argv: Sequence[str]) -> int:
     acting.define_place(values)
     mesh = acting.define_agent(values, several=True)
     parsing.parse(values, "evaluate", __doc__, argv)
-    if bool(values.checkpoint) + bool(values.predictions) + bool(values.endpoint) != 1:
-        raise UserError("give one of --checkpoint=DIR, --endpoint=URL (with --model=NAME) and --predictions=FILE")
+    if sum(map(bool, (values.checkpoint, values.predictions, values.endpoint, values.baseline))) != 1:
+        raise UserError("give one of --checkpoint=DIR, --endpoint=URL (with --model=NAME), --baseline=NAME and "
+                        "--predictions=FILE")
     unknown = [name for name in values.export if name not in exports.FORMATS]
     if unknown:
         raise UserError(f"--export: unknown {unknown[0]!r}; allowed: {', '.join(exports.FORMATS)}")
-    if not values.tasks and (values.predictions or len(values.repo) != 1):
-        raise UserError("--tasks is required, or --repo=REPOSITORY of which tasks are made for whoever acts")
+    own = acting.tasks_of_run(values.checkpoint) if values.checkpoint and not (values.tasks or values.repo) else None
+    if not values.tasks and own is None and (values.predictions or len(values.repo) != 1):
+        raise UserError("--tasks is required, or --repo=REPOSITORY of which tasks are made for whoever acts, or a "
+                        "--checkpoint within the folder of a run that has held-out tasks")
     files.check_folder(values.out, "out")
     if values.predictions:
         print(json.dumps(_graded(values, acting.read_tasks(values.tasks)), indent=1))
         return 0
     agents = acting.agents(values, mesh)  # before any work
-    found = _acted(values, acting.read_tasks(values.tasks or _made(values)), agents)
+    found = _acted(values, own or acting.read_tasks(values.tasks or _made(values)), agents)
     print(json.dumps(found, indent=1) if isinstance(found, dict) else found)
     return 0
 

@@ -15,10 +15,12 @@ from qcn_jax.hub.configuration import CONFIG_FILE, MODEL_TYPES, config_to_hf, su
 from qcn_jax.hub.stored import INDEX_FILE, SINGLE_FILE
 
 GENERATION_FILE = "generation_config.json"
-# What transformers and the engines read beside config.json and the weights.
+ACTING_FILE = "acting.json"  # how the run that made a model lets it act (pipeline.evaluate.settings)
+# What transformers, the engines and `qcn evaluate` read beside config.json and the weights.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "qwen.tiktoken", CHAT_TEMPLATE_FILE, "chat_template.json", GENERATION_FILE,
+    ACTING_FILE,
 )  # fmt: skip
 # What they read to see images.
 _OF_VISION = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")

@@ -36,7 +36,7 @@ _PUBLISHED = [dtype for code, dtype in DTYPES.items() if code != "F64"]  # nobod
 
 def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None,
          shard_bytes: int = SHARD_BYTES, progress: bool = False, source: files.Path | None = None,
-         with_vision: bool = True, chat_template: str | None = None) -> None:
+         with_vision: bool = True, chat_template: str | None = None, beside: Mapping[str, Any] = {}) -> None:
     """Writes a Hugging Face folder: config.json, safetensors (with an index where there are several), tokenizer.
 
     Of several processes every one must call this, with the same arguments and outside of
@@ -55,6 +55,7 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
         model has an encoder of images, so has the one written: its tensors are copied, in pieces, as they are.
       with_vision: False leaves the encoder out and writes a model of text alone.
       chat_template: Jinja to write instead of that of `source`, or of Qwen3-Coder's.
+      beside: JSON objects to write, by the name of their file, one of `description.COMPANIONS`.
 
     Raises:
       UserError: an array is missing, surplus or of a wrong shape, dtype or layout; the folder holds something else;
@@ -76,6 +77,8 @@ def save(path: files.Path, config: ModelConfig, params: Mapping[str, Any], token
             if len(plan) > 1:
                 _write_index(folder, plan)
             write_description(folder, config, dtype, tokenizer, source, within, chat_template)
+            for name, value in beside.items():
+                files.write_json(folder / name, value)
 
 
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> dict[layout.Path, Any]:

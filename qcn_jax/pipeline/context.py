@@ -131,11 +131,10 @@ class StageContext:
 
     def repositories(self) -> dict[str, Any]:
         """RepositorySpec of every repository of the run by name."""
-        from qcn_jax.envs.sandbox.base import RepositorySpec
+        from qcn_jax.envs.sandbox.repository import read_specs
 
         self.result("tasks")
-        rows = files.read_json(self.root / "tasks" / "repositories.json")
-        return {row["name"]: RepositorySpec(**{key: _tuples(value) for key, value in row.items()}) for row in rows}
+        return {spec.name: spec for spec in read_specs(self.root / "tasks" / "repositories.json")}
 
     def start(self, stage: str) -> str:
         """The model that a stage begins from: of the trained ones before it the last, `base` where there is none.
@@ -255,8 +254,3 @@ class StageContext:
         if (self.root / "tasks" / "DONE.json").exists():
             pool.register(self.repositories().values())
         return pool
-
-
-def _tuples(value: Any) -> Any:
-    """JSON lists as the tuples that they were."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from qcn_jax import files, hub
 from qcn_jax.config import COMPUTE_FIELDS, ModelConfig, RunConfig
 from qcn_jax.errors import UserError
+from qcn_jax.hub.description import ACTING_FILE
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.context import StageContext
+from qcn_jax.pipeline.evaluate import settings
 from qcn_jax.pipeline.train.layout import param_shardings
 from qcn_jax.registry import Registry, is_path
 from qcn_jax.sharding import distributed
@@ -53,7 +55,7 @@ def save(context: StageContext, start: str, folder: pathlib.Path, model: ModelCo
 
     What the folder that the stage began from holds beside text weights goes along: its tokenizer's files and chat
     template as they are (unless `config.sft.chat_template` names another), and an encoder of images unless
-    `config.vision` says drop.
+    `config.vision` says drop. Beside it stands how the run lets it act (evaluate.settings).
 
     Args:
       context: of the stage.
@@ -70,7 +72,8 @@ def save(context: StageContext, start: str, folder: pathlib.Path, model: ModelCo
     if source is None and context.config.init != "random":
         source = initial_folder(context.config)
     hub.save(folder, model, params, context.tokenizer(), source=source, with_vision=context.config.vision == "keep",
-             chat_template=written_with(context.config))
+             chat_template=written_with(context.config),
+             beside={ACTING_FILE: settings.of_run(context.config, context.root, folder).to_json()})
 
 
 def read(folder: pathlib.Path, computed: ModelConfig, parallel: Parallel | None = None

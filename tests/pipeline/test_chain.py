@@ -135,6 +135,31 @@ def test_tasks_are_verified_and_held_out_repositories_stay_out(finished):
     assert "palindrome" not in tokenizer
 
 
+def test_a_model_is_evaluated_as_its_run_did(finished, tmp_path):
+    """Scaffold, limits, seeds, tasks: every word of every episode is the run's, though no flag names any of them."""
+    _, workdir, _ = finished
+
+    def evaluate(out, *more):
+        command = [sys.executable, "-m", "qcn_jax", "evaluate", f"--checkpoint={workdir}/distill/model", f"--out={out}",
+                   "--sandbox=local", "--isolation=shared", *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env=_environment())
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    ours = json.loads((workdir / "evaluate/models/unified.json").read_text())
+    summary = evaluate(tmp_path / "greedy")
+    assert (summary["resolved"], summary["attempted"]) == (ours["resolved"], ours["attempted"])
+    for name, said in ours["messages"].items():
+        found = json.loads((tmp_path / f"greedy/trajectories/{name}/0.traj.json").read_text())["messages"]
+        assert [(m["role"], m["content"]) for m in found if m["role"] != "exit"] == [(m["role"], m["content"]) for m in said]
+    settings = json.loads((tmp_path / "greedy/settings.json").read_text())
+    assert (settings["scaffold"], settings["max_turns"], settings["max_new_tokens"], settings["max_length"]) == (
+        "nano", 3, 24, 384)
+    evaluate(tmp_path / "sampled", "--attempts=2", "--max_turns=1", "--invalid=keep")
+    settings = json.loads((tmp_path / "sampled/settings.json").read_text())
+    assert (settings["temperature"], settings["max_turns"], settings["max_new_tokens"]) == (0.8, 1, 24)
+
+
 def test_weights_are_checkpoints_that_load(finished):
     from qcn_jax import hub
 

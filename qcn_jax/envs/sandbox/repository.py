@@ -61,6 +61,14 @@ class RepositorySpec:
     setup: tuple[str, ...] = ()
 
 
+def read_specs(path: files.Path) -> list[RepositorySpec]:
+    """Specs from a JSON list of their fields, as `qcn run` leaves them beside its tasks."""
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return [RepositorySpec(**{key: tuples(value) for key, value in row.items()}) for row in files.read_json(path)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     """One file of a tree."""

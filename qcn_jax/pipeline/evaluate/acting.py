@@ -19,6 +19,7 @@ from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.inference.checkpoint import load_to_act
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline.chat_template import fitted, stopping
+from qcn_jax.pipeline.evaluate import settings
 from qcn_jax.pipeline.experts.conversation import TaskConversation
 from qcn_jax.pipeline.rl.episodes import make_engine
 from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout
@@ -30,6 +31,7 @@ class Drawing:
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     max_new_tokens: int = 64
     max_length: int = 1024
 
@@ -84,6 +86,8 @@ def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequ
     missing = running.missing(tasks, plan, folder)
     if missing:
         model, params, parallel = load_to_act(checkpoint, mesh)
+        if (stored := settings.read(checkpoint)) is not None:
+            model = dataclasses.replace(model, dtype=stored.dtype, chunk_size=stored.chunk_size)
         limits = RolloutConfig(max_turns=plan.limits.turns, max_new_tokens=drawing.max_new_tokens,
                                max_length=drawing.max_length, slots=plan.parallel)
         tokenizer = Tokenizer.from_folder(checkpoint)
@@ -102,5 +106,5 @@ def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequ
             by_task.setdefault(task.instance_id, []).append((task, attempt))
         groups = [[make(task, attempt=attempt) for task, attempt in one] for one in by_task.values()]
         seeds = [[running.attempt_seed(plan.seed, task, attempt) for task, attempt in one] for one in by_task.values()]
-        rollout(engine, groups, seeds, sampling=Sampling(drawing.temperature, drawing.top_p))
+        rollout(engine, groups, seeds, sampling=Sampling(drawing.temperature, drawing.top_p, drawing.top_k))
     return running.ordered(tasks, plan, folder)

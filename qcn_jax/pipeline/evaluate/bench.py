@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from qcn_jax.agents.running import attempt_seed
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import Encoder
@@ -26,7 +27,7 @@ from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.pipeline.experts import headline, metrics
 from qcn_jax.pipeline.experts.expert import Conversation, Expert, Prompt
 from qcn_jax.pipeline.rl.episodes import make_engine
-from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, acts_here, rollout, sequence_seed
+from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, acts_here, rollout
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
@@ -124,10 +125,10 @@ class Bench:
         parts = [greedy[0], sampled, *greedy[1:]]
         groups, seeds, draws = [], [], []
         for part in parts:
-            for number, prompt in enumerate(part):
+            for prompt in part:
                 count = samples if part is sampled else 1
                 groups.append([self._conversation(prompt) for _ in range(count)])
-                seeds.append([sequence_seed(self.seed, number, sample) for sample in range(count)])
+                seeds.append([attempt_seed(self.seed, prompt.task, sample) for sample in range(count)])
                 draws.append(sampling if part is sampled else GREEDY)
         records = rollout(engine, groups, seeds, sampling=draws)
         said = {index: [plain_messages(conversation.messages) for conversation in group]

@@ -7,8 +7,9 @@ import statistics
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.hub.description import ACTING_FILE
 from qcn_jax.pipeline.context import StageContext
-from qcn_jax.pipeline.evaluate import comparisons
+from qcn_jax.pipeline.evaluate import comparisons, settings
 from qcn_jax.pipeline.evaluate.baseline import Baseline, baseline_of
 from qcn_jax.pipeline.evaluate.bench import Bench, balanced
 from qcn_jax.pipeline.experts import headline
@@ -38,6 +39,10 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         models[f"{baseline.name}_once"] = first_guess(models[baseline.name])
     control = train_control(context) if has_control(context) else None
     for name in model_names(context):
+        if name != "base" and distributed.is_first():  # it may have been trained under another configuration of this
+            folder = context.model_path(name)
+            acting = settings.of_run(context.config, context.root, folder)
+            files.write_json(folder / ACTING_FILE, acting.to_json())
         measured(name, lambda name=name: bench.model(name, *load(context, name, bench.parallel)))
     if distributed.is_first():
         chosen = choose_trajectories(models, bench, baseline, start)
