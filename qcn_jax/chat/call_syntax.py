@@ -21,7 +21,6 @@ from qcn_jax.chat.values import (
     check_depth,
     coerce,
     format_value,
-    parameter_schemas,
     read_json,
     read_literal,
 )
@@ -34,6 +33,7 @@ class Form(Protocol):
     """How calls are written and read."""
 
     start: re.Pattern[str]  # what begins the first call
+    head: str  # what `start` begins with, whatever the call
 
     def render(self, calls: Sequence[ToolCall]) -> str:
         """The text of one or more calls."""
@@ -43,11 +43,11 @@ class Form(Protocol):
 
 
 class Escape:
-    """Marks occurrences of `pattern` (its first character literal, plain) in free text, reversibly."""
+    """Marks occurrences of `first` and `rest` (a literal character and a pattern) in free text, reversibly."""
 
     def __init__(self, first: str, rest: str):
         self._plain = re.compile(f"{re.escape(first)}(?=\\\\*(?:{rest}))")
-        self._marked = re.compile(f"{re.escape(first)}\\\\(?=\\\\*(?:{rest}))")
+        self.marked = re.compile(f"{re.escape(first)}\\\\(?=\\\\*(?:{rest}))")
         self._first = first
 
     def mark(self, text: str) -> str:
@@ -56,12 +56,12 @@ class Escape:
 
     def unmark(self, text: str) -> str:
         """The inverse of `mark`."""
-        return self._marked.sub(lambda _: self._first, text)
+        return self.marked.sub(lambda _: self._first, text)
 
 
 def render(form: Form, content: str, calls: Sequence[ToolCall]) -> str:
     """Words, then calls; words are trimmed where calls follow."""
-    escape = _content_escape(form.start.pattern)
+    escape = content_escape(form.start.pattern)
     if not calls:
         return escape.mark(content)
     for call in calls:
@@ -70,24 +70,9 @@ def render(form: Form, content: str, calls: Sequence[ToolCall]) -> str:
     return (lead + "\n\n" if lead else "") + form.render(calls)
 
 
-def parse(form: Form, text: str, tools: Sequence[Mapping[str, Any]] | None) -> ParsedMessage:
-    """The inverse of `render`, for any text."""
-    escape, message, schemas = _content_escape(form.start.pattern), ParsedMessage(), parameter_schemas(tools)
-    # Where a tag that opens a call is the tool's name, only names of known tools open one.
-    known = (match for match in form.start.finditer(text) if match.groupdict().get("name") in (None, *schemas))
-    start = next(known, None) if schemas else form.start.search(text)
-    if start is None:
-        message.content = escape.unmark(text)
-        return message
-    message.content = escape.unmark(text[:start.start()].strip())
-    position = form.read(text, start.start(), schemas, message)
-    if text[position:].strip():
-        message.problems.append("text after the calls")
-    return message
-
-
 @functools.cache
-def _content_escape(pattern: str) -> Escape:
+def content_escape(pattern: str) -> Escape:
+    """What keeps an assistant's words from being taken for what `pattern`, a Form's start, finds."""
     first, rest = re.fullmatch(r"(\\?.)(.*)", pattern, re.DOTALL).groups()
     return Escape(first[-1], rest)
 
@@ -141,7 +126,12 @@ class JsonForm:
     @functools.cached_property
     def start(self) -> re.Pattern[str]:
         """What begins the first call."""
-        return re.compile(re.escape(self.marker or (self.begin + self.prefix).strip()))
+        return re.compile(re.escape(self.head))
+
+    @property
+    def head(self) -> str:
+        """See `Form`."""
+        return self.marker or (self.begin + self.prefix).strip()
 
     def render(self, calls: Sequence[ToolCall]) -> str:
         """See `Form`."""
@@ -232,7 +222,12 @@ class TaggedForm:
         literal = (self.begin + self.call).strip()
         if literal.startswith("<{name}>"):  # the tag is the tool's name: only a tag that ends its line
             return re.compile(rf"<(?P<name>{IDENTIFIER})>[ \t]*(?:\n|\Z)")
-        return re.compile(re.escape(literal.split("{name}")[0].rstrip()))
+        return re.compile(re.escape(self.head))
+
+    @property
+    def head(self) -> str:
+        """See `Form`."""
+        return (self.begin + self.call).strip().split("{name}")[0].rstrip()
 
     def render(self, calls: Sequence[ToolCall]) -> str:
         """See `Form`."""
@@ -342,6 +337,11 @@ class PythonForm:
     def start(self) -> re.Pattern[str]:
         """What begins the list."""
         return re.compile(re.escape(self.begin) if self.begin else rf"\[{IDENTIFIER}\(")
+
+    @property
+    def head(self) -> str:
+        """See `Form`."""
+        return self.begin or "["
 
     def render(self, calls: Sequence[ToolCall]) -> str:
         """See `Form`."""

@@ -7,8 +7,8 @@ native (see `tool_calls`); the others serve to teach and to check that a model f
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcn_jax.chat import call_syntax
-from qcn_jax.chat.call_reader import parse_tool_calls
+from qcn_jax.chat import call_syntax, form_reader
+from qcn_jax.chat.call_reader import CallReader, parse_tool_calls
 from qcn_jax.chat.call_syntax import Form, JsonForm, PythonForm, TaggedForm
 from qcn_jax.chat.rendering import render_assistant
 from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall
@@ -66,7 +66,16 @@ def parse(name: str, text: str, tools: Sequence[Mapping[str, Any]] | None = None
     Raises:
       UserError: no such template.
     """
-    return parse_tool_calls(text, tools) if name == NATIVE else call_syntax.parse(_form(name), text, tools)
+    return parse_tool_calls(text, tools) if name == NATIVE else form_reader.parse(_form(name), text, tools)
+
+
+def reader(name: str, tools: Sequence[Mapping[str, Any]] | None = None) -> CallReader | form_reader.FormReader:
+    """Reads an assistant's turn under template `name` piece by piece.
+
+    Raises:
+      UserError: no such template.
+    """
+    return CallReader(tools) if name == NATIVE else form_reader.FormReader(_form(name), tools)
 
 
 def render_call(name: str, call: ToolCall) -> str:

@@ -61,16 +61,17 @@ def _serve(values: flags.FlagValues, listening: socket.socket, mesh: MeshConfig 
     import uvicorn
 
     from qcn_jax.chat.template_encoder import encoder_of
+    from qcn_jax.chat.templates import NATIVE
     from qcn_jax.inference.checkpoint import load_engine
     from qcn_jax.inference.scheduler import PIECE, Scheduler
     from qcn_jax.inference.server import Service
 
     loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE,
                          mesh=mesh, snapshots=values.slots if values.snapshots is None else values.snapshots)
-    encode = functools.partial(encoder_of(values.checkpoint, loaded.tokenizer).encode_prompt, trusted=False)
+    encoder = encoder_of(values.checkpoint, loaded.tokenizer)
     service = Service(
-        Scheduler(loaded.engine), loaded.tokenizer, encode, loaded.stop_ids, values.name or loaded.name
-    )
+        Scheduler(loaded.engine), loaded.tokenizer, functools.partial(encoder.encode_prompt, trusted=False),
+        loaded.stop_ids, values.name or loaded.name, encoder.calls or NATIVE)
     host, port = listening.getsockname()[:2]
     print(f"serving {service.name} on http://{host}:{port}/v1", file=sys.stderr, flush=True)
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level="warning", timeout_graceful_shutdown=5))

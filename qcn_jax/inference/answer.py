@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
 
-from qcn_jax.chat.call_reader import CallReader
+from qcn_jax.chat import templates
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.chat.tokenizer import IncrementalDecoder, Tokenizer
 from qcn_jax.inference import protocol
@@ -29,6 +29,7 @@ class Source(Protocol):
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     name: str
+    form: str
 
 
 class Choice:
@@ -46,7 +47,7 @@ class Choice:
         """Makes an empty one; where there are `tools`, its calls are read, only the first of them if `one_call`."""
         self._decoder, self._tokenizer = IncrementalDecoder(source.tokenizer), source.tokenizer
         self._stop_ids, self._stops, self._one_call = source.stop_ids, stops, one_call
-        self._reader = CallReader(tools) if tools else None
+        self._reader = templates.reader(source.form, tools) if tools else None
         self._text, self._read = "", 0  # what was generated, and how much of it no stop text can begin in
         self.words, self.count = "", 0
         self.calls: list[ToolCall] = []

@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from qcn_jax.chat.templates import NATIVE
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.errors import UserError
 from qcn_jax.inference import protocol
@@ -48,6 +49,7 @@ class Service:
     encode: (messages, tools) -> prompt ids, up to where the assistant begins; called from several threads.
     stop_ids: tokens that end a turn; they are not part of the text.
     name: of the model, as clients see it.
+    form: of its tool calls (chat.templates).
     """
 
     scheduler: Scheduler
@@ -55,6 +57,7 @@ class Service:
     encode: Encode
     stop_ids: frozenset[int]
     name: str
+    form: str = NATIVE
 
     def app(self) -> Starlette:
         """The ASGI application; its end closes the scheduler."""

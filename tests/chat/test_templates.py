@@ -83,6 +83,37 @@ def test_no_text_breaks_the_reader(name):
     check()
 
 
+TOOLS = [{"type": "function", "function": {"name": call.name, "parameters": {"type": "object"}}} for call in CALLS]
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_pieces_are_read_as_the_whole(name):
+    """Whatever the text, and wherever it is cut: the same words, calls and problems, and no word is said twice."""
+    opened = templates.render(name, "See:", CALLS)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.one_of(TEXTS, TEXTS.map(lambda text: opened + text), TEXTS.map(lambda text: text + opened)),
+           st.lists(st.integers(0, 400), max_size=12), st.sampled_from([None, TOOLS]))
+    def check(text, cuts, tools):
+        whole = templates.reader(name, tools)
+        words = whole.push(text) + whole.finish()
+        piecewise, said = templates.reader(name, tools), ""
+        bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+        for start, end in zip(bounds, bounds[1:]):
+            said += piecewise.push(text[start:end])
+        assert said + piecewise.finish() == words == whole.message.content
+        assert piecewise.message == whole.message
+        assert whole.message.calls == templates.parse(name, text, tools).calls
+
+    check()
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_words_are_not_held_back_for_longer_than_need_be(name):
+    made = templates.reader(name, TOOLS)
+    assert made.push("a < b, [x] and `") == "a < b, [x] and `"
+
+
 @pytest.mark.parametrize("name", templates.TEMPLATES)
 def test_a_cut_text_is_never_taken_for_other_whole_calls(name):
     text = templates.render(name, "", CALLS)

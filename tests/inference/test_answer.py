@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from qcn_jax.chat import rendering
+from qcn_jax.chat import rendering, templates
 from qcn_jax.inference import protocol
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.inference.scheduler import Request, Scheduler
@@ -17,13 +17,13 @@ from tests.inference.scripted import STOP, VIEW, Scripted, Speller
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def serve(engine: Scripted) -> Service:
-    return Service(Scheduler(engine), Speller(), lambda messages, tools: [*map(ord, "hello$")], frozenset([STOP]), "x")
+def serve(engine: Scripted, form: str = templates.NATIVE) -> Service:
+    return Service(Scheduler(engine), Speller(), lambda messages, tools: [*map(ord, "hello$")], frozenset([STOP]), "x", form)
 
 
-def ask(engine: Scripted, *bodies: dict, path: str = "chat/completions") -> list[httpx.Response]:
+def ask(engine: Scripted, *bodies: dict, path: str = "chat/completions", form: str = templates.NATIVE) -> list[httpx.Response]:
     """Answers to several requests at once."""
-    service = serve(engine)
+    service = serve(engine, form)
 
     async def run():
         transport = httpx.ASGITransport(service.app())
@@ -66,6 +66,17 @@ def test_streamed_answers_are_the_whole_ones(text, content, calls, finish) -> No
     assert joined(streamed) == (message["content"] or "", functions, choice["finish_reason"]) == (
         content, [{"name": "view", "arguments": '{"path": "..."}'}] * calls, finish)
     assert len(single.json()["choices"][0]["message"].get("tool_calls", [])) == min(1, calls)
+
+
+@pytest.mark.parametrize("form", ["hermes", "glm46", "kimi_k2", "llama4_pythonic", "deepseek_v32", "xml_cline"])
+def test_calls_come_in_the_form_of_the_models_own_template(form) -> None:
+    text = templates.render(form, "Let me look: [1] < 2.", [rendering.ToolCall("view", {"path": ["a"]})])
+    body = {"messages": HELLO, "tools": VIEW}
+    whole, streamed = ask(Scripted(text), body, body | {"stream": True}, form=form)
+    message = whole.json()["choices"][0]["message"]
+    functions = [call["function"] for call in message["tool_calls"]]
+    assert joined(streamed) == (message["content"], functions, "tool_calls") == (
+        "Let me look: [1] < 2.", [{"name": "view", "arguments": '{"path": ["a"]}'}], "tool_calls")
 
 
 def test_values_that_no_encoding_has_are_answered() -> None:
