@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("statement", "issue", describe.WORDINGS, "issue: as users report defects, with a program that "
                       "shows them and no word of tests; observed: what a call gave and should, and failing tests; "
                       "endpoint: the issue in the model's words.", flag_values=values)  # fmt: skip
+    flags.DEFINE_bool("judge", False, "Have the endpoint's model judge statements, and leave out tasks of which it "
+                      "shows that tests want what nobody says, or contradict the statement.", flag_values=values)
     flags.DEFINE_bool("hide_tests", True, "Take the tests that show the defect out of the tree that the agent sees; "
                       "test_patch puts them back.", flag_values=values)  # fmt: skip
     flags.DEFINE_string("issues", "", "mine: pull requests and issues as JSON, or `github` to ask its API with the "
@@ -96,8 +98,8 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
         if not values.model:
             raise UserError("--model: name the model that --endpoint serves")
         model = endpoint.Endpoint(values.endpoint, values.model, values.key_variable, f"{values.out}.work/answers")
-    elif "rewrite" in asked or values.statement == "endpoint":
-        raise UserError("--endpoint: needed for strategy rewrite and for --statement=endpoint")
+    elif "rewrite" in asked or values.statement == "endpoint" or values.judge:
+        raise UserError("--endpoint: needed for strategy rewrite, for --statement=endpoint and for --judge")
     if "combine" in asked and not asked & {"inject", "rewrite"}:
         raise UserError("--strategies: combine needs inject or rewrite, whose verified defects it puts together")
     return plan.Settings(
@@ -105,7 +107,8 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
         timeout=values.timeout, reruns=values.reruns, pass_to_pass=values.pass_to_pass,
         statement_characters=values.statement_characters, held_out=values.held_out, tests_may_tell=True,
         combined_per_repo=values.combined_per_repo if "combine" in asked else 0,
-        rules="inject" in asked, model=model, statement=values.statement, hide_tests=values.hide_tests,
+        rules="inject" in asked, model=model, judged=values.judge, statement=values.statement,
+        hide_tests=values.hide_tests,
         near_duplicates=values.near_duplicates,
         rewrites_per_repo=values.rewrites_per_repo if "rewrite" in asked else 0, seed=values.seed,
     )  # fmt: skip
@@ -128,6 +131,8 @@ def _synthesize(values: flags.FlagValues) -> int:
     print(f"statements: {yields['statement']}, which give the fix's place away to {yields['mean_localisation']:.2f} "
           f"of 1; PASS_TO_PASS: {yields['pass_to_pass']}, median {yields['median_pass_to_pass']}, "
           f"{yields['without_pass_to_pass']} tasks have none")
+    if judged := yields.get("judge"):
+        print("judge: " + ", ".join(f"{name} {count}" for name, count in judged.items()))
     print(f"{len(tasks)} verified tasks: {out}")
     return 0 if tasks or set(values.strategies) == {"build"} else 1
 

@@ -7,7 +7,8 @@
 Held-out tests are checked like the others. With --reruns every task's tests run so many further times in the defective
 and in the fixed state, and flaky ones are named. Repositories named `name==version` are downloaded (or taken
 from the cache); archives and folders are given with --repo. Every grading and every unpatched run has a fresh sandbox.
-Exit status 0 means that all tasks are valid.
+With --endpoint a model judges the statements as well: a task is not valid if its tests are shown to want what nobody
+says, or to contradict the statement. Exit status 0 means that all tasks are valid.
 """
 
 import concurrent.futures
@@ -43,7 +44,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("sample", 0, "Check so many tasks, evenly spread over the file; 0: all.", flag_values=values,
                          lower_bound=0)  # fmt: skip
     flags.DEFINE_integer("workers", 2, "Tasks side by side.", flag_values=values, lower_bound=1)
+    flags.DEFINE_string("endpoint", None, "OpenAI-compatible endpoint of a model that judges statements.",
+                        flag_values=values)
+    flags.DEFINE_string("model", None, "Model to ask there.", flag_values=values)
+    flags.DEFINE_string("key_variable", "OPENAI_API_KEY", "Environment variable that holds the endpoint's key.",
+                        flag_values=values)
     parsing.parse(values, "verify", __doc__, argv)
+    if bool(values.endpoint) != bool(values.model):
+        raise UserError("--endpoint and --model go together: where the judge answers, and which model it is")
     faults: list[str] = []
     tasks = read_tasks(values.tasks, faults)
     if not tasks and not faults:
@@ -62,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
         print(fault)
     arguments = {"kind": values.sandbox, "isolation": values.isolation,
                  "state_dir": str(files.cache_folder("sandbox"))}  # fmt: skip
+    objections = _judged([*tasks, *foreign], values)
     invalid = flaky_tasks = 0
     count = len(tasks) + len(foreign)
     with contextlib.ExitStack() as stack:
@@ -71,9 +80,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"sandbox: {pool.describe()['description']}")
             checks = itertools.chain(verify.verify(pool, tasks, values.reruns), checks)
         for check in tqdm.tqdm(checks, total=count, desc="verifying", unit="task", file=sys.stderr):
-            if check.problems:
+            if problems := [*check.problems, *objections.get(check.instance_id, ())]:
                 invalid += 1
-                print(f"{check.instance_id}: {'; '.join(check.problems)}")
+                print(f"{check.instance_id}: {'; '.join(problems)}")
             for name, words in check.flaky.items():
                 print(f"{check.instance_id}: flaky: {name}: {words}")
             flaky_tasks += bool(check.flaky)
@@ -86,6 +95,23 @@ def main(argv: Sequence[str]) -> int:
     if faults:
         print(f"{len(faults)} faults of rows, which are named above and were left out")
     return 1 if invalid or faults else 0
+
+
+def _judged(tasks: Sequence[Task], values: flags.FlagValues) -> dict[str, tuple[str, ...]]:
+    """What a model shows to be wrong with statements, by task; nothing where none is asked."""
+    if not values.endpoint:
+        return {}
+    from qcn_jax.chat.endpoint import Endpoint
+    from qcn_jax.envs.synthesis import judge
+
+    model = Endpoint(values.endpoint, values.model, values.key_variable)
+    model.check()
+    with concurrent.futures.ThreadPoolExecutor(values.workers) as threads:
+        found = list(tqdm.tqdm(threads.map(lambda task: judge.judge(task, model.ask), tasks), total=len(tasks),
+                               desc="judging", unit="task", file=sys.stderr))
+    if unjudged := sum(not one.judged for one in found):
+        print(f"{unjudged} of {len(tasks)} statements are not judged: the model's answers cannot be read")
+    return {task.instance_id: one.faults for task, one in zip(tasks, found, strict=True)}
 
 
 def _foreign(tasks: Sequence[Task], values: flags.FlagValues) -> Iterator["Check"]:

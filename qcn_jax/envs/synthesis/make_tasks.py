@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qcn_jax import files
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import RepositorySpec, repository
-from qcn_jax.envs.synthesis import plan, quality, sources, synthesize
+from qcn_jax.envs.synthesis import judge, plan, quality, sources, synthesize
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
@@ -61,7 +61,7 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
 
     Returns:
       Tasks, and JSON-ready yields: kinds, repositories, outcomes, left_out, near_duplicates, ambiguous, held_out,
-      statement, pass_to_pass, `quality.summary`, and mined where histories were mined.
+      statement, pass_to_pass, `quality.summary`, mined where histories were mined, and judge where a model judged.
 
     Raises:
       UserError: something that is no repository, `setup` for one that is not Python's, or a sandbox that is missing.
@@ -85,6 +85,8 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
         if "mine" in request.strategies:
             tasks += _mined(request, pool, yields, log)
     tasks, refused = quality.sifted(tasks, request.settings.near_duplicates)  # across strategies, too
+    if request.settings.judged and request.settings.model is not None:
+        tasks, yields["judge"] = judge.sifted(tasks, request.settings.model.ask, log)
     yields |= {f"{reason}s" if reason == "near_duplicate" else reason: refused.get(reason, 0) + yields["outcomes"].get(
         reason, 0) for reason in ("near_duplicate", "ambiguous")}
     yields |= {"held_out": sum(bool(task.held_out_patch) for task in tasks),

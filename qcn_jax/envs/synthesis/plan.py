@@ -48,6 +48,7 @@ class Settings:
     combined_per_repo: int = 0
     rules: bool = True
     model: endpoint.Endpoint | None = None
+    judged: bool = False
     rewrites_per_repo: int = 20
     statement: str = "issue"
     hide_tests: bool = True

@@ -17,6 +17,7 @@ from qcn_jax.envs.tasks.schema import Task
 
 AMBIGUOUS = 0.35  # ambiguity from which a task is refused: tests want names that nobody says, or values are cut away
 NEAR = 0.9  # similarity from which two changes of one file count as the same task
+_MESSAGE = re.compile(r"""(["'])((?:(?!\1)[^\\\n]){8,})\1""")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _DEFINED = re.compile(r"^\s*(?:def|class|func|function)\s+(\w+)|^\s*(?:const|let|var)\s+(\w+)\s*=", re.M)
 
@@ -80,9 +81,10 @@ def ambiguity(task: Task) -> float:
     if place and place not in text:
         score += 0.2
     wanted = _added_names(task.patch) & set(_TOKEN.findall(task.test_patch))
+    wanted |= _added_parameters(task.patch) & set(re.findall(r"[(,]\s*(\w+)=(?!=)", task.test_patch))
     missing = [name for name in wanted if not re.search(rf"\b{re.escape(name)}\b", text)]
-    if missing:
-        score += 0.35  # tests use names that only the fix defines, and nobody says so
+    if missing or _unsaid_messages(task):
+        score += 0.35  # tests use names or whole messages that only the fix brings, and nobody says so
     return round(min(score + (0.2 if len(text) < 40 else 0.0), 1.0), 3)
 
 
@@ -90,6 +92,29 @@ def _added_names(patch: str) -> set[str]:
     added = "".join(line for sign, line in _changed(patch) if sign == "+")
     removed = "".join(line for sign, line in _changed(patch) if sign == "-")
     return {a or b for a, b in _DEFINED.findall(added)} - {a or b for a, b in _DEFINED.findall(removed)}
+
+
+def _added_parameters(patch: str) -> set[str]:
+    """Names of parameters in added lines that begin a function, and in no removed one."""
+    def named(wanted: str) -> set[str]:
+        heads = (line for sign, line in _changed(patch) if sign == wanted and line.lstrip().startswith("def "))
+        return {name for head in heads for name in re.findall(r"[(,]\s*\*{0,2}(\w+)", head)}
+
+    return named("+") - named("-")
+
+
+def _unsaid_messages(task: Task) -> set[str]:
+    """Texts of several words that the tests quote, that the fix brings, and that the statement does not say."""
+    lines = _changed(task.patch)
+    brought = {text for sign, line in lines if sign == "+" for text in _texts(line)}
+    brought -= {text for sign, line in lines if sign == "-" for text in _texts(line)}
+    quoted = {text for line in task.test_patch.splitlines() if line.startswith("+") for text in _texts(line)}
+    said = " ".join(task.problem_statement.split())
+    return {text for text in quoted if any(text in message for message in brought) and text not in said}
+
+
+def _texts(line: str) -> list[str]:
+    return [text for _, text in _MESSAGE.findall(line) if " " in text.strip()]
 
 
 def _changed(patch: str) -> list[tuple[str, str]]:

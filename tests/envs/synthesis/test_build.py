@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qcn_jax.chat import endpoint
+from qcn_jax.cli import main as cli
 from qcn_jax.envs import patches
 from qcn_jax.envs.synthesis import build, plan
 from qcn_jax.envs.synthesis.build import rules, verifier
@@ -51,10 +51,14 @@ def test_nothing_to_go_by():
 
 
 @pytest.mark.docker
-def test_agent_builds_where_rules_fail(client):
-    """No tests that rules know: the model looks around, is rejected for a grep, reads why, and submits what works."""
+def test_agent_builds_where_rules_fail(client, tmp_path, capsys):
+    """No tests that rules know: the model looks around, fails to install, is rejected for a grep, and then succeeds."""
     recipe = {"language": "python", "packages": [], "install": [], "parser": "tap",
               "test": "grep -q 'value < low' calc/core.py && echo ok 1 - text || echo not ok 1 - text"}
+    (tmp_path / "calc-1.0").mkdir()
+    for path, text in foreign.PYTHON.items():
+        (tmp_path / "calc-1.0" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "calc-1.0" / path).write_text(text)
 
     def model(messages):
         last = messages[-1]["content"]
@@ -62,43 +66,58 @@ def test_agent_builds_where_rules_fail(client):
             return "Let me look.\n```bash\nls checks; python3 checks/run_checks.py\n```"
         if "No module named 'calc'" in last:
             assert "run_checks.py" in last and "exit status 1" in last
+            return f"```json\n{json.dumps({**recipe, 'install': ['echo no such index >&2; exit 7']})}\n```"
+        if "exits with 7" in last:
+            assert "no such index" in last
             return f"```json\n{json.dumps(recipe)}\n```"
         if "it reads code and does not run it" in last or "notices none" in last:
             return f"```json\n{json.dumps({**recipe, 'test': 'PYTHONPATH=. python3 checks/run_checks.py'})}\n```"
         return "I give up."
 
     with serve(model) as (url, bodies):
-        made = build.build(foreign.encoded(foreign.PYTHON), "calc", lambda _: None, model=endpoint.Endpoint(url, "m"),
-                           turns=6, client=client)  # fmt: skip
-    assert len(bodies) == 3 and made.attempts == 2
-    assert set(made.outcomes) == {"inside", "below", "above"} and made.acceptance.states == {
+        assert cli.main(["synthesize", f"--repo={tmp_path}/calc-1.0", "--strategies=build", f"--endpoint={url}", "--model=m",
+                         f"--out={tmp_path}/tasks.jsonl"]) == 0, capsys.readouterr().err
+    (place,) = (tmp_path / "tasks.jsonl.work" / "environments").iterdir()
+    made = json.loads((place / "environment.json").read_text())
+    assert len(bodies) == 4 and made["attempts"] == 3 and "run_checks.py" in made["recipe"]["test"]
+    assert set(made["outcomes"]) == {"inside", "below", "above"} and made["acceptance"]["states"] == {
         "fixed": "passed", "defective": "failed", "emptied": "failed", "stopped": "failed"}  # fmt: skip
+    said = capsys.readouterr()
+    assert "recipe 1 is rejected" in said.err and "recipe 3 is accepted after 4 turns" in said.err
     with pytest.raises(UserError, match="no environment by rules"):
         build.build(foreign.encoded(foreign.PYTHON), "calc", lambda _: None, client=client)
 
 
+SUPERFICIAL = {
+    "grep -q 'value < low' calc/core.py": "it reads code and does not run it",
+    "grep -c 'value < low' calc/core.py | grep -qx 1 && echo PASSED": "it reads code and does not run it",
+    "python3 -c \"import ast; tree = ast.parse(open('calc/core.py').read()); assert 'value < low' in ast.unparse(tree)\"":
+        "it reads code and does not run it",
+    "sha256sum calc/core.py | grep -q $(python3 -c \"import hashlib; print(hashlib.sha256(open('calc/core.py', 'rb').read())"
+    ".hexdigest())\")": "passes on the defective state",
+    "python3 -c \"compile(open('calc/core.py').read(), 'core.py', 'exec')\"": "passes on the defective state",
+    "true": "passes with the sources emptied", "echo PASS": "passes with the sources emptied", "exit 0": "passes with the sources emptied",
+    "test -f calc/core.py && test -f checks/run_checks.py": "passes with the sources emptied",
+    "PYTHONPATH=. python3 -c 'import calc.core'": "passes on the defective state",
+    "PYTHONPATH=. python3 checks/run_checks.py || true": "passes on the defective state",
+    "PYTHONPATH=. python3 checks/run_checks.py | tee /tmp/log": "passes on the defective state",
+    "false": "fails on the fixed state",
+}
+
+
 @pytest.mark.docker
-@pytest.mark.parametrize(
-    ("command", "problem"),
-    [
-        ("PYTHONPATH=. python3 checks/run_checks.py", None),
-        ("grep -q 'value < low' calc/core.py", "it reads code and does not run it"),
-        ("true", "passes with the sources emptied"),
-        ("python3 -c 'import calc.core' || PYTHONPATH=. python3 -c 'import calc.core'", "passes on the defective state"),
-        ("false", "fails on the fixed state"),
-    ],
-)
-def test_verifiers(client, command, problem):
-    """Judged by what they do on four states of the sources."""
+def test_verifiers(client):
+    """Judged by what they do on four states of the sources: superficial ones are none, whatever they print."""
     from qcn_jax.envs.sandbox import images
 
     sources = {path: text for path, text in foreign.PYTHON.items() if path.startswith("calc/")}
     defect = {"calc/core.py": sources["calc/core.py"].replace("value < low", "value > low")}
     with Container(client, images.base_image(client)) as container:
         container.write(foreign.PYTHON)
-        found = verifier.accept(container, verifier.Verifier(command), "python", sources, defect)
-    assert (found.problems == ()) == (problem is None)
-    assert problem is None or any(problem in words for words in found.problems)
+        for command, problem in {"PYTHONPATH=. python3 checks/run_checks.py": None, **SUPERFICIAL}.items():
+            found = verifier.accept(container, verifier.Verifier(command), "python", sources, defect)
+            assert (found.problems == ()) == (problem is None), (command, found)
+            assert problem is None or any(problem in words for words in found.problems), (command, found)
 
 
 @pytest.mark.docker
