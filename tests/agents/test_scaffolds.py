@@ -10,6 +10,7 @@ from qcn_jax.agents.scaffolds.claude_code import CLAUDE_CODE
 from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.openhands import OPENHANDS
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
+from qcn_jax.agents.scaffolds.simulated_user import SIMULATED_USER
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
 from qcn_jax.agents.scaffolds.terminus import TERMINUS_JSON, TERMINUS_XML
 from qcn_jax.agents.workspace import SandboxWorkspace
@@ -24,7 +25,8 @@ from qcn_jax.recipes.nano.scaffold import NANO
 from tests.agents import tiny
 
 NANO_SINGLE = NANO.single()
-ALL = [NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT, OPENHANDS, CLAUDE_CODE, TERMINUS_JSON, TERMINUS_XML]
+ALL = [NANO, NANO_SINGLE, SWE_AGENT, QWEN_CODE, MINI_SWE_AGENT, OPENHANDS, CLAUDE_CODE, TERMINUS_JSON, TERMINUS_XML,
+       SIMULATED_USER]
 SED = "sed -i 's/if value > low/if value < low/' core.py"
 CORE = "/testbed/calc/core.py"
 MEND = {
@@ -71,6 +73,11 @@ MEND = {
         [ToolCall("keystrokes", {"keystrokes": f"{SED}\n", "duration": 1.0}), ToolCall("task_complete", {})],
         [ToolCall("task_complete", {})],
     ] for form in ("json", "xml")},
+    "simulated_user": [
+        [ToolCall("bash", {"command": "cat calc/core.py"}), ToolCall("bash", {"command": "ls"})],
+        [ToolCall("bash", {"command": "sed -i 's/if value > low/if value < low/' calc/core.py"})],
+        [],
+    ],
     "mini_swe_agent": [
         [ToolCall("bash", {"command": "cat calc/core.py"})],
         [ToolCall("bash", {"command": "sed -i 's/if value > low/if value < low/' calc/core.py"})],

@@ -16,5 +16,6 @@ SCAFFOLDS = Registry("scaffold", Scaffold, {
     "claude_code": "qcn_jax.agents.scaffolds.claude_code:CLAUDE_CODE",
     "terminus_json": "qcn_jax.agents.scaffolds.terminus:TERMINUS_JSON",
     "terminus_xml": "qcn_jax.agents.scaffolds.terminus:TERMINUS_XML",
+    "simulated_user": "qcn_jax.agents.scaffolds.simulated_user:SIMULATED_USER",
     "nano": "qcn_jax.recipes.nano.scaffold:NANO",
 })

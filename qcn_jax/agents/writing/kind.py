@@ -1,0 +1,142 @@
+"""What kinds of written data share: items in, a model that is asked, rows out that checks bear out."""
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from qcn_jax import files
+from qcn_jax.chat.values import read_json
+from qcn_jax.errors import UserError
+from qcn_jax.journal import Rows
+
+Ask = Callable[[Sequence[Mapping[str, str]], int], str]
+"""Messages and a seed to an answer; `chat.endpoint.Endpoint.ask` is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What a row is made of: its id, and its fields."""
+
+    name: str
+    fields: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Rows that an item gave, and why others were dropped, by reason."""
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Kind(Protocol):
+    """A kind of data that a model writes."""
+
+    name: str
+    fields: Mapping[str, type]  # that a row of --data must have, with their types
+
+    def check(self, fields: Mapping[str, Any]) -> str:
+        """What else is wrong with an item; empty where nothing is."""
+
+    def make(self, item: Item, ask: Ask, seed: int) -> Made:
+        """Asks the model and checks what it says.
+
+        Raises:
+          UserError: the endpoint cannot be used.
+        """
+
+
+def read_items(path: str, kind: Kind, faults: list[str]) -> list[Item]:
+    """Items of a JSONL file, or texts of a file or folder of pages (*.html, *.md, *.txt) where a text is all it takes.
+
+    Raises:
+      UserError: there is none that can be used; otherwise what is wrong with rows is added to `faults`.
+    """
+    place, found = pathlib.Path(path), []
+    if not place.exists():
+        raise UserError(f"--data={path}: no such file or folder")
+    if place.suffix not in (".jsonl", ".ndjson") and set(kind.fields) == {"text"}:
+        wanted = (".html", ".htm", ".md", ".txt")
+        pages = sorted(p for p in place.rglob("*") if p.suffix in wanted) if place.is_dir() else [place]
+        rows = [(str(page.relative_to(place)) if page != place else page.name,
+                 {"text": page.read_text("utf-8", "replace")}) for page in pages]
+    else:
+        rows = [(f"{place.name}:{number}", row) for number, row in files.read_numbered(place, faults)]
+    for name, row in rows:
+        wrong = _wrong(row, kind)
+        if wrong:
+            faults.append(f"{name}: {wrong}")
+        else:
+            found.append(Item(str(row.get("id", name)), row))
+    names = Counter(item.name for item in found)
+    if doubled := next((name for name, count in names.items() if count > 1), None):
+        raise UserError(f"--data={path}: id {doubled!r} is there {names[doubled]} times; ids must differ")
+    if not found:
+        raise UserError(faults[0] if faults else f"--data={path}: holds nothing for --kind={kind.name}")
+    return found
+
+
+def _wrong(row: Any, kind: Kind) -> str:
+    if not isinstance(row, dict):
+        return "must be an object"
+    for field, wanted in kind.fields.items():
+        if not isinstance(row.get(field), wanted) or not row[field]:
+            return f"field {field}: must be a {'list' if wanted is list else 'text'} that holds something"
+    return kind.check(row)
+
+
+def make_all(items: Sequence[Item], kind: Kind, ask: Ask, journal: pathlib.Path, parallel: int, seed: int,
+             progress: Callable[[Made], None]) -> Iterator[tuple[Item, Made]]:
+    """Yields (item, what it gave) in order; what is in the journal is not made again.
+
+    Raises:
+      UserError: the endpoint cannot be used; what was made before is kept.
+    """
+    with Rows(journal, durable=True) as rows, concurrent.futures.ThreadPoolExecutor(parallel) as threads:
+        missing = {item.name: item for item in items if item.name not in rows.known}
+        futures = {threads.submit(kind.make, item, ask, seed): name for name, item in missing.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                made = future.result()
+                rows.add(futures[future], {"rows": list(made.rows), "dropped": dict(made.dropped)})
+                progress(made)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+        known = dict(rows.known)
+    for item in items:
+        yield item, Made(known[item.name]["rows"], known[item.name]["dropped"])
+
+
+def answered_object(answer: str) -> dict[str, Any] | None:
+    """The JSON object of an answer, be it within words or a fence; None where there is none."""
+    found = re.search(r"\{.*\}", answer, re.DOTALL)
+    try:
+        value = read_json(found[0]) if found else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def asked_for_json(ask: Ask, system: str, user: str, seed: int, accept: Callable[[dict[str, Any]], bool], tries: int = 3
+                   ) -> dict[str, Any] | None:
+    """Asks until the answer is a JSON object that `accept` takes; None where it never is."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    for number in range(tries):
+        answer = ask(messages, seed + number)
+        found = answered_object(answer)
+        if found is not None and accept(found):
+            return found
+        messages = [*messages[:2], {"role": "assistant", "content": answer},
+                    {"role": "user", "content": "That is not the JSON object that was asked for; give it alone."}]
+    return None
+
+
+def shown(value: Any) -> str:
+    """A JSON value for a prompt."""
+    return json.dumps(value, ensure_ascii=False)
