@@ -21,17 +21,15 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import docker
 import tqdm
+from _daemon import Daemon, descendants, own_daemon
 from absl import app, flags
 
 from qcn_jax.envs import patches
@@ -122,73 +120,6 @@ def patch(number: int) -> tuple[str, str]:
     return kind, patches.make_diff({"victim/calc.py": BROKEN}, {"victim/calc.py": text})
 
 
-class Daemon:
-    """A Docker daemon of this run alone."""
-
-    def __init__(self, folder: pathlib.Path):
-        # A socket's path may have 107 characters.
-        self.place = pathlib.Path(tempfile.mkdtemp(prefix="qcn-soak-"))
-        self.folder, self.process, self.restarts = folder, None, 0
-        self.socket = f"unix://{self.place}/docker.sock"
-
-    def start(self) -> None:
-        """Starts it and waits until it answers; one that gives up is started again, as a service manager would do."""
-        for _ in range(5):
-            if self._start_once():
-                return
-        raise RuntimeError(f"the daemon does not start; see {self.folder}/dockerd.log")
-
-    def _start_once(self) -> bool:
-        # In a network namespace of its own: a daemon without a bridge removes the one of the machine's daemon.
-        command = ["unshare", "--net", "dockerd", f"--data-root={self.folder}/data", f"--exec-root={self.place}/exec",
-                   f"--pidfile={self.place}/pid", f"--host={self.socket}", "--bridge=none", "--iptables=false",
-                   "--ip6tables=false"]
-        with open(self.folder / "dockerd.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                images.engine().close()
-                return True
-            except images.SandboxError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    self.end(signal.SIGKILL)
-                    return False
-                time.sleep(0.2)
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        """Ends it; by SIGKILL it has no time to stop its containers."""
-        self.process.send_signal(number)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for path in (self.place / "pid", self.place / "exec" / "containerd" / "containerd.pid"):
-            path.unlink(missing_ok=True)  # stale after SIGKILL, and the number may be another's by then
-
-    def restart(self, number: int) -> None:
-        """An end and a start."""
-        self.end(number)
-        self.start()
-        self.restarts += 1
-
-
-def copy_base(socket: str) -> None:
-    """Gives our daemon the base image of the machine's, if that has one (otherwise it is made as usual)."""
-    client = images.engine()
-    try:
-        name = client.images.get(images.base_image(client)).tags[0]
-    except (images.SandboxError, IndexError):
-        return
-    source = {name: value for name, value in os.environ.items()}
-    save = subprocess.Popen(["docker", "save", name], stdout=subprocess.PIPE, env=source)
-    subprocess.run(["docker", "-H", socket, "load", "-q"], stdin=save.stdout, stdout=subprocess.DEVNULL, check=True)
-    save.stdout.close()
-    save.wait()
-
-
 class Faults(threading.Thread):
     """Kills things at random times until told to stop."""
 
@@ -234,21 +165,6 @@ def memory(pids: list[int]) -> float:
         with contextlib.suppress(OSError):
             total += int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     return total * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def descendants(pid: int, besides: int | None = None) -> list[int]:
-    """Processes below `pid`, without `besides` and what is below that."""
-    parents: dict[int, int] = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            fields = pathlib.Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()
-            if fields[0] != "Z":
-                parents[int(name)] = int(fields[1])
-    found, front = [], {pid}
-    while front:
-        front = {child for child, parent in parents.items() if parent in front and child != besides}
-        found += front
-    return found
 
 
 def left_behind(daemon: Daemon | None, state: pathlib.Path) -> dict[str, int]:
@@ -316,25 +232,8 @@ def main(_) -> None:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_text(text)
     os.chmod(out, 0o755)
-    daemon = None
-    if _KIND.value == "docker":
-        daemon = Daemon(out)
-        loaded = (out / "data").exists()
-        machines = os.environ.pop("DOCKER_HOST", None)
-        os.environ["DOCKER_HOST"] = daemon.socket
-        daemon.start()
-        if not loaded:
-            os.environ.pop("DOCKER_HOST")
-            if machines:
-                os.environ["DOCKER_HOST"] = machines
-            copy_base(daemon.socket)
-            os.environ["DOCKER_HOST"] = daemon.socket
-    try:
+    with own_daemon(out) if _KIND.value == "docker" else contextlib.nullcontext() as daemon:
         failures = soak(daemon, tree, state, journal, known)
-    finally:
-        if daemon is not None:
-            daemon.end()
-            shutil.rmtree(daemon.place, ignore_errors=True)
     if failures:
         raise SystemExit(f"FAILED: {', '.join(failures)}")
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import re
 import threading
 from collections import Counter
 
@@ -94,9 +95,9 @@ def putting(path: str, text: str, first: str = "true"):
 
 
 @contextlib.contextmanager
-def serve(script=play):
-    """Yields (url, requests by (model, task), list of bodies)."""
-    asked, bodies, lock, closing = Counter(), [], threading.Lock(), threading.Event()
+def serve(script=play, port=0):
+    """Yields (url, requests by (model, task), list of bodies); a task that says "Play gold." is played so by any model."""
+    asked, failed, bodies, lock, closing = Counter(), Counter(), [], threading.Lock(), threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -110,10 +111,12 @@ def serve(script=play):
             name = next((name for name in DEFECTS if f"Mend {name}." in text), "")
             turn = sum(message["role"] == "assistant" for message in body["messages"])
             with lock:
-                failures = asked[body["model"], name]
+                failures = failed[body["model"], name, body.get("seed")]
+                failed[body["model"], name, body.get("seed")] += 1
                 asked[body["model"], name] += 1
                 bodies.append(body)
-            said = script(body["model"], name, turn, failures)
+            told = re.search(r"Play (\w+)\.", text)
+            said = script(told[1] if told else body["model"], name, turn, failures)
             closing.wait(said.seconds)
             if said.status != 200:
                 self.send_whole(said.status, {"error": {"message": said.text or "not now"}}, {"retry-after": "0"})
@@ -157,7 +160,7 @@ def serve(script=play):
         def handle_error(self, *_):
             """Whoever asked has left in the middle, as clients that are stopped do."""
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -1,0 +1,211 @@
+"""Episodes of agents while everything that they need is killed: nothing lost, nothing doubled, every outcome the right one.
+
+  python benchmarks/agent_soak.py --episodes=200 --out=DIR
+  python benchmarks/agent_soak.py --episodes=16 --kind=local --out=DIR
+
+`qcn evaluate` plays tasks with scaffold mini_swe_agent against an endpoint whose models play right, wrong, empty,
+malformed, looping, too long and cut off turns, or fail with 429, 500 and a broken stream before they answer. On the way
+are killed, in turn: a pool worker, the endpoint, `qcn evaluate` itself, a container, and (docker) the Docker daemon, which
+is one of its own. What was killed is started again, and the same `qcn evaluate` command given again, until all episodes
+count. The exit status is 0 if every episode is there once, with the outcome that its model has, and nothing is left.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import docker
+from _daemon import Daemon, descendants, own_daemon
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from qcn_jax.envs.sandbox import images  # noqa: E402
+from qcn_jax.envs.tasks.schema import write_tasks  # noqa: E402
+from tests.agents import playing  # noqa: E402
+from tests.pipeline import chain  # noqa: E402
+
+_EPISODES = flags.DEFINE_integer("episodes", 200, "how many")
+_KIND = flags.DEFINE_enum("kind", "docker", ["docker", "local"], "back end")
+_OUT = flags.DEFINE_string("out", None, "folder for results and the daemon's data")
+_SEED = flags.DEFINE_integer("seed", 0, "of the faults")
+_FAULT_SECONDS = flags.DEFINE_float("fault_seconds", 12.0, "mean time between two kills")
+_FAULTS = flags.DEFINE_integer("faults", 0, "kill no more after so many; 0: until all episodes are over")
+_SERVE = flags.DEFINE_integer("serve", 0, "be the endpoint, on this port")
+
+# What a model plays, and what must become of its episodes.
+MODELS = {"gold": "resolved", "wrong": "unresolved", "flaky": "resolved", "empty": "unresolved", "looping": "limit",
+          "malformed": "unresolved", "overlong": "limit", "cut_off": "unresolved"}
+ATTEMPTS = 5  # of a task, where there are enough episodes
+RERUNS = 60  # of the command, after which something is wrong
+
+
+class World:
+    """What is started, and can be killed: the endpoint, the run, the daemon."""
+
+    def __init__(self, out: pathlib.Path, daemon: Daemon | None) -> None:
+        self.out, self.daemon, self.counts = out, daemon, collections.Counter()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.count = max(_EPISODES.value // ATTEMPTS, len(MODELS))
+        self.attempts = _EPISODES.value // self.count
+        self.tasks = {}
+        for number in range(self.count):
+            name, model = sorted(playing.DEFECTS)[number % 3], list(MODELS)[number % len(MODELS)]
+            task = dataclasses.replace(playing.words(name), instance_id=f"{name}-{number}-{model}",
+                                       problem_statement=f"Mend {name}. Play {model}.")
+            self.tasks[task.instance_id] = (task, model)
+        chain.write(out)
+        write_tasks(out / "tasks.jsonl", [task for task, _ in self.tasks.values()])
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(out / "cache")}
+        self.endpoint = self.run = None
+
+    def serve(self) -> None:
+        """Starts the endpoint, and waits until it answers."""
+        self.endpoint = subprocess.Popen([sys.executable, __file__, f"--serve={self.port}"], env=self.environment)
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.05)
+
+    def evaluate(self) -> None:
+        """Starts the run, or has it go on."""
+        command = [sys.executable, "-m", "qcn_jax", "evaluate", f"--endpoint=http://127.0.0.1:{self.port}/v1",
+                   "--model=as-told", f"--tasks={self.out}/tasks.jsonl", f"--out={self.out}/evaluated",
+                   f"--repo={self.out}/words-1.0", f"--sandbox={_KIND.value}", "--invalid=keep", "--max_turns=4",
+                   f"--attempts={self.attempts}", "--workers=2", "--parallel=4", "--temperature=1"]
+        with open(self.out / "evaluate.log", "ab") as log:
+            self.run = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
+    def kill(self, what: str, rng: random.Random) -> bool:
+        """Kills something; False where there is none of it."""
+        if what == "worker":
+            found = [pid for pid in descendants(self.run.pid) if b"envs.pool.worker" in _command(pid)]
+            if not found:
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(found), signal.SIGKILL)
+        elif what == "endpoint":
+            self.endpoint.kill()
+            self.endpoint.wait()
+            time.sleep(rng.uniform(0, 3))
+            self.serve()
+        elif what == "run":
+            self.run.kill()
+            self.run.wait()
+            self.evaluate()
+        elif what == "container":
+            client = images.engine()
+            running = client.api.containers()
+            if not running:
+                return False
+            with contextlib.suppress(docker.errors.APIError):  # it may have gone by itself
+                client.api.kill(rng.choice(running)["Id"])
+        else:
+            self.daemon.restart(rng.choice([signal.SIGTERM, signal.SIGKILL]))
+        return True
+
+    def finish(self) -> None:
+        """Lets the run come to its end, with faults on the way; raises SystemExit where it never does."""
+        rng, kinds = random.Random(_SEED.value), ["worker", "endpoint", "run"]
+        kinds = itertools.cycle([*kinds, "container", "daemon"] if self.daemon else kinds)
+        while True:
+            pause = rng.expovariate(1 / _FAULT_SECONDS.value)
+            killing = not _FAULTS.value or self.counts.total() < _FAULTS.value
+            try:
+                status = self.run.wait(pause if killing else None)
+            except subprocess.TimeoutExpired:
+                what = next(kinds)
+                self.counts[what] += self.kill(what, rng)
+                continue
+            if status == 0 and all(row["outcome"] != "infrastructure" for row in self.rows().values()):
+                return
+            self.counts["(given again)"] += 1
+            if self.counts["(given again)"] > RERUNS:
+                raise SystemExit(f"the run comes to no end; see {self.out}/evaluate.log")
+            self.evaluate()
+
+    def rows(self) -> dict[str, dict]:
+        """The last record of every episode."""
+        return {entry["key"]: entry for entry in self.entries()}
+
+    def entries(self) -> list[dict]:
+        """All records, in the order in which they were written, with their keys."""
+        lines = (self.out / "evaluated/episodes.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line)["value"] for line in lines]
+        return [row | {"key": f"{row['instance_id']}/{row['attempt']}"} for row in rows]
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def soak(world: World) -> list[str]:
+    """The run and its table; returns what failed."""
+    started = time.monotonic()
+    world.serve()
+    world.evaluate()
+    try:
+        world.finish()
+    finally:
+        world.run.kill()
+        world.endpoint.kill()
+        world.run.wait()
+        world.endpoint.wait()
+    seconds, entries, rows = time.monotonic() - started, world.entries(), world.rows()
+    wanted = {f"{name}/{attempt}" for name in world.tasks for attempt in range(world.attempts)}
+    counting = collections.Counter(row["key"] for row in entries if row["outcome"] != "infrastructure")
+    model_of = {key: world.tasks[key.rpartition("/")[0]][1] for key in wanted}
+    wrong = [key for key in wanted & rows.keys() if rows[key]["outcome"] != MODELS[model_of[key]] or (
+        rows[key]["outcome"] == "resolved" and rows[key]["patch"] != world.tasks[key.rpartition("/")[0]][0].patch)]
+    told = [key for key in wanted if not (world.out / f"evaluated/trajectories/{key}.traj.json").is_file()]
+    left = descendants(os.getpid(), world.daemon and world.daemon.process.pid)
+    containers = len(images.engine().api.containers(all=True)) if world.daemon else 0
+    print(f"\n{_KIND.value}: {len(wanted)} episodes in {seconds:.0f} s; {sum(row['retries'] for row in rows.values())} "
+          f"requests were asked again, {len(entries) - sum(counting.values())} episodes were lost to the "
+          f"infrastructure and played again\n\n| model | outcome | episodes |\n|---|---|---|")
+    table = collections.Counter((model_of[key], rows[key]["outcome"]) for key in wanted & rows.keys())
+    print("\n".join(f"| {model} | {outcome} | {count} |" for (model, outcome), count in sorted(table.items())))
+    print("\n| killed | times |\n|---|---|\n" + "\n".join(f"| {name} | {count} |" for name, count in sorted(
+        world.counts.items())))
+    lost, doubled = wanted - counting.keys(), [key for key, count in counting.items() if count > 1]
+    print(f"\nlost {len(lost)}, doubled {len(doubled)}, wrong {len(wrong)}, without a conversation {len(told)}; left "
+          f"behind: {len(left)} processes, {containers} containers")
+    for key in wrong[:10]:
+        print(f"  wrong: {key}: {rows[key]['outcome']}, {rows[key]['reason']}, {rows[key]['detail'][:200]}")
+    failed = {"lost": lost, "doubled": doubled, "wrong": wrong, "told": told, "left": left or containers}
+    return [name for name, value in failed.items() if value]
+
+
+def main(_) -> None:
+    """Runs, then counts what was lost, doubled, wrong or left."""
+    if _SERVE.value:
+        with playing.serve(port=_SERVE.value):
+            signal.pause()
+    if not _OUT.value:
+        raise SystemExit("--out: name a folder")
+    out = pathlib.Path(_OUT.value).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    os.chmod(out, 0o755)
+    with own_daemon(out) if _KIND.value == "docker" else contextlib.nullcontext() as daemon:
+        failures = soak(World(out, daemon))
+    if failures:
+        raise SystemExit(f"FAILED: {', '.join(failures)}")
+
+
+if __name__ == "__main__":
+    app.run(main)
