@@ -4,8 +4,8 @@
 
 Six source distributions from PyPI that no configuration uses. A statement is false where its program, run again, gives
 something else than it says or the same with the fix; unreadable by describe.UNREADABLE. A destructive patch mends the
-defect of a humanize task and lets six other public functions of humanize return None: it must not resolve. With
-`--docs`, that many tasks of three of the repositories, drawn by a seed, are written into a page between its marks.
+defect of a humanize task and lets six other public functions of humanize return None: it must not resolve. Seconds
+are of all runs of candidates' tests. An interrupted call goes on from its journals. With `--docs`, that many tasks of three of the repositories, drawn by a seed, are written into a page between its marks.
 """
 
 import ast
@@ -104,17 +104,18 @@ def main(argv):
             named = issue.names(task.problem_statement, issue.test_names(task.FAIL_TO_PASS))
             rows[task.repo].append((task, bool(wrong), bool(unreadable), named))
             faults += [f"{task.instance_id}: {fault}" for fault in (wrong, unreadable) if fault]
-        about = next((task for task in tasks if task.repo.startswith("humanize") and "`clamp`" in task.problem_statement), None) or next(
-            (task for task in tasks if task.repo.startswith("humanize")), None)
+        humanize = [task for task in tasks if task.repo.startswith("humanize")]
+        about = next((task for task in humanize if "`clamp`" in task.problem_statement), next(iter(humanize), None))
         if about:
             patch, emptied = destructive(provider, about)
             verdict = grading.Grader(provider, fail_fast=True).grade(about, patch)
             print(f"destructive patch ({about.instance_id}; {', '.join(emptied)} return None): {verdict.outcome}")
-    print("| repository | candidates | tasks | false | unreadable | test named | without PASS_TO_PASS | median PASS_TO_PASS "
-          "| with a program | tests hidden | localisation |\n" + "|---" * 11 + "|")
+    print("| repository | candidates | seconds | tasks | false | unreadable | test named | without PASS_TO_PASS | median PASS_TO_PASS "
+          "| with a program | tests hidden | localisation |\n" + "|---" * 12 + "|")
     for name, found in sorted(rows.items()):
         these = [task for task, *_ in found]
-        print(f"| {name} | {yields[name]['repositories'][name]['candidates']} | {len(found)} | {sum(row[1] for row in found)} | "
+        row = yields[name]["repositories"][name]
+        print(f"| {name} | {row['candidates']} | {row['candidates'] * row['seconds']:.0f} | {len(found)} | {sum(row[1] for row in found)} | "
               f"{sum(row[2] for row in found)} | {sum(row[3] for row in found)} | "
               f"{sum(not task.PASS_TO_PASS for task in these)} | "
               f"{statistics.median(len(task.PASS_TO_PASS) for task in these):.0f} | "

@@ -78,6 +78,16 @@ def test_verify_notices_false_statements(place, task):
         assert problem.startswith("the statement is false: `clamp(") and problem.endswith(said)
 
 
+def test_programs_of_packages_that_ask_the_time_as_they_are_loaded(place):
+    """Loading a module is no part of what a program gives, however long it takes and whatever it asks."""
+    provider, spec, _ = place
+    slow = "import time\n\nSTART = time.time()\nwhile time.process_time() < 1:\n    pass\n\n\ndef f(x):\n    return x\n"
+    program = "from slow import f\nf(3)"
+    with provider.create(spec.name, {"slow.py": slow}) as sandbox:
+        assert issue.repeat(sandbox, [program, program.replace("f(3)", "__import__('time').time()")], 60.0) == [
+            [program, "gives", "3"], None]
+
+
 def test_without_a_call_the_failing_line_is_told(place):
     task = validate.check(place[0], candidate(place, "list(items)", "items"), OPTIONS).task
     assert "stack.pop(0) == 1 and items == [1, 2]" in task.problem_statement and "test_stack" not in task.problem_statement
