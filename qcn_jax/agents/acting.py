@@ -16,6 +16,7 @@ from qcn_jax.agents.tools import MAX_CALLS
 from qcn_jax.chat.completion import Completion, RawCall
 from qcn_jax.chat.endpoint import ContextExceeded, Late
 from qcn_jax.chat.rendering import ParsedMessage, ToolCall
+from qcn_jax.chat.values import read_json
 
 
 class Model(Protocol):
@@ -130,8 +131,8 @@ def taken_apart(scaffold: Scaffold, turn: Completion) -> tuple[ParsedMessage, Me
 
 def _arguments(raw: RawCall) -> dict[str, Any] | None:
     try:
-        found = json.loads(raw.arguments or "{}")
-    except (ValueError, RecursionError):
+        found = read_json(raw.arguments or "{}")
+    except ValueError:
         return None
     return found if isinstance(found, dict) and raw.name else None
 

@@ -1,6 +1,7 @@
 """Results as other tools read them: JUnit's XML, Harbor's job folder, SWE-agent's trajectories."""
 
 import datetime
+import hashlib
 import pathlib
 import uuid
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +14,7 @@ from qcn_jax.agents.records import Record
 from qcn_jax.agents.running import Folder
 
 FORMATS = ("junit", "harbor", "swe_agent")
+LONGEST_NAME = 64  # characters of a task's in those of Harbor's trials
 _NAMESPACE = uuid.UUID("8f3c4c6e-2d0b-4c7e-9a57-5b1f6c0a9d11")  # of ids that are the same in every export
 
 
@@ -25,10 +27,13 @@ def export(kind: str, folder: Folder, model: str, scaffold: str, found: Sequence
     path = folder.path / ("harbor" if kind == "harbor" else "swe_agent")
     if kind == "harbor":
         harbor(path, model, scaffold, found)
+    taken = {record.instance_id for record in found}
     for record in found:
         source = folder.trajectory(record)
         if source.exists():
             name = record.instance_id if not record.attempt else f"{record.instance_id}.{record.attempt}"
+            while record.attempt and name in taken:  # another one's id
+                name += "+"
             row = files.read_json(source)
             if kind == "harbor":
                 files.write_json(path / _trial(record) / "agent" / "trajectory.traj.json", row)
@@ -42,8 +47,8 @@ def junit(model: str, scaffold: str, found: Sequence[Record]) -> str:
     failures = sum(record.counts and not record.resolved for record in found)
     errors = sum(not record.counts for record in found)
     suite = ElementTree.Element("testsuite", {
-        "name": model, "tests": str(len(found)), "failures": str(failures), "errors": str(errors), "skipped": "0",
-        "time": f"{sum(record.seconds for record in found):.3f}"})
+        "name": _clean(model), "tests": str(len(found)), "failures": str(failures), "errors": str(errors),
+        "skipped": "0", "time": f"{sum(record.seconds for record in found):.3f}"})
     for record in found:
         case = ElementTree.SubElement(suite, "testcase", {
             "classname": _clean(f"{model}.{scaffold}"), "name": _clean(f"{record.instance_id}[{record.attempt}]"),
@@ -92,7 +97,10 @@ def harbor(path: pathlib.Path, model: str, scaffold: str, found: Sequence[Record
 
 
 def _trial(record: Record) -> str:
-    return f"{record.instance_id[:64]}__{record.attempt}"
+    name = record.instance_id
+    if len(name) > LONGEST_NAME:  # two may begin alike
+        name = f"{name[:LONGEST_NAME - 9]}.{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name}__{record.attempt}"
 
 
 def _trial_result(path: pathlib.Path, model: str, scaffold: str, record: Record, now: datetime.datetime

@@ -1,8 +1,9 @@
 """A failing test of somebody's repository as a task: no known fix, only the test that must pass and those that do."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, TestRun
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
@@ -43,6 +44,13 @@ def task_of(name: str, pristine: TestRun, asked: Sequence[str]) -> Task:
         instance_id=f"fix.{digest}", repo=name, base_commit="", patch="", test_patch="",
         problem_statement=_statement(failing, pristine.messages), FAIL_TO_PASS=tuple(dict.fromkeys(failing)),
         PASS_TO_PASS=tuple(keep), strategy="fix", timeout=max(LEAST_SECONDS, FACTOR * pristine.seconds))
+
+
+def graded_part(patch: str, dropped: Collection[str], pristine: Mapping[str, str]) -> str:
+    """What of a patch was graded: without the paths that were left out, of which nobody knows what they do."""
+    changes = patches.apply_changes(pristine, patches.parse(patch, {}))
+    kept = {path: text for path, text in changes.items() if path not in dropped and text != pristine.get(path)}
+    return patches.make_diff({path: pristine.get(path) for path in kept}, kept)
 
 
 def _statement(failing: Sequence[str], messages: Mapping[str, str]) -> str:

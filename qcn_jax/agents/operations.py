@@ -7,7 +7,7 @@ where it cannot do its work, which the agent is told.
 from collections.abc import Callable
 
 from qcn_jax.agents.python_code import occurrences
-from qcn_jax.agents.tools import RunSummary, ToolError, ToolExecutor, ToolResult
+from qcn_jax.agents.tools import MAX_EDITED, RunSummary, ToolError, ToolExecutor, ToolResult
 from qcn_jax.agents.workspace import WorkspaceError, relative_path
 from qcn_jax.envs.sandbox.base import ExecResult
 
@@ -64,6 +64,8 @@ def replace(executor: ToolExecutor, path: str, old: str, new: str = "", every: b
         raise ToolError(f"{clean}: old text occurs {count} times, it must occur exactly once")
     if old == new:
         raise ToolError("old and new text are the same")
+    if len(text) + text.count(old) * (len(new) - len(old)) > MAX_EDITED:
+        raise ToolError(f"{clean}: would have more than {MAX_EDITED} characters")
     executor.change(clean, text.replace(old, new))
     executor.forget(clean)
     return f"edited {clean}"

@@ -13,20 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.agents import python_code
+from qcn_jax.agents.arguments import ToolError, fit_arguments
 from qcn_jax.agents.workspace import Workspace, WorkspaceError, relative_path
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.sandbox.base import ExecResult, TestRun
 from qcn_jax.envs.tasks import hidden
 from qcn_jax.envs.tasks.schema import Task
 
+# Characters: of a file that is edited, and of what is kept to take edits back; one replacement can lengthen a file a
+# thousandfold, and all of this is the host's memory.
+MAX_EDITED, MAX_UNDO = 4_000_000, 32_000_000
 MAX_CALLS = 16  # calls of one turn that are executed; more than any scaffold needs
 MESSAGE_LENGTH = 200  # characters of a failure's last line
 _ADDRESS = re.compile(r"0x[0-9a-f]{4,}")
 FIRST_TESTS = 16  # F2P tests that run to the end before the rest runs up to its first failure
-
-
-class ToolError(Exception):
-    """A call that could not do its work; `str(error)` is told to the agent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +189,13 @@ class ToolExecutor:
         except WorkspaceError:
             before = None
         view = self._view and dataclasses.replace(self._view)
+        if text is not None and len(text) > MAX_EDITED:
+            raise ToolError(f"{path}: a file that is edited may have {MAX_EDITED} characters, not {len(text)}")
         self.workspace.write(path, text)
         self._revision += 1
         self._undo.append((path, before, view))
+        while sum(len(kept or "") for _, kept, _ in self._undo) > MAX_UNDO:
+            del self._undo[0]
 
     def view(self) -> _View:
         """The function on view; at first the task's own."""
@@ -330,61 +334,3 @@ def hunk_line(patch: str, path: str) -> int | None:
         elif inside and line:
             line += 1
     return None
-
-
-def fit_arguments(parameters: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks `arguments` against a tool's schema and converts strings where the schema wants another type.
-
-    Raises:
-      ToolError: a parameter is missing, unknown or of a type that cannot be converted; the message names it.
-    """
-    properties = parameters.get("properties", {})
-    for name in arguments:
-        if name not in properties:
-            raise ToolError(f"no parameter {str(name)[:40]!r}; parameters: {', '.join(properties) or 'none'}")
-    for name in parameters.get("required", ()):
-        if name not in arguments:
-            raise ToolError(f"parameter {name!r} is missing")
-    fitted = {}
-    for name, value in arguments.items():
-        kind, choices = properties[name].get("type", "string"), properties[name].get("enum")
-        try:
-            fitted[name] = _CONVERTERS[kind](value)
-        except (TypeError, ValueError) as error:
-            raise ToolError(f"parameter {name!r} must be of type {kind}") from error
-        if choices and fitted[name] not in choices:
-            raise ToolError(f"parameter {name!r} must be one of {', '.join(map(str, choices))}")
-    return fitted
-
-
-def _string(value: Any) -> str:
-    if isinstance(value, bool | int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-        raise TypeError
-    return int(value.strip() if isinstance(value, str) and len(value) < 20 else value)
-
-
-def _boolean(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "false": False}[value.strip().lower()] if isinstance(value, str) else bool(_integer(value))
-
-
-def _array(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return value.split()
-    if not isinstance(value, list | tuple):
-        raise TypeError
-    return list(value)
-
-
-_CONVERTERS: dict[str, Callable[[Any], Any]] = {
-    "string": _string, "integer": _integer, "number": float, "boolean": _boolean, "array": _array,
-}

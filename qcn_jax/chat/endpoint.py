@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import random
@@ -23,6 +24,9 @@ from qcn_jax import files
 from qcn_jax.chat.completion import Broken, Completion, read_stream, read_whole
 from qcn_jax.errors import UserError
 
+MAX_ANSWER = 64 << 20  # bytes of one answer: far more than its tokens take, also each in an event of its own
+MAX_REFUSAL = 1 << 16  # bytes that are read of an answer that is none
+LONGEST_ANSWER = 3600.0  # seconds, where nobody says how long they wait
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 ATTEMPTS = 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; doubles with every attempt, the server's Retry-After counts
@@ -87,7 +91,10 @@ class Endpoint:
         path = self._path(body)
         if path is not None and path.exists():
             return files.read_json(path)["content"]
-        content = self._post(body, None).content
+        try:
+            content = self._post(body, time.monotonic() + LONGEST_ANSWER).content
+        except Late:
+            raise EndpointFailed(f"--endpoint={self.url}: does not end within {LONGEST_ANSWER:.0f} s") from None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(path, {"request": body, "content": content})
@@ -125,13 +132,15 @@ class Endpoint:
         reason = ""
         for attempt in range(2):
             try:
-                reply = self._client.get(f"{self.url.rstrip('/')}/models", headers=self._headers(), timeout=30.0)
+                with self._client.stream("GET", f"{self.url.rstrip('/')}/models", headers=self._headers(),
+                                         timeout=30.0) as reply:
+                    status = reply.status_code  # and nothing of a body that may have no end
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 reason = f"cannot be reached ({_words(error)})"
                 time.sleep(FIRST_PAUSE * (1 - attempt))
                 continue
-            if reply.status_code in (401, 403):
-                raise EndpointError(f"--endpoint={self.url}: answers {reply.status_code}; its key is read from the "
+            if status in (401, 403):
+                raise EndpointError(f"--endpoint={self.url}: answers {status}; its key is read from the "
                                     f"environment variable {self.key_variable} (--key_variable)", everywhere=True)
             return
         raise EndpointFailed(f"--endpoint={self.url}: {reason}")
@@ -159,7 +168,8 @@ class Endpoint:
 
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self.key_variable, "")
-        return {"authorization": f"Bearer {key}"} if key else {}
+        # Unpacking gives no measure of what comes: some bytes can be gigabytes.
+        return {"accept-encoding": "identity", **({"authorization": f"Bearer {key}"} if key else {})}
 
     def _path(self, body: Mapping[str, Any]) -> pathlib.Path | None:
         if not self.cache:
@@ -179,7 +189,7 @@ class Endpoint:
                 with self._request(body, deadline) as reply:
                     if reply.status_code == 200:
                         return dataclasses.replace(_read(reply, deadline), retries=attempt)
-                    status, text = reply.status_code, _text(reply)
+                    status, text = reply.status_code, _text(reply, deadline)
             except (httpx.HTTPError, httpx.InvalidURL, Broken) as error:
                 _check(deadline)
                 what = "breaks off" if isinstance(error, Broken) else "cannot be reached"
@@ -204,8 +214,10 @@ class Endpoint:
     def _request(self, body: Mapping[str, Any], deadline: float | None) -> Iterator[httpx.Response]:
         left = self.timeout if deadline is None else max(0.1, min(self.timeout, deadline - time.monotonic()))
         limits = httpx.Timeout(left, pool=None)
-        with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=dict(body),
-                                 headers=self._headers(), timeout=limits) as reply:
+        # What tools and tests print may hold halves of characters.
+        content = json.dumps(dict(body), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+        with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", content=content, timeout=limits,
+                                 headers={"content-type": "application/json", **self._headers()}) as reply:
             yield reply
 
 
@@ -216,16 +228,35 @@ def _read(reply: httpx.Response, deadline: float | None) -> Completion:
 
 
 def _lines(reply: httpx.Response, deadline: float | None) -> Iterator[str]:
-    for line in reply.iter_lines():
+    """The lines of an answer; raises Broken where it is packed or without end."""
+    if reply.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Broken("the answer is packed, which was not asked for")
+    size, begun = 0, [b""]
+    for part in reply.iter_raw():
         _check(deadline)
-        yield line
+        size += len(part)
+        if size > MAX_ANSWER:
+            raise Broken(f"the answer has more than {MAX_ANSWER} bytes")
+        first, *others = part.split(b"\n")
+        begun.append(first)
+        for other in others:
+            yield b"".join(begun).decode("utf-8", "replace").rstrip("\r")
+            begun = [other]
+    yield b"".join(begun).decode("utf-8", "replace")
 
 
-def _text(reply: httpx.Response) -> str:
+def _text(reply: httpx.Response, deadline: float | None) -> str:
+    """The beginning of an answer."""
+    found = b""
     try:
-        return reply.read().decode("utf-8", "replace")
+        for part in reply.iter_raw():
+            _check(deadline)
+            found += part
+            if len(found) > MAX_REFUSAL:
+                break
     except httpx.HTTPError:  # the status says enough
-        return ""
+        pass
+    return found[:MAX_REFUSAL].decode("utf-8", "replace")
 
 
 def _retry_after(reply: httpx.Response) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from qcn_jax import files
+from qcn_jax.chat.values import encodable
 from qcn_jax.errors import UserError
 
 # Qwen2/Qwen3 pre-tokeniser: contractions, words, single digits, punctuation runs, line ends, spaces.
@@ -93,16 +94,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of trusted `text`: added tokens written in it become their ids."""
-        return self._backend.encode(_encodable(text), add_special_tokens=False).ids
+        return self._backend.encode(encodable(text), add_special_tokens=False).ids
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of untrusted `text`: no added token results, whatever the text spells."""
-        return self._ordinary.encode(_encodable(text), add_special_tokens=False).ids
+        return self._ordinary.encode(encodable(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], ordinary: bool = False) -> list[list[int]]:
         """`encode` (or `encode_ordinary`) of many texts on all cores."""
         backend = self._ordinary if ordinary else self._backend
-        batch = backend.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        batch = backend.encode_batch_fast([encodable(text) for text in texts], add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -211,7 +212,7 @@ class Tokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - len(added_tokens), show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        tokenizer.train_from_iterator((_encodable(text) for text in texts), trainer)
+        tokenizer.train_from_iterator((encodable(text) for text in texts), trainer)
         return cls(_with_added(tokenizer, added_tokens))
 
 
@@ -238,11 +239,6 @@ class IncrementalDecoder:
         self._decoder.reset()
         self._first = True
         return text
-
-
-def _encodable(text: str) -> str:
-    """`text` with lone surrogates (which no UTF-8 can hold) replaced by U+FFFD."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _assemble(model: tokenizers.models.Model, added_tokens: Sequence[str],

@@ -49,6 +49,11 @@ def _finite(digits: str) -> float:
     return value if math.isfinite(value) else _refuse(digits)
 
 
+def encodable(text: str) -> str:
+    """`text` with halves of characters put together, and those that are alone (which no UTF-8 can hold) as U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 STRICT = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
 
 

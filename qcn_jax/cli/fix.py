@@ -23,6 +23,7 @@ from qcn_jax.agents import fixing, running
 from qcn_jax.agents.arena import Arena, open_arena
 from qcn_jax.agents.records import Record
 from qcn_jax.cli import acting, parsing, task_repositories
+from qcn_jax.envs import names
 from qcn_jax.envs.sandbox import SandboxError
 from qcn_jax.envs.synthesis import sources
 from qcn_jax.errors import UserError
@@ -54,9 +55,12 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--repo={values.repo}: its tests cannot be run: {error}") from error
         print(f"{len(task.FAIL_TO_PASS)} tests to mend, {len(task.PASS_TO_PASS)} to keep", file=sys.stderr)
         found = _tried(agent, dataclasses.replace(arena, tasks={task.instance_id: task}), folder)
-    if found.resolved:
-        sys.stdout.write(found.patch)
-        return 0
+        if found.resolved:
+            dropped = found.verdict["dropped"]
+            for path, why in sorted(dropped.items()):
+                print(f"left out: {names.shown(path)} {why}", file=sys.stderr)
+            sys.stdout.write(fixing.graded_part(found.patch, dropped, arena.services.files(spec.name)))
+            return 0
     ended = f"{found.outcome}, ended by {found.reason}" + (f": {found.detail}" if found.detail else "")
     raise UserError(f"not mended in {agent.plan.attempts} attempts; the last: {ended}")
 

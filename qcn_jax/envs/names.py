@@ -10,7 +10,7 @@ import re
 LONGEST_PART = 255  # bytes of one name, as file systems have it
 LONGEST_PATH = 1024  # bytes below the repository; the kernel's 4096 hold the folders above as well
 LONGEST_ID = 200  # bytes: endings and temporary names still fit behind it
-_RESERVED = (".json", ".jsonl")  # what evaluations write beside the folders of their instances
+_RESERVED = (".json", ".jsonl", ".xml", ".html")  # what evaluations write beside the folders of their instances
 # Docker's grammar of references, and an image's id; "//" and ".." would lead to other parts of the engine's interface.
 _IMAGE = re.compile(r"(?:sha256:[0-9a-f]{64}|"
                     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]|\.(?!\.)){0,252}(?::\d{1,5})?/)?[a-z0-9]+(?:[._-]{1,2}[a-z0-9]+|/[a-z0-9]+)*"

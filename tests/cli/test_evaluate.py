@@ -246,13 +246,16 @@ def test_a_failing_test_is_mended_and_the_repository_is_not_touched(setting, cap
     good, bad, _ = playing.DEFECTS["count"]
     source.write_text(source.read_text().replace(good, bad))
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    with playing.serve(playing.putting(playing.PATH, playing.GOOD)) as (url, _, _):
+    more = "echo 'import os' > conftest.py; mkdir -p .github/workflows; echo 'on: push' > .github/workflows/a.yml"
+    with playing.serve(playing.putting(playing.PATH, playing.GOOD, more)) as (url, _, _):
         def fix(model, test="tests/test_core.py::test_count"):
             return cli.main(["fix", f"--repo={place}/words-1.0", f"--test={test}", f"--endpoint={url}", f"--model={model}",
                              "--sandbox=local", "--isolation=shared", "--workers=1", "--max_turns=3"])
 
         assert fix("gold") == 0
-        assert capsys.readouterr().out == make_diff({playing.PATH: source.read_text()}, {playing.PATH: playing.GOOD})
+        printed = capsys.readouterr()  # and nothing that no test judged, for `git apply`
+        assert printed.out == make_diff({playing.PATH: source.read_text()}, {playing.PATH: playing.GOOD})
+        assert "left out: '.github/workflows/a.yml' is hidden\nleft out: 'conftest.py' steers" in printed.err
         assert fix("empty") == 1
         printed = capsys.readouterr()
         assert printed.out == "" and "not mended in 1 attempts; the last: unresolved, ended by submitted" in printed.err

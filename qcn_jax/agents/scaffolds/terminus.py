@@ -15,12 +15,11 @@ from qcn_jax.agents.scaffolds.prose import TASK
 from qcn_jax.agents.scaffolds.scaffold import Message, Scaffold, field_schema, object_schema
 from qcn_jax.agents.tools import ToolExecutor, ToolResult, ToolSpec
 from qcn_jax.chat.rendering import ParsedMessage, ToolCall
+from qcn_jax.chat.values import STRICT, check_depth
 
 DURATION = 1.0  # seconds, where a command names none
 _KEYS = re.compile(r"\s*C-[a-z]\s*")
 _FIELDS = ("analysis", "plan", "commands")
-_TAG = r"<{0}>(.*?)</{0}>"
-_STROKES = re.compile(r"<keystrokes(?P<attributes>[^>]*)>(?P<text>.*?)</keystrokes>", re.DOTALL)
 _SECONDS = re.compile(r"""duration\s*=\s*["']([\d.]+)["']""")
 
 _TASK = TASK.replace("then submit.", "then mark the task complete.")
@@ -103,7 +102,8 @@ _Read = tuple[str, list[tuple[str, float]], bool, str]
 def _of_json(text: str) -> _Read:
     start = text.find("{")
     try:
-        row, _ = json.JSONDecoder().raw_decode(text[start:]) if start >= 0 else (None, 0)
+        row, _ = STRICT.raw_decode(text[start:]) if start >= 0 else (None, 0)
+        check_depth(row)
     except (ValueError, RecursionError) as error:
         return "", [], False, f"invalid JSON: {error}"
     if row is None:
@@ -119,27 +119,44 @@ def _of_json(text: str) -> _Read:
             if complete:
                 return content, [], True, ""  # as Terminus takes it
             return content, [], False, f"command {number} must be an object with keystrokes"
-        seconds = command.get("duration", DURATION)
-        usable = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        found.append((command["keystrokes"], float(seconds) if usable else DURATION))
+        found.append((command["keystrokes"], _seconds(command.get("duration"))))
     return content, found, complete, ""
 
 
 def _of_xml(text: str) -> _Read:
-    inside = re.search(r"<response>(.*)</response>", text, re.DOTALL) or re.search(r"<response>(.*)", text, re.DOTALL)
-    if inside is None:
+    _, opened, body = text.partition("<response>")
+    if not opened:
         return "", [], False, "no <response>"
-    body = inside[1]
-    parts = {name: found[1] if (found := re.search(_TAG.format(name), body, re.DOTALL)) else None for name in _FIELDS}
+    body = body.rpartition("</response>")[0] if "</response>" in body else body
+    parts = {name: found[1] if (found := _element(body, f"<{name}>", name)) else None for name in _FIELDS}
     if parts["commands"] is None and re.search(r"<commands\s*/>", body):
         parts["commands"] = ""
     complete = bool(re.search(r"<task_complete>\s*true\s*</task_complete>", body, re.IGNORECASE))
     missing = [name for name, value in parts.items() if value is None and not (name == "commands" and complete)]
     if missing:
         return "", [], False, f"missing sections: {', '.join(missing)}"
-    found = [(match["text"], float(seconds[1]) if (seconds := _SECONDS.search(match["attributes"])) else DURATION)
-             for match in _STROKES.finditer(parts["commands"] or "")]
+    found, rest = [], parts["commands"] or ""
+    while element := _element(rest, "<keystrokes", "keystrokes"):
+        attributes, keys, rest = element
+        given = _SECONDS.search(attributes)
+        found.append((keys, _seconds(given and given[1])))
     return f"{parts['analysis'].strip()}\n\n{parts['plan'].strip()}", found, complete, ""
+
+
+def _element(text: str, opening: str, name: str) -> tuple[str, str, str] | None:
+    """Attributes and content of the first element that opens so, and the text behind it; in linear time."""
+    _, opened, rest = text.partition(opening)
+    attributes, closed, rest = ("", opened, rest) if opening.endswith(">") else rest.partition(">")
+    content, ended, rest = rest.partition(f"</{name}>")
+    return (attributes, content, rest) if opened and closed and ended else None
+
+
+def _seconds(given: Any) -> float:
+    """A duration as it was given, or the usual one where it is none."""
+    try:
+        return DURATION if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        return DURATION
 
 
 def _terminus(form: str, system: str) -> Terminus:

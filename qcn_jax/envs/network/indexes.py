@@ -13,11 +13,12 @@ import dataclasses
 import json
 import os
 import re
+import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcn_jax.envs.network.policy import Refused, Withheld, canonical
+from qcn_jax.envs.network.policy import Refused, Withheld, canonical, check_file
 from qcn_jax.memo import Once
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ _SIMPLE = "application/vnd.pypi.simple.v1+json"
 _ABBREVIATED = "application/vnd.npm.install-v1+json"
 _LISTINGS = 64  # kept; some take megabytes
 _GO_VERSION = re.compile(r"v\d+\.\d+\.\d+[\w.+-]*")  # a released or pseudo-version, and no branch or commit
+MAX_LISTING, KEPT = 32 << 20, 4 << 20  # bytes of a listing, and of one that is kept
+READERS = 4  # listings that are taken apart side by side; that takes several times their size
+# The proxy serves any repository of a code host as a module, Python's too; only what is one says its Go version.
+_GO_MODULE = re.compile(r"(?m)^\s*go\s+\d")
 MAX_VERSIONS = 300  # of a Go module whose dates are asked for, the newest
 
 
@@ -49,10 +54,13 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A reply that is passed on from `url`."""
+    """A reply that is passed on from `url`; `index` named it, and redirections are followed as far as that may lead.
+
+    Without an index they are the client's to follow, and to be judged again.
+    """
 
     url: str
-    follow: bool = True  # redirections; otherwise they are the client's to follow, and to be judged again
+    index: str = ""
 
 
 class Indexes:
@@ -64,7 +72,8 @@ class Indexes:
     """
 
     def __init__(self, client: "httpx.Client", environment: Mapping[str, str] = os.environ):
-        self._client, self._known = client, Once(limit=_LISTINGS)
+        self._client, self._turns = client, threading.BoundedSemaphore(READERS)
+        self._known = Once(lambda found: len(found[1]) <= KEPT, limit=_LISTINGS)
         go = re.split(r"[,|]", environment.get("GOPROXY", ""))[0]
         self.pypi = environment.get("PIP_INDEX_URL", PYPI).rstrip("/")
         self.npm = environment.get("npm_config_registry", NPM).rstrip("/")
@@ -86,6 +95,13 @@ class Indexes:
         parts = [urllib.parse.unquote(part) for part in path.split("?")[0].strip("/").split("/")]
         if any(part in ("", ".", "..") or "/" in part and not part.startswith("@") for part in parts):
             raise Refused("path", "refused: no path of a package index")
+        with self._turns:
+            try:
+                return self._answer(parts, accept, about, here)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise Unanswered(502, "the package index answers what cannot be read") from error
+
+    def _answer(self, parts: list[str], accept: str, about: Withheld, here: str) -> Document | File:
         match parts:
             case ["pypi", "simple", project]:
                 return self._project(project, about)
@@ -106,14 +122,17 @@ class Indexes:
         import httpx
 
         def ask() -> tuple[str, bytes]:
+            headers = {"Accept": accept, "Accept-Encoding": "gzip"}
             try:
-                reply = self._client.get(url, headers={"Accept": accept}, follow_redirects=True)
-            except httpx.HTTPError as error:
+                with self._client.stream("GET", url, headers=headers, follow_redirects=True) as reply:
+                    if reply.status_code != 200:
+                        status = reply.status_code if reply.status_code in (404, 410) else 502
+                        raise Unanswered(status, f"the package index answers {reply.status_code}")
+                    if reply.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
+                        raise Unanswered(502, "the package index packs its answer otherwise than asked")
+                    return reply.headers.get("content-type", ""), _bounded(reply.iter_bytes())
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise Unanswered(502, f"the package index does not answer: {type(error).__name__}") from error
-            if reply.status_code != 200:
-                status = reply.status_code if reply.status_code in (404, 410) else 502
-                raise Unanswered(status, f"the package index answers {reply.status_code}")
-            return reply.headers.get("content-type", ""), reply.content
 
         return self._known.get((url, accept), ask)
 
@@ -145,7 +164,8 @@ class Indexes:
         base = f"{self.pypi}/{canonical(project)}/"
         for file in self._listing(project, about)["files"]:
             if file["filename"] == wanted:
-                return File(urllib.parse.urljoin(base, file["url"].split("#")[0]) + name[len(wanted):])
+                url = urllib.parse.urljoin(base, file["url"].split("#")[0]) + name[len(wanted):]
+                return File(check_file(url, self.pypi), self.pypi)
         raise _gone(name, about.covers(project))
 
     # --- npm
@@ -179,7 +199,7 @@ class Indexes:
     def _archive(self, package: str, name: str, about: Withheld) -> File:
         for what in self._packument(package, _ABBREVIATED, about).get("versions", {}).values():
             if what["dist"]["tarball"].split("/")[-1] == name:
-                return File(what["dist"]["tarball"])
+                return File(check_file(what["dist"]["tarball"], self.npm), self.npm)
         raise _gone(name, about.covers(package))
 
     # --- Go
@@ -196,7 +216,12 @@ class Indexes:
             raise Refused("path", "refused: modules are served by version, not by branch or commit")
         if about.covers(plain) and not about.allows(self._time(module, version)):
             raise _gone(f"{plain}@{version}", True)
-        return File(f"{self.go}/{module}/@v/{name}")
+        if name.endswith(".zip"):
+            stated = self._get(f"{self.go}/{module}/@v/{_escaped(version)}.mod", "*/*")[1].decode("utf-8", "replace")
+            if not _GO_MODULE.search(stated):
+                raise Refused("repository_host", f"refused: {plain}@{version}: names no Go version in its go.mod; "
+                              "repositories that are no Go modules cannot be reached")
+        return File(f"{self.go}/{module}/@v/{name}", self.go)
 
     def _versions(self, module: str, about: Withheld) -> list[str]:
         versions = self._get(f"{self.go}/{module}/@v/list", "*/*")[1].decode().split()
@@ -216,6 +241,17 @@ class Indexes:
 
     def _time(self, module: str, version: str) -> object:
         return json.loads(self._get(f"{self.go}/{module}/@v/{_escaped(version)}.info", "*/*")[1]).get("Time")
+
+
+def _bounded(parts: Iterable[bytes]) -> bytes:
+    """A listing; raises Unanswered where it is longer than any that is of use."""
+    found, size = [], 0
+    for part in parts:
+        found.append(part)
+        size += len(part)
+        if size > MAX_LISTING:
+            raise Unanswered(502, f"the package index's answer has more than {MAX_LISTING >> 20} MiB")
+    return b"".join(found)
 
 
 def _whole(name: str, about: Withheld) -> None:

@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Mapping
 
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.testpaths import is_test_path
 
 NETWORKS = ("none", "filtered")
 # Of languages, their tools and much-used libraries. Read the docs' pages are people's own, the names its projects'.
@@ -25,7 +26,11 @@ REPOSITORIES = re.compile(
     r"(?:^|\.)(?:github|gitlab|bitbucket|codeberg|sourceforge|gitee|sr\.ht|githubusercontent|githubassets|jsdelivr|unpkg|"
     r"codeload|savannah|launchpad|googlesource|softwareheritage)(?:\.|$)")
 _NUMBERS = re.compile(r"(?:0x[\da-f]+|\d+)(?:\.(?:0x[\da-f]+|\d+))*")  # what resolvers take for an address
-SOURCE_PAGES = ("_modules", "_downloads")  # Sphinx's copies of the documented source
+# Sphinx's copies of the documented source, and where Read the Docs gives whole sites as archives.
+SOURCE_PAGES = ("_modules", "_downloads", "_")
+# What names of one project differ by: python-dateutil and dateutil, gopkg.in/yaml.v3, djangoproject.com.
+_AFFIXES = re.compile(r"^(?:python|py)-|-(?:python|py)$|-v\d+$|project$")
+_PACKAGE = re.compile(r"(?:src/|lib/|python/)?(\w+)/__init__\.py")
 
 
 # What names a distribution; pyproject.toml and package.json are read as what they are.
@@ -55,7 +60,8 @@ class Withheld:
 
     def covers(self, name: str) -> bool:
         """Whether `name`, or a part of it between slashes (@scope/name, github.com/owner/name/v2), is the package's."""
-        return any(canonical(part) in self.names for part in (name, *name.split("/")))
+        return any(form in self.names for part in (name, *name.split("/"))
+                   for form in (canonical(part), _AFFIXES.sub("", canonical(part))))
 
     def allows(self, published: object) -> bool:
         """Whether a file of the package that was published at this time (ISO 8601) may be fetched."""
@@ -90,6 +96,7 @@ def withheld(repository: str, files: Mapping[str, str], date: str) -> Withheld:
       date: ISO 8601, see `fix_date`.
     """
     names = {re.split(r"[=<>@ ]", repository)[0].rstrip("/").split("/")[-1].split("__")[-1]}
+    names |= {found[1] for path in files if not is_test_path(path) and (found := _PACKAGE.fullmatch(path))}
     for path, pattern in _NAMES.items():
         names |= {match[1] for match in [re.search(pattern, files.get(path, ""))] if match}
     for path, read in (("pyproject.toml", tomllib.loads), ("package.json", json.loads)):
@@ -97,7 +104,7 @@ def withheld(repository: str, files: Mapping[str, str], date: str) -> Withheld:
             project = read(files.get(path, ""))
             names |= {str(part["name"]) for part in (project, project.get("project", {}), project.get("tool", {}).get(
                 "poetry", {})) if "name" in part}
-        except (ValueError, AttributeError, TypeError):  # the repository's fault, and none here
+        except (ValueError, AttributeError, TypeError, RecursionError):  # the repository's fault, and none here
             pass
     parts = {part for name in names for part in (name, re.sub(r"/v\d+$", "", name).split("/")[-1])}
     return Withheld(frozenset(map(canonical, filter(None, parts))), _moment(date) if date else None)
@@ -119,7 +126,7 @@ def documentation(url: str, about: Withheld) -> str:
     path = urllib.parse.unquote(parts.path)
     if parts.username is not None or parts.scheme != "http" or not re.search(r"^[^:@]+(?::(?:80|443))?$", parts.netloc):
         raise Refused("other_host", f"refused: {parts.netloc}: write http://{host}{parts.path}")
-    if any(canonical(label) in about.names for label in host.split(".")) or about.covers(path.strip("/")):
+    if any(map(about.covers, host.split("."))) or about.covers(path.strip("/")):
         raise Refused("withheld", "refused: the documentation of the package that this task is about is withheld")
     if set(path.split("/")) & set(SOURCE_PAGES):
         raise Refused("withheld", "refused: pages that hold source are withheld")
@@ -133,12 +140,37 @@ def check_host(host: str) -> None:
         for name in DOCUMENTATION)
     if known:
         return
+    rule = "other_host" if not is_address(host) else "address"
     if REPOSITORIES.search(host):
         raise Refused("repository_host", f"refused: {host}: repositories cannot be reached; solve the task with the "
                       "files that are there")
+    raise Refused(rule, f"refused: {host}: only package indexes and some documentation can be reached")
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is written as an address, in any form that resolvers take for one."""
     try:
         ipaddress.ip_address(host.strip("[]"))
-        rule = "address"
+        return True
     except ValueError:
-        rule = "address" if _NUMBERS.fullmatch(host) else "other_host"
-    raise Refused(rule, f"refused: {host}: only package indexes and some documentation can be reached")
+        return _NUMBERS.fullmatch(host) is not None
+
+
+def check_file(url: str, index: str) -> str:
+    """`url` where it may be fetched because a package index names it, or leads on to it.
+
+    Whoever publishes a package may have written it: beside the index's own server only others by HTTPS and name are
+    asked, and none that holds repositories.
+
+    Raises:
+      Refused: it may not.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host = (parts.hostname or "").rstrip(".").lower()
+    if (parts.scheme, parts.netloc) == urllib.parse.urlsplit(index)[:2]:
+        return url
+    if REPOSITORIES.search(host):
+        raise Refused("repository_host", f"refused: {host}: repositories cannot be reached")
+    if parts.scheme != "https" or is_address(host) or "." not in host or parts.username is not None:
+        raise Refused("address", f"refused: the index names a file at {parts.scheme}://{host}")
+    return url

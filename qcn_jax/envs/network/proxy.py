@@ -21,6 +21,7 @@ from qcn_jax.envs.network.indexes import Document, File, Indexes, Unanswered
 from qcn_jax.envs.network.policy import Refused, Withheld
 
 MAX_CONNECTIONS = 64  # of one sandbox at a time; the others wait
+MAX_REDIRECTS = 5  # from an index's file to where it lies
 MAX_BYTES = 2 << 30  # that one command may fetch
 IDLE, TIMEOUT = 30.0, 60.0  # seconds without a request on a connection, and of one request outside
 
@@ -127,7 +128,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         try:
             answer = self._find(visit)
-            visit.count("served")
+            visit.count("served", len(answer.body) if isinstance(answer, Document) else 0)
             if isinstance(answer, Document):
                 self._begin(200, {"Content-Type": answer.kind, "Content-Length": str(len(answer.body))})
                 self._body(answer.body)
@@ -138,7 +139,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._text(403, str(error))
         except Unanswered as error:
             self._text(error.status, str(error))
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             self._text(502, f"no answer: {type(error).__name__}")
 
     do_HEAD = do_GET
@@ -169,27 +170,36 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.server.outside.indexes.answer(self.path, self.headers.get("Accept", ""), visit.about,
                                                       self.server.here)
         try:
-            return File(policy.documentation(self.path, visit.about), follow=False)
+            return File(policy.documentation(self.path, visit.about))
         except ValueError as error:  # what is no address at all
             raise Refused("other_host", "refused: no address") from error
 
     def _pass_on(self, file: File, visit: Visit) -> None:
-        headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
-        with self.server.outside.client.stream("GET", file.url, headers=headers, follow_redirects=file.follow) as reply:
-            passed = {name: reply.headers[name] for name in ("Content-Type", "Content-Length") if name in reply.headers}
-            if "location" in reply.headers:
-                where = urllib.parse.urljoin(file.url, reply.headers["location"])
-                passed["Location"] = where.replace("https://", "http://", 1)
-            if "Content-Length" not in passed:
-                passed["Connection"] = "close"
-                self.close_connection = True
-            self._begin(reply.status_code, passed)
-            for part in reply.iter_raw(1 << 16):
-                visit.count("", len(part))
-                if visit.bytes > MAX_BYTES:
-                    self.close_connection = True
+        headers, url = {"Accept-Encoding": "identity", "Accept": "*/*"}, file.url
+        for _ in range(MAX_REDIRECTS):
+            with self.server.outside.client.stream("GET", url, headers=headers) as reply:
+                if not (file.index and reply.has_redirect_location):
+                    self._relay(reply, url, visit)
                     return
-                self._body(part)
+                url = policy.check_file(urllib.parse.urljoin(url, reply.headers["location"]), file.index)
+        raise Unanswered(502, "the package index leads from one place to the next")
+
+    def _relay(self, reply: httpx.Response, url: str, visit: Visit) -> None:
+        """Passes an answer on as it comes."""
+        passed = {name: reply.headers[name] for name in ("Content-Type", "Content-Length") if name in reply.headers}
+        if "location" in reply.headers:
+            where = urllib.parse.urljoin(url, reply.headers["location"])
+            passed["Location"] = where.replace("https://", "http://", 1)
+        if "Content-Length" not in passed:
+            passed["Connection"] = "close"
+            self.close_connection = True
+        self._begin(reply.status_code, passed)
+        for part in reply.iter_raw(1 << 16):
+            visit.count("", len(part))
+            if visit.bytes > MAX_BYTES:
+                self.close_connection = True
+                return
+            self._body(part)
 
     def _text(self, status: int, message: str) -> None:
         body = (message + "\n").encode("utf-8", "replace")

@@ -93,6 +93,6 @@ def _addopts(files: Mapping[str, str]) -> list[str]:
                 value = parsed.get(section, "addopts", fallback=None)
             if value:
                 return [str(word) for word in value] if isinstance(value, list) else shlex.split(value)
-        except (tomllib.TOMLDecodeError, configparser.Error, ValueError):
+        except (configparser.Error, ValueError, TypeError, AttributeError, RecursionError):  # of another form
             continue
     return []

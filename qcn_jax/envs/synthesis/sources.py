@@ -65,7 +65,8 @@ def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True)
         pinned = re.fullmatch(r"(.+)-(\d[^-]*)", name)
         digest = "" if path.is_dir() else sha256(path)
         name = f"{pinned[1]}=={pinned[2]}" if pinned and "@" not in name else name
-        return RepositorySpec(name, str(path.resolve()), digest)
+        # Tasks, archives and journals are called after it.
+        return RepositorySpec(names_of_rows.file_stem(name), str(path.resolve()), digest)
     asked = _REQUIREMENT.fullmatch(source)
     if not asked:
         raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version, "

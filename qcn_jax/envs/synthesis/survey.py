@@ -20,6 +20,7 @@ MAX_TEST_SECONDS = 1.0  # slower tests are not used
 # Processes that list a repository's tests. A list made from a set of two types, ordered by their addresses, looks
 # the same in all of them once in 2 ** (LISTINGS - 1).
 LISTINGS = 4
+MAX_LISTING = 64 << 20  # bytes of one, unpacked: that of 100,000 tests with long parameters
 _INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
 OBSERVE = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "observe.py"))
 _COLLECT = (_INSIDE / "collect.py").read_text()
@@ -116,11 +117,20 @@ def _listings(provider: Provider, spec: RepositorySpec, timeout: float) -> list[
         for seed in range(LISTINGS):
             ran = sandbox.exec(f"rm -f {collected}; {command}", timeout, env={"PYTHONHASHSEED": str(seed)})
             try:
-                found.append(json.loads(zlib.decompress(base64.b85decode(sandbox.read(collected)))))
-            except (OSError, ValueError, zlib.error) as error:
+                found.append(_listing(sandbox.read(collected)))
+            except (OSError, ValueError, RecursionError, zlib.error) as error:
                 last = ran.output.strip().split("\n")[-1][:300] or f"status {ran.exit_code}"
                 raise UserError(
                     f"{spec.name}: its tests cannot be collected in a process of their own: {last}") from error
+    return found
+
+
+def _listing(packed: str) -> dict[str, str | None]:
+    """Reads what collect.py wrote, or tests in its place; raises ValueError or zlib.error."""
+    unpacking = zlib.decompressobj()
+    found = json.loads(unpacking.decompress(base64.b85decode(packed), MAX_LISTING))
+    if not isinstance(found, dict) or not all(value is None or isinstance(value, str) for value in found.values()):
+        raise ValueError("no list of tests")
     return found
 
 

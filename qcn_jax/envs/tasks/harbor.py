@@ -161,7 +161,7 @@ def read_folder(folder: str | os.PathLike[str]) -> HarborTask:
     path = folder / "task.toml"
     try:
         config = tomllib.loads(_text(folder, "task.toml"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not valid TOML: {error}") from error
     sections = {name: config.get(name, {}) for name in ("task", "metadata", "agent", "verifier", "environment")}
     for name, section in sections.items():

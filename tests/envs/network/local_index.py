@@ -91,7 +91,8 @@ class Index(http.server.BaseHTTPRequestHandler):
                 return "text/plain", "\n".join(GO).encode()
             case ["go", *_, "@v", name]:
                 version = name.rpartition(".")[0]
-                text = json.dumps({"Version": version, "Time": GO.get(version, NEW)}) if name.endswith("info") else name
+                stated = "module x\n" + "\ngo 1.20\n" * ("foreign" not in self.path)  # as the proxy makes up for a repository
+                text = json.dumps({"Version": version, "Time": GO.get(version, NEW)}) if name.endswith("info") else stated
                 return "text/plain", text.encode()
             case ["go", *_, "@latest"]:
                 return "application/json", json.dumps({"Version": "v1.2.0", "Time": NEW}).encode()

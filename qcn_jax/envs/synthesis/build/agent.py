@@ -89,7 +89,7 @@ def _recipe(text: str) -> Recipe:
 
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BuildFailed(f"the recipe is not JSON: {error}") from error
     lists = {name: row.get(name, []) for name in ("packages", "install")} if isinstance(row, dict) else {}
     if not lists or not all(isinstance(v, list) and all(isinstance(e, str) for e in v) for v in lists.values()):

@@ -61,8 +61,16 @@ def plan(files: Mapping[str, str]) -> Recipe:
     """The recipe that a repository's declarations ask for.
 
     Raises:
-      UserError: no language that is known here.
+      UserError: no language that is known here, or declarations that are of another form.
     """
+    try:
+        return _plan(files)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        known = ", ".join(name for name in ("package.json", "pyproject.toml", "setup.cfg", "tox.ini") if name in files)
+        raise UserError(f"{known}: is not of the form that it should have: {error}") from error
+
+
+def _plan(files: Mapping[str, str]) -> Recipe:
     if "go.mod" in files:
         return _go(files)
     python = [name for name in ("pyproject.toml", "setup.py", "setup.cfg") if name in files]

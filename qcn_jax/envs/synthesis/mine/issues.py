@@ -58,10 +58,10 @@ class Export(Tracker):
             raise UserError(f"--issues={path}: cannot be read: {error.strerror}") from error
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 value = [json.loads(line) for line in text.split("\n") if line.strip()]
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"--issues={path}: is neither JSON nor JSON lines") from error
         if isinstance(value, dict) and {"issues", "pulls"} & set(value):
             for key, is_pull in (("issues", False), ("pulls", True)):
