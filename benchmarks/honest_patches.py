@@ -7,7 +7,7 @@ Tasks are made from six source distributions of PyPI by `qcn synthesize`, by thi
 those of this checkout both grade the same patches, one after the other in turns, each in a process of its own:
 
     gold       the known fix
-    rewritten  the known fix, its whole file written anew by ast.unparse
+    rewritten  of every third task: the known fix, its whole file written anew by ast.unparse
     wrong      in turn the known fix with another task's defect, or the defective file written anew, defect and all
 
 Every test that passes on the fixed repository must pass, so that what is right and what is wrong is known. Libraries
@@ -36,9 +36,12 @@ from qcn_jax.envs.tasks.grading import Layered, starting_changes
 from qcn_jax.envs.tasks.schema import read_tasks
 from qcn_jax.journal import Rows
 
-REPOS = ("cachetools==8.0.1", "toolz==1.2.0", "isodate==0.7.2", "voluptuous==0.16.0", "simpleeval==1.0.8", "h11==0.16.0")
+REPOS = ("simpleeval==1.0.8", "h11==0.16.0", "isodate==0.7.2", "schema==0.7.8", "voluptuous==0.16.0", "xmltodict==1.0.4")
 NEAR = ("pluggy==1.6.0", "iniconfig==2.0.0", "pytest-mock==3.14.0")
 KINDS = {"gold": "resolved", "rewritten": "resolved", "wrong": "unresolved"}  # and what they must be
+REWRITTEN = 3
+# Statements and what agents see decide nothing here; the earlier commit knows one way for both.
+NEW_FLAGS = ("--statement=observed", "--nohide_tests")
 COLUMNS = ("suspected_exploit", "infrastructure", "patch_failed")
 _OUT = flags.DEFINE_string("out", "bench/honest", "Folder of tasks and verdicts.")
 _BEFORE = flags.DEFINE_string("before", "", "Checkout of the earlier commit; empty: this one alone.")
@@ -63,7 +66,8 @@ class Side:
         if not pathlib.Path(f"{out}.yields.json").exists():
             out.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([sys.executable, "-m", "qcn_jax", "synthesize", f"--repo={requirement}", f"--out={out}",
-                            f"--count={count}", f"--sandbox={_SANDBOX.value}", "--noheld_out", "--workers=1"],
+                            f"--count={count}", f"--sandbox={_SANDBOX.value}", "--noheld_out", "--workers=1",
+                            *(NEW_FLAGS if self.name == "now" else ())],
                            cwd=self.checkout, env=self.environment, stdout=subprocess.DEVNULL, check=True)
         return out, files.read_json(f"{out}.yields.json")
 
@@ -101,8 +105,9 @@ def patches_of(number, task, tasks, pristine):
         wrong = {**fixed, **patches.apply_changes(pristine, bug)}
     else:
         wrong = {task.path: rewritten(start[task.path])}
+    kinds = {"rewritten": right} if number % REWRITTEN == 0 else {}
     return {"gold": task.patch} | {kind: patches.make_diff({path: start.get(path) for path in after}, after)
-                                   for kind, after in (("rewritten", right), ("wrong", wrong))}
+                                   for kind, after in {**kinds, "wrong": wrong}.items()}
 
 
 def grade(requirement, sides, verdicts, count):
@@ -126,7 +131,7 @@ def grade(requirement, sides, verdicts, count):
 
 def table(requirements, side, verdicts):
     """Markdown: what became of a side's patches, and rows that are not as they must be."""
-    lines = ["| repository | patches of each kind | gold resolved | rewritten resolved | wrong resolved | "
+    lines = ["| repository | tasks | gold resolved | rewritten resolved | wrong resolved | "
              + " | ".join(COLUMNS) + " | other |", "|---" * (6 + len(COLUMNS)) + "|"]
     faults, sums = [], collections.Counter()
     for requirement in requirements:

@@ -13,6 +13,7 @@ import pytest
 
 from qcn_jax import files
 from qcn_jax.agents import exports, fixing, running
+from qcn_jax.agents.guard import Guard
 from qcn_jax.agents.records import Record
 from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.agents.workspace import OverlayWorkspace
@@ -216,6 +217,21 @@ def test_turns_are_read_in_time(name):
     for text in TURNS.values():
         parsed = SCAFFOLDS.resolve(name, "scaffold").parse(text)
         json.dumps([call.arguments for call in parsed.calls], allow_nan=False)
+    assert spent() - started < SECONDS
+
+
+COMMANDS = {
+    "aliases": "shopt -s expand_aliases\n" + "".join(f"alias a{n}='a{n + 1}; a{n + 1}'\n" for n in range(30)) + "a0",
+    "functions": "".join(f"f{n}() {{ f{n + 1}; f{n + 1}; }}\n" for n in range(40)) + "f0", "values": "a=x\n" + 'a="$a$a"\n' * 60 + "$a",
+    "loops": "for a in {1,2,3,4,5,6,7,8,9}; do " * 8 + "echo x; " + "done; " * 8, "braces": "echo " + "{a,b}" * 40,
+    "substitutions": "echo $(" * 2000 + "x" + ")" * 2000, "quotes": "echo '" + "\"'" * 9000, "documents": "cat <<E\n" * 900,
+    "width": "printf '%999999999d' 1 | sh", "ranges": "echo x | tr a-\U0010ffff b | sh", "shells": "eval " * 4000 + "x"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_are_read_in_time(name):
+    started = spent()
+    Guard().check("bash", {"command": COMMANDS[name]})
     assert spent() - started < SECONDS
 
 

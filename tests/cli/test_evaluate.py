@@ -255,7 +255,7 @@ def test_a_failing_test_is_mended_and_the_repository_is_not_touched(setting, cap
         assert fix("gold") == 0
         printed = capsys.readouterr()  # and nothing that no test judged, for `git apply`
         assert printed.out == make_diff({playing.PATH: source.read_text()}, {playing.PATH: playing.GOOD})
-        assert "left out: '.github/workflows/a.yml' is hidden\nleft out: 'conftest.py' steers" in printed.err
+        assert "left out: '.github/workflows/a.yml' is hidden\nleft out: 'conftest.py' is a test" in printed.err
         assert fix("empty") == 1
         printed = capsys.readouterr()
         assert printed.out == "" and "not mended in 1 attempts; the last: unresolved, ended by submitted" in printed.err
