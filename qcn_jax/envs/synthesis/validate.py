@@ -95,7 +95,7 @@ def check(provider: Provider, candidate: Candidate, options: Options = Options()
         if options.hide_tests:
             task = _hidden(provider, candidate, task)
     except _Rejected as rejection:
-        outcome = str(rejection)
+        outcome, task = str(rejection), None
     seconds, cpu = (round(sum(column), 4) for column in zip(*(spent or [(0.0, 0.0)])))
     return Verdict(candidate.key, candidate.repository, candidate.kind, outcome, seconds, cpu, task)
 

@@ -172,22 +172,29 @@ def test_cutting_tests():
     assert hidden.without(["pkg/core.py::pkg.core.f"], files) is None
 
 
-def test_whole_files_go_where_their_tests_cannot_be_cut(tmp_path):
-    """A failing test that its class inherits, and tests of other files that need the cut ones."""
+@pytest.mark.parametrize("needed", [False, True])
+def test_whole_files_go_where_their_tests_cannot_be_cut(tmp_path, needed):
+    """A failing test that its class inherits; where another file needs that file, nothing can be hidden, and no task is made."""
     source = "def up(x):\n    return x + 1\n"
     root = tmp_path / "repo"
     for path, text in {
             "pkg/__init__.py": "", "pkg/a.py": source,
             "tests/base.py": "from pkg import a\n\n\nclass Base:\n    def test_up(self):\n        assert a.up(1) == 2\n",
             "tests/test_up.py": "from tests.base import Base\n\n\nclass TestUp(Base):\n    pass\n",
-            "tests/__init__.py": "", "tests/test_other.py": "def test_a():\n    pass\n\n\ndef test_b():\n    pass\n"}.items():
+            "tests/__init__.py": "", "tests/test_other.py": "from tests import test_up\n" * needed +
+                                                            "def test_a():\n    pass\n\n\ndef test_b():\n    pass\n"}.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
     spec = sources.locate(str(root))
     with make_provider("local", str(tmp_path / "state")) as provider:
         survey = take_survey(provider, spec)
         (injection,) = inject.candidates(source, "pkg/a.py", ["change_arithmetic"])
-        task = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0)), OPTIONS).task
+        verdict = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0)), OPTIONS)
+        assert verdict.outcome == ("cannot_hide" if needed else "kept")
+        task = verdict.task
+        if needed:
+            assert task is None
+            return
         start = grading.starting_changes(task, provider.files(spec.name))
         assert task.FAIL_TO_PASS == ("tests/test_up.py::TestUp::test_up",) and start["tests/test_up.py"] is None
         assert hidden.left(task) == ("tests/test_other.py::test_a", "tests/test_other.py::test_b")
