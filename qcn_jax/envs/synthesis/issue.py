@@ -18,6 +18,8 @@ from qcn_jax.envs.testpaths import is_test_path
 MOST_CALLS = 24  # that are tried for one task
 MOST_SHOWN = 3  # programs of one issue
 _FORMS = ("`{}`", "\n{}\n", "\nraises {}\n")  # in which a statement gives a value
+_INTERNAL = re.compile(r"AttributeError: 'NoneType'|NameError|UnboundLocalError")  # nobody expects these of right code
+_IMPORTS = ("from ", "import ", "const ")  # how such programs begin
 INLINE = 60  # characters of a value that stands in a sentence
 _INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
 _SCRIPT = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "reproduce.py"))
@@ -31,6 +33,7 @@ class Example:
     program: str
     came: tuple[str, str]
     expected: tuple[str, str]
+    language: str = "python"
 
 
 def calls(observations: Iterable[Observation]) -> list[Observation]:
@@ -53,11 +56,11 @@ def run(sandbox: Sandbox, observations: Sequence[Observation], timeout: float) -
     return done.value if done is not None and done.status == "ok" else [None] * len(wanted)
 
 
-def programs(text: str) -> list[str]:
+def programs(text: str, language: str = "python") -> list[str]:
     """Programs in a statement: its code blocks that begin with an import."""
-    blocks = re.findall(r"(?ms)^```python\n(.*?)\n```$", text)
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)\n```$", text)
     return ["\n".join(line for line in block.split("\n") if line.strip()) for block in blocks
-            if block.startswith(("from ", "import "))]
+            if block.startswith(_IMPORTS)]
 
 
 def repeat(sandbox: Sandbox, wanted: Sequence[str], timeout: float) -> list[Any]:
@@ -66,9 +69,9 @@ def repeat(sandbox: Sandbox, wanted: Sequence[str], timeout: float) -> list[Any]
     return done.value if done.status == "ok" else [None] * len(wanted)
 
 
-def falsehood(text: str, bad: Sequence[Any], good: Sequence[Any]) -> str:
+def falsehood(text: str, bad: Sequence[Any], good: Sequence[Any], language: str = "python") -> str:
     """What in a statement is not so, where its programs give `bad` and `good` in the two states; "" for nothing."""
-    for program, came, wanted in zip(programs(text), bad, good):
+    for program, came, wanted in zip(programs(text, language), bad, good):
         last = program.split("\n")[-1]
         if came is None or wanted is None:
             return f"`{last}` cannot be repeated"
@@ -85,7 +88,8 @@ def examples(observations: Sequence[Observation], buggy: Sequence[Any], fixed: S
     """Programs that give something else in the two states, of one function; none that holds a `forbidden` word."""
     found: dict[str, Example] = {}
     for observation, bad, good in zip(observations, buggy, fixed):
-        if bad is not None and good is not None and bad[0] == good[0] and bad[1:] != good[1:]:
+        if bad is not None and good is not None and bad[0] == good[0] and bad[1:] != good[1:] and not (
+                good[1] == "raises" and _INTERNAL.match(good[2])):
             if not names(" ".join((*bad, *good)), forbidden):
                 found.setdefault(bad[0], Example(observation, bad[0], tuple(bad[1:]), tuple(good[1:])))
     first = next(iter(found.values()), None)
@@ -140,8 +144,8 @@ def _title(shown: Example, rng: random.Random) -> str:
 def _program(shown: Example, rng: random.Random) -> str:
     lead = rng.choice(("To reproduce:", "Steps to reproduce:", "This shows it:", "I ran this:"))
     *imports, last = shown.program.split("\n")
-    gap = [""] if imports and all(line.startswith(("from ", "import ")) for line in imports) else []
-    return "\n".join((lead, "", "```python", *imports, *gap, last, "```"))
+    gap = [""] if imports and all(line.startswith(_IMPORTS) for line in imports) else []
+    return "\n".join((lead, "", f"```{shown.language}", *imports, *gap, last, "```"))
 
 
 def _difference(shown: Example, rng: random.Random) -> str:

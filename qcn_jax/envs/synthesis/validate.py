@@ -184,7 +184,7 @@ def _agreeing(
     sandbox: Sandbox, candidate: Candidate, buggy: Sequence[dict[str, Any]], passing: Sequence[str], options: Options,
     spent: list[tuple[float, float]],
 ) -> tuple[list[dict[str, Any]], dict[str, bool]]:
-    """The runs of the defective state, with those calls marked that further runs of it confirm, and the suite's rest.
+    """The runs of the defective state, with what further runs of it confirm, and the suite's rest.
 
     Returns:
       The runs, and of the suite's other tests which ones pass.
@@ -202,7 +202,9 @@ def _agreeing(
         if any((again["outcomes"].get(name) in PASSING) != (name in passing) for name in candidate.tests):
             raise _Rejected("flaky")
         if number == 0:
-            marked[0] = {**buggy[0], "calls": statement.stable(buggy[0]["calls"], again["calls"])}
+            marked[0] = {**buggy[0], "calls": statement.stable(buggy[0]["calls"], again["calls"]),
+                         "messages": {name: said for name, said in buggy[0]["messages"].items()
+                                      if again["messages"].get(name) == said}}
             others = {name: again["outcomes"].get(name) in PASSING for name in rest}
     return marked, others
 

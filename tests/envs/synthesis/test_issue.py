@@ -11,7 +11,7 @@ from qcn_jax.agents import tools
 from qcn_jax.agents.workspace import ProviderRunner, open_overlay
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox import make_provider
-from qcn_jax.envs.synthesis import candidates, describe, inject, issue, quality, sources, validate, verify
+from qcn_jax.envs.synthesis import candidates, describe, inject, issue, quality, sources, statement, validate, verify
 from qcn_jax.envs.synthesis.survey import take_survey
 from qcn_jax.envs.tasks import formats, grading, hidden
 from qcn_jax.envs.tasks.schema import Task
@@ -86,6 +86,12 @@ def test_programs_of_packages_that_ask_the_time_as_they_are_loaded(place):
     with provider.create(spec.name, {"slow.py": slow}) as sandbox:
         assert issue.repeat(sandbox, [program, program.replace("f(3)", "__import__('time').time()")], 60.0) == [
             [program, "gives", "3"], None]
+
+
+def test_errors_of_misuse_are_not_what_is_expected():
+    one = statement.Observation("a.py", "f", (), ("returned", "1"), ("raised", "x"))
+    for good, count in (("AttributeError: 'NoneType' object has no attribute 'x'", 0), ("ValueError: x", 1)):
+        assert len(issue.examples([one], [["f()", "gives", "1"]], [["f()", "raises", good]])) == count
 
 
 def test_without_a_call_the_failing_line_is_told(place):

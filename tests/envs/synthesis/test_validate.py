@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 
@@ -402,6 +403,10 @@ def dated(flag):
     return datetime.date.today() if flag else 0
 
 
+def clocked(flag):
+    return time.monotonic() if flag else 0
+
+
 def measured(flag):
     return 1234567890123.000000000001 if flag else 0
 
@@ -415,7 +420,7 @@ def timed(flag):
 '''
 
 
-@pytest.mark.parametrize("name", ["stamp", "drawn", "numbered", "placed", "dated", "measured"])
+@pytest.mark.parametrize("name", ["stamp", "drawn", "numbered", "placed", "dated", "measured", "clocked"])
 def test_what_differs_between_processes_is_not_told(changing, name):
     """Chance, a counter and an identity differ elsewhere, what asks for the time tells nothing; a long number is a value."""
     provider, spec, survey = changing
@@ -423,9 +428,12 @@ def test_what_differs_between_processes_is_not_told(changing, name):
     start = CHANGING.index("if flag", CHANGING.index(f"def {name}"))
     injection = inject.Injection("negate", "changing/core.py", name, holder.start_line, holder.end_line, CHANGING, start,
                                  start + len("if flag"), "if not flag")
-    found = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0)))
+    options = validate.Options(tests_may_tell=name == "clocked")  # nor may a test's message
+    found = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0)), options)
     task = found.task
-    if name in ("stamp", "dated"):
+    if name == "clocked":
+        assert not re.search(r"\d\.\d", task.problem_statement)
+    elif name in ("stamp", "dated"):
         assert task is None and found.outcome == "unobserved"
     elif name == "measured":
         assert "returned 0; expected 1234567890123.0" in task.problem_statement
@@ -439,8 +447,9 @@ def _changing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("changing")
     root = folder / "changing-1.0"
     write(root, {"changing/__init__.py": "", "changing/core.py": CHANGING, "tests/test_core.py": (
-        "from changing.core import checked, measured, timed\n\n\ndef test_checked():\n    assert checked(True)\n\n\n"
+        "from changing.core import checked, clocked, measured, timed\n\n\ndef test_checked():\n    assert checked(True)\n\n\n"
         "def test_timed():\n    assert timed(True)\n\n\n"
+        "def test_clocked():\n    assert clocked(False) == 0\n\n\n"
         "def test_measured():\n    assert measured(True)\n")})
     spec = sources.locate(str(root))
     with make_provider("local", str(folder / "state")) as provider:
