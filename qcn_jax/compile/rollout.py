@@ -72,6 +72,7 @@ def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: 
         program = aot.Program(programs.function(name, limit), arguments, kinds)
         found[name] = aot.compile_program(program, topology, dump if name == "decode" else None)
     return {"slots": settings.slots, "max_length": settings.max_length, "parts": place.parts, "programs": found,
+            "prefill_tokens": -(-settings.prefill_rows // place.parts) * settings.prefill_chunk,  # of a part and call
             **_account(config, parallel, place, found["decode"], topology)}
 
 

@@ -139,8 +139,8 @@ def _survivor_ends(hosts, number):
     seconds = time.monotonic() - began
     assert seconds < SURVIVOR_SECONDS
     hosts.until(number, last_line.LOST, timeout=600)  # its stderr is passed on by a process that outlives it
-    # Gloo's lines of several threads run into each other, which leaves the numbers they end in on lines of their own.
-    lines = [line for line in hosts.output(number).splitlines() if not re.match(r"\[|\s*\d*$", line)]
+    # Gloo's lines of several threads run into each other, which leaves parts of them on lines of their own.
+    lines = [line for line in hosts.output(number).splitlines() if not re.match(r"\[|\s*\d*$|.*peer ranks", line)]
     assert lines == [last_line.LOST], hosts.output(number)
     return seconds
 
