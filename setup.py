@@ -34,7 +34,7 @@ setuptools.setup(
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",
         "docker>=7", "numpy>=2", "absl-py>=2", "pytest>=8", "ml_collections>=1.0", "safetensors>=0.5",
         "tokenizers>=0.21", "jinja2>=3.1", "libcst>=1.5", "unidiff>=0.7.5", "tqdm>=4.66",
-        "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27", "pyarrow>=17",
+        "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27", "pyarrow>=17", "orjson>=3.10",
         "tree-sitter>=0.23", "tree-sitter-bash>=0.23",  # how agents' commands are read
     ],
     extras_require={

@@ -77,6 +77,16 @@ def test_rows_are_read_alike_from_every_format(tmp_path, name, data):
         assert read(tmp_path)[0] == found
 
 
+@pytest.mark.parametrize("line", [
+    '{"a": "x", "b": 1, "c": null, "d": true}', '{"a": 123456789012345678901234567890}', '{"a": {"id": 18446744073709551617}}',
+    '{"a": 0.1, "b": 1e999}', '{"a": "\\ud800"}', '\ufeff{"a": 1}', '{"a": 1, "a": 2}', '{"a": -0.0}', '{"a": [NaN]}',
+    '{"a": 9223372036854775808}', '{"a": "\\u0000 \u2028"}'])
+def test_rows_are_what_the_standard_library_reads(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8")
+    ((_, row),) = rows.read_rows(tmp_path / "a.jsonl", Findings("stop", ""))
+    assert repr(row) == repr(json.loads(line.removeprefix("\ufeff")))
+
+
 def test_columns_are_named_by_options_and_megabytes_end_the_reading(tmp_path):
     values = [{"body": "x" * 1000, "text": "no", "lang": "C"}] * 9
     (tmp_path / "b.parquet").write_bytes(table(values))
