@@ -204,6 +204,8 @@ def execute(pool: EnvPool, journal: pathlib.Path, known: dict[int, str]) -> tupl
             found = None if error else done.result()
             outcome = f"{type(error).__name__}: {error}" if error else getattr(found, "outcome", found)
             with lock:
+                if stream.closed:  # the run was interrupted, and this one is done again
+                    return
                 came[number] += 1
                 known[number] = outcome
                 stream.write(json.dumps({"number": number, "kind": kind, "outcome": outcome}) + "\n")
