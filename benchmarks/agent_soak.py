@@ -1,6 +1,6 @@
 """Episodes of agents while everything that they need is killed: nothing lost, nothing doubled, every outcome the right one.
 
-  python benchmarks/agent_soak.py --episodes=200 --out=DIR
+  python benchmarks/agent_soak.py --episodes=200 --out=DIR        resumable: run it again after an interruption
   python benchmarks/agent_soak.py --episodes=16 --kind=local --out=DIR
 
 `qcn evaluate` plays tasks with scaffold mini_swe_agent against an endpoint whose models play right, wrong, empty,
@@ -40,8 +40,7 @@ _EPISODES = flags.DEFINE_integer("episodes", 200, "how many")
 _KIND = flags.DEFINE_enum("kind", "docker", ["docker", "local"], "back end")
 _OUT = flags.DEFINE_string("out", None, "folder for results and the daemon's data")
 _SEED = flags.DEFINE_integer("seed", 0, "of the faults")
-_FAULT_SECONDS = flags.DEFINE_float("fault_seconds", 12.0, "mean time between two kills")
-_FAULTS = flags.DEFINE_integer("faults", 0, "kill no more after so many; 0: until all episodes are over")
+_EVERY = flags.DEFINE_integer("every", 6, "episodes that end between two kills, in the mean")
 _SERVE = flags.DEFINE_integer("serve", 0, "be the endpoint, on this port")
 
 # What a model plays, and what must become of its episodes.
@@ -121,14 +120,14 @@ class World:
         """Lets the run come to its end, with faults on the way; raises SystemExit where it never does."""
         rng, kinds = random.Random(_SEED.value), ["worker", "endpoint", "run"]
         kinds = itertools.cycle([*kinds, "container", "daemon"] if self.daemon else kinds)
+        due, what = self.ended() + rng.randrange(2 * _EVERY.value), next(kinds)
         while True:
-            pause = rng.expovariate(1 / _FAULT_SECONDS.value)
-            killing = not _FAULTS.value or self.counts.total() < _FAULTS.value
             try:
-                status = self.run.wait(pause if killing else None)
+                status = self.run.wait(0.1)
             except subprocess.TimeoutExpired:
-                what = next(kinds)
-                self.counts[what] += self.kill(what, rng)
+                if self.ended() >= due and self.kill(what, rng):
+                    self.counts[what] += 1
+                    due, what = self.ended() + 1 + rng.randrange(2 * _EVERY.value), next(kinds)
                 continue
             if status == 0 and all(row["outcome"] != "infrastructure" for row in self.rows().values()):
                 return
@@ -136,6 +135,11 @@ class World:
             if self.counts["(given again)"] > RERUNS:
                 raise SystemExit(f"the run comes to no end; see {self.out}/evaluate.log")
             self.evaluate()
+
+    def ended(self) -> int:
+        """How many episodes are written down."""
+        path = self.out / "evaluated/episodes.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def rows(self) -> dict[str, dict]:
         """The last record of every episode."""
@@ -198,6 +202,7 @@ def main(_) -> None:
             signal.pause()
     if not _OUT.value:
         raise SystemExit("--out: name a folder")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the daemon is ended in order
     out = pathlib.Path(_OUT.value).absolute()
     out.mkdir(parents=True, exist_ok=True)
     os.chmod(out, 0o755)
