@@ -4,9 +4,10 @@
   qcn check-engine --checkpoint=DIR --mesh=expert=4,tensor=2
 
 Log-probabilities of random tokens by a full pass in the plainest form are held against those by whole rows, padding on
-either side, packed rows, pieces through a cache, and the engine with turns, copies, saved states, used slots and
-weights given anew. The bound is measured: what a change in the last bit of the weights does. Status 1 where a form
-breaks it.
+either side, packed rows, pieces through a cache, the engine with turns, copies, saved states, used slots, weights given
+anew, sampling and a cache that grows, and the scheduler with prompts that begin alike. The bound is measured: what a
+change in the last bit of the weights does. Status 1 where a form breaks it. --kernels adds those for TPUs, which
+anything but a TPU interprets: hours for a large model.
 """
 
 import json
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("sequences", 6, "Random sequences.", flag_values=values, lower_bound=3)
     flags.DEFINE_integer("length", 96, "Tokens of the longest.", flag_values=values, lower_bound=64)
     flags.DEFINE_integer("seed", 0, "Of sequences, pieces and draws.", flag_values=values, lower_bound=0)
+    flags.DEFINE_bool("kernels", False, "Also hold the TPU's kernels against it.", flag_values=values)
     mesh = parsing.define_mesh(values)
     parsing.parse(values, "check-engine", __doc__, argv)
 
@@ -32,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
     from qcn_jax.inference.checkpoint import load_to_act
 
     config, params, parallel = load_to_act(values.checkpoint, mesh())
-    broken = 0
+    forms, broken = conformance.FORMS + (conformance.KERNELS,) * values.kernels, 0
     for found in conformance.check(config, params, count=values.sequences, length=values.length, seed=values.seed,
-                                   parallel=parallel):
+                                   parallel=parallel, forms=forms):
         broken += not found.holds
         print(json.dumps({"form": found.form, "holds": found.holds, "worst": float(f"{found.worst:.3g}"),
                           "bound": float(f"{found.bound:.3g}"), "tokens": found.compared, "flips": found.flips}),

@@ -66,6 +66,7 @@ class Engine:
         snapshots: int = 0,
         with_routes: bool = False,
         several_shapes: bool = False,
+        key_limit: int | None = None,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -88,6 +89,7 @@ class Engine:
           with_routes: keep the experts of every token, see `routes`; of a model that has some.
           several_shapes: prefill may also take P / 4 or 1 slots, or C / 4 tokens, in a call, whichever wastes least;
             each of these is compiled when it is first wanted.
+          key_limit: the least of a cache that attention reads, see FIRST_KEY_LIMIT, which is the default.
 
         Raises:
           ValueError: a size below 1.
@@ -105,7 +107,7 @@ class Engine:
         self._model = Qwen3Next(config, unrolled, place.parallel)
         self._own = -(-slots // place.parts)  # slots of a part
         self.parts, self.slots = place.mine, self._own * place.mine
-        self.max_length = max_length
+        self.max_length, self._first_limit = max_length, key_limit
         self.max_new_tokens = max_new_tokens
         self._rows = min(-(-prefill_rows // place.parts), self._own)  # of a part
         self._row_counts = tuple(dict.fromkeys((*shapes.palette(self._rows, several_shapes), *[1] * several_shapes)))
@@ -233,7 +235,7 @@ class Engine:
         """How much of the cache attention must read for sequences of up to `longest` tokens."""
         if self.config.attention == "splash" and can_read(self.max_length):
             return self.max_length  # the kernel sees what each sequence holds
-        limit = FIRST_KEY_LIMIT
+        limit = self._first_limit or FIRST_KEY_LIMIT
         while limit < longest:
             limit *= 2
         return min(limit, self.max_length)

@@ -41,15 +41,16 @@ class Hit:
 class Prefixes:
     """The sequences that slots hold, and who may take them up."""
 
-    def __init__(self, slots: int, parts: int, entries: int) -> None:
+    def __init__(self, slots: int, parts: int, entries: int, least: int = LEAST) -> None:
         """Starts empty.
 
         Args:
           slots: numbered from 0; those of a part follow one another.
           parts: of the engine; slots and saved states of different parts have nothing to do with each other.
           entries: saved states of each part.
+          least: see LEAST.
         """
-        self._own, self._entries, self._clock = slots // parts, entries, 0
+        self._own, self._entries, self._least, self._clock = slots // parts, entries, least, 0
         self._held: dict[int, _Held] = {slot: _Held(np.zeros(0, np.int32)) for slot in range(slots)}
         # By part, entry -> the slot and length that it belongs to, least recently used first.
         self._owners: list[dict[int, tuple[int, int]]] = [{} for _ in range(parts)]
@@ -60,7 +61,7 @@ class Prefixes:
 
     def clear(self) -> None:
         """Forgets everything, as when the engine was emptied or its weights were changed."""
-        self.__init__(len(self._held), len(self._owners), self._entries)
+        self.__init__(len(self._held), len(self._owners), self._entries, self._least)
 
     def find(self, tokens: Sequence[int], free: Iterable[int]) -> tuple[int, Hit | None]:
         """The slot among `free` that a prompt should go to, and what of it is there or in a slot of the same part.
@@ -73,16 +74,16 @@ class Prefixes:
         parted = 0
         for slot, held in self._held.items():
             common = _common(held.tokens, prompt)
-            if self.part(slot) not in reachable or common < LEAST:
+            if self.part(slot) not in reachable or common < self._least:
                 continue
             parted = max(parted, common)
             whole = common == len(held.tokens) and slot in free
             length = common if whole else max((length for length in held.saved if length <= common), default=0)
-            if length >= LEAST and (best is None or (length, slot in free) > (best.length, best.source in free)):
+            if length >= self._least and (best is None or (length, slot in free) > (best.length, best.source in free)):
                 best = Hit(slot, length, None if whole else held.saved[length])
         if best is None:
-            return free[0], Hit(-1, 0, None, parted) if LEAST <= parted < len(prompt) else None
-        best = dataclasses.replace(best, parted=parted if best.length + LEAST <= parted < len(prompt) else 0)
+            return free[0], Hit(-1, 0, None, parted) if self._least <= parted < len(prompt) else None
+        best = dataclasses.replace(best, parted=parted if best.length + self._least <= parted < len(prompt) else 0)
         others = [slot for slot in free if self.part(slot) == self.part(best.source) and slot != best.source]
         keep = best.entry is not None and others
         return (others[0] if keep or best.source not in free else best.source), best
@@ -112,7 +113,7 @@ class Prefixes:
     def save(self, slot: int, length: int) -> int | None:
         """The entry to save `slot`'s state in, now that it holds `length` tokens; None where there is none to have."""
         held, owners = self._held[slot], self._owners[self.part(slot)]
-        if not self._entries or length < LEAST or length in held.saved:
+        if not self._entries or length < self._least or length in held.saved:
             return None
         entry = next((entry for entry in range(self._entries) if entry not in owners), None)
         if entry is None:

@@ -9,8 +9,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from qcn_jax.inference.engine import Engine
-from qcn_jax.inference.prefixes import Hit, Prefixes
+from qcn_jax.inference.prefixes import LEAST, Hit, Prefixes
 from qcn_jax.inference.sampling import History, Sampling
 
 PIECE = 8  # tokens between two looks at who came and who went
@@ -41,6 +43,7 @@ class Request:
 
     Attributes:
       reused: tokens of the prompt that a slot held already, once it has been admitted.
+      routes: `Engine.routes` of all its tokens, once it has ended, of an engine that keeps them.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Request:
         self.made: list[int] = []
         self.cancelled = False
         self.reused = 0
+        self.routes: np.ndarray | None = None
 
     @property
     def held(self) -> list[int]:
@@ -65,12 +69,12 @@ class Request:
 class Scheduler:
     """Owns an engine and serves requests with it from a thread of its own."""
 
-    def __init__(self, engine: Engine, most_waiting: int = 256) -> None:
-        """Starts the thread; `most_waiting` requests may wait for a slot."""
+    def __init__(self, engine: Engine, most_waiting: int = 256, least: int = LEAST) -> None:
+        """Starts the thread; `most_waiting` requests may wait for a slot; `least`: see prefixes.LEAST."""
         self.engine, self._most_waiting = engine, most_waiting
         self._waiting: deque[Request] = deque()
         self._active: dict[int, Request] = {}
-        self._prefixes = Prefixes(engine.slots, engine.parts, engine.snapshots)
+        self._prefixes = Prefixes(engine.slots, engine.parts, engine.snapshots, least)
         self.prefilled = self.reused = 0  # tokens of prompts, since the start
         self._changed = threading.Condition()
         self._closed = False
@@ -168,6 +172,7 @@ class Scheduler:
             finish = "stop" if generation.finish == "stop" else "length" if full or request.left <= 0 else None
             if finish is not None:
                 self._prefixes.extended(slot, request.held)
+                request.routes = self.engine.routes(slot) if self.engine.with_routes else None
                 with self._changed:
                     del self._active[slot]
             request.emit(Piece(generation.tokens, generation.logprobs.tolist(), finish, generation.alternatives))

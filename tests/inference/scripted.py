@@ -30,7 +30,7 @@ class Speller:
 class Scripted:
     """Continues every prompt with `text` and a stop, or for ever; fails at prompts that hold `poison`."""
 
-    slots, parts, snapshots, max_length = 3, 1, 0, 4096
+    slots, parts, snapshots, max_length, with_routes = 3, 1, 0, 4096, False
 
     def __init__(self, text: str = "", poison: str | None = None, endless: bool = False) -> None:
         self.text, self.poison, self.endless = text, poison, endless
