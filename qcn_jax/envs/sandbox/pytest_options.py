@@ -17,7 +17,9 @@ ATTEMPTS = 4  # pytest names one reason at a time: demands, options, strictness;
 USAGE_ERROR = 4  # pytest's exit status
 _UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
 _PLUGIN = re.compile(r'Error importing plugin "([^"]+)"')
-_RELAXED = ("-o", "required_plugins=", "-o", "minversion=0")
+_STRANGE_SETTING = re.compile(r"PytestConfigWarning: Unknown config option: (\w+)")  # where warnings are errors
+_RELAXED = ("-o", "required_plugins=", "-o", "minversion=0", "-W", "ignore::pytest.PytestConfigWarning",
+            "-W", "ignore::pytest.PytestUnknownMarkWarning")
 # Files in pytest's order, and their sections.
 _FILES = (("pytest.toml", "pytest"), (".pytest.toml", "pytest"), ("pytest.ini", "pytest"), (".pytest.ini", "pytest"),
           ("pyproject.toml", "tool.pytest.ini_options"), ("pyproject.toml", "tool.pytest"), ("tox.ini", "pytest"),
@@ -51,7 +53,7 @@ def is_refused(outcomes: Mapping[str, str], exit_status: int, output: str) -> bo
     """Whether pytest ended because of its settings. What a conftest.py fails to import is none of them."""
     if outcomes or "while loading conftest" in output:
         return False
-    return exit_status == USAGE_ERROR or bool(_PLUGIN.search(output))
+    return exit_status == USAGE_ERROR or bool(_PLUGIN.search(output) or _STRANGE_SETTING.search(output))
 
 
 def milder(files: Mapping[str, str], output: str, last: bool = False) -> tuple[list[str], str]:
@@ -74,7 +76,8 @@ def milder(files: Mapping[str, str], output: str, last: bool = False) -> tuple[l
         elif given[at] not in strange and given[at].removeprefix("-p") not in plugins:
             kept.append(given[at])
         at += 1
-    gone = " ".join(word for word in given if word not in kept) or "demands for plugins and versions"
+    unknown = dict.fromkeys([*(word for word in given if word not in kept), *_STRANGE_SETTING.findall(output)])
+    gone = " ".join(unknown) or "demands for plugins and versions"
     return ["-o", f"addopts={shlex.join(kept)}", *_RELAXED], f"pytest's options without {gone}"
 
 

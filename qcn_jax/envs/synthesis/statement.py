@@ -65,6 +65,15 @@ def stable(calls: Sequence[Mapping[str, Any]], again: Sequence[Mapping[str, Any]
     return marked
 
 
+def agreed(said: str, again: str) -> str:
+    """What two runs of a test say alike, of "error: words | path:line: code": all, error and code, or ""."""
+    if said == again:
+        return said
+    (first, _, place), (second, _, other) = said.partition(" | "), again.partition(" | ")
+    kind = first.partition(":")[0]
+    return f"{kind} | {place}" if place and place == other and kind == second.partition(":")[0] else ""
+
+
 def differing(buggy: Sequence[Mapping[str, Any]], fixed: Sequence[Mapping[str, Any]]) -> Iterator[Observation]:
     """All calls in `buggy` that ended otherwise than their counterparts, in the order in which they ended.
 

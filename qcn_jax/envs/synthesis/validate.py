@@ -203,8 +203,8 @@ def _agreeing(
             raise _Rejected("flaky")
         if number == 0:
             marked[0] = {**buggy[0], "calls": statement.stable(buggy[0]["calls"], again["calls"]),
-                         "messages": {name: said for name, said in buggy[0]["messages"].items()
-                                      if again["messages"].get(name) == said}}
+                         "messages": {name: statement.agreed(said, again["messages"].get(name, ""))
+                                      for name, said in buggy[0]["messages"].items()}}
             others = {name: again["outcomes"].get(name) in PASSING for name in rest}
     return marked, others
 

@@ -75,6 +75,13 @@ def test_limit_and_contrast(limit):
     assert ("These tests fail" in text) == (limit > statement.SHORT)
 
 
+@pytest.mark.parametrize(("said", "again", "told"), [
+    ("E: 1 | a.py:2: f()", "E: 1 | a.py:2: f()", "E: 1 | a.py:2: f()"), ("E: 1 | a.py:2: f()", "E: 2 | a.py:2: f()", "E | a.py:2: f()"),
+    ("E: 1 | a.py:2: f()", "F: 1 | a.py:2: f()", ""), ("E: 1 | a.py:2: f()", "E: 1 | a.py:3: g()", ""), ("E: 1", "E: 2", ""), ("E: 1", "", "")])
+def test_what_two_runs_say_alike(said, again, told):
+    assert statement.agreed(said, again) == told
+
+
 def test_contains_fix():
     before, after = "def f(x):\n    return x + 1\n", "def f(x):\n    return x - 1\n"
     gold = patches.make_diff({"m.py": after}, {"m.py": before})
