@@ -134,7 +134,8 @@ FIELDS = [
     ("sft__malformed", "ignore", "stop, skip"),
     ("tasks__malformed", "ignore", "stop, skip"),
     ("tasks__verify", -1, "at least 0"),
-    ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, openhands, qwen_code, claude_code, terminus_json, terminus_xml, nano, "
+    ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, openhands, qwen_code, claude_code, terminus_json, terminus_xml, "
+                               "simulated_user, nano, "
      "package.module:OBJECT"),
     ("experts__objective", "ppo", "clipped, gspo, cispo, reinforce, package.module:OBJECT"),
     ("experts__routing", "fixed", "free, replay"),

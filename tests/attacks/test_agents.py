@@ -147,7 +147,8 @@ def test_what_tools_print_is_told(server, said):
 
 HOSTILE = [math.inf, math.nan, 10**400, -1, "\ud800", "\0", "", [], [{}], [[1]], {}, None, True, "../../etc/passwd", "/etc/passwd",
            "x" * 100_000, ["\ud800"], [math.inf, 1], [10**400], "1e400", "nan", "9" * 5000, "[" * 5000, "*" * 300]
-NAMES = ("mini_swe_agent", "swe_agent", "openhands", "qwen_code", "claude_code", "terminus_json", "terminus_xml", "nano")
+NAMES = ("mini_swe_agent", "swe_agent", "openhands", "qwen_code", "claude_code", "terminus_json", "terminus_xml", "nano",
+         "simulated_user")
 
 
 def executor(name):
