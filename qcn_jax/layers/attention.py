@@ -48,7 +48,9 @@ def cached_attention(
     query = context.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]  # [B, T]
     slot = query if context.valid is None else jnp.where(context.valid, query, capacity)
     rows = jnp.arange(batch, dtype=jnp.int32) if context.rows is None else context.rows
-    write = lambda old, new: old.at[rows[:, None], :, slot].set(jnp.swapaxes(new, 1, 2), mode="drop")
+    # Row by row of H: the order of the cache in memory is then the one that the kernel reads.
+    place = rows[:, None, None], jnp.arange(k.shape[1])[None, :, None], slot[:, None]
+    write = lambda old, new: old.at[place].set(new, mode="drop")
     cache = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
     limit = context.key_limit or capacity
     added = jnp.full(batch, length, jnp.int32) if context.lengths is None else context.lengths
