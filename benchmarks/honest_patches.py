@@ -12,8 +12,8 @@ Both checkouts grade the same patches in turns, each in a process of its own; th
 
 Every test that passes on the fixed repository must pass, so that what is right and what is wrong is known. Libraries
 that pytest itself imports are graded by this checkout alone: the earlier one cannot run them. At the end both make tasks
-by `qcn synthesize` from the same candidates. A run that was killed goes on where it stopped. The exit status is 0 if every right patch resolves and no wrong one does,
-none is called an exploit, and no verdict is another one than before.
+by `qcn synthesize` from the same candidates. A run that was killed goes on where it stopped; `--tables` only prints what is there. The exit status is 0 if every right
+patch resolves, no wrong one does and none is called an exploit; verdicts that were others before are listed.
 """
 
 import ast
@@ -56,6 +56,7 @@ _TASKS = flags.DEFINE_integer("tasks", 50, "Of each repository; of those near py
 _MINUTES = flags.DEFINE_float("minutes", 0.0, "After which no task is begun; 0: no limit.", lower_bound=0.0)
 _YIELD = flags.DEFINE_integer("yield_candidates", 40, "Candidates of each that both synthesize; 0: none.", lower_bound=0)
 _YIELD_REPOS = flags.DEFINE_list("yield_repos", list(REPOS[:2]), "Of these repositories.")
+_TABLES = flags.DEFINE_bool("tables", False, "Print the tables of what is there, and grade nothing.")
 _SANDBOX = flags.DEFINE_enum("sandbox", "local", ["auto", "docker", "local"], "Where code runs.")
 _HERE = pathlib.Path(__file__).resolve().parent
 
@@ -239,20 +240,22 @@ def main(argv):
     sides, out = [Side("now", _HERE.parent)] + ([Side("before", _BEFORE.value)] if _BEFORE.value else []), pathlib.Path(_OUT.value)
     try:
         with Rows(out / "verdicts.jsonl") as verdicts, Rows(out / "tasks.jsonl") as tasks:
-            run(sides, verdicts, tasks)
+            if not _TABLES.value:
+                run(sides, verdicts, tasks)
             known = verdicts.known
         text, faults = table([*_REPOS.value, *_NEAR.value], "now", known)
         print(text)
         for side in sides[1:]:
             text, there = table(_REPOS.value, side.name, known)
             print(f"\n{side.name}:\n{text}\n" + "\n".join(there))
-        faults += [f"{key}: {row['outcome']}, now {known['now' + key[6:]]['outcome']}" for key, row in known.items()
-                   if key.startswith("before/") and row["outcome"] != known["now" + key[6:]]["outcome"]]
+        changed = [f"{key}: {row['outcome']}, now {known['now' + key[6:]]['outcome']}" for key, row in known.items()
+                   if key.startswith("before/") and row["outcome"] != known.get("now" + key[6:], row)["outcome"]]
+        print(f"\nverdicts that are others now: {len(changed)}\n" + "\n".join(changed))
         print(f"\n{costs(sides, known)}\n" + (f"\n{yields(sides)}\n" if _YIELD.value else ""))
     finally:
         for side in sides:
             side.close()
-    print("\n".join(faults) or "no verdict is another one than it must be, or than before")
+    print("\n".join(faults) or "no verdict is another one than it must be")
     return 1 if faults else 0
 
 
