@@ -28,7 +28,8 @@ setuptools.setup(
     # configs/ of the repository is installed as qcn_jax/configs, where --config=nano finds it.
     packages=[*setuptools.find_packages(include=["qcn_jax", "qcn_jax.*"]), "qcn_jax.configs"],
     package_dir={"qcn_jax.configs": "configs"},
-    package_data={"qcn_jax": ["py.typed", "recipes/nano/base/*", "envs/sandbox/*.dockerfile"]},
+    package_data={"qcn_jax": ["py.typed", "recipes/nano/base/*", "envs/sandbox/*.dockerfile",
+                              "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",

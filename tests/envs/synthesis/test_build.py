@@ -1,14 +1,17 @@
 """Environments: what rules read, what the agent makes of failures, which verifiers are none; in real containers."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
 from qcn_jax.cli import main as cli
 from qcn_jax.envs import patches
-from qcn_jax.envs.synthesis import build, plan
+from qcn_jax.envs.synthesis import build, issue, plan
 from qcn_jax.envs.synthesis.build import rules, verifier
 from qcn_jax.envs.synthesis.build.container import Container
+from qcn_jax.envs.tasks import hidden
 from qcn_jax.errors import UserError
 from tests.envs.synthesis import foreign
 from tests.envs.synthesis.answering import serve
@@ -34,7 +37,7 @@ ENV = rules.PYTHON
         ({"package.json": '{"scripts": {"test": "jest"}, "devDependencies": {"jest": "1"}}'}, "javascript", "npm install",
          "npx --no-install jest --verbose --ci", "jest"),
         (foreign.JAVASCRIPT, "javascript", "", "node --test --test-reporter=tap test/", "tap"),
-        (foreign.GO, "go", "go mod download", "go test -json ./...", "go_test"),
+        (foreign.GO, "go", "go mod download", "go test -count=1 -json ./...", "go_test"),
     ],
 )  # fmt: skip
 def test_rules(files, language, install, test, parser):
@@ -144,15 +147,21 @@ def test_other_languages_end_to_end(client, files, tmp_path):
     from qcn_jax.envs.synthesis.languages import factory, grade
 
     made = foreign.built(files, client)
-    settings = plan.Settings(candidates_per_repo=10, kinds=("flip_comparison", "change_boundary", "change_augmented",
-                                                            "change_arithmetic", "drop_guard", "swap_arguments"))
+    settings = plan.Settings(candidates_per_repo=5, held_out=True, statement_characters=1500, kinds=(
+        "flip_comparison", "change_boundary", "change_augmented", "change_arithmetic", "drop_guard", "swap_arguments"))
     common = (client, "numbers==1", foreign.encoded(files), made, settings, tmp_path, lambda _: None, 1)
     tasks, verdicts = factory.synthesize(*common)
     assert factory.synthesize(*common) == (tasks, verdicts)  # from the journal
     assert len(tasks) >= 3 and {v.outcome for v in verdicts} <= {"kept", "survived", "broken", "timeout"}
+    for each in tasks:  # what shows the defect is not there, and the text says nothing of it
+        assert hidden.takes_out(each) and "test" not in each.problem_statement.lower()
+    told = next(each for each in tasks if issue.programs(each.problem_statement, each.language))
+    assert any(each.held_out_patch for each in tasks)
     assert all(task.function.lower() != "unused" and task.eval_script and task.log_parser == made.recipe.parser
                for task in tasks)  # fmt: skip
-    task = tasks[0]
+    false = dataclasses.replace(told, problem_statement=re.sub(r"`-?\d+`", "`12345`", told.problem_statement))
+    assert "is false" in str(grade.verify(client, false).problems)
+    task = next(each for each in tasks if each.held_out_patch)
     assert grade.verify(client, task, reruns=1).problems == () and task.function in task.problem_statement
     path = task.path
     start = patches.apply_diff(files, task.bug_patch)
@@ -160,5 +169,5 @@ def test_other_languages_end_to_end(client, files, tmp_path):
     assert grade.grade(client, task, useless).outcome == "unresolved"
     assert grade.grade(client, task, "").outcome == "empty_patch"
     test_file = next(name for name in files if "test" in name)
-    cheat = patches.make_diff(files, {**files, test_file: ""})
+    cheat = patches.make_diff(start, {**start, test_file: "// none\n"})
     assert grade.grade(client, task, cheat).dropped.keys() == {test_file}

@@ -55,7 +55,7 @@ def test_whole_files(path, source):
     for injection in found:
         assert injection.qualname in names and injection.after_source != source
         assert injection.function_start_line <= injection.line <= injection.function_end_line
-        assert not treesitter._parser(treesitter.GRAMMARS["." + path.rpartition(".")[2]].name).parse(
+        assert not treesitter.parser(treesitter.GRAMMARS["." + path.rpartition(".")[2]].name).parse(
             injection.after_source.encode()).root_node.has_error  # fmt: skip
 
 

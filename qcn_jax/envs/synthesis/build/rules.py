@@ -84,7 +84,7 @@ def _plan(files: Mapping[str, str]) -> Recipe:
 def _go(files: Mapping[str, str]) -> Recipe:
     return Recipe(
         "go", ("golang-go", "ca-certificates", "git"), ("go mod download", "go test -run '^$' ./..."),
-        "go test -json ./...", "go_test",
+        "go test -count=1 -json ./...", "go_test",  # a run that is only remembered says nothing of flaky tests
         # Go brings a compiler, C does not: cgo is what packages do without where there is none.
         (("GOCACHE", "/opt/go/cache"), ("GOMODCACHE", "/opt/go/mod"), ("GOFLAGS", "-mod=mod"), ("CGO_ENABLED", "0"),
          ("GOTOOLCHAIN", "local")),

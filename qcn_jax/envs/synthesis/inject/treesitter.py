@@ -63,13 +63,14 @@ _COUNTERPARTS = {
 _LEAVING = frozenset({"return_statement", "throw_statement", "continue_statement", "break_statement"})
 
 
-class _Site:
+class Site:
     """The text, and edits of nodes of it."""
 
     def __init__(self, data: bytes, grammar: Grammar, rng: random.Random):
         self.data, self.grammar, self.rng = data, grammar, rng
 
     def text(self, node: Node) -> str:
+        """What stands at a node."""
         return self.data[node.start_byte : node.end_byte].decode()
 
     def replace(self, node: Node, new: str) -> Edit:
@@ -88,14 +89,14 @@ class _Site:
         return None if self.data[start : node.start_byte].strip() or rest else Edit(start, end, "")
 
 
-def _operator(node: Node, table: dict[str, str], site: _Site) -> Iterator[Edit]:
+def _operator(node: Node, table: dict[str, str], site: Site) -> Iterator[Edit]:
     operator = node.child_by_field_name("operator")
     if operator is not None and site.text(operator) in table:
         yield site.replace(operator, table[site.text(operator)])
 
 
-def _binary(table: Callable[[Grammar], dict[str, str]]) -> Callable[[Node, _Site], Iterator[Edit]]:
-    def edits(node: Node, site: _Site) -> Iterator[Edit]:
+def _binary(table: Callable[[Grammar], dict[str, str]]) -> Callable[[Node, Site], Iterator[Edit]]:
+    def edits(node: Node, site: Site) -> Iterator[Edit]:
         if node.type == "binary_expression":
             chosen = table(site.grammar)
             strings = any(side is not None and "string" in side.type for side in (
@@ -111,7 +112,7 @@ def _equality(grammar: Grammar) -> dict[str, str]:
     return OPPOSITE | pairs
 
 
-def _change_augmented(node: Node, site: _Site) -> Iterator[Edit]:
+def _change_augmented(node: Node, site: Site) -> Iterator[Edit]:
     if node.type in site.grammar.augmented:
         operator = next((child for child in node.children if site.text(child) in AUGMENTED), None)
         if operator is not None:
@@ -122,24 +123,24 @@ def _change_augmented(node: Node, site: _Site) -> Iterator[Edit]:
             yield site.replace(sign, "--" if site.text(sign) == "++" else "++")
 
 
-def _change_constant(node: Node, site: _Site) -> Iterator[Edit]:
+def _change_constant(node: Node, site: Site) -> Iterator[Edit]:
     if node.type in site.grammar.numbers and site.text(node).isdigit():
         value = int(site.text(node))
         yield site.replace(node, str(value + 1 if value == 0 or site.rng.random() < 0.5 else value - 1))
 
 
-def _flip_boolean(node: Node, site: _Site) -> Iterator[Edit]:
+def _flip_boolean(node: Node, site: Site) -> Iterator[Edit]:
     if node.type in ("true", "false"):
         yield site.replace(node, "false" if node.type == "true" else "true")
 
 
-def _drop_not(node: Node, site: _Site) -> Iterator[Edit]:
+def _drop_not(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == "unary_expression" and site.text(node.child_by_field_name("operator")) == "!":
         argument = node.child_by_field_name("argument") or node.child_by_field_name("operand")
         yield Edit(node.start_byte, argument.start_byte, "")
 
 
-def _add_not(node: Node, site: _Site) -> Iterator[Edit]:
+def _add_not(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == "if_statement":
         test = node.child_by_field_name("condition")
         text = site.text(test)
@@ -147,13 +148,13 @@ def _add_not(node: Node, site: _Site) -> Iterator[Edit]:
             yield site.replace(test, f"(!{text})" if text.startswith("(") else f"!({text})")
 
 
-def _drop_operand(node: Node, site: _Site) -> Iterator[Edit]:
+def _drop_operand(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == "binary_expression" and site.text(node.child_by_field_name("operator")) in _LOGICAL:
         left, right = node.child_by_field_name("left"), node.child_by_field_name("right")
         yield site.replace(node, site.text(left if site.rng.random() < 0.5 else right))
 
 
-def _swap_operands(node: Node, site: _Site) -> Iterator[Edit]:
+def _swap_operands(node: Node, site: Site) -> Iterator[Edit]:
     ordered = ("-", "/", "%", "<", ">")
     if node.type == "binary_expression" and site.text(node.child_by_field_name("operator")) in ordered:
         left, right = node.child_by_field_name("left"), node.child_by_field_name("right")
@@ -162,12 +163,12 @@ def _swap_operands(node: Node, site: _Site) -> Iterator[Edit]:
             yield site.swap(left, right)
 
 
-def _swap_ternary(node: Node, site: _Site) -> Iterator[Edit]:
+def _swap_ternary(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == "ternary_expression":
         yield site.swap(node.child_by_field_name("consequence"), node.child_by_field_name("alternative"))
 
 
-def _swap_branches(node: Node, site: _Site) -> Iterator[Edit]:
+def _swap_branches(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == "if_statement":
         first, second = node.child_by_field_name("consequence"), node.child_by_field_name("alternative")
         if second is not None and second.type == "else_clause":
@@ -176,7 +177,7 @@ def _swap_branches(node: Node, site: _Site) -> Iterator[Edit]:
             yield site.swap(first, second)
 
 
-def _leaves(node: Node, site: _Site) -> bool:
+def _leaves(node: Node, site: Site) -> bool:
     body = node.child_by_field_name("consequence")
     inner = list(body.named_children) if body.type in site.grammar.blocks else [body]
     if len(inner) == 1 and inner[0].type == "statement_list":
@@ -184,8 +185,8 @@ def _leaves(node: Node, site: _Site) -> bool:
     return bool(inner) and inner[-1].type in _LEAVING
 
 
-def _drop_if(leaving: bool) -> Callable[[Node, _Site], Iterator[Edit]]:
-    def edits(node: Node, site: _Site) -> Iterator[Edit]:
+def _drop_if(leaving: bool) -> Callable[[Node, Site], Iterator[Edit]]:
+    def edits(node: Node, site: Site) -> Iterator[Edit]:
         alone = node.type == "if_statement" and node.child_by_field_name("alternative") is None
         if alone and node.parent.type in site.grammar.blocks and _leaves(node, site) == leaving:
             if (edit := site.lines(node)) is not None:
@@ -194,20 +195,20 @@ def _drop_if(leaving: bool) -> Callable[[Node, _Site], Iterator[Edit]]:
     return edits
 
 
-def _drop_loop(node: Node, site: _Site) -> Iterator[Edit]:
+def _drop_loop(node: Node, site: Site) -> Iterator[Edit]:
     if node.type in site.grammar.loops and node.parent.type in site.grammar.blocks:
         if (edit := site.lines(node)) is not None:
             yield edit
 
 
-def _drop_statement(node: Node, site: _Site) -> Iterator[Edit]:
+def _drop_statement(node: Node, site: Site) -> Iterator[Edit]:
     plain = node.type == "expression_statement" or (node.type == "assignment_statement" and site.grammar is GO)
     if plain and node.parent.type in site.grammar.blocks and "use strict" not in site.text(node):
         if (edit := site.lines(node)) is not None:
             yield edit
 
 
-def _shuffle_lines(node: Node, site: _Site) -> Iterator[Edit]:
+def _shuffle_lines(node: Node, site: Site) -> Iterator[Edit]:
     if node.type in site.grammar.blocks:
         for first, second in zip(node.named_children, node.named_children[1:]):
             if all(s.type in site.grammar.statements and b"\n" not in site.data[s.start_byte : s.end_byte]
@@ -215,14 +216,14 @@ def _shuffle_lines(node: Node, site: _Site) -> Iterator[Edit]:
                 yield site.swap(first, second)
 
 
-def _swap_arguments(node: Node, site: _Site) -> Iterator[Edit]:
+def _swap_arguments(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == site.grammar.arguments:
         for first, second in zip(node.named_children, node.named_children[1:]):
             if "comment" not in (first.type, second.type) and site.text(first) != site.text(second):
                 yield site.swap(first, second)
 
 
-def _wrong_function(node: Node, site: _Site) -> Iterator[Edit]:
+def _wrong_function(node: Node, site: Site) -> Iterator[Edit]:
     if node.type == "call_expression":
         called = node.child_by_field_name("function")
         name = called.child_by_field_name("property") or called.child_by_field_name("field") or called
@@ -232,7 +233,7 @@ def _wrong_function(node: Node, site: _Site) -> Iterator[Edit]:
                 return
 
 
-def _slice_off_by_one(node: Node, site: _Site) -> Iterator[Edit]:
+def _slice_off_by_one(node: Node, site: Site) -> Iterator[Edit]:
     bounds: list[Node] = []
     if node.type == "slice_expression":
         bounds = [bound for name in ("start", "end") if (bound := node.child_by_field_name(name)) is not None]
@@ -244,7 +245,7 @@ def _slice_off_by_one(node: Node, site: _Site) -> Iterator[Edit]:
         yield Edit(bound.end_byte, bound.end_byte, " + 1" if site.rng.random() < 0.5 else " - 1")
 
 
-def _break_continue(node: Node, site: _Site) -> Iterator[Edit]:
+def _break_continue(node: Node, site: Site) -> Iterator[Edit]:
     if node.type in ("break_statement", "continue_statement") and not node.named_children:
         parents = node.parent
         while parents is not None and parents.type not in site.grammar.loops | site.grammar.functions:
@@ -255,7 +256,7 @@ def _break_continue(node: Node, site: _Site) -> Iterator[Edit]:
         yield site.replace(word, "continue" if site.text(word) == "break" else "break")
 
 
-def _wrong_variable(node: Node, site: _Site) -> Iterator[Edit]:
+def _wrong_variable(node: Node, site: Site) -> Iterator[Edit]:
     """An argument or operand that is a parameter is exchanged for another parameter of the function."""
     if node.type == "identifier" and node.parent.type in (site.grammar.arguments, "binary_expression"):
         function = node.parent
@@ -267,7 +268,7 @@ def _wrong_variable(node: Node, site: _Site) -> Iterator[Edit]:
             yield site.replace(node, site.rng.choice(others))
 
 
-def _parameters(function: Node, site: _Site) -> list[str]:
+def _parameters(function: Node, site: Site) -> list[str]:
     found = function.child_by_field_name("parameters")
     if found is None:
         return []
@@ -276,7 +277,7 @@ def _parameters(function: Node, site: _Site) -> list[str]:
     return [site.text(child) for child in inner]
 
 
-KINDS: dict[str, Callable[[Node, _Site], Iterator[Edit]]] = {
+KINDS: dict[str, Callable[[Node, Site], Iterator[Edit]]] = {
     "add_not": _add_not, "drop_not": _drop_not, "flip_boolean": _flip_boolean, "change_constant": _change_constant,
     "swap_and_or": _binary(lambda grammar: _LOGICAL), "drop_operand": _drop_operand,
     "flip_comparison": _binary(_equality), "change_boundary": _binary(lambda grammar: BOUNDARY),
@@ -291,7 +292,8 @@ GRAMMARS = {".js": JAVASCRIPT, ".mjs": JAVASCRIPT, ".cjs": JAVASCRIPT, ".go": GO
 
 
 @functools.cache
-def _parser(name: str) -> Any:
+def parser(name: str) -> Any:
+    """The parser of a language; raises UserError where tree-sitter-language-pack is not installed."""
     try:
         import tree_sitter_language_pack
     except ImportError as error:
@@ -317,10 +319,10 @@ def candidates(
     if is_test_path(path):
         return []
     data = source.encode()
-    tree = _parser(grammar.name).parse(data)
+    tree = parser(grammar.name).parse(data)
     if tree.root_node.has_error:
         return []
-    site = _Site(data, grammar, rng or random.Random(0))
+    site = Site(data, grammar, rng or random.Random(0))
     chosen = [(kind, KINDS[kind]) for kind in KINDS if kinds is None or kind in kinds]
     found = []
     for node, function, name in _walk(tree.root_node, site, None, ""):
@@ -335,7 +337,7 @@ def candidates(
     return sorted(found, key=lambda i: (i.start, i.end, i.kind, i.new))
 
 
-def _walk(node: Node, site: _Site, function: Node | None, name: str) -> Iterator[tuple[Node, Node, str]]:
+def _walk(node: Node, site: Site, function: Node | None, name: str) -> Iterator[tuple[Node, Node, str]]:
     """(node, innermost named function around it, its name) for all nodes in bodies of functions."""
     if node.type in ("class_declaration", "class"):
         own = node.child_by_field_name("name")
@@ -352,14 +354,14 @@ def _walk(node: Node, site: _Site, function: Node | None, name: str) -> Iterator
     yield from _children(node, site, function, name)
 
 
-def _children(node: Node, site: _Site, function: Node | None, name: str) -> Iterator[tuple[Node, Node, str]]:
+def _children(node: Node, site: Site, function: Node | None, name: str) -> Iterator[tuple[Node, Node, str]]:
     if function is not None:
         yield node, function, name
     for child in node.named_children:
         yield from _walk(child, site, function, name)
 
 
-def _name(node: Node, site: _Site) -> str:
+def _name(node: Node, site: Site) -> str:
     """A function's name: its own, or of what it is assigned to; in Go with the receiver's type."""
     own = node.child_by_field_name("name")
     if own is None and node.parent is not None:

@@ -8,30 +8,24 @@ that the tests reach are tried; coverage says which that is. Tasks carry release
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import queue
 import random
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import docker
 
-from qcn_jax.envs import patches
-from qcn_jax.envs.synthesis import inject, plan, quality, statement, validate
+from qcn_jax.envs.synthesis import inject, plan, quality, validate
 from qcn_jax.envs.synthesis.build import Environment, verifier
 from qcn_jax.envs.synthesis.build.container import ROOT, Container
-from qcn_jax.envs.synthesis.languages import LANGUAGES
-from qcn_jax.envs.tasks.log_parsers import runner_logs
+from qcn_jax.envs.synthesis.languages import LANGUAGES, check
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.journal import Rows
 
-LEAST_SECONDS = 10.0  # for one run of a candidate's tests; otherwise five times what the pristine state needs
-LISTED = 8  # failing tests that a statement names
 _COVERAGE = "/opt/qcn-coverage"
 Log = Callable[[str], None]
 
@@ -56,7 +50,7 @@ def _go_coverage(profile: str, files: Mapping[str, str]) -> Callable[[str, int],
     return lambda path, offset: files[path].count("\n", 0, offset) + 1 in lines[path]
 
 
-def _node_coverage(reports: Sequence[bytes], files: Mapping[str, str]) -> Callable[[str, int], bool]:
+def _node_coverage(reports: Iterable[bytes], files: Mapping[str, str]) -> Callable[[str, int], bool]:
     ranges: dict[str, list[list[tuple[int, int, int]]]] = collections.defaultdict(list)
     for data in reports:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not V8's
@@ -74,15 +68,6 @@ def _node_coverage(reports: Sequence[bytes], files: Mapping[str, str]) -> Callab
         return False
 
     return reached
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    name: str
-    environment: Environment
-    files: Mapping[str, str]
-    expected: tuple[str, ...]  # tests that pass on the pristine state, twice
-    settings: plan.Settings
 
 
 def synthesize(
@@ -118,7 +103,7 @@ def synthesize(
              if reached(path, injection.start)]
     chosen = _choose(found, settings, rng)
     log(f"{name}: {len(expected)} stable tests, {len(found)} candidates in code that they reach, {len(chosen)} tried")
-    place = _Place(name, environment, texts, expected, settings)
+    place = check.Place(name, environment, texts, expected, settings)
     verdicts: list[validate.Verdict] = []
     sieve = quality.Sieve(settings.near_duplicates)
     idle: queue.SimpleQueue[Container] = queue.SimpleQueue()
@@ -129,14 +114,14 @@ def synthesize(
     def work(injection: inject.Injection) -> validate.Verdict:
         container = idle.get()
         try:
-            return _check(container, place, injection)
+            return check.check(container, place, injection)
         finally:
             idle.put(container)
 
     try:
-        path = pathlib.Path(workdir, f"{_slug(name)}.journal.jsonl")
+        path = pathlib.Path(workdir, f"{check.slug(name)}.journal.jsonl")
         with Rows(path) as journal, ThreadPoolExecutor(workers) as threads:
-            keys = [_key(place, injection) for injection in chosen]
+            keys = [check.key(place, injection) for injection in chosen]
             futures = {key: threads.submit(work, injection) for key, injection in zip(keys, chosen)
                        if key not in journal.known}
             for number, key in enumerate(keys, 1):
@@ -176,80 +161,3 @@ def _choose(found: Sequence[inject.Injection], settings: plan.Settings, rng: ran
                     chosen.append(injection)
                     break
     return chosen[: settings.candidates_per_repo]
-
-
-def _key(place: _Place, injection: inject.Injection) -> str:
-    facts = (place.name, place.environment.image, injection.path, injection.kind, injection.after_source,
-             place.settings.reruns, place.settings.statement)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
-
-
-def _check(container: Container, place: _Place, injection: inject.Injection) -> validate.Verdict:
-    """Runs the tests on one defect, and again; the container is left as it was."""
-    key, recipe = _key(place, injection), place.environment.recipe
-    limit = max(LEAST_SECONDS, 5 * place.environment.seconds)
-    judge = verifier.Verifier(recipe.test, recipe.parser, limit)
-    started = time.monotonic()
-    outcome, task = "kept", None
-    container.write({injection.path: injection.after_source})
-    try:
-        runs = [verifier.run(container, judge)]
-        failing = [name for name in place.expected if runs[0].outcomes.get(name) not in ("passed", "xfailed")]
-        if runs[0].timed_out:
-            outcome = "timeout"
-        elif not failing:
-            outcome = "survived"
-        elif len(failing) > validate.MAX_SHARE * len(place.expected) or not any(
-            runs[0].outcomes.get(name) == "failed" for name in failing
-        ):
-            outcome = "broken"  # does not compile or load, or nearly everything fails
-        else:
-            runs += [verifier.run(container, judge) for _ in range(place.settings.reruns)]
-            first = {name: runs[0].outcomes.get(name) == "passed" for name in place.expected}
-            if any(first != {name: run.outcomes.get(name) == "passed" for name in place.expected} for run in runs):
-                outcome = "flaky"
-            else:
-                outcome, task = _task(place, injection, key, failing, runs[0], limit)
-    finally:
-        container.write({injection.path: injection.before_source})
-    seconds = round(time.monotonic() - started, 3)
-    return validate.Verdict(key, place.name, injection.kind, outcome, seconds, 0.0, task)
-
-
-def _task(
-    place: _Place, injection: inject.Injection, key: str, failing: Sequence[str], run: verifier.Run, limit: float
-) -> tuple[str, Task | None]:
-    recipe = place.environment.recipe
-    before, after = {injection.path: injection.before_source}, {injection.path: injection.after_source}
-    bug, gold = patches.make_diff(before, after), patches.make_diff(after, before)
-    if patches.apply_diff(after, gold) != before:
-        return "not_fixed", None
-    said = runner_logs.messages(recipe.parser, run.log)
-    shown = sorted(failing, key=lambda name: name not in said)
-    text = _statement(injection, shown, said.get(shown[0], ""), place.settings.statement)
-    if statement.contains_fix(text, gold):
-        return "statement_tells_fix", None
-    content = hashlib.sha256(repr(sorted(place.files.items())).encode()).hexdigest()
-    state = hashlib.sha256(f"{content}\0{bug}".encode()).hexdigest()[:40]
-    task = Task(
-        instance_id=f"{_slug(place.name)}.{content[:8]}.{injection.kind}__{key[:8]}", repo=place.name,
-        base_commit=state,
-        patch=gold, test_patch="", problem_statement=text, FAIL_TO_PASS=tuple(failing),
-        PASS_TO_PASS=tuple(name for name in place.expected if name not in set(failing)), kind=injection.kind,
-        environment_setup_commit=state, image_name=place.environment.image, bug_patch=bug, path=injection.path,
-        function=injection.qualname, timeout=limit, language=recipe.language, log_parser=recipe.parser,
-        eval_script=f"#!/bin/sh\ncd {ROOT}\n{recipe.test}\n")
-    return "kept", quality.scored(task, function=injection.qualname)
-
-
-def _statement(injection: inject.Injection, failing: Sequence[str], said: str, kind: str) -> str:
-    """What the first failing test says; who reports an issue knows of no tests and no files."""
-    if kind != "observed":
-        return f"`{injection.qualname}` does not do what it should" + (f": {said}" if said else ".")
-    text = f"`{injection.qualname}` in {injection.path} does not do what it should."
-    text += f" In the test \"{failing[0]}\": {said}." if said else ""
-    return text + "\n\nThese tests fail:" + "".join(f"\n- {name}" for name in failing[:LISTED])
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)

@@ -18,10 +18,11 @@ import docker.errors
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.synthesis import heldout, issue
 from qcn_jax.envs.synthesis.build import verifier
 from qcn_jax.envs.synthesis.build.container import Container
-from qcn_jax.envs.synthesis.languages import LANGUAGES, canaries
-from qcn_jax.envs.synthesis.verify import Check
+from qcn_jax.envs.synthesis.languages import LANGUAGES, canaries, programs
+from qcn_jax.envs.synthesis.verify import MADE, Check
 from qcn_jax.envs.tasks import verdicts
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict
@@ -55,10 +56,10 @@ def _words() -> list[str]:
     return [f"Q{_SECRET.getrandbits(40):010x}" for _ in range(2 + canaries.MUTATED)]
 
 
-def _run(container: Container, task: Task, changes: Files) -> tuple[TestRun, int]:
-    """The run of a task's tests, and its real exit status."""
+def _run(container: Container, task: Task, changes: Files, copies: int = 1) -> tuple[TestRun, int]:
+    """The run of a task's tests, each there in so many copies, and its real exit status."""
     container.write(changes)
-    done = verifier.run(container, verifier.Verifier(task.eval_script, task.log_parser, task.timeout))
+    done = verifier.run(container, verifier.Verifier(task.eval_script, task.log_parser, copies * task.timeout))
     status = "timeout" if done.timed_out else "ok"
     return TestRun(status, done.outcomes, {}, done.seconds, done.log[-4000:], 0), done.status
 
@@ -74,15 +75,18 @@ def _start(container: Container, task: Task) -> None:
     container.write(patches.apply_changes(_state(container, task.bug_patch), task.bug_patch) if task.bug_patch else {})
 
 
+def _changed_tests(container: Container, task: Task) -> Files:
+    """What a task's test patch makes of its starting state."""
+    return patches.apply_changes(_state(container, task.test_patch), task.test_patch) if task.test_patch else {}
+
+
 def _tests(container: Container, task: Task) -> dict[str, str]:
-    """The test files of a task's language, the test patch applied."""
+    """The test files of a task's language, in a container in which the test patch is applied."""
     speaks = LANGUAGES[task.language]
-    files = {path: data.decode("utf-8", "replace") for path, data in container.read_all().items()
-             if path.endswith(speaks.endings) and is_test_path(path) and "node_modules/" not in path}
-    if task.test_patch:
-        changed = patches.apply_changes(_state(container, task.test_patch), task.test_patch)
-        files |= {path: text for path, text in changed.items() if text is not None and path.endswith(speaks.endings)}
-    return files
+    brought = set(patches.touched(task.test_patch)) if task.test_patch else set()
+    return {path: data.decode("utf-8", "replace") for path, data in container.read_all().items()
+            if path.endswith(speaks.endings) and "node_modules/" not in path
+            and (path in brought or is_test_path(path))}
 
 
 def _disguised(task: Task, tests: Mapping[str, str], words: Sequence[str], seed: str) -> dict[str, str]:
@@ -105,10 +109,9 @@ def _fixed(client: docker.DockerClient, task: Task) -> Fixed:
     with _container(client, task) as container:
         _start(container, task)
         gold = patches.apply_changes(_state(container, task.patch), task.patch) if task.patch.strip() else {}
-        changed = patches.apply_changes(_state(container, task.test_patch), task.test_patch) if task.test_patch else {}
-        run, status = _run(container, task, {**gold, **changed})
+        run, status = _run(container, task, {**gold, **_changed_tests(container, task)})
         tests, words, seed = _tests(container, task), _words(), f"{_SECRET.getrandbits(64):x}"
-        again, _ = _run(container, task, _disguised(task, tests, words, seed))
+        again, _ = _run(container, task, _disguised(task, tests, words, seed), len(words))
     renamed = {name for name, outcome in _heard(task, again, words[0]).items() if outcome == "passed"} & expected
     failing = tuple(frozenset(name for name, outcome in _heard(task, again, word).items() if outcome in _BAD)
                     if renamed else frozenset() for word in words[1:])
@@ -155,8 +158,7 @@ def _examine(client: docker.DockerClient, task: Task, patch: str, again: bool = 
         dropped |= dict.fromkeys(sorted(set(changes) - set(kept)), "is no source that a fix may change")
         if not kept:
             return Verdict(task.instance_id, "empty_patch", dropped=dropped)
-        if task.test_patch:
-            kept |= patches.apply_changes(_state(container, task.test_patch), task.test_patch)
+        kept |= _changed_tests(container, task)
         try:
             container.write(kept)
         except SandboxError as error:
@@ -193,7 +195,8 @@ def _second(client: docker.DockerClient, task: Task, verdict: Verdict, kept: Fil
         with _container(client, task) as container:
             _start(container, task)
             container.write(kept)
-            run, status = _run(container, task, _disguised(task, _tests(container, task), words, fixed.seed))
+            changes = _disguised(task, _tests(container, task), words, fixed.seed)
+            run, status = _run(container, task, changes, len(words))
         renamed, *copies = (_heard(task, run, word) for word in words)
         expected = [(name, heard.get(name)) for names, heard in zip(fixed.failing, copies) for name in sorted(names)]
         forged = [f"{name} passes in a copy that must fail" for name, outcome in expected if outcome == "passed"]
@@ -212,13 +215,26 @@ def _second(client: docker.DockerClient, task: Task, verdict: Verdict, kept: Fil
 
 
 def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:
-    """Gold resolves, nothing does not; with `reruns`, flaky tests are named. Raises as `grade`."""
-    started, problems = time.monotonic(), []
+    """Gold resolves, nothing does not, held-out tests agree, and the statement is true; with `reruns`, flaky tests are
+    named. Raises as `grade`."""
+    started = time.monotonic()
+    problems, flaky = _problems(client, task, reruns)
+    opinion = heldout.second_opinion(task)
+    if opinion is not None and not problems:
+        problems = [f"held-out tests: {problem}" for problem in _problems(client, opinion, 0)[0]]
+    if task.strategy in MADE and not problems and (false := _falsehood(client, task)):
+        problems.append(f"the statement is false: {false}")
+    return Check(task.instance_id, tuple(problems), round(time.monotonic() - started, 3), flaky)
+
+
+def _problems(client: docker.DockerClient, task: Task, reruns: int) -> tuple[list[str], dict[str, str]]:
+    problems = [] if task.problem_statement.strip() else ["problem_statement is empty"]
     verdict = grade(client, task, task.patch)
     if not verdict.resolved:
         problems.append(f"the gold patch gives {verdict.outcome}")
     with _container(client, task) as container:
         _start(container, task)
+        container.write(_changed_tests(container, task))
         runs = [_run(container, task, {})[0] for _ in range(1 + reruns)]
     passing = [name for name in task.FAIL_TO_PASS if runs[0].outcomes.get(name) == "passed"]
     broken = [name for name in task.PASS_TO_PASS if runs[0].outcomes.get(name) == "failed"]
@@ -231,7 +247,20 @@ def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:
         count = sum(run.outcomes.get(name) == "passed" for run in runs)
         if 0 < count < len(runs):
             flaky[name] = f"{count} of {len(runs)} pass with the defect"
-    return Check(task.instance_id, tuple(problems), round(time.monotonic() - started, 3), flaky)
+    return problems, flaky
+
+
+def _falsehood(client: docker.DockerClient, task: Task) -> str:
+    """What a statement that was made by rule says and is not so."""
+    shown = issue.programs(task.problem_statement, task.language)
+    if not shown:
+        return ""
+    with _container(client, task) as container:
+        _start(container, task)
+        bad = programs.run(container, task.language, shown)
+        container.write(patches.apply_changes(_state(container, task.patch), task.patch))
+        good = programs.run(container, task.language, shown)
+    return issue.falsehood(task.problem_statement, bad, good, task.language)
 
 
 def _container(client: docker.DockerClient, task: Task) -> Container:
