@@ -23,6 +23,7 @@ ADJUSTED = (Sampling(0.8, frequency_penalty=0.9, presence_penalty=0.6), Sampling
             Sampling(0.0, frequency_penalty=2.0), Sampling(1.0, logit_bias=((1, 4.0), (2, -3.0))))  # fmt: skip
 HIDDEN = 8  # every so manyth id of the vocabulary is one that must not be drawn
 LEAST = 8  # tokens that the scheduler takes up
+LOOK = 5.0  # seconds between two looks at whether the scheduler still runs
 UNLIKE = 8  # at the end of prompts that begin alike
 
 Array = np.ndarray
@@ -167,7 +168,7 @@ class Played:
                 requests.append(Request(prompt, PLAIN, NEW + 2, 100 + len(found) + number, emit))
             scheduler.submit(requests)
             for _ in prompts:
-                request, finish = done.get()
+                request, finish = _first(done, scheduler)
                 if finish != "length":
                     raise UserError(f"a request ended with {finish}")
             for request, logprobs in zip(requests, scores):
@@ -186,3 +187,13 @@ class Played:
         finally:
             scheduler.close()
         return found
+
+
+def _first(done: queue.SimpleQueue, scheduler: Scheduler) -> Any:
+    """The next of `done`; raises UserError where nobody is left who could add one."""
+    while True:
+        try:
+            return done.get(timeout=LOOK)
+        except queue.Empty:
+            if not scheduler.alive:
+                raise UserError("the scheduler's thread ended") from None

@@ -99,7 +99,7 @@ def _draw_apart(one: Scored, at: int, logits: Array, bound: float) -> float:
         key = jax.random.fold_in(jax.random.key(np.uint32(drawn.seed)), at)
         scaled = scaled + np.asarray(jax.random.gumbel(key, scaled.shape, np.float32))
     short = np.where(sure, scaled, -np.inf).max() - scaled[token]
-    return max(worst, short * min(1.0, heat) / 2)  # both of them may have been rounded
+    return float(max(worst, short * min(1.0, heat) / 2))  # both of them may have been rounded
 
 
 def _adjusted(logits: Array, sampling: Sampling, prompt: Sequence[int], made: Sequence[int]) -> Array:

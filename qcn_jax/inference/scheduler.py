@@ -105,6 +105,11 @@ class Scheduler:
         with self._changed:
             return len(self._active), len(self._waiting)
 
+    @property
+    def alive(self) -> bool:
+        """Whether anybody still serves requests."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Ends the thread; whoever still waits gets an error."""
         with self._changed:

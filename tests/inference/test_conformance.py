@@ -104,7 +104,7 @@ def test_a_draw_is_what_its_seed_says():
         own, drawn = np.array(told).T
         right = Scored(tokens, 5, own, drawn=Drawn(draw, 9, drawn, drawable, 5))
         wrong = lambda **what: dataclasses.replace(right, drawn=dataclasses.replace(right.drawn, **what))
-        assert apart(right, logits[:11], 1e-4) < 1e-5
+        assert apart(right, logits[:11], 1e-4) < 1e-5 and type(apart(right, logits[:11], 1e-4)) is float
         assert apart(wrong(logprobs=drawn + 0.1), logits[:11], 1e-4) > 0.05
         assert apart(wrong(drawable=np.arange(40) != tokens[7]), logits[:11], 1e-4) == np.inf
         if draw.temperature:
