@@ -30,6 +30,9 @@ def lacking(files: Collection[str], messages: Iterable[str]) -> str:
                if path.endswith((f"/{name}/__init__.py", f"/{name}.py")) and not is_test_path(path)}
         if top:
             return f"{name} cannot be imported, which is in {min(top)}: --python_path={min(top)} may help"
+        own = next((full for full in _MISSING.findall(text) if full.startswith(f"{name}.")), "")
+        if own and is_test_path(f"{name}/x.py") and any(path.startswith(f"{name}/") for path in files):
+            return f"{own}, which its tests import, is not in it, as in many source distributions: a clone may have it"
         return _not_installed(name)
     for name in _FIXTURE.findall(text):
         if name in _PLUGINS:

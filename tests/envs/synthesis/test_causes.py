@@ -107,6 +107,7 @@ def test_options_that_pytest_refuses_are_left_out(files, output, args, without):
     ({"output": "mainloop caught unexpected SystemExit!\n"}, [], ["tests/test_a.py"], "mainloop caught unexpected SystemExit!"),
     ({"output": "ERROR: usage: x\nx: error: unrecognized arguments: --cov\n"}, [], [], "x: error: unrecognized arguments: --cov"),
     ({"output": "E   ModuleNotFoundError: No module named 'yaml.x'\n"}, [], [], "yaml is not installed: "),
+    ({}, ["No module named 'tests.helpers'"], ["tests/test_a.py"], "tests.helpers, which its tests import, is not in it"),
     ({}, ["fixture 'mocker' not found"], [], "pytest-mock is not installed"),
     ({}, ["AssertionError"], [], "AssertionError"), ({}, [], ["pkg/a.py"], "it holds no tests"),
     ({}, [], ["tests/test_a.py"], "no tests were found")])
