@@ -1,7 +1,8 @@
 """Settings of a repository's pytest that this place cannot follow: what is left out so that its tests run all the same.
 
 Options of plugins that are not installed (--cov, -n) end pytest before the first test, as do demands for plugins and
-versions and strictness about options that only plugins know.
+versions and strictness about options that only plugins know. Tests in files called tests.py or test.py, which unittest
+finds and pytest by itself does not, are found where there are no others.
 """
 
 import configparser
@@ -14,7 +15,9 @@ from typing import Any
 
 Run = tuple[dict[str, Any], bytes]
 ATTEMPTS = 4  # pytest names one reason at a time: demands, options, strictness; the last is without any settings
-USAGE_ERROR = 4  # pytest's exit status
+USAGE_ERROR, NOTHING_COLLECTED = 4, 5  # pytest's exit status
+_UNITTESTS = frozenset({"test.py", "tests.py"})
+_AS_UNITTEST = ("-o", "python_files=test_*.py *_test.py test.py tests.py")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
 _PLUGIN = re.compile(r'Error importing plugin "([^"]+)"')
 _STRANGE_SETTING = re.compile(r"PytestConfigWarning: Unknown config option: (\w+)")  # where warnings are errors
@@ -32,11 +35,17 @@ def followed(files: Mapping[str, str], settings: dict[str, Any], run: Callable[[
 
     Args:
       files: texts by path.
-      settings: hold pytest_args; what was left out is added to them as `without`.
+      settings: hold pytest_args; what was left out, or added, is added to them as `without`.
       run: runs all tests; gives a reply with outcomes, exit_status and output, and something else.
     """
     first = latest = run(settings)
-    said = ""
+    if first[0]["exit_status"] == NOTHING_COLLECTED and any(path.rpartition("/")[2] in _UNITTESTS for path in files):
+        changed = {**settings, "pytest_args": [*settings["pytest_args"], *_AS_UNITTEST],
+                   "without": "tests in files called test.py or tests.py"}
+        latest = run(changed)
+        if latest[0]["outcomes"]:
+            return latest, changed
+    said, latest = "", first
     for attempt in range(ATTEMPTS):
         if not is_refused(latest[0]["outcomes"], latest[0]["exit_status"], latest[0]["output"]):
             break

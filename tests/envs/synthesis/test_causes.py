@@ -48,6 +48,15 @@ def test_settings_that_cannot_be_followed_cost_no_test(provider, tmp_path):
     assert schedule.add(spec, survey, {"numbers_pkg/core.py": SOURCE + EXAMPLE}) > 20
 
 
+def test_tests_in_a_file_that_pytest_does_not_collect_by_itself(provider, tmp_path):
+    """In src/tests.py, as unittest finds them: roman 5.2."""
+    root = write_repository(tmp_path)
+    (root / "tests/test_core.py").rename(root / "numbers_pkg/tests.py")
+    survey = take_survey(provider, sources.locate(str(root)))
+    assert len(survey.tests) == 9 and all(name.startswith("numbers_pkg/tests.py::") for name in survey.tests)
+    assert survey.note == "tests in files called test.py or tests.py"
+
+
 def test_what_is_missing_is_named_with_the_option_that_brings_it(provider, tmp_path):
     root = write_repository(tmp_path, "conftest_pkg")
     (root / "tests/conftest.py").write_text("import answer_package.deep\n")
