@@ -45,7 +45,8 @@ found = conformance.check(testing.TINY, params, count=4, length=64, forms=forms)
 for form in forms:
     try:
         one = next(found)
-        result = {"form": form, "holds": one.holds, "apart": one.worst / one.bound}
+        measured = {"refused": one.refused} if one.refused else {"apart": one.worst / one.bound}
+        result = {"form": form, "holds": one.holds, **measured}
     except UserError as error:
         result = {"form": form, "holds": False, "refused": str(error)}
     print(json.dumps(result), flush=True)

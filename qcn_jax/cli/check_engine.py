@@ -11,6 +11,7 @@ anything but a TPU interprets: hours for a large model.
 """
 
 import json
+import math
 from collections.abc import Sequence
 
 from absl import flags
@@ -38,7 +39,11 @@ def main(argv: Sequence[str]) -> int:
     for found in conformance.check(config, params, count=values.sequences, length=values.length, seed=values.seed,
                                    parallel=parallel, forms=forms):
         broken += not found.holds
-        print(json.dumps({"form": found.form, "holds": found.holds, "worst": float(f"{found.worst:.3g}"),
-                          "bound": float(f"{found.bound:.3g}"), "tokens": found.compared, "flips": found.flips}),
-              flush=True)
+        row = {"form": found.form, "holds": found.holds, "worst": _rounded(found.worst), "bound": _rounded(found.bound),
+               "tokens": found.compared, "flips": found.flips} | ({"refused": found.refused} if found.refused else {})
+        print(json.dumps(row, allow_nan=False), flush=True)
     return int(broken > 0)
+
+
+def _rounded(nats: float) -> float | None:
+    return float(f"{nats:.3g}") if math.isfinite(nats) else None

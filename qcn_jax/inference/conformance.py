@@ -15,6 +15,7 @@ documents, prefill and decoding that part ways, a prefix that is taken up wrongl
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from qcn_jax.config import ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.conformance_engine import NEW, Played
 from qcn_jax.inference.conformance_scores import Scored, apart, scores
+from qcn_jax.inference.generation import NOT_FINITE
 from qcn_jax.model import Qwen3Next
 from qcn_jax.sharding.parallel import Parallel
 
@@ -49,6 +51,7 @@ class Finding:
       worst: the largest difference from the reference, in nats.
       bound: what rounding may do.
       flips: tokens that the reference would have sent to other experts.
+      refused: in what words the form ended instead, such as that logits are not finite.
     """
 
     form: str
@@ -56,6 +59,7 @@ class Finding:
     worst: float
     bound: float
     flips: int
+    refused: str = ""
 
     @property
     def holds(self) -> bool:
@@ -114,7 +118,7 @@ def check(config: ModelConfig, params: Any, *, count: int = 6, length: int = 96,
       forms: of FORMS and KERNELS, in the order wanted.
 
     Raises:
-      UserError: an unknown form.
+      UserError: an unknown form, or logits of the reference that are not finite.
     """
     rng = np.random.default_rng(seed)
     lengths = np.unique(np.clip([length, 2, *rng.integers(3, length, count - 2)], 2, length - 2 * NEW - 4))
@@ -141,7 +145,12 @@ def check(config: ModelConfig, params: Any, *, count: int = 6, length: int = 96,
     reference = Reference(config, here, length)
     bound = _bound(reference, sequences, here, config)
     for name in forms:
-        yield _compared(name, known[name](), reference, bound)
+        try:
+            scored = known[name]()
+        except UserError as error:
+            yield Finding(name, 0, math.inf, bound, 0, str(error))
+        else:
+            yield _compared(name, scored, reference, bound)
 
 
 def _by_kernels(config: ModelConfig, params: Any, sequences: Sequence[list[int]], length: int,
@@ -162,6 +171,8 @@ def _bound(reference: Reference, sequences: Sequence[list[int]], params: Any, co
     moved = jax.tree.map(nudge, params)
     for tokens in sequences:
         plain, routes = reference.of(tokens)
+        if not np.isfinite(plain).all():
+            raise UserError(NOT_FINITE)
         other, _ = reference.of(tokens, routes, moved)
         moves = scores(plain, tokens[1:]) - scores(other, tokens[1:])
         worst = max(worst, float(np.abs(moves).max(initial=0.0)))

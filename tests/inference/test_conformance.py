@@ -16,6 +16,7 @@ from qcn_jax.inference import cache as cache_module
 from qcn_jax.inference import conformance, programs
 from qcn_jax.inference.conformance_engine import ADJUSTED, DRAWS
 from qcn_jax.inference.conformance_scores import Drawn, Scored, apart
+from qcn_jax.inference.generation import NOT_FINITE
 from qcn_jax.inference.sampling import History, Sampling, adjusted, adjustments, sample
 from qcn_jax.layers import gated_delta_net
 from qcn_jax.layers.context import document_ids
@@ -70,7 +71,13 @@ def test_planted_faults_are_found(params, monkeypatch, fault):
     module, name, wrong, form = PLANTED[fault]
     target = f"{module if isinstance(module, str) else module.__name__}.{name}"
     monkeypatch.setattr(target, wrong)
-    assert not found(params, form).holds
+    one = found(params, form)
+    assert not one.holds and one.refused == (NOT_FINITE if form == "used slots" else "")
+
+
+def test_a_checkpoint_whose_own_logits_are_not_finite_is_refused(params):
+    with pytest.raises(UserError, match="logits are not finite"):
+        found(jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params), "whole rows")
 
 
 @pytest.mark.slow
