@@ -152,7 +152,7 @@ def test_other_languages_end_to_end(client, files, tmp_path):
     common = (client, "numbers==1", foreign.encoded(files), made, settings, tmp_path, lambda _: None, 1)
     tasks, verdicts = factory.synthesize(*common)
     assert factory.synthesize(*common) == (tasks, verdicts)  # from the journal
-    assert len(tasks) >= 3 and {v.outcome for v in verdicts} <= {"kept", "survived", "broken", "timeout"}
+    assert len(tasks) >= 2 and {v.outcome for v in verdicts} <= {"kept", "survived", "broken", "timeout"}
     for each in tasks:  # what shows the defect is not there, and the text says nothing of it
         assert hidden.takes_out(each) and "test" not in each.problem_statement.lower()
     told = next(each for each in tasks if issue.programs(each.problem_statement, each.language))
