@@ -30,12 +30,12 @@ class ImageTasks:
     instances: Mapping[str, swebench.Instance]
     timeout: float
 
-    def image_fault(self, task: Task) -> str:
-        """Why a task's image cannot be had here; "" where it can."""
+    def image_fault(self, image: str) -> str:
+        """Why an image cannot be had here; "" where it can."""
         from qcn_jax.envs.sandbox import images
 
         try:
-            images.base_image(self.client, task.image_name)
+            images.base_image(self.client, image)
         except (UserError, SandboxError) as error:
             return str(error)
         return ""
@@ -71,11 +71,13 @@ class ImageTasks:
         return "; ".join(problems)
 
     def services(self, others: Services) -> Services:
-        """Services for tasks with and without images, the latter as `others` do."""
+        """Services for tasks with and without images, the latter as `others` do; every grading is done once."""
         from qcn_jax.agents.images import opener
 
+        known = dataclasses.replace(others, grade=self.grade).remembering()
+
         def grade(task: Task, patch: str) -> Verdict:
-            return self.grade(task, patch) if task.eval_script else others.grade(task, patch)
+            return (known if task.eval_script else others).grade(task, patch)
 
         return dataclasses.replace(others, grade=grade, image=opener(self.client))
 

@@ -217,7 +217,7 @@ class StageContext:
         if not any(task.eval_script for task in tasks):
             return services
         images = self.shared.get("images", lambda: self.connect(self.instances()))
-        return images.services(services).remembering()
+        return images.services(services)
 
     def instances(self) -> dict[str, Any]:
         """Those of the run's tasks that SWE-bench's own rules decide, by id (envs.tasks.swebench.Instance)."""

@@ -4,18 +4,14 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from qcn_jax import files
-from qcn_jax.chat.values import read_json
+from qcn_jax.chat.asking import Ask
 from qcn_jax.errors import UserError
 from qcn_jax.journal import Rows
-
-Ask = Callable[[Sequence[Mapping[str, str]], int], str]
-"""Messages and a seed to an answer; `chat.endpoint.Endpoint.ask` is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,30 +107,6 @@ def make_all(items: Sequence[Item], kind: Kind, ask: Ask, journal: pathlib.Path,
         known = dict(rows.known)
     for item in items:
         yield item, Made(known[item.name]["rows"], known[item.name]["dropped"])
-
-
-def answered_object(answer: str) -> dict[str, Any] | None:
-    """The JSON object of an answer, be it within words or a fence; None where there is none."""
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
-    try:
-        value = read_json(found[0]) if found else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def asked_for_json(ask: Ask, system: str, user: str, seed: int, accept: Callable[[dict[str, Any]], bool], tries: int = 3
-                   ) -> dict[str, Any] | None:
-    """Asks until the answer is a JSON object that `accept` takes; None where it never is."""
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    for number in range(tries):
-        answer = ask(messages, seed + number)
-        found = answered_object(answer)
-        if found is not None and accept(found):
-            return found
-        messages = [*messages[:2], {"role": "assistant", "content": answer},
-                    {"role": "user", "content": "That is not the JSON object that was asked for; give it alone."}]
-    return None
 
 
 def shown(value: Any) -> str:

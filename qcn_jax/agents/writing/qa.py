@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qcn_jax.agents.writing.kind import Ask, Item, Made, asked_for_json
+from qcn_jax.agents.writing.kind import Item, Made
 from qcn_jax.agents.writing.page import joined, read_page, tokens
+from qcn_jax.chat.asking import Ask, asked_for_json
 
 ABSTAINED = "The document does not say."
 SHOWN = 60_000  # characters of a document

@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from qcn_jax.agents.writing.kind import Ask, Item, Made, asked_for_json, shown
+from qcn_jax.agents.writing.kind import Item, Made, shown
+from qcn_jax.chat.asking import Ask, asked_for_json
 
 TRIES = 2  # of a pair of which the first is preferred in either order
 _SYSTEM = """You compare two answers to a request against a checklist. Say of each answer which points of the list it

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qcn_jax.agents.writing.kind import Ask, Item, Made
+from qcn_jax.agents.writing.kind import Item, Made
 from qcn_jax.agents.writing.page import Page, joined, read_page, tokens
+from qcn_jax.chat.asking import Ask
 
 LEAST_KEPT = 0.9  # share of the matter's tokens that a rewriting keeps
 SHOWN = 60_000  # characters of a page

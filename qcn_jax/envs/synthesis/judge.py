@@ -6,20 +6,17 @@ statement too; what it quotes must stand there, and what it says is missing must
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from qcn_jax.chat.values import read_json
+from qcn_jax.chat.asking import Ask, asked_for_json
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks.schema import Task
 
-TRIES = 3  # of an answer that cannot be read
 SHOWN = 12_000  # characters of a task's tests and of its fix
 LEAST = 3  # characters of a quotation that says anything
 
-Ask = Callable[[Sequence[Mapping[str, str]], int], str]
-"""Messages and a seed to an answer; `chat.endpoint.Endpoint.ask` is one."""
-
+_REMINDER = 'That is not the JSON object that was asked for: {"faults": [...]}.'
 _SYSTEM = """You judge programming tasks before anybody works on them. You see the statement, which is all that the
 solver gets beside the repository, and the hidden tests and the fix, which the solver does not get. Say what the tests
 demand that a competent solver cannot know from the statement and the repository: exact messages, names of new
@@ -54,17 +51,12 @@ def judge(task: Task, ask: Ask) -> Judgement:
       UserError: the endpoint cannot be used.
     """
     tests = _tests(task)
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": (
-        f"Statement:\n{task.problem_statement}\n\nTests:\n{tests[:SHOWN]}\n\nFix:\n{task.patch[:SHOWN]}")}]
-    for number in range(TRIES):
-        answer = ask(messages, number)
-        faults = _faults(answer)
-        if faults is not None:
-            found = [_borne_out(fault, task.problem_statement, tests) for fault in faults]
-            return Judgement(tuple(words for words in found if words), found.count(""))
-        messages = [*messages[:2], {"role": "assistant", "content": answer}, {
-            "role": "user", "content": 'That is not the JSON object that was asked for: {"faults": [...]}.'}]
-    return Judgement(judged=False)
+    shown = f"Statement:\n{task.problem_statement}\n\nTests:\n{tests[:SHOWN]}\n\nFix:\n{task.patch[:SHOWN]}"
+    answer = asked_for_json(ask, _SYSTEM, shown, 0, _has_faults, _REMINDER)
+    if answer is None:
+        return Judgement(judged=False)
+    found = [_borne_out(fault, task.problem_statement, tests) for fault in answer["faults"]]
+    return Judgement(tuple(words for words in found if words), found.count(""))
 
 
 def sifted(tasks: Sequence[Task], ask: Ask, log: Callable[[str], None]) -> tuple[list[Task], dict[str, int]]:
@@ -91,18 +83,11 @@ def _tests(task: Task) -> str:
     return "\n".join([*task.FAIL_TO_PASS, added])
 
 
-def _faults(answer: str) -> list[Mapping[str, str]] | None:
-    """The objections of an answer; None where it is none."""
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
-    try:
-        value = read_json(found[0]) if found else None
-    except ValueError:
-        return None
-    faults = value.get("faults") if isinstance(value, dict) else None
-    if not isinstance(faults, list):
-        return None
-    texts = lambda fault: isinstance(fault, dict) and all(isinstance(text, str) for text in fault.values())
-    return faults if all(map(texts, faults)) else None
+def _has_faults(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer is a list of objections."""
+    faults = answer.get("faults")
+    return isinstance(faults, list) and all(
+        isinstance(fault, dict) and all(isinstance(text, str) for text in fault.values()) for fault in faults)
 
 
 def _borne_out(fault: Mapping[str, str], statement: str, tests: str) -> str:

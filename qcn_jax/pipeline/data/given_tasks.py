@@ -112,7 +112,8 @@ def load(config: TasksConfig, split: str, pool: EnvPool, connect: Connect, archi
         if any(task.eval_script for _, task in placed):
             images = stack.enter_context(contextlib.closing(connect(instances)))
             image_fault = functools.cache(images.image_fault)
-            placed = _without(placed, lambda task: image_fault(task) if task.eval_script else "", findings.row)
+            placed = _without(
+                placed, lambda task: image_fault(task.image_name) if task.eval_script else "", findings.row)
         sample = _sample(placed, config.verify)
         problems = _problems(pool, images, sample)
     placed = _without(placed, lambda task: problems.get(task.instance_id, ""), findings.row)

@@ -1,6 +1,7 @@
 """A small repository for tests of synthesis, written to a folder."""
 
 import pathlib
+from collections.abc import Mapping
 
 SOURCE = '''"""Numbers."""
 
@@ -87,15 +88,20 @@ def test_wandering_ids(pair):
 '''
 
 
+def write_files(root: pathlib.Path, files: Mapping[str, str]) -> None:
+    """Writes texts by their paths below `root`."""
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+
+
 def write_repository(folder: pathlib.Path, name: str = "numbers_pkg-1.0") -> pathlib.Path:
     """Writes the repository below `folder` and returns its root."""
     root = folder / name
-    for path, text in {
+    write_files(root, {
         "numbers_pkg/__init__.py": "",
         "numbers_pkg/core.py": SOURCE,
         "tests/test_core.py": TESTS,
         "setup.cfg": "[metadata]\nname = numbers_pkg\n",
-    }.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text)
+    })
     return root

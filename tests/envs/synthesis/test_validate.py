@@ -5,7 +5,6 @@ import concurrent.futures
 import dataclasses
 import json
 import random
-import re
 
 import pytest
 
@@ -27,7 +26,7 @@ from qcn_jax.envs.synthesis.survey import Survey, take_survey
 from qcn_jax.envs.tasks import grading
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
-from tests.envs.synthesis.small import SOURCE, write_repository
+from tests.envs.synthesis.small import SOURCE, write_files, write_repository
 
 PATH = "numbers_pkg/core.py"
 
@@ -39,12 +38,6 @@ def place(tmp_path_factory):
     spec = sources.locate(str(write_repository(folder)))
     with make_provider("local", str(folder / "state")) as provider:
         yield provider, spec, take_survey(provider, spec)
-
-
-def write(root, files):
-    for path, content in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(content)
 
 
 def candidate(place, old, new, kind="change_boundary"):
@@ -188,7 +181,7 @@ def test_failing_test_that_leaves_something_behind(tmp_path):
     """Graders name failing tests first, but files run in their own order: what came before the failure still passes."""
     source = "left = []\n\n\ndef up(x):\n    return x + 1\n"
     head = "import pytest\nfrom pkg import a\n\n\n"
-    write(tmp_path / "repo", {
+    write_files(tmp_path / "repo", {
         "pkg/__init__.py": "", "pkg/a.py": source,
         "tests/test_first.py": head + "def test_zero():\n    a.up(0)\n    assert not a.left\n",
         "tests/test_second.py": head + "def test_up():\n    a.left.append(1)\n    assert a.up(1) == 2\n    a.left.clear()\n\n\n"
@@ -276,7 +269,7 @@ def test_combined_defects(place):
 def test_combined_in_one_module(tmp_path):
     """Defects of two files of one folder: one patch, two files, and neither half of the fix is enough."""
     text = "def {0}(x):\n    return x + 1\n"
-    write(tmp_path / "repo", {
+    write_files(tmp_path / "repo", {
         "pkg/__init__.py": "", "pkg/a.py": text.format("up"), "pkg/b.py": text.format("more"),
         "tests/test_pkg.py": "import pytest\nfrom pkg import a, b\n\n\ndef test_up():\n    assert a.up(1) == 2\n\n\ndef test_more():\n"
                              "    assert b.more(5) == 6\n\n\n@pytest.mark.parametrize('n', range(4))\ndef test_nothing(n):\n    pass\n",
@@ -373,92 +366,9 @@ def test_flaky_tests(place):
     assert found and all("of 6 pass" in words for words in found.values())
 
 
-CHANGING = '''"""What no statement may tell."""
-
-import datetime
-import itertools
-import random
-import time
-
-_numbers = itertools.count()
-
-
-def stamp(flag):
-    return time.time() if flag else 0
-
-
-def drawn(flag):
-    return random.random() if flag else 0
-
-
-def numbered(flag):
-    return next(_numbers) + 1 if flag else 0
-
-
-def placed(flag):
-    return id([flag]) if flag else 0
-
-
-def dated(flag):
-    return datetime.date.today() if flag else 0
-
-
-def clocked(flag):
-    return time.monotonic() if flag else 0
-
-
-def measured(flag):
-    return 1234567890123.000000000001 if flag else 0
-
-
-def checked(flag):
-    return bool(drawn(flag) and numbered(flag) and placed(flag))
-
-
-def timed(flag):
-    return bool(stamp(flag) and dated(flag))
-'''
-
-
-@pytest.mark.parametrize("name", ["stamp", "drawn", "numbered", "placed", "dated", "measured", "clocked"])
-def test_what_differs_between_processes_is_not_told(changing, name):
-    """Chance, a counter and an identity differ elsewhere, what asks for the time tells nothing; a long number is a value."""
-    provider, spec, survey = changing
-    holder = next(f for f in inject.functions(ast.parse(CHANGING)) if f.qualname == name)
-    start = CHANGING.index("if flag", CHANGING.index(f"def {name}"))
-    injection = inject.Injection("negate", "changing/core.py", name, holder.start_line, holder.end_line, CHANGING, start,
-                                 start + len("if flag"), "if not flag")
-    options = validate.Options(tests_may_tell=name == "clocked")  # nor may a test's message
-    found = validate.check(provider, candidates.make_candidate(injection, spec, survey, random.Random(0)), options)
-    task = found.task
-    if name == "clocked":
-        assert not re.search(r"\d\.\d", task.problem_statement)
-    elif name in ("stamp", "dated"):
-        assert task is None and found.outcome == "unobserved"
-    elif name == "measured":
-        assert "returned 0; expected 1234567890123.0" in task.problem_statement
-    else:
-        assert task.function == "checked" and "checked(True)" in task.problem_statement
-        assert "returned False; expected True" in task.problem_statement
-
-
-@pytest.fixture(scope="module", name="changing")
-def _changing(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("changing")
-    root = folder / "changing-1.0"
-    write(root, {"changing/__init__.py": "", "changing/core.py": CHANGING, "tests/test_core.py": (
-        "from changing.core import checked, clocked, measured, timed\n\n\ndef test_checked():\n    assert checked(True)\n\n\n"
-        "def test_timed():\n    assert timed(True)\n\n\n"
-        "def test_clocked():\n    assert clocked(False) == 0\n\n\n"
-        "def test_measured():\n    assert measured(True)\n")})
-    spec = sources.locate(str(root))
-    with make_provider("local", str(folder / "state")) as provider:
-        yield provider, spec, take_survey(provider, spec)
-
-
 def test_list_of_tests_beyond_what_one_file_may_hold(tmp_path):
     """Ids of 2.4 MB, where a sandbox gives files of 2 MB."""
-    write(tmp_path / "long", {
+    write_files(tmp_path / "long", {
         "pkg/__init__.py": "def up(x):\n    return x + 1\n",
         "tests/test_up.py": "import pytest\nfrom pkg import up\n\n\n"
                             "@pytest.mark.parametrize('x', range(400), ids=lambda x: f'{x:06000}')\n"

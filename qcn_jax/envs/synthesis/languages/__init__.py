@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qcn_jax.envs.synthesis import inject
 from qcn_jax.envs.synthesis.inject import treesitter
@@ -39,9 +39,21 @@ class Language:
                 and not any(part.startswith(".") for part in parts))
 
 
+def go_module(files: Mapping[str, str]) -> str:
+    """The path of the Go module that these files are; "" where they are none."""
+    found = re.search(r"(?m)^module (\S+)", files.get("go.mod", ""))
+    return found[1] if found else ""
+
+
+def go_package(text: str) -> str:
+    """The name of the package that a Go file is of; "" where it names none."""
+    found = re.search(r"(?m)^package (\w+)", text)
+    return found[1] if found else ""
+
+
 def _go_emptied(text: str) -> str:
-    package = re.search(r"(?m)^package \w+", text)
-    return f"{package[0]}\n" if package else ""
+    package = go_package(text)
+    return f"package {package}\n" if package else ""
 
 
 LANGUAGES: dict[str, Language] = {

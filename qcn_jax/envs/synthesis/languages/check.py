@@ -194,11 +194,7 @@ def _issue(container: Container, place: Place, injection: inject.Injection, fail
     pairs = [(one, program) for one in distinct[:issue.MOST_SHOWN] if "." not in function
              for program in programs.of_calls(language, injection.path, [_expression(place, injection, one)], function,
                                               place.files)]
-    wanted = [program for _, program in pairs]
-    container.write({injection.path: injection.before_source})
-    good = programs.run(container, language, wanted)
-    container.write({injection.path: injection.after_source})
-    bad = programs.run(container, language, wanted)
+    good, bad = _in_both(container, language, injection, [program for _, program in pairs])
     shown = issue.examples([one for one, _ in pairs], bad, good, names)
     text = issue.write([dataclasses.replace(one, language=language) for one in shown], rng, limit) if shown else ""
     for one in () if text else observations:
@@ -206,6 +202,15 @@ def _issue(container: Container, place: Place, injection: inject.Injection, fail
         if not describe.unreadable(told) and not issue.names(told, names):
             return told
     return text
+
+
+def _in_both(container: Container, language: str, injection: inject.Injection, wanted: Sequence[str]
+             ) -> tuple[list[programs.Result | None], list[programs.Result | None]]:
+    """What programs give in the fixed state and with the defect, which is there again in the end."""
+    container.write({injection.path: injection.before_source})
+    good = programs.run(container, language, wanted)
+    container.write({injection.path: injection.after_source})
+    return good, programs.run(container, language, wanted)
 
 
 def _expression(place: Place, injection: inject.Injection, seen: Observation) -> str:
@@ -273,10 +278,7 @@ def _held_out(container: Container, place: Place, injection: inject.Injection, t
     language, before, after = task.language, injection.before_source, injection.after_source
     texts = programs.unseen(language, injection.path, injection.qualname, calls, key(place, injection), place.files)
     wanted = programs.of_calls(language, injection.path, texts, injection.qualname, place.files)
-    container.write({injection.path: before})
-    good = programs.run(container, language, wanted)
-    container.write({injection.path: after})
-    bad = programs.run(container, language, wanted)
+    good, bad = _in_both(container, language, injection, wanted)
     pairs = [(a, b) for a, b in zip(good, bad) if a is not None and b is not None]
     telling = [a for a, b in pairs if a != b][:heldout.TESTS]
     heads = {program.split("\n")[0] for program, *_ in telling}

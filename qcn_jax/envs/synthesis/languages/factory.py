@@ -22,7 +22,7 @@ import docker
 from qcn_jax.envs.synthesis import inject, plan, quality, validate
 from qcn_jax.envs.synthesis.build import Environment, verifier
 from qcn_jax.envs.synthesis.build.container import ROOT, Container
-from qcn_jax.envs.synthesis.languages import LANGUAGES, check
+from qcn_jax.envs.synthesis.languages import LANGUAGES, check, go_module
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.journal import Rows
 
@@ -40,8 +40,8 @@ def covered(container: Container, environment: Environment, files: Mapping[str, 
 
 
 def _go_coverage(profile: str, files: Mapping[str, str]) -> Callable[[str, int], bool]:
-    module = re.search(r"(?m)^module (\S+)", files.get("go.mod", ""))
-    prefix = f"{module[1]}/" if module else ""
+    module = go_module(files)
+    prefix = f"{module}/" if module else ""
     lines: dict[str, set[int]] = collections.defaultdict(set)
     # Tests could have written it: numbers that no file has are none.
     for match in re.finditer(r"(?m)^(\S+):(\d{1,9})\.\d+,(\d{1,9})\.\d+ \d+ [1-9]\d*$", profile):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from qcn_jax.envs.synthesis.build.container import ROOT
 from qcn_jax.envs.synthesis.inject import treesitter
 from qcn_jax.envs.synthesis.inject.treesitter import Node, Site
-from qcn_jax.envs.synthesis.languages import LANGUAGES
+from qcn_jax.envs.synthesis.languages import LANGUAGES, go_module
 from qcn_jax.envs.testpaths import is_test_path
 
 _CALLED = re.compile(r"(?:\w+\.)*(?:test|it|specify|describe|suite|context)(?:\.\w+)*")
@@ -67,12 +67,12 @@ def _without_lines(language: str, site: Site, nodes: Iterable[Node]) -> str | No
 
 def _go_places(tests: Sequence[str], of_tests: Mapping[str, str], files: Mapping[str, str]
                ) -> dict[str, set[str]] | None:
-    module = re.search(r"(?m)^module (\S+)", files.get("go.mod", ""))
+    module = go_module(files)
     places: dict[str, set[str]] = {}
     for test in tests:
         package, _, name = test.partition("::")
         name = name.partition("/")[0]
-        folder = package.removeprefix(module[1] if module else "").strip("/")
+        folder = package.removeprefix(module).strip("/")
         path = next((path for path, text in of_tests.items() if path.rpartition("/")[0] == folder
                      and name and re.search(rf"(?m)^func {re.escape(name)}\(", text)), None)
         if path is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from qcn_jax.envs.synthesis import heldout
 from qcn_jax.envs.synthesis.build.container import Container
-from qcn_jax.envs.synthesis.languages import LANGUAGES, record
+from qcn_jax.envs.synthesis.languages import LANGUAGES, go_module, go_package, record
 from qcn_jax.envs.synthesis.statement import Observation
 from qcn_jax.envs.testpaths import is_test_path
 
@@ -52,7 +52,7 @@ def of_calls(language: str, path: str, expressions: Sequence[str], function: str
       files: texts by path.
     """
     if language == "go":
-        name = go_package(path, files)
+        name = go_import(path, files)
         return [f'import "{name}"\n{text}' for text in expressions] if name and function[0].isupper() else []
     place = f"./{path}"
     heads = (f"const {{ {function} }} = require('{place}');", f"const {function} = require('{place}');")
@@ -61,19 +61,18 @@ def of_calls(language: str, path: str, expressions: Sequence[str], function: str
     return [f"{head}\n{text}" for text in expressions for head in heads]
 
 
-def go_package(path: str, files: Mapping[str, str]) -> str:
+def go_import(path: str, files: Mapping[str, str]) -> str:
     """The import path of a Go file's package; "" where it is a program, or there is no module."""
-    module = re.search(r"(?m)^module (\S+)", files.get("go.mod", ""))
-    package = re.search(r"(?m)^package (\w+)", files.get(path, ""))
-    if module is None or package is None or package[1] == "main":
+    module = go_module(files)
+    if not module or go_package(files.get(path, "")) in ("", "main"):
         return ""
-    return posixpath.normpath(posixpath.join(module[1], posixpath.dirname(path)))
+    return posixpath.normpath(posixpath.join(module, posixpath.dirname(path)))
 
 
 def call(language: str, path: str, function: str, arguments: Sequence[str], files: Mapping[str, str]) -> str:
     """A call as users write it; of a Go function with its package's name."""
-    package = re.search(r"(?m)^package (\w+)", files.get(path, "")) if language == "go" else None
-    return f"{package[1] + '.' if package else ''}{function}({', '.join(arguments)})"
+    package = go_package(files.get(path, "")) if language == "go" else ""
+    return f"{package + '.' if package else ''}{function}({', '.join(arguments)})"
 
 
 def run(container: Container, language: str, programs: Sequence[str]) -> list[Result | None]:
@@ -259,12 +258,12 @@ def test_file(language: str, command: str, path: str, results: Sequence[Result],
 
 
 def _go_tests(path: str, results: Sequence[Result], files: Mapping[str, str]) -> TestFile | None:
-    package = re.search(r"(?m)^package (\w+)", files[path])
+    package = go_package(files[path])
     kept = [(program, text) for program, verb, text in results if verb == "gives" and not _ERROR.search(text)]
-    if package is None or not kept:
+    if not package or not kept:
         return None
     heads = sorted({program.split("\n")[0].removeprefix("import ") for program, _ in kept})
-    lines = [f"package {package[1]}_test", "", "import (", '\t"fmt"', '\t"testing"', "",
+    lines = [f"package {package}_test", "", "import (", '\t"fmt"', '\t"testing"', "",
              *(f"\t{head}" for head in heads), ")", "", "func heldOut(values ...interface{}) string {",
              '\treturn fmt.Sprintf("%#v", values)', "}"]
     for number, (program, text) in enumerate(kept):
