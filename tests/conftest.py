@@ -29,6 +29,16 @@ from qcn_jax.testing.processes import QUICK_FLAGS  # noqa: E402
 if QUICK_FLAGS not in os.environ.get("XLA_FLAGS", ""):  # pytest-xdist's workers inherit what the first process set
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
 
+# Files of a minute and more, longest first: begun early, none is still running when the other workers have no more to do.
+LONGEST = (
+    "pipeline/test_hosts.py", "test_docs.py", "attacks/test_other_languages.py", "envs/synthesis/test_build.py",
+    "pipeline/stages/test_on_devices.py", "test_model_parity.py", "pipeline/test_chain.py", "sharding/test_forms.py",
+    "cli/test_compile.py", "envs/sandbox/test_layers.py", "cli/test_synthesize_verify.py", "test_thirdparty.py",
+    "pipeline/test_recipes.py", "pipeline/stages/test_family.py", "layers/test_delta_rule.py", "attacks/test_attacks.py",
+    "pipeline/rl/test_learner.py", "test_model.py", "pipeline/test_distributed.py", "pipeline/stages/test_midtrain.py",
+    "layers/test_sharded.py", "inference/test_conformance.py", "envs/sandbox/test_sandbox.py",
+)
+
 QWEN_TOKENIZER = pathlib.Path(os.environ.get(
     "QCN_QWEN_TOKENIZER", ROOT / "../shared/data/qwen3-tokenizer/tokenizer.json"))
 
@@ -67,8 +77,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test comes first, so that other workers do the rest meanwhile."""
-    items.sort(key=lambda item: item.name != "test_every_command_works")
+    """Brings the files of LONGEST first, as they stand there."""
+    rank = {f"tests/{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives each of pytest-xdist's workers whole files, so that what a file's tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # which would bring the files with most tests first, not the longest
+    return LoadFileScheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
