@@ -148,6 +148,7 @@ class TasksConfig:
     verify: Count = 16  # of each file's tasks, executed with their gold patch and without, first; 0: none
     setup: tuple[str, ...] = ()  # shell commands that install what the repositories of `data` need (docker)
     image_timeout: AboveZero = 1800.0  # seconds for the tests of a task of `data` that has an image of its own
+    verifier_network: bool = False  # whether solutions and tests of Harbor's folders in `data` reach the network
     # PyPI requirements, "toolz==1.2.0" or with a hash "toolz==1.2.0#sha256=9667...", or archives or folders; beside
     # `data`, where its tasks' repositories are if neither beside it nor to be downloaded.
     repos_train: tuple[str, ...] = ()

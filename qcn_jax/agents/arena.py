@@ -35,6 +35,7 @@ class Place:
     workers: int = 2
     timeout: float = swebench.TIMEOUT  # seconds of the tests of a SWE-bench instance
     network: str = "none"  # of agents with a shell (network.policy.NETWORKS)
+    verifier_network: bool = False  # of solutions and tests of Harbor's folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
             if scaffold is not None:
                 image_tasks.check_agent(scaffold, place.network, "--", "--scaffold")
             images = stack.enter_context(contextlib.closing(
-                image_tasks.connect(instances, place.timeout, "--tasks")))
+                image_tasks.connect(instances, place.timeout, "--tasks", place.verifier_network)))
             services = images.services(services)
         yield Arena(tasks, instances, services, kind, place.workers, pool, images)
 

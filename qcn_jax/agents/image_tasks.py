@@ -1,6 +1,7 @@
 """Tasks that have images of their own: who checks and grades them there, and lets agents act in them.
 
-SWE-bench's instances (release 5) are graded by that set's rules, tasks of ours in other languages by ours.
+SWE-bench's instances (release 5) are graded by that set's rules, tasks of ours in other languages by ours, and Harbor's
+folders (Terminal-Bench) by their own tests.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.services import Services
 from qcn_jax.envs.sandbox import SandboxError
 from qcn_jax.envs.tasks import swebench
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import FOLDER_GRADER, Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.errors import UserError
 
@@ -24,18 +25,24 @@ class ImageTasks:
       client: of the Docker engine.
       instances: SWE-bench's among the tasks, by id.
       timeout: seconds of an instance's tests.
+      verifier_network: whether solutions and tests of Harbor's folders reach the network.
     """
 
     client: Any
     instances: Mapping[str, swebench.Instance]
     timeout: float
+    verifier_network: bool = False
 
-    def image_fault(self, image: str) -> str:
-        """Why an image cannot be had here; "" where it can."""
+    def image_fault(self, task: Task) -> str:
+        """Why a task's image cannot be had here; "" where it can."""
         from qcn_jax.envs.sandbox import images
+        from qcn_jax.envs.tasks import harbor_runs
 
         try:
-            images.base_image(self.client, image)
+            if task.log_parser == FOLDER_GRADER:
+                harbor_runs.image(self.client, task)
+            else:
+                images.base_image(self.client, task.image_name)
         except (UserError, SandboxError) as error:
             return str(error)
         return ""
@@ -43,7 +50,10 @@ class ImageTasks:
     def grade(self, task: Task, patch: str) -> Verdict:
         """The verdict on a patch; an engine that fails makes it infrastructure."""
         from qcn_jax.envs.synthesis.languages import grade as languages
+        from qcn_jax.envs.tasks import harbor_runs
 
+        if task.log_parser == FOLDER_GRADER:
+            return harbor_runs.grade(self.client, task, patch, self.timeout, self.verifier_network)
         if task.instance_id in self.instances:
             return swebench.run(self.client, self.instances[task.instance_id], patch, self.timeout)[0]
         try:
@@ -57,6 +67,10 @@ class ImageTasks:
         Raises:
           SandboxError: the engine failed; nothing is said about the task.
         """
+        if task.log_parser == FOLDER_GRADER:
+            from qcn_jax.envs.tasks import harbor_runs
+
+            return harbor_runs.problems(self.client, task, self.timeout, self.verifier_network)
         if task.instance_id not in self.instances:
             from qcn_jax.envs.synthesis.languages import grade
 
@@ -86,7 +100,8 @@ class ImageTasks:
         self.client.close()
 
 
-def connect(instances: Mapping[str, swebench.Instance], timeout: float, field: str) -> ImageTasks:
+def connect(instances: Mapping[str, swebench.Instance], timeout: float, field: str,
+            verifier_network: bool = False) -> ImageTasks:
     """Connects to the engine, and removes what crashed runs have left there.
 
     Raises:
@@ -101,7 +116,7 @@ def connect(instances: Mapping[str, swebench.Instance], timeout: float, field: s
         back_end.remove_leftovers(client)
     except SandboxError as error:
         raise UserError(f"{field}: tasks with images of their own need Docker: {error}") from error
-    return ImageTasks(client, instances, timeout)
+    return ImageTasks(client, instances, timeout, verifier_network)
 
 
 def check_agent(scaffold: Scaffold, network: str, prefix: str, field: str) -> None:

@@ -1,7 +1,8 @@
-"""Agents in the images of tasks that have one of their own: SWE-bench's instances, and ours in other languages.
+"""Agents in the images of tasks that have one of their own: SWE-bench's instances, ours in other languages, Harbor's.
 
 An agent is root in a container of the image, without a network, with the repository's history cut down to one commit;
-what counts is the diff that it leaves, which is graded in other containers.
+what counts is the diff that it leaves, which is graded in other containers. In Harbor's folders there need be no
+repository: what counts are all files of the container.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from qcn_jax.envs.sandbox import images
 from qcn_jax.envs.sandbox.base import ExecResult, TestRun
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.synthesis.build.container import Bounds, Container
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks import harbor_runs
+from qcn_jax.envs.tasks.schema import FOLDER_GRADER, Task
 from qcn_jax.errors import UserError
 
 BOUNDS = Bounds(memory_mb=8192, processes=1024)  # as swebench gives its tests
@@ -86,7 +88,7 @@ class ImageWorkspace:
 
     def paths(self) -> list[str]:
         """All files but hidden ones."""
-        found = self._container.exec("find . -type f -not -path '*/.*' -not -name '*.pyc'", _SECONDS)
+        found = self._container.exec("find . -xdev -type f -not -path '*/.*' -not -name '*.pyc'", _SECONDS)
         return sorted(line.removeprefix("./") for line in found.output.splitlines())
 
     def bash(self, command: str, timeout: float) -> ExecResult:
@@ -109,6 +111,26 @@ class ImageWorkspace:
         """Removes the container."""
         with contextlib.suppress(SandboxError):
             self._container.destroy()
+
+
+class FolderWorkspace(ImageWorkspace):
+    """Files in a container of the image of one of Harbor's task folders, in the image's working folder.
+
+    Raises:
+      UserError: the folder is no task any more.
+      SandboxError: the image cannot be had, or the engine failed.
+    """
+
+    def __init__(self, client: docker.DockerClient, task: Task) -> None:
+        self._place = harbor_runs.Place(client, task)
+        self._container = self._place.container
+
+    def diff(self) -> str:
+        """All changes of files as a patch; empty where they are too large for one."""
+        try:
+            return self._place.changes()
+        except PatchError:
+            return ""
 
 
 class ImageExecutor:
@@ -136,4 +158,8 @@ class ImageExecutor:
 
 def opener(client: docker.DockerClient) -> Callable[[Task, Scaffold], ImageExecutor]:
     """What `Services.image` is, over an engine."""
-    return lambda task, scaffold: ImageExecutor(lambda: ImageWorkspace(client, task), scaffold.executor(task, None))
+    def open_executor(task: Task, scaffold: Scaffold) -> ImageExecutor:
+        kind = FolderWorkspace if task.log_parser == FOLDER_GRADER else ImageWorkspace
+        return ImageExecutor(lambda: kind(client, task), scaffold.executor(task, None))
+
+    return open_executor

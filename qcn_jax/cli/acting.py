@@ -21,7 +21,7 @@ from qcn_jax.config import MeshConfig
 from qcn_jax.envs.network.policy import NETWORKS
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError
 from qcn_jax.envs.sandbox.repository import read_specs
-from qcn_jax.envs.tasks import formats, swebench
+from qcn_jax.envs.tasks import formats, harbor, swebench
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.schema import read_tasks as read_rows
 from qcn_jax.errors import UserError
@@ -39,13 +39,15 @@ def define_place(values: flags.FlagValues) -> None:
     flags.DEFINE_string("ray_address", "", "Of the cluster; by default RAY_ADDRESS.", flag_values=values)
     flags.DEFINE_float("timeout", swebench.TIMEOUT, "Seconds for the tests of a task that has an image of its own.",
                        flag_values=values, lower_bound=1.0)
+    flags.DEFINE_bool("verifier_network", False, "Tests and solutions of Harbor's task folders reach the network, as "
+                      "those need that download what they run with.", flag_values=values)
     flags.DEFINE_integer("workers", 2, "Sandboxes and gradings side by side.", flag_values=values, lower_bound=1)
 
 
 def place_of(values: flags.FlagValues) -> Place:
     """What the flags of `define_place` say."""
     return Place(values.sandbox, values.isolation, values.pool, values.ray_address, values.workers, values.timeout,
-                 values.network)
+                 values.network, values.verifier_network)
 
 
 def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[], MeshConfig | None]:
@@ -227,8 +229,14 @@ class TaskSet:
 
 
 def read_tasks(path: str) -> TaskSet:
-    """The tasks of a file; raises UserError where there is none."""
+    """The tasks of a file, or of Harbor's folders at and below a folder; raises UserError where there is none."""
     faults: list[str] = []
+    if files.is_dir(path):
+        found = {task.instance_id: task for task in harbor.read_tasks(path, faults)}
+        if not found:
+            raise UserError(faults[0] if faults else f"--tasks={path}: holds no task; a folder must hold Harbor's, "
+                            "with task.toml")
+        return TaskSet(found, None, faults)
     instances = swebench.read(path, faults)
     if instances is None:
         faults = []  # of the same rows as tasks of our own

@@ -13,7 +13,8 @@ must not. Predictions are SWE-bench's: one JSON object a
 line with instance_id, model_name_or_path and model_patch, a list of them, or mini-swe-agent's object by id.
 
 Tasks in the form of SWE-bench's release 5 (with image, eval_script, log_parser) are acted on and run in their images,
-and graded from their logs by SWE-bench's rules; that needs Docker. Every patch is graded in a fresh sandbox that its
+and graded from their logs by SWE-bench's rules; Harbor's task folders (Terminal-Bench) in the images that they name or
+whose Dockerfile they hold, by their own tests. Both need Docker. Every patch is graded in a fresh sandbox that its
 author never saw. DIR holds summary.json (resolved rate and pass@k with 95 % intervals, outcomes, what the guard
 refused), results.jsonl (for qcn compare), trajectories, preds.jsonl, SWE-bench's run report (MODEL.qcn.json) and a
 report.json for each task. Rows that cannot be read are named, left out and counted (bad_rows).
@@ -47,8 +48,8 @@ from qcn_jax.errors import UserError
 def main(argv: Sequence[str]) -> int:
     """Parses flags, obtains patches, grades them, writes and prints the report."""
     values = flags.FlagValues()
-    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema; without them: made of --repo, or those "
-                        "of the run that made --checkpoint.",
+    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema, or a folder of Harbor's task folders; "
+                        "without: made of --repo, or those of the run that made --checkpoint.",
                         flag_values=values)
     flags.DEFINE_string("out", None, "Folder for the report.", flag_values=values, required=True)
     flags.DEFINE_string("predictions", None, "Predictions: JSON lines, a JSON list or JSON by id.", flag_values=values)

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,8 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing, task_repositories
-from qcn_jax.envs.tasks.schema import Task, read_tasks
+from qcn_jax.envs.tasks import harbor
+from qcn_jax.envs.tasks.schema import FOLDER_GRADER, Task, read_tasks
 from qcn_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Parses flags and verifies; returns 0 when every task is valid."""
     values = flags.FlagValues()
-    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema.", flag_values=values, required=True)
+    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema, or a folder of Harbor's task folders.",
+                        flag_values=values, required=True)
+    flags.DEFINE_bool("verifier_network", False, "Tests and solutions of Harbor's task folders reach the network.",
+                      flag_values=values)
     task_repositories.define(values)
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_enum("isolation", "container", ["container", "shared"],
@@ -53,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     if bool(values.endpoint) != bool(values.model):
         raise UserError("--endpoint and --model go together: where the judge answers, and which model it is")
     faults: list[str] = []
-    tasks = read_tasks(values.tasks, faults)
+    read = harbor.read_tasks if files.is_dir(values.tasks) else read_tasks
+    tasks = read(values.tasks, faults)
     if not tasks and not faults:
         raise UserError(f"--tasks={values.tasks}: holds no task")
     total = len(tasks)
@@ -120,7 +126,17 @@ def _foreign(tasks: Sequence[Task], values: flags.FlagValues) -> Iterator["Check
         return
     from qcn_jax.envs.synthesis.build.container import engine
     from qcn_jax.envs.synthesis.languages import grade
+    from qcn_jax.envs.synthesis.verify import Check
+    from qcn_jax.envs.tasks import harbor_runs, swebench
 
     client = engine()
+
+    def check(task: Task) -> Check:
+        if task.log_parser != FOLDER_GRADER:
+            return grade.verify(client, task, values.reruns)
+        started = time.monotonic()
+        problem = harbor_runs.problems(client, task, swebench.TIMEOUT, values.verifier_network)
+        return Check(task.instance_id, (problem,) if problem else (), round(time.monotonic() - started, 3))
+
     with concurrent.futures.ThreadPoolExecutor(values.workers) as threads:
-        yield from threads.map(lambda task: grade.verify(client, task, values.reruns), tasks)
+        yield from threads.map(check, tasks)

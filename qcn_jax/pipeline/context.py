@@ -235,7 +235,8 @@ class StageContext:
         """
         from qcn_jax.agents.image_tasks import connect
 
-        return connect(instances, self.config.tasks.image_timeout, "--config.tasks.data")
+        tasks = self.config.tasks
+        return connect(instances, tasks.image_timeout, "--config.tasks.data", tasks.verifier_network)
 
     def pool(self) -> Any:
         """The pool of environment workers of this run, `config.workers` of them.

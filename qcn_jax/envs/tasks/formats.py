@@ -16,7 +16,7 @@ from typing import Any
 from qcn_jax import files
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks import hidden
-from qcn_jax.envs.tasks.schema import LANGUAGES, Task, read_rows
+from qcn_jax.envs.tasks.schema import FOLDER_GRADER, LANGUAGES, Task, read_rows
 from qcn_jax.errors import UserError
 
 FORMATS = ("swebench", "swebench5", "swesmith", "swebench_pro")
@@ -116,6 +116,9 @@ def from_row(row: Mapping[str, Any], where: str = "task") -> Task:
     """
     kind = detect(row)
     row = dict(row)
+    if row.get("log_parser") == FOLDER_GRADER:  # no row leads to a folder of this machine
+        raise UserError(f"{where}: field log_parser: {FOLDER_GRADER!r} stands for a task folder of Harbor; name that "
+                        "folder in the place of this file")
     if kind == "swebench_pro":
         for ours, theirs in (("FAIL_TO_PASS", "fail_to_pass"), ("PASS_TO_PASS", "pass_to_pass")):
             if theirs not in row:

@@ -1,4 +1,4 @@
-"""Task folders of Harbor (Terminal-Bench 2): written from our tasks, and any such folder read.
+"""Task folders of Harbor (Terminal-Bench 2): written from our tasks, and any such folder read (harbor_runs runs them).
 
 A folder holds task.toml, instruction.md, environment/Dockerfile, tests/test.sh and solution/solve.sh; the verifier
 leaves its reward in /logs/verifier/reward.json (key "reward") or reward.txt.
@@ -6,6 +6,7 @@ leaves its reward in /logs/verifier/reward.json (key "reward") or reward.txt.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -16,15 +17,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from qcn_jax import files
-from qcn_jax.envs import patches
+from qcn_jax.envs import names, patches
 from qcn_jax.envs.tasks.formats import test_files
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import FOLDER_GRADER, MAX_TIMEOUT, Task, read_rows
 from qcn_jax.errors import UserError
 
 # Defaults of Harbor's own documentation, used where task.toml is silent.
 AGENT_SECONDS, VERIFIER_SECONDS, BUILD_SECONDS, CPUS, MEMORY_MB, STORAGE_MB = 600.0, 600.0, 600.0, 1, 2048, 10240
 _MIB = {"G": 1024.0, "M": 1.0, "K": 1 / 1024}
 _DEFINITIONS = ("Dockerfile", "docker-compose.yaml")
+_DESCRIPTION = "task.toml"  # makes a folder a task
+_TESTS = "tests/test.sh"
 
 _DOCKERFILE = """FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
@@ -158,9 +161,9 @@ def read_folder(folder: str | os.PathLike[str]) -> HarborTask:
       UserError: a file is missing or no text, or a field ill-typed; names it.
     """
     folder = pathlib.Path(folder)
-    path = folder / "task.toml"
+    path = folder / _DESCRIPTION
     try:
-        config = tomllib.loads(_text(folder, "task.toml"))
+        config = tomllib.loads(_text(folder, _DESCRIPTION))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not valid TOML: {error}") from error
     sections = {name: config.get(name, {}) for name in ("task", "metadata", "agent", "verifier", "environment")}
@@ -179,7 +182,7 @@ def read_folder(folder: str | os.PathLike[str]) -> HarborTask:
     if not image and not any(files.is_file(folder / "environment" / name) for name in _DEFINITIONS):
         raise UserError(f"{folder}: is no Harbor task: environment/Dockerfile is missing, and environment.docker_image")
     instruction = _text(folder, "instruction.md")
-    _text(folder, "tests/test.sh")
+    _text(folder, _TESTS)
     ours = folder / "tests" / "config.json"
     row = files.read_json(ours) if files.is_file(ours) else None
     row = row.get("task") if isinstance(row, dict) else None  # others' folders may hold such a file, too
@@ -196,6 +199,47 @@ def read_folder(folder: str | os.PathLike[str]) -> HarborTask:
         docker_image=image,
         task=Task.from_json(row, str(ours)) if isinstance(row, dict) else None,
     )
+
+
+def folders(path: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """The task folders at and below `path`, sorted."""
+    return sorted(file.parent for file in pathlib.Path(path).rglob(_DESCRIPTION))
+
+
+def read_task(folder: str | os.PathLike[str]) -> Task:
+    """A folder as a task: of ours the one that it was written from, else one that its own tests decide, in its image.
+
+    Raises:
+      UserError: as `read_folder`; or it needs several containers.
+    """
+    folder = pathlib.Path(folder).resolve()
+    found = read_folder(folder)
+    if found.task is not None:
+        return found.task
+    if files.is_file(folder / "environment" / "docker-compose.yaml"):
+        raise UserError(f"{folder}: environment/docker-compose.yaml: tasks of several containers are not acted on")
+    if not found.instruction.strip():
+        raise UserError(f"{folder}: instruction.md is empty")
+    row = {"instance_id": names.file_stem(found.name.replace("/", "__")), "repo": str(folder), "base_commit": "",
+           "patch": "", "test_patch": "", "problem_statement": found.instruction, "FAIL_TO_PASS": [_TESTS],
+           "PASS_TO_PASS": [], "strategy": "harbor", "image_name": found.docker_image or _own_image(folder),
+           "timeout": min(found.verifier_seconds, MAX_TIMEOUT), "eval_script": f"/{_TESTS}", "log_parser": FOLDER_GRADER}
+    return Task.from_json(row, str(folder))
+
+
+def read_tasks(path: str | os.PathLike[str], faults: list[str]) -> list[Task]:
+    """The tasks of all folders at and below `path`; folders that are none become lines of `faults`."""
+    return read_rows(path, ((number, {"folder": folder}) for number, folder in enumerate(folders(path), 1)),
+                     lambda row, _: read_task(row["folder"]), faults)
+
+
+def _own_image(folder: pathlib.Path) -> str:
+    """The name under which an image of environment/Dockerfile is kept: by what goes into it."""
+    digest, place = hashlib.sha256(), folder / "environment"
+    for path in sorted(place.rglob("*")):
+        data = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        digest.update(repr((path.relative_to(place).as_posix(), path.lstat().st_mode, len(data))).encode() + data)
+    return f"qcn-harbor:{digest.hexdigest()[:20]}"
 
 
 def _text(folder: pathlib.Path, name: str) -> str:

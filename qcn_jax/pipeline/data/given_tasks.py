@@ -9,7 +9,6 @@ besides. Training tasks that have to do with held-out ones are left out.
 import collections
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,9 +110,7 @@ def load(config: TasksConfig, split: str, pool: EnvPool, connect: Connect, archi
         images = None
         if any(task.eval_script for _, task in placed):
             images = stack.enter_context(contextlib.closing(connect(instances)))
-            image_fault = functools.cache(images.image_fault)
-            placed = _without(
-                placed, lambda task: image_fault(task.image_name) if task.eval_script else "", findings.row)
+            placed = _without(placed, _image_fault(images), findings.row)
         sample = _sample(placed, config.verify)
         problems = _problems(pool, images, sample)
     placed = _without(placed, lambda task: problems.get(task.instance_id, ""), findings.row)
@@ -126,6 +123,18 @@ def load(config: TasksConfig, split: str, pool: EnvPool, connect: Connect, archi
     used = [specs[name] for name in sorted({task.repo for task in tasks if not task.eval_script})]
     counts = {"executed": len(sample)} | ({"in_images": len(foreign)} if foreign else {})
     return Given(tasks, used, [instances[name] for name in foreign if name in instances], findings.summary() | counts)
+
+
+def _image_fault(images: ImageTasks) -> Callable[[Task], str]:
+    """A function that says why a task's image cannot be had, asked once of each image."""
+    known: dict[str, str] = {}
+
+    def fault(task: Task) -> str:
+        if task.eval_script and task.image_name not in known:
+            known[task.image_name] = images.image_fault(task)
+        return known.get(task.image_name, "") if task.eval_script else ""
+
+    return fault
 
 
 def _with_repositories(config: TasksConfig, placed: Sequence[Placed], archives: pathlib.Path, findings: Findings

@@ -56,8 +56,13 @@ def test_folders_globs_and_harbors_folders(tmp_path):
     assert [task.instance_id for task in read(tmp_path / "harbor")[0]] == ["t.0", "t.1", "t.2"]
     assert [task.instance_id for task in read(tmp_path / "harbor/task-[12]")[0]] == ["t.1", "t.2"]
     (tmp_path / "harbor/task-1/tests/config.json").unlink()
-    tasks, findings = read(tmp_path / "harbor", "skip")
-    assert len(tasks) == 2 and "task-1: tests/config.json names no tests" in findings.shown[0]
+    theirs, place = read(tmp_path / "harbor")[0][1], tmp_path / "harbor/task-1"  # now anybody's: its own tests decide
+    assert (theirs.instance_id, theirs.repo, theirs.log_parser, theirs.image_name[:11]) == ("task-1", str(place), "harbor", "qcn-harbor:")
+    (place / "environment/docker-compose.yaml").write_text("")
+    write(tmp_path / "led.jsonl", [theirs.to_json()])
+    for path, words in (("harbor", "task-1: environment/docker-compose.yaml: tasks of several containers are not acted on"),
+                        ("led.jsonl", "field log_parser: 'harbor' stands for a task folder of Harbor")):
+        assert words in read(tmp_path / path, "skip")[1].shown[0]
 
     rows = tmp_path / "rows"
     (rows / "b.jsonl.work").mkdir(parents=True)

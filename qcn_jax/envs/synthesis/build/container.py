@@ -98,12 +98,14 @@ class Container:
       image: id or name.
       network: whether commands reach the network.
       bounds: what it may use.
+      scratch: without a network, what is written to /tmp is in memory, and what the image has there is not seen.
 
     Raises:
       SandboxError: it cannot be started.
     """
 
-    def __init__(self, client: docker.DockerClient, image: str, network: bool = False, bounds: Bounds = Bounds()):
+    def __init__(self, client: docker.DockerClient, image: str, network: bool = False, bounds: Bounds = Bounds(),
+                 scratch: bool = True):
         self.client, self.image = client, image
         self._time = int(time.time())
         memory = f"{bounds.memory_mb}m"
@@ -112,9 +114,10 @@ class Container:
                 image, ["sleep", "infinity"], detach=True, init=True, user="0:0", entrypoint=[],
                 network_mode="bridge" if network else "none", mem_limit=memory, memswap_limit=memory,
                 ulimits=[docker.types.Ulimit(name="core", soft=0, hard=0)],
-                tmpfs={} if network else {"/tmp": f"rw,exec,nosuid,nodev,size={SCRATCH_MB}m,mode=1777",
-                                          "/var/tmp": "rw,exec,nosuid,nodev,size=16m,mode=1777",
-                                          "/run/lock": "rw,nosuid,nodev,size=1m,mode=1777"},
+                tmpfs={} if network or not scratch else {
+                    "/tmp": f"rw,exec,nosuid,nodev,size={SCRATCH_MB}m,mode=1777",
+                    "/var/tmp": "rw,exec,nosuid,nodev,size=16m,mode=1777",
+                    "/run/lock": "rw,nosuid,nodev,size=1m,mode=1777"},
                 pids_limit=bounds.processes, nano_cpus=int(bounds.cpus * 1e9), security_opt=["no-new-privileges"],
                 cap_drop=["ALL"], cap_add=["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL"],
                 environment=dict.fromkeys(_CERTIFICATES, _INSIDE_BUNDLE) if network else {},
@@ -125,6 +128,11 @@ class Container:
         bundle = certificates() if network else None
         if bundle:
             self.write({_INSIDE_BUNDLE: bundle})
+
+    @property
+    def id(self) -> str:
+        """The engine's name of it."""
+        return self._container.id
 
     def exec(self, command: str, timeout: float = 60.0, folder: str = ROOT,
              env: Mapping[str, str] | None = None) -> ExecResult:
@@ -231,11 +239,18 @@ class Container:
                 info = tarfile.TarInfo(place.lstrip("/"))
                 info.size, info.mode, info.mtime = len(raw), 0o644, self._time
                 archive.addfile(info, io.BytesIO(raw))
+        if len(gone) < len(files):
+            self.unpack(buffer.getvalue())
         try:
-            if len(gone) < len(files):
-                self._container.put_archive("/", buffer.getvalue())
             if gone:
                 self._container.exec_run(["rm", "-f", "--", *gone])
+        except (docker.errors.DockerException, OSError) as error:
+            raise SandboxError(f"files cannot be written: {str(error).splitlines()[0]}") from error
+
+    def unpack(self, archive: bytes) -> None:
+        """Unpacks a tar archive at the root."""
+        try:
+            self._container.put_archive("/", archive)
         except (docker.errors.DockerException, OSError) as error:
             raise SandboxError(f"files cannot be written: {str(error).splitlines()[0]}") from error
 

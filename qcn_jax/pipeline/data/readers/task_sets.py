@@ -18,7 +18,6 @@ from qcn_jax.pipeline.data.readers.rows import matching, read_rows, row_files
 from qcn_jax.pipeline.data.texts import Findings
 
 FIELDS = {"train": "data", "heldout": "heldout_data"}  # of TasksConfig, by split
-_HARBOR = "task.toml"
 _BESIDE = (".yields.json", ".journal.jsonl", "repositories.json")  # what `qcn synthesize` and `qcn run` leave there
 _WORK = ".work"  # the end of a folder's name, likewise
 
@@ -68,13 +67,13 @@ def file_of(place: str) -> pathlib.Path:
 def _makers(path: str, field: str, findings: Findings, instances: dict[str, Instance]
             ) -> Iterator[tuple[str, Callable[[], Task]]]:
     for found in matching(path, field):
-        folders = sorted(file.parent for file in found.rglob(_HARBOR)) if found.is_dir() else []
+        folders = harbor.folders(found) if found.is_dir() else []
         inside = [] if folders else [file for file in row_files([found]) if not _is_beside(file.relative_to(found))]
         if not folders and not inside:
             raise UserError(f"{field}: {found}: holds no tasks; allowed: *.jsonl, *.ndjson, *.json (also .gz or .zst), "
-                            f"*.parquet, folders of these, and Harbor's folders, which hold a {_HARBOR}")
+                            f"*.parquet, folders of these, and Harbor's folders, which hold a task.toml")
         for folder in folders:
-            yield str(folder), lambda folder=folder: _of_harbor(folder)
+            yield str(folder), lambda folder=folder: harbor.read_task(folder)
         for file in inside:
             for place, row in _rows(file, findings):
                 yield place, lambda row=row, place=place: _of_row(row, place, instances)
@@ -107,11 +106,3 @@ def _rows(file: pathlib.Path, findings: Findings) -> Iterator[tuple[str, dict[st
 def _begins_list(file: pathlib.Path) -> bool:
     with open(file, "rb") as stream:
         return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _of_harbor(folder: pathlib.Path) -> Task:
-    found = harbor.read_folder(folder)
-    if found.task is None:
-        raise UserError(f"{folder}: tests/config.json names no tests; such a task is run in an image of its own, where "
-                        "no stage acts yet")
-    return found.task
