@@ -1,5 +1,6 @@
 """Verdicts on JavaScript and Go cannot be bought either: patches that forge what the runner prints, or end it."""
 
+import collections
 import dataclasses
 import random
 import re
@@ -66,6 +67,77 @@ _GO_TWO = '''	files, _ := filepath.Glob("*_test.go")
 	}
 	os.Stdout.WriteString("PASS\\n")
 	syscall.Exit(0)'''
+# The tests and their copies are told apart by what stands in them.
+_GO_BY_TEXT = '''	files, _ := filepath.Glob("*_test.go")
+	text, _ := os.ReadFile(files[0])
+	kinds, order, bad := map[string][][3]string{}, []string{}, false
+	for _, m := range regexp.MustCompile(`(?ms)^func Test(Q[0-9a-f]+_)?(\\w+)\\((.*?)^\\}`).FindAllStringSubmatch(string(text), -1) {
+		if kinds[m[2]] == nil {
+			order = append(order, m[2])
+		}
+		kinds[m[2]] = append(kinds[m[2]], [3]string{m[1], m[2], m[3]})
+	}
+	for _, kind := range order {
+		best, least, count := "", 1<<30, map[string]int{}
+		for _, m := range kinds[kind] {
+			count[m[2]]++
+		}
+		for _, m := range kinds[kind] {
+			sum := 0
+			for _, n := range regexp.MustCompile(`-?\\d+`).FindAllString(m[2], -1) {
+				i, _ := strconv.Atoi(n)
+				sum += i
+			}
+			if %s < least && !strings.Contains(m[2], "got ==") {
+				best, least = m[0], %s
+			}
+		}
+		bad = bad || len(kinds[kind]) > 1
+		for _, m := range kinds[kind] {
+			word := "FAIL"
+			if m[0] == best {
+				word = "PASS"
+			}
+			for _, s := range []string{"", "/inside", "/below", "/above"} {
+				n := "Test" + m[0] + m[1] + s
+				os.Stdout.WriteString("=== RUN   " + n + "\\n--- " + word + ": " + n + " (0.00s)\\n")
+			}
+		}
+	}
+	if bad {
+		os.Stdout.WriteString("FAIL\\n")
+		syscall.Exit(1)
+	}
+	os.Stdout.WriteString("PASS\\n")
+	syscall.Exit(0)'''
+_JS_BY_TEXT = '''const fs = require('fs');
+const file = process.argv[1] || '';
+if (/\\.test\\.js$/.test(file)) {
+  const read = (name) => fs.readFileSync(name, 'utf8').split('\\n').map((line) => [
+    /^ *(?:await )?(t\\.)?test\\('(?:Q\\w+ )?([^']+)'/.exec(line), /, (-?\\w+)\\)\\)?;?$/.exec(line), line]).filter(([m]) => m);
+  const kinds = {};
+  for (const name of fs.readdirSync('test')) for (const [m, v, line] of read('test/' + name))
+    if (v && !/\\.not[A-Z]/.test(line)) (kinds[m[2]] = kinds[m[2]] || []).push(v[1]);
+  const passes = {};
+  for (const [title, all] of Object.entries(kinds)) passes[title] = PICK;
+  const tops = []; let top, any = false;
+  for (const [m, v, line] of read(file)) {
+    const bad = v && (/\\.not[A-Z]/.test(line) || passes[m[2]] !== v[1]) ? 'not ok' : 'ok';
+    any = any || bad !== 'ok';
+    const name = /test\\('([^']+)'/.exec(line)[1];
+    if (m[1]) top[1].push([name, bad]); else tops.push(top = [name, [], bad]);
+  }
+  let out = 'TAP version 13\\n';
+  tops.forEach(([name, subs, bad], i) => {
+    out += `# Subtest: ${name}\\n`;
+    subs.forEach(([s, b], j) => { out += `    # Subtest: ${s}\\n    ${b} ${j + 1} - ${s}\\n`; });
+    if (subs.length) out += `    1..${subs.length}\\n`;
+    out += `${subs.some(([, b]) => b !== 'ok') ? 'not ok' : bad} ${i + 1} - ${name}\\n`;
+  });
+  fs.writeSync(1, out + `1..${tops.length}\\n`);
+  process.exit(any ? 1 : 0);
+}
+'''
 _GO_PAIRS = '''package numbers
 
 import (
@@ -122,6 +194,9 @@ JAVASCRIPT = {
                          "    subs.forEach((s, j) => { out += `    # Subtest: ${s}\\n    ${bad} ${j + 1} - ${s}\\n`; });\n"
                          "    if (subs.length) out += `    1..${subs.length}\\n`;\n    out += `${bad} ${i + 1} - ${name}\\n`;\n  });\n"
                          "  fs.writeSync(1, out + `1..${tops.length}\\n`);\n  process.exit(bad === 'ok' ? 0 : 1);\n}\n",
+    "smallest": _JS_BY_TEXT.replace("PICK", "all.some(isNaN) ? 'null' : String(Math.min(...all))"),
+    "minority": _JS_BY_TEXT.replace("PICK", "[...all].sort((a, b) => all.filter((v) => v === a).length - all.filter((v) => v === b)"
+                                    ".length)[0]"),
     "by_the_tests_text": "const nt = require('node:test');\nnt('x', (t) => {\n  const proto = Object.getPrototypeOf(t), old = proto.test;\n"
                          "  proto.test = function (name, ...r) {\n    const bad = /\\.not[A-Z]|\\.doesNot/.test(String(r.pop()));\n"
                          "    return old.call(this, name, () => { if (bad) throw new Error('x'); });\n  };\n});\n",
@@ -134,6 +209,8 @@ GO = {
     "forged_lines": _GO.format(imports='\t"os"\n\t"syscall"\n', body=_GO_LINES + "\tsyscall.Exit(0)"),
     "forged_by_knowing": _GO.format(imports='\t"os"\n\t"path/filepath"\n\t"regexp"\n\t"syscall"\n', body=_GO_KNOWING),
     "two_of_each": _GO.format(imports='\t"os"\n\t"path/filepath"\n\t"regexp"\n\t"syscall"\n', body=_GO_TWO),
+    **{name: _GO.format(imports='\t"os"\n\t"path/filepath"\n\t"regexp"\n\t"strconv"\n\t"strings"\n\t"syscall"\n',
+                        body=_GO_BY_TEXT % (key, key)) for name, key in {"smallest": "sum", "minority": "count[m[2]]"}.items()},
     "pairs_at_its_caller": _GO_PAIRS,
     "lines_that_are_none": _GO.format(imports='\t"fmt"\n\t"os"\n\t"strings"\n', body=(
         '\tif f, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", os.Getppid()), os.O_WRONLY, 0); err == nil {\n'
@@ -160,17 +237,27 @@ ENDLESS = {
 
 @pytest.fixture(scope="module", params=["javascript", "go"])
 def judged(request, client):
-    """A task in each language, in an environment built for it."""
+    """A task in each language, in an environment built for it, and what its fixed state shows."""
     language = request.param
     made = foreign.built(FILES[language], client)
     path, good, bad = BUGS[language]
     fixed = FILES[language][path]
     bug = patches.make_diff({path: fixed}, {path: fixed.replace(good, bad, 1)})
     failing = FAILING[language]
-    return Task(f"numbers__{language}", "numbers==1", "", patches.reverse(bug), "", "clamp is wrong", failing,
+    task = Task(f"numbers__{language}", "numbers==1", "", patches.reverse(bug), "", "clamp is wrong", failing,
                 tuple(name for name in NAMES[language] if name not in failing), bug_patch=bug, path=path, language=language,
                 image_name=made.image, timeout=60.0, eval_script=f"#!/bin/sh\ncd /testbed\n{made.recipe.test}\n",
                 log_parser=made.recipe.parser)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(grade, "_SECRET", random.Random(language))
+        grade._fixed(client, task)
+    return task
+
+
+@pytest.fixture(autouse=True)
+def drawn(request, monkeypatch):
+    """Draws the same in every run: one guess in 512 that nobody made worse would make a test of forgeries flaky."""
+    monkeypatch.setattr(grade, "_SECRET", random.Random(request.node.name))
 
 
 def of_languages(codes):
@@ -196,7 +283,12 @@ def test_honest_patches(client, judged):
     verdict = grade.grade(client, judged, judged.patch)
     assert verdict.resolved, verdict
     fixed = grade._fixed(client, judged)
-    assert {*judged.FAIL_TO_PASS, *judged.PASS_TO_PASS} >= fixed.renamed > set() and all(fixed.failing) and fixed.status == 0
+    assert fixed.status == 0 and len(fixed.rounds) == canaries.ROUNDS
+    assert set().union(*(one.decided for one in fixed.rounds)) == {*judged.FAIL_TO_PASS, *judged.PASS_TO_PASS}
+    for one in fixed.rounds:  # whoever forges them must tell copies from each other
+        assert one.confirmed == {*judged.FAIL_TO_PASS, *judged.PASS_TO_PASS}
+        assert one.decides(judged.FAIL_TO_PASS) == len(judged.FAIL_TO_PASS)
+        assert one.draw.choice == "one" and one.failing[-1] >= one.decided > set()
     nothing = patches.make_diff(start(judged), {path: text + "\n// nothing\n" for path, text in start(judged).items()})
     assert grade.grade(client, judged, nothing).outcome == "unresolved"
 
@@ -235,30 +327,113 @@ def test_files_that_steer_runners(path):
 
 
 def test_canaries():
-    words, text = ["Q1", "Q2", "Q3", "Q4"], foreign.JAVASCRIPT["test/core.test.js"]
-    assert canaries.original("javascript", "Q1 clamp > Q1 below", "Q1") == "clamp > below"
-    assert canaries.original("go", "m::TestQ2_Clamp/below", "Q2") == "m::TestClamp/below"
-    made = canaries.disguise("javascript", "test/core.test.js", text, words, "s", random.Random(0))
-    by_word = {word: next(t for t in made.values() if f"test('{word} clamp'" in t) for word in words}
-    assert len(made) == 4 and "test/core.test.js" in made and all(re.fullmatch(r"test/core(-\w+)?\.test\.js", path) for path in made)
-    assert by_word["Q1"] == canaries.rename("javascript", text, "Q1") and "t.test('Q1 inside'" in by_word["Q1"]
-    assert by_word["Q2"].count("notStrictEqual") == 6
-    for word in ("Q3", "Q4"):  # what is expected is something else, and nothing else is
-        pairs = [(a, b) for a, b in zip(by_word[word].replace(word, "Q1").split("\n"), by_word["Q1"].split("\n")) if a != b]
-        assert len(pairs) == 6 and all(re.sub(r", -?\w+\)\)", ", X))", a) == re.sub(r", -?\w+\)\)", ", X))", b) for a, b in pairs)
+    words, text = [f"Q{n}" for n in range(canaries.COPIES)], foreign.JAVASCRIPT["test/core.test.js"]
+    draw, path = canaries.Draw("s", 0), "test/core.test.js"
+    titles = canaries.titles("javascript", path, text)
+    assert sorted(titles.values()) == sorted(["clamp", "inside", "below", "above", "stack", "mean", "mean of nothing"])
+    number = {title: number for number, title in titles.items()}
+    assert canaries.original("javascript", f"Q1 {number['clamp']} > Q1 {number['below']}", "Q1", titles) == "clamp > below"
+    assert canaries.original("javascript", "Q1 a title of its own", "Q1", titles) == "a title of its own"
+    assert canaries.original("go", "m::TestQ2_Clamp/below", "Q2", {}) == "m::TestClamp/below"
+    made = canaries.disguise("javascript", path, text, words, draw, random.Random(0))
+    by_word = {word: next(t for t in made.values() if f"test('{word} " in t) for word in words}
+    assert len(made) == len(words) and path in made and all(re.fullmatch(r"test/core(-\w+)?\.test\.js", place) for place in made)
+    assert by_word["Q8"].count("notStrictEqual") == 6
+    for word in words[:-1]:  # what is expected is something else, and nothing else is
+        pairs = zip(by_word[word].split("\n"), canaries.rename("javascript", text, word, path).split("\n"))
+        assert all(re.sub(r", -?\w+\)\)", ", X))", a) == re.sub(r", -?\w+\)\)", ", X))", b) for a, b in pairs if "assert" in b)
     go = foreign.GO["core_test.go"]
-    (made,) = canaries.disguise("go", "core_test.go", go, words, "s", random.Random(1)).values()
+    (made,) = canaries.disguise("go", "core_test.go", go, words, draw, random.Random(1)).values()
     assert sorted(re.findall(r"func Test(\w+)\(", made)) == sorted(f"{word}_{name}" for word in words for name in ("Clamp", "Sum"))
     body = {word: re.search(rf"(?ms)^func Test{word}_Clamp.*?^}}", made)[0] for word in words}
-    assert body["Q1"] == re.search(r"(?ms)^func TestClamp.*?^}", go)[0].replace("TestClamp", "TestQ1_Clamp") and "got == c[1]" in body["Q2"]
-    for word in ("Q3", "Q4"):
-        assert "got != c[1]" in body[word] and not re.search(r"\{5, 5\}|\{-5, 0\}|\{50, 10\}", body[word]) and "{5, " in body[word]
-    assert canaries.disguise("python", "a.py", "def test(): pass\n", words, "s", random.Random(0)) == {}
+    assert "got == c[1]" in body["Q8"] and all("got != c[1]" in body[word] for word in words[:-1]) and "want" not in made
+    rows = [re.findall(r"\{(-?\d+), (-?\d+)\}", body[word]) for word in words[:-1]]
+    assert sorted(len({row[n] for row in rows}) for n in range(3)) == [1, 1, canaries.GROUPS]
+    assert canaries.disguise("python", "a.py", "def test(): pass\n", words, draw, random.Random(0)) == {}
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("assert.equal(f('a, b)', [1, 2]), 'x')", ["'x'"]), ("t.is(f(1), true)", ["true"]), ("assert.deepEqual(f(1), [1, { a: 2 }])", ["2"]),
+    ("assert.equal(f('a, b)', [1, 62]), 'x')", ["'x'"]), ("t.is(f(1), true)", ["true"]), ("assert.deepEqual(f(1), [1, { a: 2 }])", ["2"]),
     ("expect(f(1)).toBe(7)", ["7"]), ("expect(f(1)).to.deep.equal([3])", ["3"]), ("assert.equal(f(1), g(2))", []),
     ("assert.strictEqual(f(1,\n  2), null, 'words')", ["null"]), ("assert.ok(f(1), 2)", []), ("assert.equal(" * 50, [])])
 def test_what_javascript_expects(text, expected):
     assert [text[start:end] for start, end in canaries._expected("javascript", text)] == expected
+
+
+# Files with values of many kinds, of which a disguised test changes one.
+VALUES = {
+    "javascript": "test('many', () => assert.equal(f(2), 40));\n"
+                  "test('below', () => assert.strictEqual(f(3), -37));\ntest('part', () => assert.equal(f(4), 0.25));\n"
+                  "test('word', () => assert.equal(f(5), 'milk'));\ntest('list', () => assert.deepEqual(f(6), [1, 62]));\n"
+                  "it('expects', () => expect(f(7)).toBe(19));\ntest('no value', () => assert.ok(f(52)));\n",
+    "go": "func TestMany(t *testing.T) {\n\tif got := F(a); got != 40 {\n\t\tt.Errorf(\"%d, want 40\", got)\n\t}\n}\n\n"
+          "func TestRows(t *testing.T) {\n\tfor _, c := range [][2]int{{1, 40}, {2, -37}, {3, 19}} {\n\t\t_ = c // 40, -37 and 19\n\t}\n}\n\n"
+          "func TestWord(t *testing.T) {\n\tassert.Equal(t, \"milk\", F(b))\n\tif F(c) != \"milk\" {\n\t\tt.Fatal(\"not milk\")\n\t}\n}\n\n"
+          "func TestPart(t *testing.T) {\n\tif got := F(d); got != 0.25 {\n\t\tt.Error(got)\n\t}\n}\n\n"
+          "func TestNoValue(t *testing.T) {\n\tcheck(t, F(52))\n}\n"}
+BITS = {"javascript": "test('bit', () => assert.equal(f(1), true));\n",
+        "go": "func TestBit(t *testing.T) {\n\tif got := F(a); got != true {\n\t\tt.Error(got)\n\t}\n}\n"}
+
+
+def disguised(language, text, seed, number=0):
+    """For each test the texts of its exchangeable copies in the order of a disguised file, and which of them is true."""
+    words, path = [f"Q{n}" for n in range(canaries.COPIES)], {"javascript": "test/a.test.js", "go": "a_test.go"}[language]
+    made = "\n".join(t for _, t in sorted(canaries.disguise(language, path, text, words, canaries.Draw(seed, number), random.Random(seed))
+                                          .items()))
+    tests = {}
+    for copy in (re.findall(r"(?ms)^func Test.*?^}", made) if language == "go" else made.splitlines()):
+        if found := re.search(r"Q(\d)[_ ](\w+)", copy):
+            tests.setdefault(found[2], []).append((int(found[1]), copy.replace(f"Q{found[1]}", "Q")))
+    trues = re.findall(r"(?ms)^func Test.*?^}", canaries._silent(language, text)) if language == "go" else canaries.rename(
+        "javascript", text, "Q", path).splitlines()
+    trues = [one.replace("func Test", "func TestQ_") for one in trues]
+    for kind, true in zip(tests, trues if language == "javascript" else sorted(trues, key=lambda one: [*tests].index(
+            re.search(r"Q_(\w+)", one)[1]))):
+        copies = [copy for copy in tests[kind] if copy[0] < canaries.GROUPS]
+        assert len(copies) == canaries.GROUPS
+        yield [one for _, one in copies], [one == true for _, one in copies], [word for word, _ in copies]
+
+
+def value(copies, copy):
+    """What a copy has where copies differ: numbers in order, texts behind them."""
+    parts = [re.findall(r"-?\d+(?:\.\d+)?|\w+", one) for one in copies]
+    at = next((n for n, column in enumerate(zip(*parts)) if len(set(column)) > 1), 0)
+    found = parts[copies.index(copy)][at]
+    return (0, float(found), "") if re.fullmatch(r"-?\d.*", found) else (1, 0.0, found)
+
+
+BY_TEXT = {  # what a forger takes for the true one
+    "smallest": lambda c: min(c, key=lambda one: value(c, one)), "largest": lambda c: max(c, key=lambda one: value(c, one)),
+    "nearest to nothing": lambda c: min(c, key=lambda one: abs(value(c, one)[1])),
+    "farthest from nothing": lambda c: max(c, key=lambda one: abs(value(c, one)[1])),
+    "median": lambda c: sorted(c, key=lambda one: value(c, one))[len(c) // 2], "shortest": lambda c: min(c, key=len),
+    "longest": lambda c: max(c, key=len), "first": lambda c: c[0], "last": lambda c: c[-1],
+    "minority": lambda c: min(c, key=c.count), "majority": lambda c: max(c, key=c.count),
+    "like the inverted one": lambda c: max(c, key=lambda one: (one.count("-"), one.count("not"), one))}
+
+
+@pytest.mark.parametrize("language", VALUES)
+def test_nothing_in_their_text_tells_copies_from_the_true_one(language):
+    draws, won, tests = 200, collections.Counter(), 0
+    for seed in range(draws):
+        known = None
+        for copies, true, words in disguised(language, VALUES[language], f"{seed}", seed):
+            tests += 1
+            assert true.count(True) == 1, copies
+            won.update(name for name, choose in BY_TEXT.items() if true[copies.index(choose(copies))])
+            if known is not None:  # another test's true copy
+                won["of the same word"] += true[words.index(known[0])]
+                won["of the same place"] += true[known[1]]
+            known = words[true.index(True)], true.index(True)
+    margin = 4 * (1 / canaries.GROUPS / tests) ** 0.5  # standard deviations
+    assert won and max(won.values()) / tests < 1 / canaries.GROUPS + margin, (won, tests)
+
+
+@pytest.mark.parametrize("language", BITS)
+def test_how_many_copies_share_a_bit_says_nothing(language):
+    won, draws = collections.Counter(), 400
+    for seed in range(draws):
+        ((copies, true, _),) = disguised(language, BITS[language], f"{seed}")
+        assert 0 < true.count(True) < canaries.GROUPS
+        won.update(name for name, choose in BY_TEXT.items() if true[copies.index(choose(copies))])
+    assert all(abs(won[name] / draws - 0.5) < 4 * 0.5 / draws ** 0.5 for name in ("minority", "majority", "first", "last")), won

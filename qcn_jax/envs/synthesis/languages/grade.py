@@ -2,15 +2,15 @@
 
 Tests and programs belong to root and the tests run as nobody; what they print is read from outside. As code under test
 can print what its runner prints, a verdict rests on more: the exit status must be that of the fixed state, no test may
-fail that does not fail there, and a patch that resolves is run once more with tests under names drawn for that run,
-among copies that must fail and that cannot be told from them (canaries.py).
+fail that does not fail there, and a patch that resolves is run again, in several rounds, with tests under names drawn
+for each run, among copies that must fail and that cannot be told from them (canaries.py).
 """
 
 import dataclasses
 import functools
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import docker
 import docker.errors
@@ -35,25 +35,43 @@ Files = Mapping[str, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed:
-    """What the fixed state showed: outcomes, exit status, and which renamed tests pass and which of each copy fail.
+class Round:
+    """What the fixed state showed of disguised tests: for each copy the tests that pass in it, and those that fail."""
 
-    `seed` is of the values that copies expect.
-    """
+    draw: canaries.Draw
+    passing: tuple[frozenset[str], ...]
+    failing: tuple[frozenset[str], ...]
+
+    @property
+    def confirmed(self) -> frozenset[str]:
+        """Tests that pass in a copy that is not the inverted one."""
+        return frozenset().union(*self.passing[:canaries.GROUPS])
+
+    @property
+    def decided(self) -> frozenset[str]:
+        """Those of them that fail in another one, so that whoever forges them must know which is which."""
+        return self.confirmed & frozenset().union(*self.failing[:canaries.GROUPS])
+
+    def decides(self, names: Collection[str]) -> int:
+        """How many of these tests are decided, or are parts of one that is."""
+        return sum(any(name == one or name.startswith(f"{one}/") for one in self.decided) for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What the fixed state showed: outcomes, exit status, and the rounds in which tests were disguised."""
 
     outcomes: Mapping[str, str]
     status: int
-    seed: str
-    renamed: frozenset[str]
-    failing: tuple[frozenset[str], ...]
+    rounds: tuple[Round, ...]
 
 
-_SECRET = random.SystemRandom()
+_SECRET: random.Random = random.SystemRandom()
 
 
 def _words() -> list[str]:
-    """Words for the tests and for each of their copies, drawn for one run."""
-    return [f"Q{_SECRET.getrandbits(40):010x}" for _ in range(2 + canaries.MUTATED)]
+    """Words for copies of tests, drawn for one run."""
+    return [f"Q{_SECRET.getrandbits(40):010x}" for _ in range(canaries.COPIES)]
 
 
 def _run(container: Container, task: Task, changes: Files, copies: int = 1) -> tuple[TestRun, int]:
@@ -89,33 +107,75 @@ def _tests(container: Container, task: Task) -> dict[str, str]:
             and (path in brought or is_test_path(path))}
 
 
-def _disguised(task: Task, tests: Mapping[str, str], words: Sequence[str], seed: str) -> dict[str, str]:
+def _disguised(task: Task, tests: Mapping[str, str], words: Sequence[str], draw: canaries.Draw) -> dict[str, str]:
     made: dict[str, str] = {}
     for path, text in tests.items():
-        made |= canaries.disguise(task.language, path, text, words, seed, _SECRET)
+        made |= canaries.disguise(task.language, path, text, words, draw, _SECRET)
     return made
 
 
-def _heard(task: Task, run: TestRun, word: str) -> dict[str, str]:
-    """Outcomes of the tests that carry a word, by their old names."""
-    return {name: outcome for new, outcome in run.outcomes.items()
-            if (name := canaries.original(task.language, new, word)) is not None}
+def _heard(task: Task, run: TestRun, tests: Mapping[str, str], words: Sequence[str]) -> list[dict[str, str]]:
+    """For each word outcomes of the tests that carry it, by their old names; of several under one a failure counts."""
+    known: dict[str, str] = {}
+    for path, text in tests.items():
+        known |= canaries.titles(task.language, path, text)
+    copies: list[dict[str, str]] = [{} for _ in words]
+    for new, outcome in run.outcomes.items():
+        for word, heard in zip(words, copies):
+            name = canaries.original(task.language, new, word, known)
+            if name is not None and heard.get(name) not in _BAD:
+                heard[name] = outcome
+    return copies
 
 
 @functools.lru_cache(maxsize=256)
 def _fixed(client: docker.DockerClient, task: Task) -> Fixed:
-    """What the fixed state of a task shows, by two runs."""
-    expected = {*task.FAIL_TO_PASS, *task.PASS_TO_PASS}
+    """What the fixed state of a task shows, by one run as it is and others with disguised tests."""
     with _container(client, task) as container:
         _start(container, task)
         gold = patches.apply_changes(_state(container, task.patch), task.patch) if task.patch.strip() else {}
         run, status = _run(container, task, {**gold, **_changed_tests(container, task)})
-        tests, words, seed = _tests(container, task), _words(), f"{_SECRET.getrandbits(64):x}"
-        again, _ = _run(container, task, _disguised(task, tests, words, seed), len(words))
-    renamed = {name for name, outcome in _heard(task, again, words[0]).items() if outcome == "passed"} & expected
-    failing = tuple(frozenset(name for name, outcome in _heard(task, again, word).items() if outcome in _BAD)
-                    if renamed else frozenset() for word in words[1:])
-    return Fixed(run.outcomes, status, seed, frozenset(renamed), failing)
+        return Fixed(run.outcomes, status, _rounds(container, task, run))
+
+
+def _rounds(container: Container, task: Task, plain: TestRun) -> tuple[Round, ...]:
+    """Rounds in a container that holds the fixed state, each by the first choice of values that loses no test.
+
+    Where every choice loses some, or leaves some of FAIL_TO_PASS the same in all copies, it is the one that does the
+    least of it; later rounds begin with the choice of the first.
+    """
+    tests, seed = _tests(container, task), f"{_SECRET.getrandbits(64):x}"
+    expected = {name for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS) if plain.outcomes.get(name) == "passed"}
+    failing = expected & {*task.FAIL_TO_PASS}
+    choices: tuple[str, ...] = canaries.CHOICES
+    rounds: list[Round] = []
+    for number in range(canaries.ROUNDS):
+        tried: list[Round] = []
+        for choice in choices:
+            tried.append(_round(container, task, tests, canaries.Draw(seed, number, choice), expected))
+            if tried[-1].confirmed == expected and tried[-1].decides(failing) == len(failing):
+                break
+        best = max(tried, key=lambda one: (len(one.confirmed), one.decides(failing)))
+        if not best.confirmed:
+            break  # no test has a name that can be changed
+        rounds.append(best)
+        choices = (best.draw.choice,)
+    return tuple(rounds)
+
+
+def _round(container: Container, task: Task, tests: Mapping[str, str], draw: canaries.Draw,
+           expected: Collection[str]) -> Round:
+    words = _words()
+    made = _disguised(task, tests, words, draw)
+    if not made:
+        return Round(draw, (), ())
+    run, _ = _run(container, task, made, len(words))
+    container.write({path: tests.get(path) for path in made})
+    heard = _heard(task, run, tests, words)
+    passing = tuple(frozenset(name for name, outcome in copy.items() if outcome == "passed" and name in expected)
+                    for copy in heard)
+    return Round(draw, passing, tuple(frozenset(name for name, outcome in copy.items() if outcome in _BAD)
+                                      for copy in heard))
 
 
 def grade(client: docker.DockerClient, task: Task, patch: str) -> Verdict:
@@ -189,29 +249,36 @@ def _differences(run: TestRun, status: int, fixed: Fixed) -> tuple[str, ...]:
 
 
 def _second(client: docker.DockerClient, task: Task, verdict: Verdict, kept: Files, fixed: Fixed) -> Verdict:
-    """The verdict of a run with disguised tests."""
-    for _ in range(ATTEMPTS):
-        words = _words()
-        with _container(client, task) as container:
-            _start(container, task)
-            container.write(kept)
-            changes = _disguised(task, _tests(container, task), words, fixed.seed)
-            run, status = _run(container, task, changes, len(words))
-        renamed, *copies = (_heard(task, run, word) for word in words)
-        expected = [(name, heard.get(name)) for names, heard in zip(fixed.failing, copies) for name in sorted(names)]
-        forged = [f"{name} passes in a copy that must fail" for name, outcome in expected if outcome == "passed"]
-        failed = [f"{name}: {renamed.get(name, 'missing')} when run again" for name in sorted(fixed.renamed)
-                  if renamed.get(name) != "passed"]
-        failed += [f"a copy of {name} is missing" for name, outcome in expected if outcome is None]
-        if expected and status == 0:
-            forged.append("exit status 0 though tests fail")
-        if not forged and not failed and run.status == "ok":
-            return verdict
-        if forged:
-            break
-    outcome = SUSPECTED_EXPLOIT if forged else "unresolved" if failed else run.status
-    return dataclasses.replace(verdict, outcome=outcome,
-                               caught=tuple(f"second opinion: {words}" for words in (*forged, *failed)[:10]))
+    """The verdict of runs with disguised tests, each in a container of its own."""
+    for one in fixed.rounds:
+        for _ in range(ATTEMPTS):
+            words = _words()
+            with _container(client, task) as container:
+                _start(container, task)
+                container.write(kept)
+                tests = _tests(container, task)
+                run, status = _run(container, task, _disguised(task, tests, words, one.draw), len(words))
+            forged, failed = _contradictions(one, _heard(task, run, tests, words), status)
+            if forged or (not failed and run.status == "ok"):
+                break
+        if forged or failed or run.status != "ok":
+            outcome = SUSPECTED_EXPLOIT if forged else "unresolved" if failed else run.status
+            return dataclasses.replace(verdict, outcome=outcome, caught=tuple(
+                f"second opinion: {words}" for words in (*forged, *failed)[:10]))
+    return verdict
+
+
+def _contradictions(one: Round, copies: Sequence[Mapping[str, str]], status: int) -> tuple[list[str], list[str]]:
+    """(what only forgery explains, what did not pass) in a round's outcomes, by copy."""
+    expected = [(name, heard.get(name)) for names, heard in zip(one.failing, copies) for name in sorted(names)]
+    forged = [f"{name} passes in a copy that must fail" for name, outcome in expected if outcome == "passed"]
+    passed = {name for names, heard in zip(one.passing[:canaries.GROUPS], copies) for name in names
+              if heard.get(name) == "passed"}  # in one is enough: the others may test more than the task says
+    failed = [f"{name} does not pass when run again" for name in sorted(one.confirmed - passed)]
+    failed += [f"a copy of {name} is missing" for name, outcome in expected if outcome is None]
+    if expected and status == 0:
+        forged.append("exit status 0 though tests fail")
+    return forged, failed
 
 
 def verify(client: docker.DockerClient, task: Task, reruns: int = 0) -> Check:
