@@ -1,15 +1,17 @@
-"""The same tasks and patches under three graders: ours, the swebench package's harness, and Harbor's verifier.
+"""The same tasks and patches under our graders, the swebench package's harness, and Harbor's verifier.
 
   QCN_HARBOR_PYTHON=.../python python benchmarks/grader_agreement.py --tasks=runs/quick/tasks/heldout.jsonl --out=DIR
 
-Of each task an image is made here (Debian's Python, the repository in its starting state), a row of SWE-bench's release 5
+Ours are those of sandboxes, of images of SWE-bench's release 5, and of Harbor's folders. Of each task an image is made here (Debian's Python, the repository in its starting state), a row of SWE-bench's release 5
 and a Harbor folder. Each is graded with its gold patch (in Harbor also its solve.sh), with none, and with two wrong ones: a
 file that says nothing to the point, and a syntax error. A disagreement is printed, and makes the exit status 1. Without
-QCN_HARBOR_PYTHON, an interpreter that has harbor, that half is left out.
+QCN_HARBOR_PYTHON, an interpreter that has harbor, its part is left out. What a grader said stands in DIR/sides, and is not
+asked again.
 """
 
 import collections
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -25,7 +27,7 @@ from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import images, layers
 from qcn_jax.envs.sandbox.local import LocalProvider
 from qcn_jax.envs.synthesis import sources
-from qcn_jax.envs.tasks import formats, harbor, swebench
+from qcn_jax.envs.tasks import formats, harbor, harbor_runs, swebench
 from qcn_jax.envs.tasks.grading import starting_changes
 from qcn_jax.envs.tasks.schema import read_tasks
 
@@ -80,20 +82,52 @@ def theirs(rows, found, out):
     return outcomes
 
 
-def harbors(names, tasks, pristine, found, image_of, python_path, out):
-    """Rewards of Harbor's own verifier by (task, kind); `solve` is the folder's own solution."""
-    job = []
+def write_folders(names, tasks, pristine, python_path, out):
+    """Harbor's folders of tasks, and PYTHONPATH in their images."""
+    written = {}
     for name in names:
-        folder = out / "harbor" / name
-        harbor.write_folder(folder, tasks[name], pristine[tasks[name].repo], python_path[tasks[name].repo])
-        path = ":".join(os.path.normpath(f"/testbed/{part}") for part in python_path[tasks[name].repo].split(":"))
-        job += [{"name": f"{name}/{kind}", "folder": str(folder), "image": image_of[name], "python_path": path,
-                 "patch": found[name].get(kind)} for kind in (*KINDS, "solve")]
+        folder, path = out / "harbor" / name, python_path[tasks[name].repo]
+        harbor.write_folder(folder, tasks[name], pristine[tasks[name].repo], path)
+        written[name] = folder, ":".join(os.path.normpath(f"/testbed/{part}") for part in path.split(":"))
+    return written
+
+
+def ours_in_folders(client, written, found, image_of):
+    """Outcomes of the folders' own tests by `qcn evaluate`; `solve` is the folder's own solution."""
+    outcomes = {}
+    for name, (folder, path) in tqdm.tqdm(written.items(), desc="folders"):
+        lines = f"FROM {image_of[name]}\nENV PYTHONPATH={path} PYTHONDONTWRITEBYTECODE=1\nWORKDIR /testbed\n"
+        tag = f"{image_of[name].split(':')[0]}:folder"
+        client.images.build(fileobj=io.BytesIO(lines.encode()), tag=tag, rm=True)
+        task = dataclasses.replace(harbor.folder_task(folder), image_name=tag)
+        try:
+            # A patch of the repository, as one of the container's files.
+            placed = {kind: found[name][kind].replace(" a/", " a/testbed/").replace(" b/", " b/testbed/") for kind in KINDS}
+            for kind, patch in (placed | {"solve": harbor_runs.solve(client, task)}).items():
+                outcomes[name, kind] = harbor_runs.grade(client, task, patch, swebench.TIMEOUT).outcome
+        finally:
+            client.images.remove(tag, force=True)
+    return outcomes
+
+
+def harbors(written, found, image_of, out):
+    """Outcomes by Harbor's own verifier."""
+    job = [{"name": f"{name}/{kind}", "folder": str(folder), "image": image_of[name], "python_path": path,
+            "patch": found[name].get(kind)} for name, (folder, path) in written.items() for kind in (*KINDS, "solve")]
     files.write_json(out / "harbor.json", job)
     done = subprocess.run([os.environ["QCN_HARBOR_PYTHON"], "-W", "ignore", str(pathlib.Path(__file__).with_name("_harbor_side.py")),
                            str(out / "harbor.json")], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    return {tuple(name.rsplit("/", 1)): value for name, value in found.items()}
+    return {tuple(name.rsplit("/", 1)): "resolved" if value == 1 else "unresolved" if value == 0 else str(value)
+            for name, value in found.items()}
+
+
+def once(out, side, ask):
+    """What a grader says of each (task, kind), asked once for a folder."""
+    path = out / "sides" / f"{side}.json"
+    if not path.exists():
+        files.write_json(path, [[*key, outcome] for key, outcome in ask().items()])
+    return {(name, kind): outcome for name, kind, outcome in files.read_json(path)}
 
 
 def main(_):
@@ -117,22 +151,19 @@ def main(_):
         rows.append(formats.to_swebench5(dataclasses.replace(task, image_name=tag)))
         found[name], image_of[name] = made(task, pristine[task.repo]), tag
     try:
-        sides = {"sandboxes": ours(tasks, found, specs, out), "images": ours_in_images(rows, found, out),
-                 "swebench": theirs(rows, found, out)}
+        written = write_folders(list(tasks)[:_FOLDERS.value], tasks, pristine, python_path, out)
+        sides = {"folders": once(out, "folders", lambda: ours_in_folders(client, written, found, image_of))}
         if os.environ.get("QCN_HARBOR_PYTHON"):
-            chosen = list(tasks)[:_FOLDERS.value]
-            rewards = harbors(chosen, tasks, pristine, found, image_of, python_path, out)
-            for name in chosen:
-                if rewards.pop((name, "solve")) != 1:
-                    print(f"{name}: solve.sh earns no reward")
-            sides["harbor"] = {key: "resolved" if value == 1 else "unresolved" if value == 0 else str(value)
-                               for key, value in rewards.items()}
+            sides["harbor"] = once(out, "harbor", lambda: harbors(written, found, image_of, out))
+        sides |= {"images": once(out, "images", lambda: ours_in_images(rows, found, out)),
+                  "swebench": once(out, "swebench", lambda: theirs(rows, found, out)),
+                  "sandboxes": once(out, "sandboxes", lambda: ours(tasks, found, specs, out))}
     finally:
         for tag in image_of.values():
             client.images.remove(tag, force=True)
     table, apart = collections.Counter(), 0
     for name in tasks:
-        for kind in KINDS:
+        for kind in (*KINDS, "solve"):
             said = {side: outcomes[name, kind] for side, outcomes in sides.items() if (name, kind) in outcomes}
             for side, outcome in said.items():
                 table[kind, side, outcome == "resolved"] += 1
@@ -140,7 +171,7 @@ def main(_):
                 apart += 1
                 print(f"{name}, {kind}: {said}")
     print(f"\n{len(tasks)} tasks of {len(specs)} repositories\n\n| patch | " + " | ".join(sides) + " |\n|---|" + "---|" * len(sides))
-    for kind in KINDS:
+    for kind in (*KINDS, "solve"):
         cells = [f"{table[kind, side, True]} of {table[kind, side, True] + table[kind, side, False]}" for side in sides]
         print(f"| {kind} | {' | '.join(cells)} |")
     print(f"\nresolved, of all; verdicts apart: {apart}")

@@ -12,7 +12,7 @@ import tomllib
 import pytest
 
 from qcn_jax.envs import patches
-from qcn_jax.envs.tasks import formats, harbor
+from qcn_jax.envs.tasks import formats, harbor, swebench
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from tests.envs.synthesis.small import SOURCE, TESTS
@@ -66,16 +66,32 @@ def test_published_spellings():
         formats.to_swebench5(Task(*["x"] * 6, (), ()))
 
 
-def test_eval_script_runs(tmp_path):
-    """The script of release 5, run: markers around pytest's report; the gold patch decides the outcome."""
-    root = tmp_path / "testbed"
-    script = formats.eval_script(TASK).replace("cd /testbed", f"cd {root}").replace("python -m", f"{sys.executable} -m")
-    for state, outcome in ((BUGGY, "FAILED"), (patches.apply_diff(BUGGY, TASK.patch), "PASSED")):
-        _write(root, state)
-        run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-        log = run.stdout + run.stderr
-        assert ">>>>> Start Test Output" in log and ">>>>> End Test Output" in log
-        assert f"{outcome} {NAMES['5-5']}" in log and f"PASSED {NAMES['-1-0']}" in log
+@pytest.mark.parametrize("settings", ["", "addopts = --cov=pkg -n 4"])
+def test_eval_script_runs(tmp_path, settings):
+    """The script of release 5 as the package changes and runs it: the gold patch decides, whatever plugins the image lacks.
+
+    It is read as the package reads it, and by the package where that is installed.
+    """
+    package = importlib.util.find_spec("swebench") is not None
+    root, row = tmp_path / "testbed", formats.to_swebench5(TASK)
+    instance = swebench.Instance.from_row(row)
+    prediction = {"instance_id": TASK.instance_id, "model_name_or_path": "m", "model_patch": TASK.patch}
+    for state, resolved in ((BUGGY, False), (patches.apply_diff(BUGGY, TASK.patch), True)):
+        _write(root, {**state, "pytest.ini": f"[pytest]\n{settings}\n"})
+        script = instance.script()
+        if package:
+            from swebench.harness import grading, utils
+
+            specification = utils.make_test_spec(row)
+            script = specification.eval_script
+        script = script.replace("cd /testbed", f"cd {root}").replace("python -m", f"{sys.executable} -m")
+        run = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        found = swebench.verdict(instance, run.stdout)
+        assert found.resolved is resolved and found.tests_status["PASS_TO_PASS"]["failure"] == [], run.stdout
+        if package:
+            (tmp_path / "log").write_text(run.stdout)
+            report = grading.get_eval_report(specification, prediction, str(tmp_path / "log"), include_tests_status=True)
+            assert report[TASK.instance_id]["resolved"] is resolved, run.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("swebench") is None, reason="not installed: swebench")
