@@ -45,6 +45,8 @@ Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
 Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", also=("",))]
 AdvantageBaseline = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_BASELINES")]
 AdvantageScale = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_SCALES")]
+Stale = Annotated[str, Known("qcn_jax.pipeline.rl.plan:STALE")]
+Caches = Annotated[str, Known("qcn_jax.pipeline.rl.plan:CACHES")]
 Routing = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ROUTINGS")]
 Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]
 Nonfinite = Annotated[str, OneOf("stop", "skip")]
@@ -313,6 +315,15 @@ class ExpertsConfig:
     # Tries of the SFT policy per prompt; those are left out on which all earn the same (0: all stay).
     filter_samples: Annotated[int, Within(at_least=2, also=(0,))] = 0
     greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
+    # An update begins when so many groups (`prompts`) have finished; other episodes stay open over at most this many
+    # updates, and go on under the new weights. 0: every update waits for its own groups.
+    max_staleness: Count = 0
+    stale: Stale = "drop"  # groups that would be older: drop them, or cut, to learn from their newer tokens alone
+    caches: Caches = "recompute"  # of open episodes when the weights change: recompute, or keep
+    burst: Positive = 64  # tokens that an episode gets at a time, with max_staleness above 0
+    # Fresh samples for each of a group, in place of those that failed for reasons of infrastructure; a group with more
+    # failures is given up. 0: groups are learned from without them.
+    refills: Count = 8
     rows: Positive = 16
     sequence_length: Positive = 1024
     # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes,

@@ -77,10 +77,14 @@ class Lines:
             self._stream.write(line.encode())
             self._stream.flush()
             if self._durable:
-                os.fsync(self._stream.fileno())
+                self.sync()
         except OSError as error:
             raise self._unwritable(error) from error
         return begin
+
+    def sync(self) -> None:
+        """Returns when all rows are on disk, and not only with the operating system."""
+        os.fsync(self._stream.fileno())
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: cannot be written: {error.strerror or error}")
@@ -88,7 +92,7 @@ class Lines:
     def close(self) -> None:
         """Closes the file; its rows are on disk."""
         if not self._stream.closed:
-            os.fsync(self._stream.fileno())
+            self.sync()
             self._stream.close()
 
     def __enter__(self) -> "Lines":

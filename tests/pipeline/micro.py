@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl.rollout import Outcome, Reply
+from qcn_jax.pipeline.rl.records import Outcome, Reply
 
 STOP = 1
 MODEL = ModelConfig(
@@ -47,3 +47,6 @@ class Echo:
         everything = [token for turn in self.taken for token in turn]
         share = sum(token % 2 == 0 for token in everything) / max(1, len(everything))
         return Outcome(share, share > 0.5, finished=not truncated, infrastructure=self.broken)
+
+    def close(self) -> None:
+        pass

@@ -22,7 +22,8 @@ from qcn_jax.pipeline.chat_template import fitted, stopping
 from qcn_jax.pipeline.evaluate import settings
 from qcn_jax.pipeline.experts.conversation import TaskConversation
 from qcn_jax.pipeline.rl.episodes import make_engine
-from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout
+from qcn_jax.pipeline.rl.records import Outcome, Reply
+from qcn_jax.pipeline.rl.rollout import rollout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.pipeline.experts import headline, metrics
 from qcn_jax.pipeline.experts.expert import Conversation, Expert, Prompt
 from qcn_jax.pipeline.rl.episodes import make_engine
-from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, acts_here, rollout
+from qcn_jax.pipeline.rl.records import Outcome, RolloutRecord
+from qcn_jax.pipeline.rl.rollout import acts_here, rollout
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 

@@ -12,13 +12,13 @@ from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import Encoder
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
-from qcn_jax.pipeline.rl.rollout import Outcome, Reply
+from qcn_jax.pipeline.rl.records import Outcome, Reply
 
 Reward = Callable[[EpisodeResult, Verdict], Outcome]
 
 
 class TaskConversation:
-    """An episode on a task, in tokens; see pipeline.rl.rollout.Conversation."""
+    """An episode on a task, in tokens; see pipeline.rl.records.Conversation."""
 
     def __init__(
         self, task: Task, scaffold: Scaffold, encoder: Encoder, services: Services, *, max_turns: int,
@@ -81,6 +81,11 @@ class TaskConversation:
         if verdict is None or verdict.outcome == "infrastructure":
             return Outcome(0.0, False, False, infrastructure=True, detail=detail_of(result, verdict))
         return self._reward(result, verdict)
+
+    def close(self) -> None:
+        """Frees the sandbox."""
+        if "episode" in vars(self):  # otherwise it was never begun
+            self.episode.executor.close()
 
 
 def detail_of(result: EpisodeResult, verdict: Verdict | None) -> dict[str, object]:

@@ -12,16 +12,16 @@ from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
 from qcn_jax.pipeline.experts.conversation import TaskConversation, detail_of
-from qcn_jax.pipeline.rl import rollout
+from qcn_jax.pipeline.rl import records
 
 OWN, BASELINE = "expert", "baseline"  # in comparisons: the expert's own model, and whatever the configuration names
 # Pairs of which the first is hoped to be the better one.
 COMPARISONS = ((OWN, "sft"), ("unified", "sft"))
 
-Reward = Callable[[EpisodeResult, Verdict, float], rollout.Outcome]
+Reward = Callable[[EpisodeResult, Verdict, float], records.Outcome]
 
 
-class Conversation(rollout.Conversation, Protocol):
+class Conversation(records.Conversation, Protocol):
     """An episode that can be read."""
 
     @property
@@ -106,11 +106,11 @@ class Expert:
         return TaskConversation(prompt.task, prompt.scaffold, encoder, services, max_turns=max_turns,
                                 reward=score if graded else None)
 
-    def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> rollout.Outcome:
+    def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> records.Outcome:
         """1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself."""
         finished = result.reason is EndReason.SUBMITTED
         penalty = 0.0 if finished else unfinished_penalty
-        return rollout.Outcome(float(verdict.resolved) - penalty, verdict.resolved, finished,
+        return records.Outcome(float(verdict.resolved) - penalty, verdict.resolved, finished,
                                detail=detail_of(result, verdict), penalty=penalty)
 
     def metrics(self, rows: Sequence[metrics.Row]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
 from qcn_jax.pipeline.experts.conversation import detail_of
 from qcn_jax.pipeline.experts.expert import OWN, Expert, Prompt
-from qcn_jax.pipeline.rl.rollout import Outcome
+from qcn_jax.pipeline.rl.records import Outcome
 
 FORMAT_SHARE = 0.5  # of the reward for a call that was read and executed; the rest is for the tests
 

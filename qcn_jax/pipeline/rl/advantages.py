@@ -10,7 +10,7 @@ import numpy as np
 
 from qcn_jax.config import ExpertsConfig
 from qcn_jax.pipeline.rl.objectives import STD_FLOOR
-from qcn_jax.pipeline.rl.rollout import RolloutRecord
+from qcn_jax.pipeline.rl.records import RolloutRecord
 
 
 def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRecord]]:
@@ -45,6 +45,18 @@ def token_advantages(record: RolloutRecord, advantage: float, config: ExpertsCon
         if turn.repeated:
             advantages[turn.start : turn.stop] -= config.repeat_penalty
     return advantages.astype(np.float32)
+
+
+def staleness(records: list[RolloutRecord], version: int) -> dict[str, float]:
+    """How far behind `version` the policies were that drew the tokens: a mean, a maximum, and the share of each.
+
+    In updates, over the sampled tokens of the episodes that count.
+    """
+    behind = [version - record.versions[record.sampled] for record in records if not record.outcome.infrastructure]
+    every = np.concatenate([np.zeros(0, np.int32), *behind])
+    shares = {f"staleness/{age}": float(np.mean(every == age)) for age in np.unique(every)}
+    mean = float(every.mean()) if every.size else 0.0
+    return {"staleness": mean, "staleness_most": float(every.max(initial=0))} | shares
 
 
 def summarize(records: list[RolloutRecord]) -> dict[str, float]:

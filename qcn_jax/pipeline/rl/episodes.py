@@ -16,7 +16,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline.data.packing import pack
-from qcn_jax.pipeline.rl.rollout import RolloutRecord
+from qcn_jax.pipeline.rl.records import RolloutRecord
 from qcn_jax.sharding.parallel import Parallel
 
 T = TypeVar("T")

@@ -18,23 +18,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qcn_jax import files
 from qcn_jax.config import ExpertsConfig, ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
 from qcn_jax.pipeline.rl import episodes, objectives
-from qcn_jax.pipeline.rl.advantages import informative_groups, summarize, token_advantages
-from qcn_jax.pipeline.rl.rollout import Conversation, RolloutRecord, Stop, Stopped, never, rollout, sequence_seed
+from qcn_jax.pipeline.rl.advantages import informative_groups, staleness, summarize, token_advantages
+from qcn_jax.pipeline.rl.events import Events
+from qcn_jax.pipeline.rl.groups import Group
+from qcn_jax.pipeline.rl.orchestrator import Orchestrator
+from qcn_jax.pipeline.rl.plan import Plan
+from qcn_jax.pipeline.rl.records import Conversation, RolloutRecord, Stop, Stopped, never, sequence_seed
+from qcn_jax.pipeline.rl.rollout import Threads, rollout, sampled
 from qcn_jax.pipeline.train.head import over_vocabulary, project
 from qcn_jax.pipeline.train.loop import Work
 from qcn_jax.pipeline.train.losses import next_tokens
 from qcn_jax.pipeline.train.step import BatchShape, LossFn, TrainState
 from qcn_jax.pipeline.train.trainer import Trainer
+from qcn_jax.sharding import distributed
 from qcn_jax.sharding.parallel import Parallel
 
 AVERAGES = ("token", "episode")
 ROUTINGS = ("free", "replay")
 ADVANTAGE_BASELINES, ADVANTAGE_SCALES = ("mean", "leave_one_out"), ("std", "none")
+LOST = ("stale_groups", "given_up_groups", "refilled", "put_back")  # what orchestrators count
 PROBE = 1_000_003  # takes the place of the update's number in the seeds of the prompt filter
 
 
@@ -130,6 +138,10 @@ class Learner:
       trainer: see `make_trainer`.
       prompts: what to train on.
       converse: prompt -> a fresh conversation.
+      journal: folder of this host's journal of episodes; None keeps none.
+      log: takes a line.
+      acting: what is under way; None before the first update.
+      threads: those of its environments.
     """
 
     config: ExpertsConfig
@@ -138,7 +150,11 @@ class Learner:
     trainer: Trainer
     prompts: Sequence[Any]
     converse: Callable[[Any], Conversation]
-    stream = None  # what is learned from follows from the seed and the update's number
+    journal: files.Path | None = None
+    log: Callable[[str], None] = lambda line: None
+    acting: Orchestrator | None = None
+    threads: Threads | None = None
+    stream = None  # what is learned from follows from the seed, the update's number and the journal
 
     def act(
         self, params: Any, update: int, prompts: Sequence[Any], samples: int, stop: Stop = never,
@@ -155,18 +171,65 @@ class Learner:
     def next(self, step: int, state: TrainState, stop: Stop = never) -> Work | None:
         """Collects episodes and their rewards; see train.loop.Feed. Without an informative group it has no rows."""
         began = time.perf_counter()
-        chosen = episodes.choose(self.prompts, self.config.prompts, step, self.seed)
+        self.engine.params = state.params
+        acting = self._acting_at(step)
+        acting.begin(step)
+        counts = acting.counts.copy()
         try:
-            records = self.act(state.params, step, chosen, self.config.group_size, stop)
+            own = acting.collect(stop)
         except Stopped:
             return None
-        seconds = time.perf_counter() - began
-        groups = list(informative_groups(records).values())
+        seconds = {"seconds_rollout": time.perf_counter() - began, "seconds_waited": acting.seconds_waited}
+        lost = {name: acting.counts[name] - counts[name] for name in LOST}
+        everywhere = distributed.exchanged("episodes", (own, lost))
+        records = [self._learnable(record, step) for own, _ in everywhere for record in own]
+        groups = list(informative_groups(sorted(records, key=lambda record: (record.prompt, record.sample))).values())
         parts = [groups[i :: self.config.minibatches] for i in range(self.config.minibatches)]
         rows = [self.rows(part) for part in parts if part]
-        metrics = {"groups": len(groups), "informative": len(groups) / len(chosen), "seconds_rollout": seconds}
+        metrics = {"groups": len(groups), "informative": len(groups) / self.config.prompts} | seconds
+        metrics |= {name: float(sum(lost[name] for _, lost in everywhere)) for name in LOST}
         return Work([self.trainer.place(arrays) for arrays in rows], sum(arrays["tokens"].size for arrays in rows),
-                    summarize(records) | metrics)
+                    summarize(records) | staleness(records, step) | metrics)
+
+    def _acting_at(self, step: int) -> Orchestrator:
+        """The orchestrator, behind `step` updates."""
+        if self.acting is None or self.acting.version + 1 != step:
+            self.close()
+            self.threads = Threads()
+            config, (host, hosts) = self.config, distributed.place()
+            plan = Plan(
+                config.prompts, self.engine.max_new_tokens, max_staleness=config.max_staleness, stale=config.stale,
+                caches=config.caches, refills=config.refills, burst=config.burst if config.max_staleness else 0,
+                host=host, hosts=hosts)  # fmt: skip
+            self.acting = Orchestrator(
+                self.engine, self.threads, self._group, plan, log=self.log,
+                events=None if self.journal is None else Events(self.journal),
+                exchange=lambda value: distributed.exchanged("groups", value))  # fmt: skip
+            self.acting.resume(step)
+        return self.acting
+
+    def _group(self, number: int) -> Group:
+        """The group of a number: its prompt's, the next of the shuffled order."""
+        (prompt,) = episodes.choose(self.prompts, 1, number, self.seed)
+        place = divmod(number, self.config.prompts)
+        return Group(
+            self.config.group_size, lambda sample: self.converse(prompt),
+            lambda sample: sequence_seed(self.seed, *place, sample),
+            **sampled(episodes.sampling_of(self.config.rollout), self.config.greedy_turns))  # fmt: skip
+
+    def _learnable(self, record: RolloutRecord, version: int) -> RolloutRecord:
+        """An episode without the tokens that are too old for the update behind `version` others."""
+        if self.config.stale != "cut":
+            return record
+        return dataclasses.replace(
+            record, sampled=record.sampled & (record.versions >= version - self.config.max_staleness))
+
+    def close(self) -> None:
+        """Gives up the episodes that are open."""
+        if self.acting is not None:
+            self.acting.close()
+            self.threads.close()
+            self.acting = self.threads = None
 
     def rows(self, groups: Sequence[Sequence[RolloutRecord]]) -> dict[str, np.ndarray]:
         """Packed rows of the episodes of some groups, with weights, advantages, old log-probabilities, and routes."""

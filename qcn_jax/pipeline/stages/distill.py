@@ -31,15 +31,8 @@ from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.experts import experts_of
 from qcn_jax.pipeline.rl import episodes, objectives
-from qcn_jax.pipeline.rl.rollout import (
-    Conversation,
-    RolloutRecord,
-    Stop,
-    Stopped,
-    never,
-    rollout,
-    sequence_seed,
-)  # fmt: skip
+from qcn_jax.pipeline.rl.records import Conversation, RolloutRecord, Stop, Stopped, never, sequence_seed
+from qcn_jax.pipeline.rl.rollout import rollout
 from qcn_jax.pipeline.stages.experts import training_prompts
 from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.head import over_vocabulary, project

@@ -1,5 +1,6 @@
 """Stage `experts`: group-relative policy optimisation from execution rewards, one sub-run per expert."""
 
+import contextlib
 import dataclasses
 import pathlib
 import zlib
@@ -19,7 +20,7 @@ from qcn_jax.pipeline.experts.expert import Expert, Prompt
 from qcn_jax.pipeline.names import needs_sandbox
 from qcn_jax.pipeline.rl import episodes, learner
 from qcn_jax.pipeline.rl.learner import Learner
-from qcn_jax.pipeline.rl.rollout import sequence_seed
+from qcn_jax.pipeline.rl.records import sequence_seed
 from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
@@ -78,12 +79,14 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
             prompt, encoder, services, max_turns=config.rollout.max_turns,
             unfinished_penalty=config.unfinished_penalty, reward=reward,
         ),
+        journal=directory / "journal" / str(distributed.place()[0]), log=log,
     )  # fmt: skip
     if config.filter_samples:
         feed.prompts = _filtered(feed, params, directory / "prompts.json", log)
     frozen = (trainer.place_params(params),) * trainer.frozen
-    result = trainer.run(directory, layout.copied(params), feed, config.updates, config, log=log, line=_line,
-                         frozen=frozen)
+    with contextlib.closing(feed):
+        result = trainer.run(directory, layout.copied(params), feed, config.updates, config, log=log, line=_line,
+                             frozen=frozen)
     models.save(context, start, directory / "model", trainer.model, result.state.params)
     rows = read_metrics(directory / "metrics.jsonl")
     return {

@@ -16,7 +16,8 @@ from qcn_jax.inference.sampling import Sampling
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.rl import episodes
-from qcn_jax.pipeline.rl.rollout import Outcome, Reply, rollout, sequence_seed
+from qcn_jax.pipeline.rl.records import Outcome, Reply, sequence_seed
+from qcn_jax.pipeline.rl.rollout import rollout
 from qcn_jax.recipes.nano.edits import EditDocuments
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent
 
@@ -26,7 +27,7 @@ SEED = 2_000_003
 
 
 class _Proposal:
-    """One answer to an edit document's prompt; see pipeline.rl.rollout.Conversation."""
+    """One answer to an edit document's prompt; see pipeline.rl.records.Conversation."""
 
     def __init__(self, documents: EditDocuments, prompt: list[int]) -> None:
         self._documents, self._prompt, self._edits = documents, prompt, []
@@ -40,6 +41,9 @@ class _Proposal:
 
     def outcome(self, truncated: bool) -> Outcome:
         return Outcome(0.0, False, True, detail={"edits": self._edits})
+
+    def close(self) -> None:
+        """It holds nothing."""
 
 
 def propose(context: StageContext, scaffold: Scaffold, tasks: Sequence[Task], samples: int) -> dict[str, list[Guess]]:

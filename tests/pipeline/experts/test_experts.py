@@ -25,7 +25,7 @@ from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.experts.single_turn import SINGLE_TURN
 from qcn_jax.pipeline.experts.swe import SWE
 from qcn_jax.pipeline.experts.tool_format import TOOL_FORMAT
-from qcn_jax.pipeline.rl.rollout import Outcome
+from qcn_jax.pipeline.rl.records import Outcome
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, line_token
 from tests.agents import tiny

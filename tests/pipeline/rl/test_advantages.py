@@ -7,7 +7,7 @@ import pytest
 
 from qcn_jax.config import ExpertsConfig
 from qcn_jax.pipeline.rl import advantages
-from qcn_jax.pipeline.rl.rollout import Outcome, RolloutRecord, Turn
+from qcn_jax.pipeline.rl.records import Outcome, RolloutRecord, Turn
 
 
 def record(prompt: int, reward: float, solved: bool, infrastructure: bool = False, malformed=(False,)):

@@ -8,7 +8,8 @@ import pytest
 from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl.rollout import Reply, rollout, sequence_seed
+from qcn_jax.pipeline.rl.records import Reply, sequence_seed
+from qcn_jax.pipeline.rl.rollout import rollout
 from tests.pipeline.micro import MODEL, STOP, Echo, micro_params
 
 SLOTS, LENGTH = 4, 48

@@ -61,15 +61,18 @@ class Parity:
         return [2, 8 + self.prompt]
 
     def reply(self, tokens, stopped):
-        from qcn_jax.pipeline.rl.rollout import Reply
+        from qcn_jax.pipeline.rl.records import Reply
 
         self.share = sum(token % 2 == self.prompt % 2 for token in tokens) / len(tokens)
         return Reply(done=True)
 
     def outcome(self, truncated):
-        from qcn_jax.pipeline.rl.rollout import Outcome
+        from qcn_jax.pipeline.rl.records import Outcome
 
         return Outcome(self.share, self.share > 0.5, finished=True)
+
+    def close(self):
+        pass
 
 
 SINGLE_TURN = type("Scaffold", (), {"single_turn": True})

@@ -11,7 +11,7 @@ from qcn_jax.config import DistillConfig, ExpertsConfig, OptimizerConfig, Rollou
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rl import episodes
-from qcn_jax.pipeline.rl.rollout import Outcome, Reply
+from qcn_jax.pipeline.rl.records import Outcome, Reply
 from qcn_jax.pipeline.stages.distill import Distiller, deal, distill_loss, make_trainer
 from tests.pipeline.micro import MODEL, STOP, micro_params
 
@@ -38,6 +38,9 @@ class Ask:
 
     def outcome(self, truncated: bool) -> Outcome:
         return Outcome(0.0, self.first % 2 == 0, True, infrastructure=self.start[1] == 9 and self.first % 3 == 0)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
