@@ -209,11 +209,11 @@ def test_06_07_fix_in_the_tree_without_the_cleaning(archive, whole, tmp_path, mo
 
 def test_19_background_process_without_the_reaping(whole, edited):
     def lives(provider):
+        """Whether a process that a call left behind is there in the next one."""
         with provider.create("victim==1.2.3") as place:
-            place.exec("(setsid sh -c 'while :; do date > /tmp/alive; sleep 0.05; done' >/dev/null 2>&1 &)")
-            place.exec("rm -f /tmp/alive")
-            time.sleep(0.3)
-            return place.exec("test -e /tmp/alive").exit_code == 0
+            place.exec("(setsid sh -c 'echo $$ > /tmp/mine; mv /tmp/mine /tmp/pid; exec sleep 1234' >/dev/null 2>&1 &)\n"
+                       "until test -e /tmp/pid; do sleep 0.05; done")
+            return place.exec("grep -q sleep /proc/$(cat /tmp/pid)/cmdline").exit_code == 0
 
     assert not lives(whole)
     assert lives(edited({"zygote.py": ("    killed, started = 0, time.monotonic()\n", "    return 0\n")}))
