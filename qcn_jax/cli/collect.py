@@ -46,9 +46,8 @@ def main(argv: Sequence[str]) -> int:
     """Parses flags, lets somebody act or write, writes what is kept."""
     values = flags.FlagValues()
     flags.DEFINE_enum("kind", "agent", ["agent", "simulate", *WRITTEN], "What is collected.", flag_values=values)
-    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema, or a folder of Harbor's task folders; for "
-                        "agent and simulate.",
-                        flag_values=values)
+    flags.DEFINE_string("tasks", None, "Tasks as JSONL in SWE-bench's schema, or a folder of Harbor's task folders; "
+                        "for agent and simulate.", flag_values=values)
     flags.DEFINE_string("data", None, "For rewrite and qa: JSONL with text, or a file or folder of pages; for rank: "
                         "JSONL with prompt, answers and checklist.", flag_values=values)
     flags.DEFINE_string("out", None, "File of conversations or texts, JSONL.", flag_values=values, required=True)

@@ -226,7 +226,8 @@ def folder_task(folder: str | os.PathLike[str]) -> Task:
     row = {"instance_id": names.file_stem(found.name.replace("/", "__")), "repo": str(folder), "base_commit": "",
            "patch": "", "test_patch": "", "problem_statement": found.instruction, "FAIL_TO_PASS": [_TESTS],
            "PASS_TO_PASS": [], "strategy": "harbor", "image_name": found.docker_image or _own_image(folder),
-           "timeout": min(found.verifier_seconds, MAX_TIMEOUT), "eval_script": f"/{_TESTS}", "log_parser": FOLDER_GRADER}
+           "timeout": min(found.verifier_seconds, MAX_TIMEOUT), "eval_script": f"/{_TESTS}",
+           "log_parser": FOLDER_GRADER}
     return Task.from_json(row, str(folder))
 
 
