@@ -11,10 +11,11 @@ import dataclasses
 import operator
 from typing import Annotated, Any
 
+from qcn_jax import config_names as known
 from qcn_jax.config_dicts import from_config_dict as from_config_dict
 from qcn_jax.config_dicts import new_name as new_name
 from qcn_jax.config_dicts import to_config_dict as to_config_dict
-from qcn_jax.config_values import Known, OneOf, Within
+from qcn_jax.config_values import OneOf, Within
 
 Count = Annotated[int, Within(at_least=0)]
 Positive = Annotated[int, Within(at_least=1)]
@@ -25,34 +26,6 @@ Decay = Annotated[float, Within(at_least=0, below=1)]  # of a running mean
 Parts = Annotated[int, Within(at_least=1, also=(-1,))]
 Dtype = Annotated[str, OneOf("float32", "bfloat16", "float16", "float64")]
 MomentDtype = Annotated[str, OneOf("float32", "bfloat16")]
-# Names that are defined elsewhere.
-RematPolicy = Annotated[str, Known("qcn_jax.layers.remat:POLICIES")]
-MoeBackend = Annotated[str, Known("qcn_jax.moe.experts:BACKENDS")]
-Dispatch = Annotated[str, Known("qcn_jax.moe.dispatch.dispatch:FORMS")]
-BugKind = Annotated[str, Known("qcn_jax.envs.synthesis.inject:KINDS")]
-Packing = Annotated[str, Known("qcn_jax.pipeline.data.packing:METHODS")]
-Overlong = Annotated[str, Known("qcn_jax.pipeline.data.packing:OVERLONG")]
-# A registered name, or package.module:OBJECT.
-ScaffoldName = Annotated[str, Known("qcn_jax.agents.scaffolds:SCAFFOLDS")]
-ExpertName = Annotated[str, Known("qcn_jax.pipeline.experts:EXPERTS")]
-TextReader = Annotated[str, Known("qcn_jax.pipeline.data.readers:READERS")]
-DocumentForm = Annotated[str, Known("qcn_jax.pipeline.data.documents:FORMS")]
-ChatReader = Annotated[str, Known("qcn_jax.pipeline.data.readers:CHATS")]
-Statement = Annotated[str, OneOf("issue", "observed")]
-Malformed = Annotated[str, OneOf("stop", "skip")]
-Objective = Annotated[str, Known("qcn_jax.pipeline.rl.objectives:OBJECTIVES")]
-Reward = Annotated[str, Known("qcn_jax.pipeline.experts:REWARDS", also=("",))]
-Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", also=("",))]
-AdvantageBaseline = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_BASELINES")]
-AdvantageScale = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_SCALES")]
-Stale = Annotated[str, Known("qcn_jax.pipeline.rl.plan:STALE")]
-Caches = Annotated[str, Known("qcn_jax.pipeline.rl.plan:CACHES")]
-Routing = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ROUTINGS")]
-Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]
-Nonfinite = Annotated[str, OneOf("stop", "skip")]
-DistillLoss = Annotated[str, Known("qcn_jax.pipeline.stages.distill:LOSSES")]
-Pool = Annotated[str, Known("qcn_jax.envs.pool.env_pool:POOLS")]
-Template = Annotated[str, Known("qcn_jax.chat.templates:TEMPLATES")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +66,12 @@ class ModelConfig:
 
     dtype: Dtype = "bfloat16"  # of activations; decay, router, softmax, norms' insides stay float32
     param_dtype: Dtype = "float32"
-    remat: RematPolicy = "none"  # a policy name of layers.remat: none, full, ...
+    remat: known.RematPolicy = "none"  # a policy name of layers.remat: none, full, ...
     scan_layers: bool = True  # one compiled layer for all; False: each apart, which saves copies (few layers on a CPU)
     delta_rule: Annotated[str, OneOf("chunked", "recurrent", "pallas")] = "chunked"  # XLA, token by token, TPU or GPU
     chunk_size: Positive = 64  # pallas: best 128 on a TPU, at most 64 on a GPU
     attention: Annotated[str, OneOf("xla", "splash")] = "xla"  # xla or splash (TPU)
-    moe: MoeBackend = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
+    moe: known.MoeBackend = "auto"  # grouped-matmul back end: auto, blocked, looped, ragged, dense, megablox (TPU)
 
 
 # Fields of ModelConfig that say how the function is computed, not which function it is.
@@ -116,7 +89,7 @@ class MeshConfig:
     context: Parts = 1
     # How tokens reach experts on other devices: ragged (all-to-all, nothing dropped), capacity (all-to-all of fixed
     # size, overflow dropped and counted) or gather (all-gather and reduce-scatter, nothing dropped).
-    dispatch: Dispatch = "ragged"
+    dispatch: known.Dispatch = "ragged"
     dispatch_buffer: Amount = 1.25  # rows of a device's experts at a time, of a balanced load; 0: room for any routing
 
 
@@ -146,7 +119,7 @@ class TasksConfig:
 
     data: str = ""  # a file, a folder or a glob of training tasks; where given, none are made of repositories
     heldout_data: str = ""  # likewise of held-out ones
-    malformed: Malformed = "stop"  # what a task of `data` that cannot be used does: stop, or skip it and count it
+    malformed: known.Malformed = "stop"  # what an unusable task of `data` does: stop, or skip it and count it
     verify: Count = 16  # of each file's tasks, executed with their gold patch and without, first; 0: none
     setup: tuple[str, ...] = ()  # shell commands that install what the repositories of `data` need (docker)
     image_timeout: AboveZero = 1800.0  # seconds for the tests of a task of `data` that has an image of its own
@@ -162,10 +135,10 @@ class TasksConfig:
     test_timeout: AboveZero = 10.0  # seconds for one candidate's tests
     reruns: Count = 1  # further runs of every kept task that must agree (flakiness)
     # Names of envs.synthesis.inject.KINDS, all where empty; of the tasks and of mid-training's edit documents.
-    kinds: tuple[BugKind, ...] = ()
+    kinds: tuple[known.BugKind, ...] = ()
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
     pass_to_pass: Count = 0  # tests that do not call the defective function, spread over the suite's files; 0: all
-    statement: Statement = "issue"  # as a user reports it, naming no test, or what a call gave and should, and tests
+    statement: known.Statement = "issue"  # as a user reports it, without tests; or calls and tests
     held_out: bool = True  # tests that no agent sees are made for each task
     near_duplicates: AboveZero = 0.9  # tasks of one file whose changes are this alike are kept once; above 1: all
     hide_tests: bool = True  # tests that show the defect are not in the tree that the agent sees
@@ -192,7 +165,7 @@ class TrainConfig:
     log_every: Positive = 10
     keep: Positive = 2  # checkpoints kept; of 1 alone there is none to fall back on where it is damaged
     # Stop at a loss or gradient that is not finite, or skip such steps, few in a row.
-    nonfinite: Nonfinite = "stop"
+    nonfinite: known.Nonfinite = "stop"
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -218,9 +191,9 @@ class TextSource:
     Sources that differ in form and share alone are read once.
     """
 
-    kind: TextReader = "files"  # who reads (pipeline.data.readers)
+    kind: known.TextReader = "files"  # who reads (pipeline.data.readers)
     path: str = ""  # a file, a folder or a glob
-    form: DocumentForm = "text"  # what becomes of the texts (pipeline.data.documents)
+    form: known.DocumentForm = "text"  # what becomes of the texts (pipeline.data.documents)
     share: Amount = 1.0  # of the tokens; shares need not sum to one
     megabytes: Amount = 0.0  # of text that is read at most; 0: all
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the reader, which says what it knows
@@ -247,17 +220,17 @@ class MidtrainConfig:
     phases: tuple[PhaseConfig, ...] = ()  # one after the other, train.steps in all; one of all steps where empty
     sources: dict[str, TextSource] = dataclasses.field(default_factory=dict)
     data: str = ""  # a file, a folder or a glob; where given, the one source there is
-    malformed: Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
+    malformed: known.Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
     filters: FilterConfig = FilterConfig()
-    packing: Packing = "best_fit"  # best_fit, restart_last, pad_last or concat
-    overlong: Overlong = "split"  # documents longer than a row: split, slide, slide_merge or drop (data.packing)
+    packing: known.Packing = "best_fit"  # best_fit, restart_last, pad_last or concat
+    overlong: known.Overlong = "split"  # documents longer than a row: split, slide, slide_merge or drop (data.packing)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatSource:
     """Conversations to imitate."""
 
-    kind: ChatReader = "chat"  # who reads or makes them (pipeline.data.readers)
+    kind: known.ChatReader = "chat"  # who reads or makes them (pipeline.data.readers)
     path: str = ""  # a file, a folder or a glob
     share: Amount = 1.0  # of the tokens; shares need not sum to one
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the reader, which says what it knows
@@ -270,10 +243,10 @@ class SftConfig:
     train: TrainConfig = TrainConfig()
     sources: dict[str, ChatSource] = dataclasses.field(default_factory=dict)
     data: str = ""  # a file, a folder or a glob of conversations; where given, the one source there is
-    malformed: Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
-    packing: Packing = "best_fit"  # as in mid-training; restart_last and concat cut conversations
-    overlong: Overlong = "drop"  # conversations longer than a row; what is not dropped lacks its head in later pieces
-    scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds), where conversations are made of tasks
+    malformed: known.Malformed = "stop"  # what a malformed row does: stop, or skip it and count it
+    packing: known.Packing = "best_fit"  # as in mid-training; restart_last and concat cut conversations
+    overlong: known.Overlong = "drop"  # conversations longer than a row; what is not dropped lacks its head later
+    scaffold: known.ScaffoldName = "nano"  # how tasks are presented, where conversations are made of tasks
     # What writes conversations, here and where agents act: empty, the template of the folder that the run begins
     # from, where it has one of its own; native, Qwen3-Coder's; or a folder or .jinja file that holds one.
     chat_template: str = ""
@@ -304,10 +277,10 @@ class RolloutConfig:
 class ExpertsConfig:
     """Stage `experts`: group-relative policy optimisation, one sub-run per expert in `names`."""
 
-    names: tuple[ExpertName, ...] = ("swe", "single_turn", "tool_format")  # pipeline.experts
-    scaffold: ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds); with a shell: in a live sandbox
-    objective: Objective = "clipped"  # loss of a token: clipped, gspo, cispo, reinforce (pipeline.rl.objectives)
-    reward: Reward = ""  # takes the place of each expert's own
+    names: tuple[known.ExpertName, ...] = ("swe", "single_turn", "tool_format")  # pipeline.experts
+    scaffold: known.ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds); with a shell: in a live sandbox
+    objective: known.Objective = "clipped"  # loss of a token: clipped, gspo, cispo, reinforce (pipeline.rl.objectives)
+    reward: known.Reward = ""  # takes the place of each expert's own
     updates: Positive = 30
     prompts: Positive = 16  # per update
     group_size: Annotated[int, Within(at_least=2)] = 8
@@ -318,8 +291,8 @@ class ExpertsConfig:
     # An update begins when so many groups (`prompts`) have finished; other episodes stay open over at most this many
     # updates, and go on under the new weights. 0: every update waits for its own groups.
     max_staleness: Count = 0
-    stale: Stale = "drop"  # groups that would be older: drop them, or cut, to learn from their newer tokens alone
-    caches: Caches = "recompute"  # of open episodes when the weights change: recompute, or keep
+    stale: known.Stale = "drop"  # groups that would be older: drop them, or cut, to learn from their newer tokens alone
+    caches: known.Caches = "recompute"  # of open episodes when the weights change: recompute, or keep
     burst: Positive = 64  # tokens that an episode gets at a time, with max_staleness above 0
     # Fresh samples for each of a group, in place of those that failed for reasons of infrastructure; a group with more
     # failures is given up. 0: groups are learned from without them.
@@ -328,10 +301,10 @@ class ExpertsConfig:
     sequence_length: Positive = 1024
     # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes,
     # of the mean over tokens.
-    average: Average = "token"
+    average: known.Average = "token"
     # Which experts tokens go to when they are learned from: free, those that the moved policy's routers choose; replay,
     # those that they went to when the policy acted, weighted by the moved routers (arXiv 2510.11370).
-    routing: Routing = "free"
+    routing: known.Routing = "free"
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2
     clip_high: Amount = 0.28
@@ -340,8 +313,8 @@ class ExpertsConfig:
     # in episodes that are less probable by more than this per token; empty and 0: none.
     ratio_bounds: tuple[Amount, ...] = ()
     negative_bound: Amount = 0.0
-    advantage_baseline: AdvantageBaseline = "mean"  # what a group's rewards are compared with: mean, leave_one_out
-    advantage_scale: AdvantageScale = "std"  # what they are divided by: std (GRPO), none (Dr. GRPO)
+    advantage_baseline: known.AdvantageBaseline = "mean"  # what rewards are compared with: mean, leave_one_out
+    advantage_scale: known.AdvantageScale = "std"  # divided by: std (GRPO), none (Dr. GRPO)
     kl_coef: Amount = 0.0
     unfinished_penalty: Amount = 0.2
     malformed_penalty: Amount = 0.2
@@ -349,7 +322,7 @@ class ExpertsConfig:
     checkpoint_every: Positive = 5  # updates
     log_every: Positive = 1  # updates
     keep: Positive = 2  # checkpoints kept
-    nonfinite: Nonfinite = "stop"  # stop, or skip such updates, few in a row
+    nonfinite: known.Nonfinite = "stop"  # stop, or skip such updates, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
@@ -358,17 +331,17 @@ class ExpertsConfig:
 class DistillConfig:
     """Stage `distill`: experts into the SFT model by on-policy reverse KL per domain."""
 
-    scaffold: ScaffoldName = "nano"  # see ExpertsConfig
+    scaffold: known.ScaffoldName = "nano"  # see ExpertsConfig
     updates: Positive = 20
     prompts: Positive = 16
     group_size: Positive = 4
     rows: Positive = 16
     sequence_length: Positive = 1024
-    loss: DistillLoss = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
+    loss: known.DistillLoss = "reverse_kl"  # reverse_kl, forward_kl or rejection_sft
     checkpoint_every: Positive = 5  # updates
     log_every: Positive = 1  # updates
     keep: Positive = 2  # checkpoints kept
-    nonfinite: Nonfinite = "stop"  # stop, or skip such updates, few in a row
+    nonfinite: known.Nonfinite = "stop"  # stop, or skip such updates, few in a row
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=2, weight_decay=0.0)
     rollout: RolloutConfig = RolloutConfig()
 
@@ -381,8 +354,8 @@ class EvaluateConfig:
     pass_k_tasks: Count = 100
     samples: Count = 8
     temperature: AboveZero = 0.8
-    scaffold: ScaffoldName = "nano"  # see ExpertsConfig
-    baseline: Baseline = "heuristic"  # plays without a model (pipeline.evaluate.baseline); empty: none
+    scaffold: known.ScaffoldName = "nano"  # see ExpertsConfig
+    baseline: known.Baseline = "heuristic"  # plays without a model (pipeline.evaluate.baseline); empty: none
     sft_control: bool = True  # also train and evaluate the equal-time imitation control
     rollout: RolloutConfig = RolloutConfig()
 
@@ -406,9 +379,9 @@ class RunConfig:
     sandbox: Annotated[str, OneOf("auto", "docker", "local")] = "auto"  # auto, docker or local
     network: Annotated[str, OneOf("none", "filtered")] = "none"  # agents': none, or package indexes and documentation
     workers: Positive = 2  # environment workers
-    pool: Pool = "process"  # where they run: process (this machine) or ray (a cluster)
+    pool: known.Pool = "process"  # where they run: process (this machine) or ray (a cluster)
     ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine
-    templates: tuple[Template, ...] = ()  # tool-call templates of the format domain (chat.templates); all where empty
+    templates: tuple[known.Template, ...] = ()  # tool-call templates of the format domain; all where empty
     topology: str = ""  # of `qcn compile` where no flag names one
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()

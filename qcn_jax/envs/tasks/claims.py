@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import random
 import re
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,7 +134,7 @@ def _leaves(names: Sequence[str]) -> set[type[BaseException]]:
 
 
 def differing(found: Any, rng: random.Random) -> Any:
-    """A value like one that was sent, and not equal to it."""
+    """A value like one that was sent, and not equal to it; neither smaller nor larger, shorter nor longer by habit."""
     try:
         value = plain_value(found)
     except (ValueError, TypeError):
@@ -141,19 +142,40 @@ def differing(found: Any, rng: random.Random) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | str | bytes | list | tuple | dict):
         return rng.choice([rng.randrange(2, 100), f"{rng.getrandbits(20):x}", [rng.randrange(100)]])
     if isinstance(value, int | float):
-        return value + rng.randrange(1, 6) if abs(value) < 1e12 else 0
-    if isinstance(value, str | bytes):
-        more = chr(rng.randrange(97, 123))
-        return value + (more if isinstance(value, str) else more.encode())
+        return value + rng.choice((-1, 1)) * rng.randrange(1, 6) if abs(value) < 1e12 else 0
+    if isinstance(value, str):
+        return _other_text(value, rng)
+    if isinstance(value, bytes):
+        return _other_text(value.decode("latin-1"), rng).encode("latin-1")
     if isinstance(value, dict):
+        if value and rng.getrandbits(1):
+            gone = rng.choice(list(value))
+            return {key: item for key, item in value.items() if key != gone}
         return {**value, f"{rng.getrandbits(20):x}": rng.randrange(100)}
-    at = rng.randrange(len(value)) if value else 0
-    changed = [differing(value[at], rng)] if value and _simple(value[at]) else [rng.randrange(100)] if not value else []
+    if not value:
+        return type(value)([rng.randrange(100)])
+    at = rng.randrange(len(value))
+    if _simple(value[at]):
+        changed = [differing(value[at], rng)]
+    else:  # one more, or one less
+        changed = [value[at], value[at]] if rng.getrandbits(1) else []
     return type(value)([*value[:at], *changed, *value[at + 1:]])
+
+
+def _other_text(text: str, rng: random.Random) -> str:
+    """A text with another letter or digit in the place of one; with one more where it has none."""
+    places = [(at, kind) for at, char in enumerate(text) for kind in _CLASSES if char in kind]
+    if not places:
+        return text + rng.choice(_CLASSES[0])
+    at, kind = rng.choice(places)
+    return text[:at] + rng.choice([char for char in kind if char != text[at]]) + text[at + 1:]
 
 
 def _simple(value: Any) -> bool:
     return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+_CLASSES = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
 
 
 OF_HOST = frozenset({"approx", "near", "count", "regex"})  # operators that a test can also apply itself

@@ -52,7 +52,8 @@ def staleness(records: list[RolloutRecord], version: int) -> dict[str, float]:
 
     In updates, over the sampled tokens of the episodes that count.
     """
-    behind = [version - record.versions[record.sampled] for record in records if not record.outcome.infrastructure]
+    behind = [version - record.versions[record.sampled] for record in records
+              if record.versions is not None and not record.outcome.infrastructure]
     every = np.concatenate([np.zeros(0, np.int32), *behind])
     shares = {f"staleness/{age}": float(np.mean(every == age)) for age in np.unique(every)}
     mean = float(every.mean()) if every.size else 0.0

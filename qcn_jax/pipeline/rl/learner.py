@@ -219,14 +219,14 @@ class Learner:
 
     def _learnable(self, record: RolloutRecord, version: int) -> RolloutRecord:
         """An episode without the tokens that are too old for the update behind `version` others."""
-        if self.config.stale != "cut":
+        if self.config.stale != "cut" or record.versions is None:
             return record
         return dataclasses.replace(
             record, sampled=record.sampled & (record.versions >= version - self.config.max_staleness))
 
     def close(self) -> None:
         """Gives up the episodes that are open."""
-        if self.acting is not None:
+        if self.acting is not None and self.threads is not None:
             self.acting.close()
             self.threads.close()
             self.acting = self.threads = None

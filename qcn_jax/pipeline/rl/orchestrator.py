@@ -112,11 +112,12 @@ class Orchestrator(Ticks):
             any(shapes[-1][name] != value for name, value in self._geometry.items()),
             self._plan.caches == "keep" and bool(self._active or self._asked),
             self._script[-1]["t"] if self._script else self._ticks)
-        self._cold, first = bool(moved or mixed), self._ticks
+        first = self._ticks
+        self._cold = bool(moved or mixed)
         if not self._cold:
             self._renew()
         for self._ticks in range(first, last + 1):
-            (self._cold,) = self._engine.most(self._cold)
+            self._cold = any(self._engine.most(self._cold))
             acting = not self._cold
             rows = []
             while self._script and self._script[0]["t"] <= self._ticks:
@@ -125,7 +126,7 @@ class Orchestrator(Ticks):
                 self._tick({}, acting)  # another host had something to do
             for row in rows:
                 self._again(row, acting)
-        (self._cold,) = self._engine.most(self._cold)
+        self._cold = any(self._engine.most(self._cold))
         if moved:
             held = (*self._active.values(), *self._asked.values())
             self._put_back(sorted(episode.key for episode in held), note=True)

@@ -260,3 +260,16 @@ def test_decoys_differ(found):
         assert eval(repr(different)) == different
         if "opaque" not in (found if isinstance(found, dict) else ()):
             assert different != claims.plain_value(found)
+
+
+@pytest.mark.parametrize("found, measure", [
+    (7, lambda value: value), (-2.5, lambda value: value), ("monkly 4", lambda value: value),
+    ({"list": [{"list": [1]}, {"list": []}]}, len), ({"dict": [["a", 1], ["b", 2]]}, len),
+    ({"list": [4, 9]}, sum), ({"tuple": ["kl", "mn"]}, lambda value: "".join(value))])
+def test_decoys_are_not_known_by_size_or_order(found, measure):
+    """Whoever takes the smaller, the shorter or the first in order for the true one is wrong as often as not."""
+    true, count = measure(claims.plain_value(found)), 400
+    others = [measure(claims.differing(found, random.Random(number))) for number in range(count)]
+    smaller, larger = (sum(test) for test in zip(*((other < true, other > true) for other in others)))
+    assert smaller + larger == count
+    assert abs(smaller - larger) < 2 * 4 * 0.5 * count ** 0.5 * 1.5  # four deviations of a coin, letters being uneven
