@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import itertools
+import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -161,6 +162,27 @@ class Talk:
         Talk.open_.discard(self.key)
 
 
+class Meeting:
+    """Hosts in threads that wait for one another, as processes do in a collective."""
+
+    def __init__(self, hosts: int) -> None:
+        self._barrier, self._values = threading.Barrier(hosts, timeout=120), [None] * hosts
+
+    def exchange(self, host: int):
+        def exchanged(value):
+            self._values[host] = value
+            self._barrier.wait()
+            found = list(self._values)
+            self._barrier.wait()
+            return found
+
+        return exchanged
+
+    def most(self, host: int):
+        exchanged = self.exchange(host)
+        return lambda *values: [max(column) for column in zip(*exchanged(values), strict=True)]
+
+
 def never_fails(group: int, sample: int) -> bool:
     return False
 
@@ -176,12 +198,16 @@ class World:
     size: int = 3
     slots: int = 6
     events: Any = None
+    meeting: Any = None
 
     def __post_init__(self) -> None:
         self.clock = Clock()
         self.engine = Speller(self.clock, slots=self.slots)
+        if self.meeting:
+            self.engine.most = self.meeting.most(self.plan.host)
         self.acting = Orchestrator(
-            self.engine, Places(self.clock, self.latency), self.group, self.plan, events=self.events, clock=self.clock)
+            self.engine, Places(self.clock, self.latency), self.group, self.plan, events=self.events, clock=self.clock,
+            exchange=self.meeting.exchange(self.plan.host) if self.meeting else lambda value: [value])
 
     def latency(self, call) -> float:
         """Of a reply or a verdict, by what it is of and not by when it is asked for."""

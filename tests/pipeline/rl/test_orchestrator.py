@@ -1,6 +1,8 @@
 """The orchestrator under thousands of schedules: every promise of its text, with a clock that is only told to go on."""
 
+import concurrent.futures
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from qcn_jax.pipeline.rl.events import Events
 from qcn_jax.pipeline.rl.plan import Plan
 from qcn_jax.pipeline.rl.records import Stopped
-from tests.pipeline.rl.fakes import Talk, World, number
+from tests.pipeline.rl.fakes import Meeting, Talk, World, number
 
 UPDATES = 4
 
@@ -176,6 +178,45 @@ def test_killed_at_any_tick_the_run_goes_on_as_if_it_had_not_been(plan, tmp_path
             assert len(taken) == len(set(taken))
             if done:
                 assert second.engine.generated < whole.engine.generated or not exact
+
+
+def hosts_run(plan, folder, versions, kill=None, saved=0, **options):
+    """Two hosts' records of some updates, and how often each ticked; killed when host 0 asks for the `kill`-th time."""
+    meeting, found, ticks = Meeting(2), [{}, {}], [0, 0]
+
+    def host(number):
+        asked = itertools.count(1)
+        world = World(dataclasses.replace(plan, host=number, hosts=2), meeting=meeting,
+                      events=Events(folder / str(number)), **options)
+        try:
+            world.acting.resume(saved)
+            for version in versions:
+                found[number][version] = told(world.update(version, lambda: number == 0 and next(asked) == kill))
+        except Stopped:
+            pass
+        ticks[number] = world.acting._ticks
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(host, (0, 1)))
+    return found, ticks
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_two_hosts_share_groups_and_a_killed_run_goes_on(staleness, tmp_path):
+    plan = Plan(4, 6, max_staleness=staleness, refills=2, burst=3 if staleness else 0)
+    whole, ticks = hosts_run(plan, tmp_path / "whole", range(UPDATES), slowest=0.0)
+    assert ticks[0] == ticks[1]
+    for version in range(UPDATES):
+        groups = [{row[0] for row in whole[host][version]} for host in (0, 1)]
+        assert len(groups[0] | groups[1]) == 4 and all(group % 2 == host for host in (0, 1) for group in groups[host])
+    for kill in (3, 11, 17, 23):
+        folder = tmp_path / str(kill)
+        part, _ = hosts_run(plan, folder, range(UPDATES), kill, slowest=0.0)
+        done = min(len(part[0]), len(part[1]))
+        saved = max(0, done - 1)
+        rest, _ = hosts_run(plan, folder, range(saved, UPDATES), saved=saved, slowest=0.0)
+        for host in (0, 1):
+            assert part[host] | rest[host] == whole[host]
 
 
 def test_an_environment_that_answers_otherwise_begins_again(tmp_path):
