@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 
 from qcn_jax.config import ExpertsConfig
+from qcn_jax.pipeline.rl import ledger
 from qcn_jax.pipeline.rl.objectives import STD_FLOOR
 from qcn_jax.pipeline.rl.records import RolloutRecord
 
@@ -77,7 +78,7 @@ def summarize(records: list[RolloutRecord]) -> dict[str, float]:
         "suspected_exploit": float(sum(r.outcome.detail.get("outcome") == "suspected_exploit" for r in counted)),
         "infrastructure": float(len(records) - len(counted)),
         "episodes": float(len(counted)),
-    } | {f"guard/{name}": float(count) for name, count in sorted(_guarded(counted).items())}
+    } | ledger.shares(records) | {f"guard/{name}": float(count) for name, count in sorted(_guarded(counted).items())}
 
 
 def _guarded(records: list[RolloutRecord]) -> Counter[str]:
