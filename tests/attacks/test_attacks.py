@@ -235,7 +235,7 @@ if os.fork() == 0:
 """
     started = time.monotonic()
     assert not grade(world, {SOURCE: source}, strict=False).resolved
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 55  # it goes on for 60 if nothing ends it
     with world.provider.create(world.spec.name, role="grading") as place:  # the same server: nothing lives on
         mine = place.exec("for p in /proc/[0-9]*; do stat -c %u $p; done | sort | uniq -c; id -u").output.split()
         others = dict(zip(mine[1:-1:2], mine[0:-1:2]))

@@ -122,10 +122,10 @@ def test_time_limit_is_enforced_inside(agent):
 
 
 def test_background_processes_die_with_the_call(agent):
-    agent.exec("(setsid sh -c 'while :; do date > /tmp/alive; sleep 0.05; done' >/dev/null 2>&1 &)")
-    agent.exec("rm -f /tmp/alive")
-    time.sleep(0.3)
-    assert agent.exec("test -e /tmp/alive").exit_code == 1
+    begun = agent.exec("(setsid sh -c 'echo $$ > /tmp/mine; mv /tmp/mine /tmp/pid; exec sleep 1234' >/dev/null 2>&1 &)\n"
+                       "until test -e /tmp/pid; do sleep 0.05; done; grep -c sleep /proc/$(cat /tmp/pid)/cmdline")
+    assert begun.output == "1\n"
+    assert agent.exec("grep -q sleep /proc/$(cat /tmp/pid)/cmdline").exit_code != 0
 
 
 def test_output_is_bounded_with_both_ends(agent):
