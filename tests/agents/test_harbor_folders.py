@@ -41,13 +41,10 @@ def write(folder, name, image):
 @pytest.fixture(name="folders")
 def _folders(tmp_path):
     """A folder of two tasks."""
-    from qcn_jax.envs.sandbox import SandboxError, images
+    from qcn_jax.envs.sandbox import images
 
     client = images.engine()
-    try:
-        client.images.get(images.debian_image(client)).tag("qcn-test/base", "1")
-    except SandboxError as error:
-        pytest.skip(f"no image can be made: {error}")
+    client.images.get(images.debian_image(client)).tag("qcn-test/base", "1")
     for name in TASKS:
         write(tmp_path / "tasks", name, "qcn-test/base:1")
     built = harbor.read_task(tmp_path / "tasks/count").image_name  # of one Dockerfile, as the other's is

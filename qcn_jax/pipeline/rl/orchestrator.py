@@ -21,7 +21,7 @@ import numpy as np
 
 from qcn_jax.pipeline.rl.events import Events
 from qcn_jax.pipeline.rl.groups import Episode, Group, GroupState
-from qcn_jax.pipeline.rl.plan import Actor, Plan, Workers
+from qcn_jax.pipeline.rl.plan import Actor, Plan, Workers, host_of
 from qcn_jax.pipeline.rl.records import RolloutRecord, Stop, Stopped, never
 from qcn_jax.pipeline.rl.ticks import Ticks
 
@@ -167,7 +167,7 @@ class Orchestrator(Ticks):
         limit = self._used + (1 + self._plan.max_staleness) * self._plan.groups
         limit = limit if self._total is None else min(limit, self._total)
         while self._next < limit:
-            if self._next % self._plan.hosts == self._plan.host:
+            if host_of(self._next, self._plan.hosts) == self._plan.host:
                 self._start(self._next)
             self._next += 1
         if not self._recorded and not self._behind:

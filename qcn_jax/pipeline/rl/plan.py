@@ -47,6 +47,11 @@ class Workers(Protocol):
         """Returns when one of `futures`, or everything, is done, or so much time has passed."""
 
 
+def host_of(number: int, hosts: int) -> int:
+    """The host, of so many, that holds the conversations of a group."""
+    return number % hosts
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What an orchestrator is to do.

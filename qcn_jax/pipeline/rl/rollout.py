@@ -22,7 +22,7 @@ from qcn_jax.inference.engine import Engine
 from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline.rl.groups import Group
 from qcn_jax.pipeline.rl.orchestrator import Orchestrator
-from qcn_jax.pipeline.rl.plan import Plan
+from qcn_jax.pipeline.rl.plan import Plan, host_of
 from qcn_jax.pipeline.rl.records import Conversation, RolloutRecord, Stop, never
 from qcn_jax.sharding import distributed
 
@@ -70,7 +70,7 @@ def sampled(sampling: Sampling, greedy_turns: Sequence[int] = ()) -> dict[str, C
 def acts_here(prompt: int) -> bool:
     """Whether the conversations of a prompt, by its index, are held on this host."""
     host, hosts = distributed.place()
-    return prompt % hosts == host
+    return host_of(prompt, hosts) == host
 
 
 def rollout(

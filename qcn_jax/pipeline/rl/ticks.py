@@ -57,7 +57,11 @@ class Ticks:
         return {"slots": self._engine.slots, "own": self._engine.slots // self._engine.parts}
 
     def _shape(self, slots: int, own: int) -> None:
-        self._shaped, self._own, self._free = {"slots": slots, "own": own}, own, list(range(slots))
+        self._shaped, self._free = {"slots": slots, "own": own}, list(range(slots))
+
+    def _part(self, slot: int) -> int:
+        """The part of the engine that a slot is of."""
+        return slot // self._shaped["own"]
 
     @property
     def _admissible(self) -> bool:
@@ -66,7 +70,6 @@ class Ticks:
     def _tick(self, row: dict[str, Any] | None, acting: bool) -> dict[str, Any]:
         """One tick; `row` is what the journal knows of it, None where it happens now. Returns what to note."""
         noted: dict[str, Any] = {}
-        known = row or {}
         self._admit(row, acting, noted)
         for slot in self._generate(row, acting, noted):
             self._asked[slot] = episode = self._active.pop(slot)
@@ -79,8 +82,8 @@ class Ticks:
             verdicts = [(key, self._futures.pop(key).result()) for key in sorted(self._judging)
                         if self._futures[key].done()]
         else:
-            replies = {slot: Reply(tokens.tolist(), *flags) for slot, tokens, *flags in known.get("replies", ())}
-            verdicts = [(tuple(key), Outcome(**outcome)) for key, outcome in known.get("verdicts", ())]
+            replies = {slot: Reply(tokens.tolist(), *flags) for slot, tokens, *flags in row.get("replies", ())}
+            verdicts = [(tuple(key), Outcome(**outcome)) for key, outcome in row.get("verdicts", ())]
         added = {}
         for slot, reply in replies.items():
             episode = self._asked.pop(slot)
@@ -185,7 +188,7 @@ class Ticks:
             slots = self._choose(len(unit))
             for episode in unit:
                 episode.open(opening)
-            for _, mine in itertools.groupby(slots, lambda slot: slot // self._own):
+            for _, mine in itertools.groupby(slots, self._part):
                 first, *rest = mine
                 prefill[first] = opening[: self._engine.max_length]  # keeps its head; it is truncated at once
                 copies[first] = rest
@@ -204,8 +207,8 @@ class Ticks:
 
     def _choose(self, count: int) -> list[int]:
         """Takes `count` of the free slots, of as few engine parts as hold them, those with the most free ones."""
-        room = collections.Counter(slot // self._own for slot in self._free)
-        self._free.sort(key=lambda slot: (-room[slot // self._own], slot))
+        room = collections.Counter(map(self._part, self._free))
+        self._free.sort(key=lambda slot: (-room[self._part(slot)], slot))
         chosen, self._free = self._free[:count], self._free[count:]
         return chosen
 
