@@ -67,15 +67,8 @@ class Folder:
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]) -> None:
-        self.path, known = path, path / "settings.json"
-        if known.exists():
-            before = files.read_json(known)
-            for name in sorted({*before, *settings}):
-                if before.get(name) != settings.get(name):
-                    raise UserError(f"--out={path}: holds episodes of --{name}={before.get(name)}, and now it is "
-                                    f"{settings.get(name)}; name another folder, or give the same")
-        path.mkdir(parents=True, exist_ok=True)
-        files.write_json(known, dict(settings))
+        self.path = path
+        remember(path, settings, f"--out={path}")
         self._rows, self._lock = Rows(path / "episodes.jsonl", durable=True), threading.Lock()
 
     def records(self) -> dict[str, Record]:
@@ -98,6 +91,22 @@ class Folder:
     def close(self) -> None:
         """Closes the journal."""
         self._rows.close()
+
+
+def remember(path: pathlib.Path, settings: Mapping[str, Any], given: str) -> None:
+    """Makes a folder whose contents depend on `settings`, JSON-ready values by the flag that gives them.
+
+    Raises:
+      UserError: it holds what was made with others; the line begins with `given`, the flag that names it.
+    """
+    known = path / "settings.json"
+    before = files.read_object(known) if known.exists() else settings
+    for name in sorted({*before, *settings}):
+        if before.get(name) != settings.get(name):
+            raise UserError(f"{given}: holds what was made with --{name}={before.get(name)}, and now it is "
+                            f"{settings.get(name)}; name another, or give the same")
+    path.mkdir(parents=True, exist_ok=True)
+    files.write_json(known, dict(settings))
 
 
 def run(tasks: Sequence[Task], scaffold: Scaffold, services: Services, model: Model | Script, name: str, plan: Plan,

@@ -117,14 +117,8 @@ class Endpoint:
           Late: the deadline has passed.
         """
         body = self._body(messages, seed)
-        if self.top_p:
-            body["top_p"] = self.top_p
-        if self.top_k:
-            body["top_k"] = self.top_k
         if tools:
             body["tools"] = list(tools)
-        if self.stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
         return self._post(body, deadline)
 
     def check(self) -> None:
@@ -163,8 +157,9 @@ class Endpoint:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def _body(self, messages: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+        chosen = {"top_p": self.top_p, "top_k": self.top_k}
         return {"model": self.model, "messages": list(messages), "max_tokens": self.max_tokens,
-                "temperature": self.temperature, "seed": seed}
+                "temperature": self.temperature, "seed": seed} | {name: v for name, v in chosen.items() if v}
 
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self.key_variable, "")
@@ -214,6 +209,8 @@ class Endpoint:
     def _request(self, body: Mapping[str, Any], deadline: float | None) -> Iterator[httpx.Response]:
         left = self.timeout if deadline is None else max(0.1, min(self.timeout, deadline - time.monotonic()))
         limits = httpx.Timeout(left, pool=None)
+        if self.stream:
+            body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         # What tools and tests print may hold halves of characters.
         content = json.dumps(dict(body), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
         with self._client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", content=content, timeout=limits,

@@ -171,11 +171,15 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
         return Agent(rules.name, scaffold, plan, settings, rules, values, None)
     if not url:
         return Agent(values.checkpoint, scaffold, plan, settings, None, values, mesh())
-    endpoint = Endpoint(url, model, values.key_variable, max_tokens=values.max_new_tokens or 4096,
-                        temperature=values.temperature, timeout=values.request_seconds, top_p=values.top_p,
-                        stream=values.stream, top_k=values.top_k)
-    endpoint.check()
-    return Agent(model, scaffold, plan, settings, endpoint, values, None)
+    player = endpoint(values, url, model)
+    player.check()
+    return Agent(model, scaffold, plan, settings, player, values, None)
+
+
+def endpoint(values: flags.FlagValues, url: str, model: str, cache: str = "") -> Endpoint:
+    """A model at `url`, asked as the flags of `define_agent` say; `cache` as Endpoint's."""
+    return Endpoint(url, model, values.key_variable, cache, values.max_new_tokens or 4096, values.temperature,
+                    values.request_seconds, values.top_p, values.stream, values.top_k)
 
 
 def _as_its_run(values: flags.FlagValues) -> None:

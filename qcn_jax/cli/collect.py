@@ -35,11 +35,12 @@ from qcn_jax.agents.writing.kind import Kind, make_all, read_items
 from qcn_jax.agents.writing.qa import QuestionsAnswered
 from qcn_jax.agents.writing.rank import Rank
 from qcn_jax.agents.writing.rewrite import Rewrite
-from qcn_jax.chat.endpoint import Endpoint
 from qcn_jax.cli import acting, parsing, task_repositories
 from qcn_jax.errors import UserError
 
 WRITTEN: dict[str, Kind] = {kind.name: kind for kind in (Rewrite(), QuestionsAnswered(), Rank())}
+_WRITING = {"kind", "data", "out", "checkpoint", "baseline", "endpoint", "model", "key_variable", "stream",
+            "request_seconds", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "parallel"}  # flags of those
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     wanted, other = ("data", "tasks") if values.kind in WRITTEN else ("tasks", "data")
     if not values[wanted].value or values[other].value:
         raise UserError(f"--kind={values.kind} takes --{wanted}, and no --{other}")
+    if values.kind in WRITTEN:
+        parsing.refuse_given(values, set(values) - _WRITING, f"nothing that --kind={values.kind} goes by")
     files.check_file(values.out, "out")
     if values.kind in WRITTEN:
         return _written(values, WRITTEN[values.kind])
@@ -94,9 +97,10 @@ def _written(values: flags.FlagValues, kind: Kind) -> int:
                         "checkpoint")
     faults: list[str] = []
     items, work = read_items(values.data, kind, faults), pathlib.Path(f"{values.out}.work")
-    model = Endpoint(values.endpoint, values.model, values.key_variable, f"{work}/answers",
-                     max_tokens=values.max_new_tokens or 4096, temperature=values.temperature,
-                     timeout=values.request_seconds)
+    model = acting.endpoint(values, values.endpoint, values.model, f"{work}/answers")
+    settings = {name: values[name].value for name in ("kind", "model", "temperature", "top_p", "top_k", "seed",
+                                                      "max_new_tokens")}
+    running.remember(work, settings, f"--out={values.out}")
     model.check()
     yields: Counter[str] = Counter()
 

@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -66,6 +66,13 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
     if rest and not words:
         raise UserError(f"unexpected argument {rest[0]!r}; every option is a flag, see qcn {verb} --help")
     return rest
+
+
+def refuse_given(values: flags.FlagValues, names: Iterable[str], why: str) -> None:
+    """Raises UserError where one of the flags `names` was given: it would say something, and nothing would follow."""
+    for name in sorted(names):
+        if values[name].present:
+            raise UserError(f"--{name}: {why}; leave it out")
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> Callable[[], RunConfig]:

@@ -97,7 +97,8 @@ def _settings(values: flags.FlagValues) -> plan.Settings:
     if values.endpoint:
         if not values.model:
             raise UserError("--model: name the model that --endpoint serves")
-        model = endpoint.Endpoint(values.endpoint, values.model, values.key_variable, f"{values.out}.work/answers")
+        model = endpoint.Endpoint(values.endpoint, values.model, values.key_variable,
+                                  f"{values.out}.work/answers", stream=False)
     elif "rewrite" in asked or values.statement == "endpoint" or values.judge:
         raise UserError("--endpoint: needed for strategy rewrite, for --statement=endpoint and for --judge")
     if "combine" in asked and not asked & {"inject", "rewrite"}:

@@ -110,7 +110,7 @@ def _judged(tasks: Sequence[Task], values: flags.FlagValues) -> dict[str, tuple[
     from qcn_jax.chat.endpoint import Endpoint
     from qcn_jax.envs.synthesis import judge
 
-    model = Endpoint(values.endpoint, values.model, values.key_variable)
+    model = Endpoint(values.endpoint, values.model, values.key_variable, stream=False)
     model.check()
     with concurrent.futures.ThreadPoolExecutor(values.workers) as threads:
         found = list(tqdm.tqdm(threads.map(lambda task: judge.judge(task, model.ask), tasks), total=len(tasks),

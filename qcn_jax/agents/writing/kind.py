@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from qcn_jax import files
 from qcn_jax.chat.asking import Ask
+from qcn_jax.chat.endpoint import ContextExceeded
 from qcn_jax.errors import UserError
 from qcn_jax.journal import Rows
 
@@ -88,25 +90,38 @@ def _wrong(row: Any, kind: Kind) -> str:
 
 def make_all(items: Sequence[Item], kind: Kind, ask: Ask, journal: pathlib.Path, parallel: int, seed: int,
              progress: Callable[[Made], None]) -> Iterator[tuple[Item, Made]]:
-    """Yields (item, what it gave) in order; what is in the journal is not made again.
+    """Yields (item, what it gave) in order; what is in the journal is not made again, unless the item has changed.
 
     Raises:
       UserError: the endpoint cannot be used; what was made before is kept.
     """
+    keys = {item.name: f"{item.name} {_digest(item)}" for item in items}
     with Rows(journal, durable=True) as rows, concurrent.futures.ThreadPoolExecutor(parallel) as threads:
-        missing = {item.name: item for item in items if item.name not in rows.known}
-        futures = {threads.submit(kind.make, item, ask, seed): name for name, item in missing.items()}
+        missing = [item for item in items if keys[item.name] not in rows.known]
+        futures = {threads.submit(_made, kind, item, ask, seed): item for item in missing}
         try:
             for future in concurrent.futures.as_completed(futures):
                 made = future.result()
-                rows.add(futures[future], {"rows": list(made.rows), "dropped": dict(made.dropped)})
+                rows.add(keys[futures[future].name], {"rows": list(made.rows), "dropped": dict(made.dropped)})
                 progress(made)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
         known = dict(rows.known)
     for item in items:
-        yield item, Made(known[item.name]["rows"], known[item.name]["dropped"])
+        row = known[keys[item.name]]
+        yield item, Made(row["rows"], row["dropped"])
+
+
+def _made(kind: Kind, item: Item, ask: Ask, seed: int) -> Made:
+    try:
+        return kind.make(item, ask, seed)
+    except ContextExceeded:  # this one alone; another may fit
+        return Made(dropped={"too long": 1})
+
+
+def _digest(item: Item) -> str:
+    return hashlib.sha256(json.dumps(item.fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shown(value: Any) -> str:

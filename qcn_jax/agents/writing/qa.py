@@ -9,6 +9,7 @@ from qcn_jax.chat.asking import Ask, asked_for_json
 
 ABSTAINED = "The document does not say."
 SHOWN = 60_000  # characters of a document
+BESIDE = 30  # words that a second reading may have beside the answer's: who repeats the document, answers all questions
 _WRITE = """You write questions about a document for people who will read it: some that it answers, and some that sound
 as if it did and that it does not answer. Answer with one JSON object:
 {"questions": [{"question": "...", "answer": "short answer", "quote": "the sentence that says it, exactly"},
@@ -74,7 +75,9 @@ def _disagreed(one: Mapping[str, Any], text: str, ask: Ask, seed: int) -> str:
     abstains = tokens(read) == tokens(ABSTAINED)
     if one["answer"] is None:
         return "" if abstains else "answerable"
-    return "" if not abstains and set(_content(one["answer"])) <= set(tokens(read)) else "disagreed"
+    said = tokens(read)
+    agrees = set(_content(one["answer"])) <= set(said) and len(said) <= len(tokens(one["answer"])) + BESIDE
+    return "" if agrees and not abstains else "disagreed"
 
 
 def _content(answer: str) -> list[str]:
