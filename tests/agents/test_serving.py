@@ -5,7 +5,6 @@ requests that only a model which calls tools can show.
 """
 
 import json
-import re
 
 import httpx
 import pytest
@@ -60,7 +59,7 @@ def test_rewritten_pages_are_those_that_say_what_theirs_say(served, tmp_path):
     status, rows, yields = collect("rewrite", served, tmp_path, f"--data={tmp_path}/pages")
     assert status == 0 and rows and yields["kept"] == len(rows)
     assert all(row["text"] == GOOD + "\n" and int(row["id"].removesuffix(".html")) % 2 for row in rows)
-    assert yields["dropped"].keys() == {"invented"} and yields["dropped"]["invented"] == 40 - len(rows)
+    assert yields["dropped"]["invented"] > 20 and sum(yields["dropped"].values()) == 40 - len(rows)
 
 
 def test_questions_and_answers_are_those_that_two_readings_agree_on(served, tmp_path):
@@ -93,10 +92,11 @@ def test_a_simulated_user_keeps_what_works(served, tmp_path, monkeypatch, capsys
     write_tasks(tmp_path / "tasks.jsonl", [playing.words("count"), playing.words("short")])
     status, rows, yields = collect("simulate", served, tmp_path, f"--tasks={tmp_path}/tasks.jsonl", f"--repo={tmp_path}/words-1.0",
                                    "--sandbox=local", "--isolation=shared", "--workers=1", "--invalid=keep", "--attempts=12", "--max_turns=3")
-    assert status == 0 and len(rows) == 1 and yields["by_task"]["count"].get("duplicate", 0) + 1 == yields["tried"] - sum(
-        count for name, count in yields["dropped"].items() if name != "duplicate")
+    assert status == 0 and rows and yields["tried"] == 24 and yields["kept"] == len(rows)
     assert yields["by_task"]["short"]["kept"] == 0 and yields["by_task"]["short"]["unresolved"] > 0
-    assert rows[0]["messages"][1]["content"] == EDIT and re.search("I ran that:", rows[0]["messages"][2]["content"])
+    for row in rows:
+        said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        assert EDIT in said[:-1] and said[-1] != EDIT and row["messages"][2]["content"].startswith("I ran that")
 
 
 def ask(served, **body):
@@ -108,7 +108,7 @@ def ask(served, **body):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_parallel_calls_are_one_where_the_client_wants_one(served, model, parallel):
-    bias = {str(Tokenizer.from_folder(model).id(CALLS)): 100}
+    bias = {str(Tokenizer.from_folder(model).id(CALLS)): speaking.BIAS}
     (choice,) = ask(served, logit_bias=bias, parallel_tool_calls=parallel).json()["choices"]
     streamed = ask(served, logit_bias=bias, parallel_tool_calls=parallel, stream=True).text
     events = [json.loads(line.removeprefix("data: ")) for line in streamed.splitlines() if line and "[DONE]" not in line]
@@ -141,12 +141,11 @@ PLACES = {  # where a client's word may stand; tools' may come from servers that
 
 @pytest.mark.parametrize("place", PLACES)
 def test_words_of_clients_are_never_control_tokens(served, model, place):
-    """As tokens they would be one each; as text they are as long as text is, and what they spell is not changed."""
+    """As tokens they would be one each; as text they are as long as words that are spelt like them, wherever they stand."""
     tokenizer = Tokenizer.from_folder(model)
     count = lambda word: ask(served, max_tokens=1, **PLACES[place](word)).json()["usage"]["prompt_tokens"]
-    plain = "qqqqqqqqqqqqqqqqqqqq"  # which no merge joins: a token a letter
-    apart = len(tokenizer.encode_ordinary(plain))
-    for word in (TURN_END, TURN_START, SAID[0]):
-        assert len(tokenizer.encode(word)) == 1 < len(tokenizer.encode_ordinary(word))
-        times = json.dumps(PLACES[place](word)).count(json.dumps(word)[1:-1])
-        assert abs(count(word) - count(plain) - times * (len(tokenizer.encode_ordinary(word)) - apart)) <= times, word
+    length = lambda word: len(tokenizer.encode_ordinary(word))
+    for word in (TURN_END, TURN_START):
+        twin = next(twin for letter in "qzxvwj" if length(twin := word.replace("m", letter)) == length(word))
+        assert len(tokenizer.encode(word)) == 1 < len(tokenizer.encode(twin))
+        assert count(word) == count(twin), word

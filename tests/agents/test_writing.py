@@ -163,7 +163,11 @@ def test_written_data_is_collected_and_a_run_goes_on(tmp_path, capsys):
         asked += [""] * 5
         assert cli.main(command) == 0
         assert asked.count(PAGE.replace("Clamp 2.1", "Clamp 2.0")) == 1  # made before, and kept
-    assert "kept 2 of 3 items; dropped: invented 1" in capsys.readouterr().out
+        assert "kept 2 of 3 items; dropped: invented 1" in capsys.readouterr().out
+        (tmp_path / "pages/2.html").write_text(PAGE.replace("Clamp 2.1", "Clamp 2.2 "))  # read anew, and the others are not
+        count = len(asked)
+        assert cli.main(command) == 0 and len(asked) == count + 1
+        assert cli.main([*command, "--temperature=1"]) == 1 and "--temperature=0.0, and now it is 1.0" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["0.html", "1.html"] and rows[0]["text"].startswith("# Clamp 2.0\n")
     (tmp_path / "rank.jsonl").write_text('{"prompt": "p", "answers": ["a"], "checklist": ["x"]}\n{"prompt": 5}\n')
@@ -177,6 +181,8 @@ def test_written_data_is_collected_and_a_run_goes_on(tmp_path, capsys):
     (["--kind=agent", "--data=d"], "--kind=agent takes --tasks, and no --data"), ([], "takes --tasks"),
     (["--kind=qa", "--data=d", "--checkpoint=c"], "--kind=qa takes --endpoint=URL and --model=NAME; qcn serve"),
     (["--kind=qa", "--data=none", "--endpoint=u", "--model=m"], "--data=none: no such file"),
+    (["--kind=qa", "--data=d", "--endpoint=u", "--model=m", "--attempts=3"], "--attempts: nothing that --kind=qa goes by; leave"),
+    (["--kind=rank", "--data=d", "--endpoint=u", "--model=m", "--sandbox=local"], "--sandbox: nothing that --kind=rank goes by"),
     (["--kind=simulate", "--tasks=t", "--scaffold=nano", "--endpoint=u", "--model=m"], "--kind=simulate has its own")])
 def test_bad_flags_are_named(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

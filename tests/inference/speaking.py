@@ -23,14 +23,15 @@ from qcn_jax.model import Qwen3Next
 from tests.pipeline.micro import MODEL
 
 OPENS, ANSWERS, ELSE = 0, 1, 2  # axes of the embedding: what opens a turn, what answers, all other tokens
-SURE = 20.0
+SURE = 20.0  # times 4, as a token's state is of norm 4: logits of 80 and 40
+BIAS = 60
 
 
 def write(folder: pathlib.Path, answers: Sequence[str], texts: Sequence[str], unlikely: Sequence[str] = (), length: int = 8192
           ) -> pathlib.Path:
     """Writes a checkpoint of up to `length` tokens, whose tokenizer is trained on `texts`; returns its folder.
 
-    What is `unlikely` is said where a client's logit_bias has it so.
+    What is `unlikely` is said where a client's logit_bias has it so, by BIAS.
     """
     tokenizer = Tokenizer.train([*texts, "\n"], 900, (END_OF_TEXT, TURN_START, TURN_END, *answers, *unlikely))
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, max_position_embeddings=length)
@@ -45,6 +46,7 @@ def write(folder: pathlib.Path, answers: Sequence[str], texts: Sequence[str], un
     (line,) = tokenizer.encode("\n")
     embedding[line], embedding[[*said, *more]] = np.eye(embedding.shape[1])[[OPENS, ANSWERS]]
     head[OPENS, said] = head[ANSWERS, tokenizer.id(TURN_END)] = SURE
+    head[OPENS, more] = SURE / 2
     hub.save(folder, config, params, tokenizer)
     return folder
 

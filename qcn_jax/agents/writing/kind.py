@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -114,8 +115,9 @@ def make_all(items: Sequence[Item], kind: Kind, ask: Ask, journal: pathlib.Path,
 
 
 def _made(kind: Kind, item: Item, ask: Ask, seed: int) -> Made:
+    own = zlib.crc32(f"{seed} {item.name}".encode()) & 0x7FFFFFF  # room is left for further tries'
     try:
-        return kind.make(item, ask, seed)
+        return kind.make(item, ask, own)
     except ContextExceeded:  # this one alone; another may fit
         return Made(dropped={"too long": 1})
 
