@@ -62,6 +62,7 @@ def block(command: str) -> str:
     return f"Let me see.\n\n```mswea_bash_command\n{command}\n```"
 
 
+IMPATIENT = 8.0  # seconds without a byte, after which who asks "stalled" should ask again
 SUBMIT = block(f"echo {SUBMIT_COMMAND}")
 
 
@@ -69,6 +70,9 @@ def play(model: str, name: str, turn: int, failures: int) -> Said:
     """The turn of a model on a task; `failures` counts requests that failed before on purpose."""
     if model == "guarded" and turn == 0:
         return Said(block("curl https://github.com/a/words/archive/main.zip"))
+    if model in ("tardy", "stalled"):  # right, but late: at each turn, or so late at first that nobody waits
+        late = 3.0 if model == "tardy" else 4 * IMPATIENT if failures == 0 else 0.0
+        return dataclasses.replace(play("gold", name, turn, 0), seconds=late)
     if model in ("gold", "guarded", "wrong", "flaky", "refused"):
         if model == "refused":
             return Said(status=400, text="no such option")

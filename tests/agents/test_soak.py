@@ -17,5 +17,5 @@ def test_kills_lose_and_double_no_episode_and_change_no_outcome(tmp_path):
     done = subprocess.run([sys.executable, str(SOAK), "--kind=local", "--episodes=16", "--every=2",
                            f"--out={tmp_path}/out"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "lost 0, doubled 0, wrong 0, without a conversation 0; left behind: 0 processes" in done.stdout
-    assert all(f"| {what} |" in done.stdout for what in ("worker", "endpoint", "run")), done.stdout
+    assert done.stdout.count("lost 0, doubled 0, wrong 0, without a conversation 0; left behind: 0 processes") == 2
+    assert all(f"| {what} |" in done.stdout for what in ("worker", "endpoint", "engine", "run")), done.stdout
