@@ -142,9 +142,9 @@ class World:
 
     def finish(self) -> None:
         """Lets the run come to its end, with faults on the way; raises SystemExit where it never does."""
-        rng, kinds = random.Random(_SEED.value), ["worker", "engine" if self.checkpoint else "endpoint", "run"]
+        rng, kinds = random.Random(_SEED.value), ["engine" if self.checkpoint else "endpoint", "worker", "run"]
         kinds = itertools.cycle([*kinds, "container", "daemon"] if self.daemon else kinds)
-        due, what = self.ended() + rng.randrange(2 * _EVERY.value), next(kinds)
+        due, what = self.ended() + 1, next(kinds)
         while True:
             try:
                 status = self.run.wait(0.1)
