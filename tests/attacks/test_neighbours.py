@@ -138,12 +138,12 @@ def test_links_inside_the_repository_are_followed(agent):
 
 def test_a_slow_clock_is_nobodys(agent, neighbour):
     agent.exec("ln -s /proc/self/timerslack_ns slack; ln -s /proc/self/timens_offsets offsets")
-    for path, text in (("slack", "20000000000"), ("offsets", "monotonic 100000 0")):
+    for path, text in (("slack", "600000000000"), ("offsets", "monotonic 100000 0")):
         with pytest.raises(OSError):
             agent.write(path, text)
     started = time.monotonic()
     assert neighbour.exec("while :; do :; done", timeout=0.5).timed_out
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 300
 
 
 LEAVE = """
@@ -242,12 +242,28 @@ def test_one_that_holds_much_makes_room(agent, neighbour):
     assert agent.exec("ls victim/calc.py f* | wc -l").output < "5\n"
 
 
-def test_files_of_holes(agent, neighbour):
+def lineage(world, agent):  # noqa: F811
+    """The first process of the agent's server, its child, and so on."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may reach into a container, and into what may not be traced")
+    found = [agent._server.stream.process.pid if world.provider.kind == "local" else world.provider.client.api.inspect_container(
+        agent._server.stream.container)["State"]["Pid"]]
+    while below := pathlib.Path(f"/proc/{found[-1]}/task/{found[-1]}/children").read_text().split():
+        found.append(int(below[0]))
+    return found
+
+
+def bytes_read(world, agent):  # noqa: F811
+    """What the agent's server has read so far."""
+    return sum(int(pathlib.Path(f"/proc/{pid}/io").read_text().split()[1]) for pid in lineage(world, agent))
+
+
+def test_files_of_holes(world, agent, neighbour):  # noqa: F811
     """Looking for changes reads no more than could be changes."""
     agent.exec("python -c \"import os\nos.mkdir('h')\nfor n in range(20_000): open(f'h/{n}', 'w').truncate(2_000_000)\"", timeout=60)
-    started = time.monotonic()
+    before = bytes_read(world, agent)
     assert agent.changes() == {}
-    assert time.monotonic() - started < 10
+    assert bytes_read(world, agent) - before < 1 << 30
 
 
 def test_edits_in_mapped_memory_are_seen(agent):
@@ -315,22 +331,11 @@ def test_who_keeps_himself_waiting_gets_no_more_time():
 
 def test_a_lost_forking_process_is_replaced(world, agent, neighbour):
     """The process that jobs are forked from may die in the middle of one; what lives in the workspaces stays."""
-    if os.geteuid() != 0 and world.provider.kind == "docker":
-        pytest.skip("only root may reach into a container")
-    top = agent._server.stream.process.pid if world.provider.kind == "local" else world.provider.client.api.inspect_container(
-        agent._server.stream.container)["State"]["Pid"]
+    resting = lineage(world, agent)
     agent.write("x.txt", "1")
-
-    def lineage(pid):
-        found = [pid]
-        while below := pathlib.Path(f"/proc/{found[-1]}/task/{found[-1]}/children").read_text().split():
-            found.append(int(below[0]))
-        return found
-
-    resting = lineage(top)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         running = threads.submit(agent.exec, "sleep 60", 60.0)
-        while len(lineage(top)) == len(resting):
+        while len(lineage(world, agent)) == len(resting):
             time.sleep(0.05)
         os.kill(resting[-1], signal.SIGKILL)
         with pytest.raises(SandboxError, match="forking process is gone"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 MOST_COERCED = 6  # what one value of another type turns into (inside/evidence.py, `coerced`)
+_DRAWS = 50  # of a decoy that differs from all that stood in its place
 MOST_WORDS = 2000  # characters of an exception's text
 ROOM, FACTOR = 200, 4  # how much larger than the fixed state's a value may be in which something is looked for
 MORE_LEAVES, MORE_NAMES = 1, 4  # built-in exceptions, and all, that one may be more than the fixed state's
@@ -75,7 +76,8 @@ class Claim:
             if self.kind == "value":
                 return self._value(found, brackets, known)
             if self.kind == "compare":
-                good = found == [self.expected is not False, False]
+                # What a decoy is compared with besides may be the true value.
+                good = found == [True, False] if self.expected is not False else len(found) == 2 and found[0] is False
             elif self.kind == "raises":
                 names, pattern = self.expected
                 good = (bool(set(names) & set(found[0])) and len(found[1]) <= MOST_WORDS
@@ -133,6 +135,23 @@ def _leaves(names: Sequence[str]) -> set[type[BaseException]]:
     return {kind for kind in kinds if not any(other is not kind and issubclass(other, kind) for other in kinds)}
 
 
+def decoy(found: Sequence[Any], rng: random.Random) -> Any:
+    """A value like the first of those that were sent from one place, and equal to none of them."""
+    first = found[0] if found else None
+    for _ in range(_DRAWS):
+        value = differing(first, rng)
+        if not any(_equals(one, value) for one in found):
+            return value
+    return f"{rng.getrandbits(64):x}"
+
+
+def _equals(found: Any, value: Any) -> bool:
+    """Whether a value that was sent is `value`, or turns into it where it is of a type of its own."""
+    if isinstance(found, dict) and "opaque" in found:
+        return any(_equals(one, value) for one in found["as"])
+    return bool(plain_value(found) == value)
+
+
 def differing(found: Any, rng: random.Random) -> Any:
     """A value like one that was sent, and not equal to it; neither smaller nor larger, shorter nor longer by habit."""
     try:
@@ -142,7 +161,8 @@ def differing(found: Any, rng: random.Random) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | str | bytes | list | tuple | dict):
         return rng.choice([rng.randrange(2, 100), f"{rng.getrandbits(20):x}", [rng.randrange(100)]])
     if isinstance(value, int | float):
-        return value + rng.choice((-1, 1)) * rng.randrange(1, 6) if abs(value) < 1e12 else 0
+        most = 6 + int(abs(value)) // 4 if abs(value) < 1e12 else 0  # what counts or tells the time comes near
+        return value + rng.choice((-1, 1)) * rng.randrange(1, most) if most else 0
     if isinstance(value, str):
         return _other_text(value, rng)
     if isinstance(value, bytes):

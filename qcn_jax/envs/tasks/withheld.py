@@ -27,6 +27,7 @@ from qcn_jax.envs.tasks import claims, dataflow, parameters
 from qcn_jax.envs.tasks.claims import Claim
 
 Place = tuple[str, ...]  # (class, ..., function)
+CHECKS = 6  # of one comparison in the fixed state; a decoy that may be equal to the true value is to show itself
 EVIDENCE = "_qcn_evidence"  # what the tests find among the builtins
 _OPERATORS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in",
@@ -61,7 +62,8 @@ class Rewritten:
 
 
 def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collection[Place], inside: Collection[str],
-            rng: random.Random, named: Collection[Place] = (), known: Mapping[str, Any] | None = None) -> Rewritten:
+            rng: random.Random, named: Collection[Place] = (), known: Mapping[str, Sequence[Any]] | None = None,
+            checking: bool = False) -> Rewritten:
     """A test file with its expectations withheld.
 
     Args:
@@ -71,14 +73,15 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
       inside: keys of claims that stay inside: their values have methods of their own to compare them.
       rng: draws numbers and names.
       named: those of the tests that keep their names.
-      known: what the fixed state taught, by key; None: the tests are to tell it.
+      known: all that the fixed state taught, by key; None: the tests are to tell it.
+      checking: what is compared inside is compared CHECKS times, and told: is it the same as before, and no decoy's?
 
     Raises:
       SyntaxError: the file cannot be read.
     """
     tree = python_source.parse(source)
     rewriter = _Rewriter({place: ends for place, ends in wanted.items() if place not in plain}, set(plain), set(inside),
-                         rng, known, dataflow.Dataflow(tree))
+                         rng, known, dataflow.Dataflow(tree), checking)
     names = _rename(tree, set(wanted) - set(plain), set(named), rng)
     rewriter.old = {new: old for new, old in names.items()}
     tree = rewriter.visit(tree)
@@ -126,9 +129,9 @@ class _Rewriter(ast.NodeTransformer):
     """Puts claims in place of assertions, in all functions but those of `plain`."""
 
     def __init__(self, wanted: Mapping[Place, Collection[str]], plain: set[Place], inside: set[str],
-                 rng: random.Random, known: Mapping[str, Any] | None, flow: dataflow.Dataflow):
+                 rng: random.Random, known: Mapping[str, Sequence[Any]] | None, flow: dataflow.Dataflow, checking: bool):
         self.wanted, self.plain, self.inside, self._rng = wanted, plain, inside, rng
-        self._known, self._flow, self._functions = known, flow, []
+        self._known, self._flow, self._functions, self._checking = known, flow, [], checking
         self.taken: dict[int, set[str]] = {}  # names in what was taken out, by the id of each function around it
         self.claims: dict[int, Claim] = {}
         self.old: dict[Place, Place] = {}
@@ -284,11 +287,14 @@ class _Rewriter(ast.NodeTransformer):
         asked = [self._say("compare", claim, ast.Constant(name), left, right)]
         if name in _OPPOSITE:
             asked.append(self._say("compare", decoy, ast.Constant(_OPPOSITE[name]), left, right))
-        elif self._known is None:
+        elif self._known is not None:
+            for _ in range(CHECKS if self._checking else 1):
+                different = claims.decoy(self._known.get(f"{decoy.key}?", ()), self._rng)
+                asked.append(self._say("compare", decoy, ast.Constant(name), left, _literal(different)))
+        if self._checking:
+            asked += asked[:1] * (CHECKS - 1)
+        if name == "==" and (self._checking or self._known is None):
             asked.append(self._say("value", self._claim("taught", None, at, "!?"), left))
-        else:
-            different = claims.differing(self._known.get(f"{decoy.key}?"), self._rng)
-            asked.append(self._say("compare", decoy, ast.Constant(name), left, _literal(different)))
         self._rng.shuffle(asked)
         return [*values, *asked]
 
@@ -326,7 +332,15 @@ def _place(at: ast.stmt | ast.expr) -> str:
 
 
 def _literal(value: Any) -> ast.expr:
-    return ast.parse(repr(value), mode="eval").body
+    return _Numbers().visit(ast.parse(repr(value), mode="eval")).body
+
+
+class _Numbers(ast.NodeTransformer):
+    """Writes the numbers that Python has no literal for as expressions."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        words = {"inf": "1e999", "nan": "(1e999 - 1e999)"}.get(node.id, node.id)
+        return ast.parse(words, mode="eval").body
 
 
 def _approx(node: ast.expr) -> str | None:

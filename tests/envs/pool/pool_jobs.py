@@ -16,6 +16,15 @@ def sleep(provider, seconds):
     return seconds
 
 
+def hold(provider, folder, number, go):
+    """Says in `folder` that it has begun, and returns when there are `go` such notes and files."""
+    with open(os.path.join(folder, str(number)), "w"):
+        pass
+    while len(os.listdir(folder)) < go:
+        time.sleep(0.02)
+    return number
+
+
 def divide(provider, number):
     """Raises ZeroDivisionError for 0."""
     return 1 / number
@@ -39,11 +48,11 @@ def read_upper(sandbox, path):
     return sandbox.read(path).upper()
 
 
-def node(provider, seconds):
-    """Identity of the cluster's node that this runs on, after a while."""
+def node(provider, folder, number, go):
+    """Identity of the cluster's node that this runs on, after `hold`."""
     import ray
 
-    time.sleep(seconds)
+    hold(provider, folder, number, go)
     return ray.get_runtime_context().get_node_id()
 
 

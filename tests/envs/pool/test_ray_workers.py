@@ -61,7 +61,8 @@ def test_same_interface_and_a_killed_node(cluster, place, tmp_path):
     arguments, spec = place
     with make_pool("ray", 2, arguments, [spec]) as pool:
         assert pool.describe()["kind"] == "local"
-        nodes = {future.result() for future in [pool.submit(pool_jobs.node, 0.5) for _ in range(8)]}
+        (tmp_path / "1").mkdir()
+        nodes = {future.result() for future in [pool.submit(pool_jobs.node, str(tmp_path / "1"), n, 2) for n in range(2)]}
         assert len(nodes) == 2  # workers are spread
         # Both prepare the repository; the archive comes to the second node through the object store.
         runs = [pool.run_tests(spec.name, {SOURCE: text}, FAILING) for text in (BROKEN, CALC) * 3]
@@ -77,7 +78,8 @@ def test_same_interface_and_a_killed_node(cluster, place, tmp_path):
             session.write(SOURCE, CALC)
             assert session.run_tests(PASSING[:1]).result().passed(PASSING[:1])
         assert pool.submit(pool_jobs.die_once, str(tmp_path / "flag")).result() == "alive"
-        nodes = {future.result() for future in [pool.submit(pool_jobs.node, 0.5) for _ in range(8)]}
+        (tmp_path / "2").mkdir()
+        nodes = {future.result() for future in [pool.submit(pool_jobs.node, str(tmp_path / "2"), n, 2) for n in range(2)]}
         assert len(nodes) == 2  # the new worker is where the lost one was, whichever that is
 
         # The second node goes down under load: every result arrives once, and none is made up.
@@ -90,10 +92,10 @@ def test_same_interface_and_a_killed_node(cluster, place, tmp_path):
         assert sorted(set(map(int, trace.read_text().split()))) == list(range(12))
         assert pool.counts["infrastructure_failures"] > failures
         assert pool.run_tests(spec.name, {SOURCE: CALC}, FAILING).result().passed(FAILING)
-        hanging = pool.submit(pool_jobs.sleep, 600)
-        while not hanging.running():
+        (tmp_path / "3").mkdir()
+        hanging = pool.submit(pool_jobs.hold, str(tmp_path / "3"), 0, 2)
+        while not os.listdir(tmp_path / "3"):
             time.sleep(0.05)
-        time.sleep(1.0)
         pool.close(grace=0.0)
         with pytest.raises(SandboxError):
             hanging.result()

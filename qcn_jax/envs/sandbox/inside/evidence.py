@@ -70,7 +70,7 @@ def other(value):
     kind, chance = type(value), draw(2)
     shift = 1 + chance[0] % 5
     if kind in (int, float, complex):
-        return value + shift
+        return value + shift if value + shift != value else kind(shift)  # of large floats nothing is left
     if kind is str:
         return value[:-1] + chr(97 + chance[0] % 26) + value[-1:] if shift > 1 else value + chr(97 + chance[1] % 26)
     if kind is bytes:

@@ -28,9 +28,13 @@ class Bounded:
 
 
 def records(data, key):
-    """(records, damaged): the run's records in order; damaged if a byte stands there that is none of them."""
+    """(records, damaged): the run's records in order; damaged if a byte stands there that is none of them.
+
+    The last one is incomplete where its writer was killed, at a time limit say.
+    """
     found, damaged = [], False
-    for line in data.split(b"\n"):
+    *lines, last = data.split(b"\n")
+    for line in lines:
         if line:
             try:
                 record = json.loads(line)
@@ -39,7 +43,9 @@ def records(data, key):
                 found.append(record)
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 damaged = True
-    return found, damaged
+    begins = f'{{"key": "{key}", "n": {len(found)}, '.encode()
+    cut = last[:len(begins)] == begins[:len(last)] and not any("finished" in record for record in found)
+    return found, damaged or bool(last and not cut)
 
 
 def _texts(value):
