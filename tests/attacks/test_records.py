@@ -11,6 +11,7 @@ import zlib
 import pytest
 
 from qcn_jax.envs.sandbox import RepositorySpec, repository
+from qcn_jax.envs.sandbox.inside import results
 from qcn_jax.envs.tasks import formats, log_parsers, swebench
 from qcn_jax.envs.tasks.grading import Grader
 from qcn_jax.envs.tasks.log_parsers import runner_logs
@@ -59,6 +60,16 @@ def test_deep_and_endless_fields(tmp_path, field, value):
         found = read(path, faults)
         assert [one.instance_id for one in (found.values() if isinstance(found, dict) else found)] == ["a"]
         assert len(faults) == 1 and ":2: " in faults[0] and "\n" not in faults[0]
+
+
+@pytest.mark.parametrize(("data", "count", "damaged"), [
+    (b"", 0, False), (b'{"key": "k", "n": 0, "start": "a"}\n', 1, False), (b'{"key": "k", "n": 0, "start": "a"}\n{"key": "k", "n": 1, "te', 1, False),
+    (b'{"key": "k', 0, False), (b'{"key": "k", "n": 1, "te', 0, True), (b'{"key": "x", "n": 0, "te', 0, True), (b"passed", 0, True),
+    (b'{"key": "k", "n": 0, "finished": 0, "tampered": []}\n{"key": "k", "n": 1, "te', 1, True), (b'{"key": "k", "n": 0, "te\n', 0, True)])
+def test_records_cut_by_a_time_limit(data, count, damaged):
+    """The last record of a process that was killed may be incomplete; whatever else is none is a sign of forgery."""
+    found, bad = results.records(data, "k")
+    assert (len(found), bad) == (count, damaged)
 
 
 # --- archives

@@ -105,7 +105,8 @@ def _exam(reference: Reference, state: Mapping[str, str], rng: random.Random, te
                 state[path], wanted, _of_file(reference.plain, path),
                 {key.rpartition(" ")[2] for key in reference.inside if key.rpartition(" ")[0] == path}, rng,
                 _of_file(reference.named, path), None if teaching else {
-                    key.rpartition(" ")[2]: values for key, values in known.items() if key.rpartition(" ")[0] == path}, checking)
+                    key.rpartition(" ")[2]: values for key, values in known.items() if key.rpartition(" ")[0] == path},
+                checking)
         except (SyntaxError, ValueError, KeyError, RecursionError):
             renamed |= {name: name for name in chosen}
             continue

@@ -129,7 +129,8 @@ class _Rewriter(ast.NodeTransformer):
     """Puts claims in place of assertions, in all functions but those of `plain`."""
 
     def __init__(self, wanted: Mapping[Place, Collection[str]], plain: set[Place], inside: set[str],
-                 rng: random.Random, known: Mapping[str, Sequence[Any]] | None, flow: dataflow.Dataflow, checking: bool):
+                 rng: random.Random, known: Mapping[str, Sequence[Any]] | None, flow: dataflow.Dataflow,
+                 checking: bool):
         self.wanted, self.plain, self.inside, self._rng = wanted, plain, inside, rng
         self._known, self._flow, self._functions, self._checking = known, flow, [], checking
         self.taken: dict[int, set[str]] = {}  # names in what was taken out, by the id of each function around it

@@ -1,10 +1,12 @@
 """Rewritten tests: what is withheld, what is claimed, what of a repository is the suite's."""
 
+import ast
 import random
 import textwrap
 
 import pytest
 
+from qcn_jax.envs.sandbox.inside import evidence
 from qcn_jax.envs.tasks import claims, opinion, permissions, suite, withheld
 
 SOURCE = textwrap.dedent('''
@@ -243,6 +245,9 @@ def test_the_fixed_state_teaches_what_code_has_no_part_in():
     (claims.Claim("1", "value", "[2, 1]", "count"), {"tuple": [1, 2, 2]}, None, "fails"),
     (claims.Claim("1", "compare", False), [False, False], None, "holds"),
     (claims.Claim("1", "compare", False), [True, False], None, "fails"),
+    (claims.Claim("1", "compare", False), [False, True], None, "holds"),  # what a decoy was compared with was the true value
+    (claims.Claim("1", "compare", False), [0, False], None, "fails"),
+    (claims.Claim("1", "compare", False), [], None, "fails"),
     (claims.Claim("1", "raises", (("ValueError",), None)), [["UnicodeError", "ValueError", "Exception"], "x"], ["ValueError"], "holds"),
     (claims.Claim("1", "raises", (("KeyError",), None)), [["A", "KeyError", "TypeError", "LookupError"], "x"], ["KeyError"], "holds"),
     (claims.Claim("1", "raises", (("KeyError",), None)), [["KeyError", "TypeError", "ValueError"], "x"], ["KeyError"], "fails"),
@@ -260,6 +265,29 @@ def test_decoys_differ(found):
         assert eval(repr(different)) == different
         if "opaque" not in (found if isinstance(found, dict) else ()):
             assert different != claims.plain_value(found)
+
+
+@pytest.mark.parametrize("found", [[1, 2, 3, -1, -2, 0], [{"tuple": [1]}, {"tuple": [2]}, {"tuple": [3]}],
+                                   [None, *range(2, 100)], [{"opaque": "Decimal", "as": [n, float(n), str(n)]} for n in range(99)]])
+def test_decoys_differ_from_all_that_stands_in_their_place(found):
+    """A helper's assertion compares many values."""
+    true = [value for one in found for value in (one["as"] if isinstance(one, dict) and "as" in one else [claims.plain_value(one)])]
+    for number in range(200):
+        assert claims.decoy(found, random.Random(number)) not in true
+
+
+@pytest.mark.parametrize("value", [2.0 ** 53, -1e300, float("inf"), complex(1e300, 1), 3, 0.5, True, "", "ab", b"", (), [2.0 ** 60], {},
+                                   {"a": 1e20}, {1, 2}, frozenset()])
+def test_what_is_compared_besides_differs(value):
+    """In floats this large nothing of a small step is left."""
+    assert all(evidence.other(value) != value for _ in range(20))
+
+
+def test_numbers_without_literals():
+    found = {"list": [1.5, float("inf"), float("-inf"), float("nan"), "inf"]}
+    for number in range(20):
+        text = ast.unparse(withheld._literal(claims.differing(found, random.Random(number))))
+        assert len(eval(text, {"__builtins__": {}})) == 5
 
 
 @pytest.mark.parametrize("found, measure", [
