@@ -59,6 +59,28 @@ class Daemon:
         for path in (self.place / "pid", self.place / "exec" / "containerd" / "containerd.pid"):
             path.unlink(missing_ok=True)  # stale after SIGKILL, and the number may be another's by then
 
+    def shims(self) -> dict[int, str]:
+        """Containers of this daemon's shims that run, by the shim's process."""
+        found = {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                words = pathlib.Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                if "containerd-shim" in words[0] and any(str(self.place) in word for word in words) and "-id" in words:
+                    found[int(name)] = words[words.index("-id") + 1]
+        return found
+
+    def forgotten(self, known: set[str]) -> set[str]:
+        """Containers that containerd lists, without a task, and the engine, which knows `known`, does not; none without ctr."""
+        listed = {}
+        for kind in ("containers", "tasks"):
+            try:
+                done = subprocess.run(["ctr", f"--address={self.place}/exec/containerd/containerd.sock", "--namespace=moby", kind,
+                                       "list", "--quiet"], capture_output=True, text=True, check=True)
+            except (OSError, subprocess.CalledProcessError):
+                return set()
+            listed[kind] = set(done.stdout.split())
+        return listed["containers"] - listed["tasks"] - known
+
     def restart(self, number: int) -> None:
         """An end and a start."""
         self.end(number)
@@ -82,6 +104,9 @@ def own_daemon(folder: pathlib.Path) -> Iterator[Daemon]:
     finally:
         _set_host(machines)
         daemon.end()
+        for pid in daemon.shims():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(daemon.place, ignore_errors=True)
 
 

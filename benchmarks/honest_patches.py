@@ -18,15 +18,14 @@ patch resolves, no wrong one does and none is called an exploit; verdicts that w
 
 import ast
 import collections
-import json
 import math
-import os
 import pathlib
 import statistics
 import subprocess
 import sys
 import time
 
+import _grading_side
 import tqdm
 from absl import app, flags
 
@@ -61,13 +60,12 @@ _SANDBOX = flags.DEFINE_enum("sandbox", "local", ["auto", "docker", "local"], "W
 _HERE = pathlib.Path(__file__).resolve().parent
 
 
-class Side:
+class Side(_grading_side.Side):
     """A checkout of this package, which makes tasks and grades patches in processes of its own."""
 
     def __init__(self, name, checkout):
-        self.name, self.checkout, self.process, self.prepared = name, pathlib.Path(checkout).resolve(), None, set()
-        self.folder = pathlib.Path(_OUT.value, name).resolve()
-        self.environment = os.environ | {"PYTHONPATH": str(self.checkout), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        super().__init__(checkout, pathlib.Path(_OUT.value, name), _SANDBOX.value)
+        self.name, self.prepared = name, set()
 
     def synthesize(self, requirement):
         """What `qcn synthesize` says of a repository's first candidates."""
@@ -79,22 +77,6 @@ class Side:
                             "--workers=1", *(NEW_FLAGS if self.name == "now" else ())],
                            cwd=self.checkout, env=self.environment, stdout=subprocess.DEVNULL, check=True)
         return files.read_json(f"{out}.yields.json")
-
-    def ask(self, row):
-        """The answer of this side's grader."""
-        if self.process is None:
-            state = self.folder / "cache" / "qcn_jax" / "sandbox"
-            self.process = subprocess.Popen([sys.executable, _HERE / "_grading_side.py", _SANDBOX.value, state],
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment)
-        self.process.stdin.write((json.dumps(row) + "\n").encode())
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self):
-        """Ends the grader."""
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait()
 
 
 def rewritten(text):

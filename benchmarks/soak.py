@@ -10,7 +10,9 @@ it can to its server and neighbours, and after which its files must still be rea
 workers, containers and (docker) the whole Docker daemon are killed at random times. The daemon is one of its own, with
 its own folders and socket below DIR; the machine's other daemon is only asked for its base image. A result is right if
 its outcome is one that its patch can have; "infrastructure" is none. DIR/results.jsonl holds one line for each result.
-The exit status is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
+An engine that is killed between the start of a container's shim and the record of it forgets the container: containerd
+then lists it without a task, the engine not at all, and nothing can remove it through the engine. Such shims are asked for
+(`ctr`) and counted apart. The exit status is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
 """
 
 import _thread
@@ -52,6 +54,7 @@ TESTS = ("import pytest\nfrom victim.calc import clamp\n\n@pytest.mark.parametri
 FAILING = tuple(f"tests/test_calc.py::test_clamp[{n}]" for n in range(8) if n != 3)
 PASSING = ("tests/test_calc.py::test_clamp[3]",)
 TIMEOUT = 2.0
+FORGOTTEN = "shims that the engine forgot"
 # Patch kind: (share, code put before the source, whether that is the right one, outcomes that it can have).
 DEAD = ("timeout", "killed", "out_of_memory", "unresolved")
 KINDS = {
@@ -175,12 +178,10 @@ def left_behind(daemon: Daemon | None, state: pathlib.Path) -> dict[str, int]:
         client = images.engine()
         found["containers"] = len(client.api.containers(all=True))
         found["volumes"] = len(client.volumes.list())
-        running = pathlib.Path("/proc").glob("[0-9]*/cmdline")
-        text = str(daemon.place).encode()
-        found["shims"] = 0
-        for path in running:
-            with contextlib.suppress(OSError):
-                found["shims"] += b"containerd-shim" in (line := path.read_bytes()) and text in line
+        shims = daemon.shims()
+        forgotten = daemon.forgotten({one["Id"] for one in client.api.containers(all=True)}) & set(shims.values())
+        found["shims"] = sum(container not in forgotten for container in shims.values())
+        found[FORGOTTEN] = len(shims) - found["shims"]
     return found
 
 
@@ -290,6 +291,7 @@ def soak(daemon: Daemon | None, tree: pathlib.Path, state: pathlib.Path, journal
           f"wrong {len(wrong)}; left behind: " + ", ".join(f"{count} {name}" for name, count in left.items()))
     for number, outcome in list(wrong.items())[:10]:
         print(f"  wrong: {number} {kinds[number]} {outcome[:200]}")
+    left.pop(FORGOTTEN, None)
     failed = {"lost": lost, "doubled": doubled, "wrong": wrong, "left": any(left.values()), "memory": growth > 0.1}
     return [name for name, value in failed.items() if value]
 

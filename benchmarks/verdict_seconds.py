@@ -1,20 +1,25 @@
 """Seconds of a verdict by how many tests PASS_TO_PASS holds: callers of the defective function, a sample, all.
 
-    python benchmarks/verdict_seconds.py [--repos=tabulate==0.10.0,webob==1.8.11] [--each=4]
+    git worktree add --detach /tmp/before 396fadd
+    python benchmarks/verdict_seconds.py [--repos=tabulate==0.10.0,webob==1.8.11] [--each=4] [--before=/tmp/before]
 
 For each task, one worker and one verdict after the other: the gold patch (resolved), a patch that changes nothing that
 matters (unresolved, by its first failing test), and a patch that mends the defect and empties another function of the
 file (unresolved, by tests that do not call the defective function). Verdicts stop at the first failure, as rewards do.
-The first verdict of a task, in which a second opinion is learned, is told apart.
+The first verdict of a task, in which a second opinion is learned, is told apart. With --before an earlier commit, which knew
+callers alone, grades the same patches in turns with these; the last line is how many times its seconds the sample's are,
+over all tasks, for first verdicts and for later ones.
 """
 
 import ast
 import dataclasses
+import pathlib
 import random
 import statistics
 import tempfile
 import time
 
+import _grading_side
 from absl import app, flags
 
 from qcn_jax.envs import patches
@@ -28,6 +33,7 @@ REPOS = ("tabulate==0.10.0", "boltons==26.2.0", "webob==1.8.11", "ijson==3.6.0",
 _REPOS = flags.DEFINE_list("repos", list(REPOS), "Requirements of configs/nano.py's repositories.")
 _EACH = flags.DEFINE_integer("each", 4, "Tasks of each.", lower_bound=1)
 _SAMPLE = flags.DEFINE_integer("sample", 40, "Tests of the sample.", lower_bound=1)
+_BEFORE = flags.DEFINE_string("before", "", "Checkout of an earlier commit; empty: none.")
 _SANDBOX = flags.DEFINE_enum("sandbox", "local", ["auto", "docker", "local"], "Where code runs.")
 
 
@@ -76,27 +82,42 @@ def patches_of(candidate):
 def main(argv):
     """Prints a table."""
     del argv
-    variants = {"callers": 0, f"{_SAMPLE.value} others": _SAMPLE.value, "all": None}
+    sample = f"{_SAMPLE.value} others"
+    variants, shares = {"callers": 0, sample: _SAMPLE.value, "all": None}, []
+    if _BEFORE.value:
+        variants = {"before": 0} | variants
     print(f"{'repository':<18}{'PASS_TO_PASS':<14}{'tests':>6}{'learned':>9}{'resolved':>10}{'useless':>9}{'destructive':>13}")
     for name in _REPOS.value:
         rows = {variant: [] for variant in variants}
         with tempfile.TemporaryDirectory() as folder, make_provider(_SANDBOX.value, folder) as provider:
             grader = grading.Grader(provider, fail_fast=True)
+            side = _grading_side.Side(_BEFORE.value or ".", pathlib.Path(folder, "before"), _SANDBOX.value, "fail_fast")
+            if _BEFORE.value:
+                spec = sources.locate(repositories.pinned(name)[0])
+                side.ask({"name": spec.name, "archive": spec.archive})
             for candidate, task in tasks(provider, name):
                 for variant, count in variants.items():
                     less = with_fewer(candidate, task, count)
                     took, outcomes = {}, {}
                     for kind, patch in [("learned", patches_of(candidate)["resolved"]), *patches_of(candidate).items()]:
                         started = time.monotonic()
-                        outcomes[kind] = grader.grade(less, patch).outcome
+                        outcomes[kind] = side.ask({"task": less.to_json(), "patch": patch})["outcome"] if (
+                            variant == "before") else grader.grade(less, patch).outcome
                         took[kind] = time.monotonic() - started
                     rows[variant].append((len(less.PASS_TO_PASS), took, outcomes))
+            side.close()
+        if _BEFORE.value:
+            shares += [{kind: now[kind] / before[kind] for kind in now} for (_, now, _), (_, before, _) in zip(
+                rows[sample], rows["before"], strict=True)]
         for variant, found in rows.items():
             cells = "".join(f"{statistics.median(took[kind] for _, took, _ in found):>{width}.2f}" for kind, width in
                             (("learned", 9), ("resolved", 10), ("useless", 9), ("destructive", 13)))
             ends = {kind: sum(outcomes[kind] == "resolved" for *_, outcomes in found) for kind in found[0][2]}
             print(f"{name:<18}{variant:<14}{statistics.median(count for count, *_ in found):>6.0f}{cells}"
                   f"   resolved of {len(found)}: {ends['resolved']}, {ends['useless']}, {ends['destructive']}", flush=True)
+    if shares:
+        print(f"{sample}, times the seconds before: " + ", ".join(
+            f"{kind} {statistics.median(share[kind] for share in shares):.2f}" for kind in shares[0]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from tests.sandboxes import world  # noqa: F401
 # Every line's decoys were taken for the true value by chance, about one time in five.
 HONEST = textwrap.dedent("""
     import decimal
-    import os
     import time
     import pytest
     from pkg import same
@@ -35,10 +34,9 @@ HONEST = textwrap.dedent("""
             assert same(decimal.Decimal(number)) == same(number)
 
     def test_other_every_time():
-        assert same(os.getpid() % 7) == same(os.getpid()) % 7
-        assert same(time.monotonic_ns() // 10 ** 7 % 5) in range(5)
-        start = int(time.time() * 10) % 10
+        start = time.monotonic_ns()
         assert same(start) == start + same(0)
+        assert same(start % 5) in range(same(5))
 
     def test_near():
         assert pytest.approx(same(50), abs=60) == same(50)
