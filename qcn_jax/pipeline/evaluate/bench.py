@@ -26,6 +26,7 @@ from qcn_jax.inference.sampling import GREEDY, Sampling
 from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.pipeline.experts import headline, metrics
 from qcn_jax.pipeline.experts.expert import Conversation, Expert, Prompt
+from qcn_jax.pipeline.experts.feedback import feedback
 from qcn_jax.pipeline.rl.episodes import make_engine
 from qcn_jax.pipeline.rl.records import Outcome, RolloutRecord
 from qcn_jax.pipeline.rl.rollout import acts_here, rollout
@@ -75,7 +76,7 @@ class Bench:
         sampled = self._prompts(first)[: self.config.pass_k_tasks] if self.config.samples else []
         (greedy, messages), *played, (samples, _) = self._play(
             engine, [self._prompts(expert) for expert in (first, *others)], sampled)
-        result = metrics.greedy(greedy) | metrics.sampled(samples)
+        result = metrics.greedy(greedy) | metrics.sampled(samples) | {"feedback": feedback(greedy, samples)}
         for expert, (rows, _) in zip(others, played, strict=True):
             result |= expert.metrics(rows)
         result["messages"] = {row["instance_id"]: said for row, said in zip(greedy, messages, strict=True)}
@@ -173,7 +174,9 @@ def plain_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]
 
 def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
     broken = sum(turn.malformed for turn in record.turns)
-    return _row(prompt.task, record.outcome, len(record.turns), broken, prompt.template or prompt.task.kind)
+    row = _row(prompt.task, record.outcome, len(record.turns), broken, prompt.template or prompt.task.kind)
+    return row | {"failing": sum(turn.failing for turn in record.turns),
+                  "repeated": sum(turn.repeated for turn in record.turns)}
 
 
 def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) -> dict[str, Any]:
@@ -181,5 +184,5 @@ def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) ->
     return {"instance_id": task.instance_id, "kind": kind, "solved": outcome.solved,
             "infrastructure": outcome.infrastructure, "turns": turns,
             "suspected_exploit": outcome.detail.get("outcome") == SUSPECTED_EXPLOIT, "malformed": malformed,
-            "attempts": outcome.detail.get("attempts", 0), "reason": outcome.detail.get("reason", "unknown"),
-            "guard": outcome.detail.get("guard", {})}
+            "attempts": outcome.detail.get("attempts", 0), "runs": outcome.detail.get("runs", []),
+            "reason": outcome.detail.get("reason", "unknown"), "guard": outcome.detail.get("guard", {})}

@@ -92,7 +92,8 @@ def detail_of(result: EpisodeResult, verdict: Verdict | None) -> dict[str, objec
     """JSON-ready particulars of an episode; `verdict` is None where nothing was graded because the sandbox failed."""
     return {
         "task": result.task_id, "scaffold": result.scaffold, "reason": result.reason.value, "turns": result.turns,
-        "attempts": result.attempts, "blocked": result.blocked, "guard": result.guard,
+        "attempts": result.attempts, "runs": [run.passed for run in result.runs],
+        "blocked": result.blocked, "guard": result.guard,
         "outcome": "infrastructure" if verdict is None else verdict.outcome,
         "resolved": bool(verdict and verdict.resolved), "patch": result.patch,
     }  # fmt: skip

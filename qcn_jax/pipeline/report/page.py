@@ -166,8 +166,23 @@ def _attempts(evaluation: dict[str, Any], cast: Cast) -> str:
             series.append(charts.Series(cast.titles[name], [row["attempts"] for row in rows],
                                         [row["rate"] for row in rows], cast.colours[name]))
     return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one "
-                    "the agent sees what the tests say.",
-                    charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True))
+                    "the agent sees what the tests say. Below: after a first edit that failed, whether the next one is "
+                    "right, and whether any further one is, beside as many edits on the same tasks by an agent that "
+                    "was told nothing; and how often an edit was tried that had failed before.",
+                    charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True)
+                    + _feedback(models, cast))
+
+
+def _feedback(models: dict[str, Any], cast: Cast) -> str:
+    rows = []
+    for name in ("sft", "sft_control", cast.headline.model, "unified"):
+        for way, found in (models.get(name, {}).get("feedback") or {}).items():
+            if found is not None:
+                beside = [f"{pair['told']:.0%} told, {pair['fresh']:.0%} not" if pair else "-"
+                          for pair in (found["next"], found["equal"])]
+                repeated = "-" if found["repeated"] is None else f"{found['repeated']:.0%}"
+                rows.append([f"{_text(cast.titles[name])}, {way}", *beside, repeated, f"{100 * found['gain']:+.1f}"])
+    return table(["model", "next edit right", "any further one", "repeated", "points gained"], rows) if rows else ""
 
 
 def _rewards(data: dict[str, Any], cast: Cast) -> str:

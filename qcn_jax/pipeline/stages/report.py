@@ -74,6 +74,7 @@ def summary(data: dict[str, Any], experts: Sequence[Expert]) -> dict[str, Any]:
            for expert in experts if not expert.headline},
         "kinds": {name: model["kinds"] for name, model in models.items() if "kinds" in model},
         "attempts": {name: model["attempts"] for name, model in models.items() if "attempts" in model},
+        "feedback": {name: model["feedback"] for name, model in models.items() if "feedback" in model},
         "tests": evaluation.get("tests", {}),
         "retention": evaluation.get("retention", {}),
         "control": evaluation.get("control", {}),

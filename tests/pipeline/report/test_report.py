@@ -43,6 +43,8 @@ def _context(tmp_path):
              "yields": {"delete_not": {"candidates": 200, "kept": 90}, "none_tried": {"candidates": 0, "kept": 0}}}
     models = {name: _model(index * 4) for index, name in enumerate(MODELS)}
     models["sft"]["guard"] = {"allowed": 9, "blocked": 3, "blocked/git_remote": 2, "blocked/package_download": 1}
+    models["sft"]["feedback"] = {"sampled": None, "greedy": {
+        "next": {"told": 0.41, "fresh": 0.13}, "equal": None, "repeated": 0.05, "gain": 0.123}}
     models |= {"sft_control": _model(9), "heuristic": _model(2, pass_at_8=None)}
     evaluation = {
         "sandbox": "docker", "isolation": "network none", "models": models,
@@ -105,7 +107,7 @@ def test_summary_has_exactly_the_fixed_form(context):
     assert summary["models"]["expert_swe"] == {"resolved": 12, "attempted": 40, "rate": 0.3, "ci95": [0.24, 0.44],
                                                "pass_at_8": 0.4, "format_valid": 0.75}
     assert set(summary["baselines"]) == {"sft_control", "heuristic"}
-    assert summary["tests"]["swe_sft"]["p_value"] == 0.0215
+    assert summary["tests"]["swe_sft"]["p_value"] == 0.0215 and summary["feedback"]["sft"]["greedy"]["gain"] == 0.123
 
 
 def test_page_is_whole_and_fetches_nothing(context):
@@ -122,7 +124,8 @@ def test_page_shows_the_numbers(context):
     page = _page(context)
     for text in ("12/40", "30.0%", "24.0% – 44.0%", "+20.0 points", "0.0215", "33 further SFT steps", "90/200",
                  "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min",
-                 "same first choice", "3 (git_remote 2, package_download 1)"):
+                 "same first choice", "3 (git_remote 2, package_download 1)",
+                 "41% told, 13% not", "+12.3"):
         assert text in page, text
     assert page.count("<svg") >= 7
     assert "none_tried" not in page

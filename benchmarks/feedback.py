@@ -1,0 +1,89 @@
+"""Claim: an agent that is told by tests that its edit is wrong tries another one.
+
+    python benchmarks/feedback.py --workdir=runs/nano --config=configs/nano.py --models=sft,expert_swe --tasks=50
+
+Models of a finished run, and its baseline, on held-out tasks: one greedy episode and `--samples` sampled ones a task.
+By pipeline.experts.feedback: failing turns that tried what had failed before; whether the attempt behind a failure is
+right, and whether any further one is, beside as many fresh attempts on the same tasks that were told nothing; and how
+many more tasks all attempts resolve than the first. Prints a table, and writes JSON with `--out`.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+
+from qcn_jax import files
+from qcn_jax.config import EvaluateConfig, RunConfig, from_config_dict
+from qcn_jax.pipeline.context import Shared, StageContext
+from qcn_jax.pipeline.evaluate.baseline import baseline_of
+from qcn_jax.pipeline.models import load
+from qcn_jax.pipeline.stages.evaluate import make_bench
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Of a run whose stages tasks and sft have finished.", required=True)
+CONFIG = flags.DEFINE_string("config", "configs/nano.py", "File with get_config().")
+MODELS = flags.DEFINE_list("models", ["sft"], "base, midtrain, sft, sft_control, expert_NAME, unified.")
+TASKS = flags.DEFINE_integer("tasks", 50, "Held-out tasks.")
+SAMPLES = flags.DEFINE_integer("samples", 8, "Sampled episodes a task.")
+BASELINE = flags.DEFINE_bool("baseline", True, "Also the configuration's baseline.")
+SANDBOX = flags.DEFINE_string("sandbox", "local", "docker or local.")
+OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+
+
+def context_of(config: RunConfig, root: pathlib.Path) -> StageContext:
+    """What stage `evaluate` would be given, for the software-engineering expert alone."""
+    evaluate: EvaluateConfig = dataclasses.replace(
+        config.evaluate, tasks=TASKS.value, pass_k_tasks=TASKS.value, samples=SAMPLES.value)
+    experts = dataclasses.replace(config.experts, names=("swe",))
+    config = dataclasses.replace(config, sandbox=SANDBOX.value, evaluate=evaluate, experts=experts)
+    return StageContext(config, root, "evaluate", Shared(config, root))
+
+
+def row(name: str, found: Mapping[str, Any]) -> str:
+    """A model's line of the table."""
+    curve = found["attempts"]
+    greedy, sampled = found.get("feedback", {}).get("greedy"), found.get("feedback", {}).get("sampled")
+    shown = [f"{found['resolved']}/{found['attempted']}", f"{curve[0]['rate']:.0%} -> {curve[-1]['rate']:.0%}"]
+    for one in (greedy, sampled):
+        shown.append("-" if one is None else f"repeated {one['repeated'] or 0:.0%}, gain {one['gain']:.1%}, next "
+                     f"{_beside(one['next'])}, all {_beside(one['equal'])}")
+    pass_1, pass_8 = found.get("pass_at_1"), found.get("pass_at_8")
+    shown.append("" if pass_1 is None else f"sampled {pass_1:.1%}, pass@8 {pass_8:.1%}")
+    return f"| {name} | {' | '.join(shown)} |"
+
+
+def _beside(pair: Mapping[str, Any] | None) -> str:
+    return "-" if pair is None else f"{pair['told']:.1%} told, {pair['fresh']:.1%} fresh"
+
+
+def main(_: list[str]) -> None:
+    """Measures and prints."""
+    config = from_config_dict(RunConfig, runpy.run_path(CONFIG.value)["get_config"]())
+    context = context_of(config, pathlib.Path(WORKDIR.value).absolute())
+    results: dict[str, Any] = {}
+    try:
+        bench = make_bench(context)
+        baseline = baseline_of(context.config) if BASELINE.value else None
+        if baseline is not None:
+            results[baseline.name] = bench.baseline(baseline)
+        for name in MODELS.value:
+            results[name] = bench.model(name, *load(context, name, bench.parallel))
+            print(row(name, results[name]), flush=True)
+    finally:
+        context.shared.close()
+    for found in results.values():
+        found.pop("messages")
+    print("| model | resolved | by attempts | greedy | sampled | |\n|---|---|---|---|---|---|")
+    for name, found in results.items():
+        print(row(name, found))
+    if OUT.value:
+        files.write_json(pathlib.Path(OUT.value), {
+            "command": f"feedback.py --config={CONFIG.value} --tasks={TASKS.value} --samples={SAMPLES.value}",
+            "temperature": context.config.evaluate.temperature, "models": results})
+
+
+if __name__ == "__main__":
+    app.run(main)
