@@ -34,7 +34,7 @@ KINDS = (
     "flip_identity", "change_arithmetic", "change_constant",
 )
 # Tool-call templates that take few tokens of this vocabulary: XML, JSON, TypeScript and Python forms.
-TEMPLATES = ("qwen3_coder", "qwen3_xml_mixed", "hermes", "typescript", "react", "toolace")
+TEMPLATES = ("qwen3_coder", "qwen3_xml_json", "hermes", "typescript", "react", "toolace")
 LENGTH = 768  # tokens of a packed row, and the longest episode
 
 

@@ -204,7 +204,8 @@ class TaggedForm:
     Attributes:
       call: what opens a call, with `{name}`; call_end closes it and may hold `{name}`.
       parameter: what opens a value, with `{key}`; parameter_end closes it and may hold `{key}`.
-      json_parameter: opens a value that is JSON and no string; empty where all values are text.
+      json_parameter: opens a value that is JSON and no string; empty where nothing tells text from JSON.
+      json_values: without json_parameter, what is no string is written as JSON, and not as Python's str.
       begin, end: around all calls.
     """
 
@@ -215,6 +216,7 @@ class TaggedForm:
     json_parameter: str = ""
     begin: str = ""
     end: str = ""
+    json_values: bool = False
 
     @functools.cached_property
     def start(self) -> re.Pattern[str]:
@@ -237,8 +239,8 @@ class TaggedForm:
         parts = [self.call.replace("{name}", call.name)]
         for key, value in call.arguments.items():
             opening, text = self.parameter, format_value(value)
-            if self.json_parameter and not isinstance(value, str):
-                opening, text = self.json_parameter, _dumps(value, call)
+            if (self.json_parameter or self.json_values) and not isinstance(value, str):
+                opening, text = self.json_parameter or opening, _dumps(value, call)
             text = _value_escape(self._value_end(key)).mark(text)
             parts.append(opening.replace("{key}", key) + text + self.parameter_end.replace("{key}", key))
         return "".join([*parts, self.call_end.replace("{name}", call.name)])

@@ -104,6 +104,6 @@ _TURNS = r"""
 
 def chat_template() -> str:
     """The template's text."""
-    values = {"DEFAULT": DEFAULT_SYSTEM, "HEADING": TOOLS_HEADING, "FORMAT": TOOLS_FORMAT}
+    values = {"DEFAULT": DEFAULT_SYSTEM, "HEADING": TOOLS_HEADING, "FORMAT": f"\n</tools>{TOOLS_FORMAT}"}
     settings = "".join("{%%- set %s = %r -%%}\n" % item for item in values.items())
     return settings + _EXTRAS.lstrip() + _CHECKS.lstrip() + _TOOL.lstrip() + _HEAD.lstrip() + _TURNS.strip()

@@ -20,7 +20,6 @@ __all__ = ["ParsedMessage", "Segment", "ToolCall", "parse_tool_calls", "render",
 DEFAULT_SYSTEM = "You are Qwen, a helpful AI assistant that can interact with a computer to solve tasks."
 TOOLS_HEADING = "\n\n# Tools\n\nYou have access to the following functions:\n\n<tools>"
 TOOLS_FORMAT = """
-</tools>
 
 If you choose to call a function ONLY reply in the following format with NO suffix:
 
@@ -166,8 +165,15 @@ def _tool_call(call: ToolCall | Mapping[str, Any], index: int) -> ToolCall:
 
 
 def _tool_segments(tools: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
-    """The system turn's list of tools."""
-    yield Segment(TOOLS_HEADING, "frame")
+    """What the system turn says of tools."""
+    yield Segment("\n\n", "frame")
+    yield from tool_list(tools)
+    yield Segment(TOOLS_FORMAT, "frame")
+
+
+def tool_list(tools: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
+    """The list of tools; raises UserError for one that is no object with a name."""
+    yield Segment(TOOLS_HEADING.lstrip("\n"), "frame")
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -190,7 +196,7 @@ def _tool_segments(tools: Sequence[Mapping[str, Any]]) -> Iterator[Segment]:
         yield Segment("\n</parameters>", "frame")
         yield from _extra_keys(function, ("type", "name", "description", "parameters"))
         yield Segment("\n</function>", "frame")
-    yield Segment(TOOLS_FORMAT, "frame")
+    yield Segment("\n</tools>", "frame")
 
 
 def _field(tag: str, value: str, kind: str = "frame") -> Iterator[Segment]:

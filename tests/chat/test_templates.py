@@ -46,7 +46,9 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
     max_leaves=6,
 )
-TYPED = [name for name in templates.TEMPLATES if name not in ("qwen3_coder", "glm46", "minimax_m2", "xml_cline")]
+# Of the others only the tools' schemas tell which values are no text.
+TYPED = [name for name in templates.TEMPLATES if name not in (
+    "qwen3_coder", "qwen3_xml_mixed", "glm46", "minimax_m2", "xml_cline", "xml_aone", "harmony_xml")]
 
 
 @pytest.mark.parametrize("name", templates.TEMPLATES)
@@ -128,21 +130,21 @@ def test_forms_are_those_of_their_models():
     expected = {
         "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
         "mistral3": '[TOOL_CALLS]f[ARGS]{"a": "x"}',
-        "deepseek_v31": (
+        "deepseekv31": (
             '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "x"}<｜tool▁call▁end｜>'
             '<｜tool▁calls▁end｜>'
         ),
-        "deepseek_v3": (
+        "deepseekv3": (
             '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": "x"}\n'
             '```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
         ),
-        "deepseek_v32": (
+        "deepseekv32": (
             '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n'
             '<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
             '</｜DSML｜function_calls>'
         ),
         "glm46": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
-        "kimi_k2": (
+        "kimik2": (
             '<|tool_calls_section_begin|><|tool_call_begin|>'
             'functions.f:0<|tool_call_argument_begin|>{"a": "x"}<|tool_call_end|>'
             '<|tool_calls_section_end|>'
@@ -176,7 +178,7 @@ def test_forms_are_those_of_their_models():
         ("toolace", "[f(a=[1, (2, 3)], b='),]'), g(a=open('x'))]", [ToolCall("f", {"a": [1, [2, 3]], "b": "),]"})]),
         ("xml_cline", "<f>\n<a>x\n</f>", [ToolCall("f", {"a": "x\n"})]),
         (
-            "kimi_k2",
+            "kimik2",
             "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}",
             [ToolCall("f")],
         ),
@@ -196,7 +198,7 @@ def test_schemas_give_tagged_values_their_types():
 
 
 def test_a_good_call_survives_one_whose_arguments_are_no_json():
-    for name in ("hermes", "kimi_k2", "mistral3", "deepseek_v31", "harmony_json", "react"):
+    for name in ("hermes", "kimik2", "mistral3", "deepseekv31", "harmony_json", "react"):
         text = templates.render(name, "", [ToolCall("f", {"a": "x"}), ToolCall("g", {"b": "y"})])
         message = templates.parse(name, text.replace('"a": "x"', '"a": x', 1))
         assert message.calls == [ToolCall("g", {"b": "y"})] and message.malformed

@@ -68,7 +68,7 @@ def test_streamed_answers_are_the_whole_ones(text, content, calls, finish) -> No
     assert len(single.json()["choices"][0]["message"].get("tool_calls", [])) == min(1, calls)
 
 
-@pytest.mark.parametrize("form", ["hermes", "glm46", "kimi_k2", "llama4_pythonic", "deepseek_v32", "xml_cline"])
+@pytest.mark.parametrize("form", ["hermes", "glm46", "kimik2", "llama4_pythonic", "deepseekv32", "xml_cline"])
 def test_calls_come_in_the_form_of_the_models_own_template(form) -> None:
     text = templates.render(form, "Let me look: [1] < 2.", [rendering.ToolCall("view", {"path": ["a"]})])
     body = {"messages": HELLO, "tools": VIEW}
