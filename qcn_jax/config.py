@@ -382,6 +382,7 @@ class RunConfig:
     pool: known.Pool = "process"  # where they run: process (this machine) or ray (a cluster)
     ray_address: str = ""  # of the cluster; by default RAY_ADDRESS, or one of this machine
     templates: tuple[known.Template, ...] = ()  # tool-call templates of the format domain; all where empty
+    heldout_templates: tuple[known.Template, ...] = ()  # of stage evaluate alone
     topology: str = ""  # of `qcn compile` where no flag names one
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()

@@ -16,6 +16,7 @@ from qcn_jax.agents.arena import Arena, Place
 from qcn_jax.agents.records import Record
 from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.chat.endpoint import Endpoint
+from qcn_jax.chat.templates import TEMPLATES
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.config import MeshConfig
 from qcn_jax.envs.network.policy import NETWORKS
@@ -71,6 +72,9 @@ def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[]
     flags.DEFINE_string("scaffold", None, f"How tasks are shown: {', '.join(SCAFFOLDS)} or package.module:OBJECT. "
                         "Default: mini_swe_agent with an endpoint; with a checkpoint what the run that made it goes "
                         "by, as with all that follows, or nano.", flag_values=values)
+    flags.DEFINE_string("template", "", "Tool-call template in which tools are listed, calls are written and results "
+                        f"are told, with scaffolds that have tool calls: {', '.join(TEMPLATES)}. Default: the chat "
+                        "template's own.", flag_values=values)
     flags.DEFINE_integer("attempts", 1, "Episodes for each task.", flag_values=values, lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "Of sampling.", flag_values=values, lower_bound=0.0)
     flags.DEFINE_float("top_p", 0.0, "Of sampling; 0: the endpoint's own, or 1.", flag_values=values, lower_bound=0.0,
@@ -155,6 +159,7 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
     if values.checkpoint:
         _as_its_run(values)
     scaffold = SCAFFOLDS.resolve(values.scaffold or ("mini_swe_agent" if url else "nano"), "--scaffold")
+    scaffold = in_template(scaffold, values.template)
     turns = values.max_turns or (50 if url else 8)
     limits = Limits(turns, values.max_seconds, values.max_length or 0)
     plan = running.Plan(values.attempts, values.seed, limits, values.parallel or (32 if values.checkpoint else 8))
@@ -174,6 +179,18 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
     player = endpoint(values, url, model)
     player.check()
     return Agent(model, scaffold, plan, settings, player, values, None)
+
+
+def in_template(scaffold: Scaffold, template: str) -> Scaffold:
+    """`scaffold` under --template, where that is given; raises UserError for one that is none, or does not fit."""
+    if not template:
+        return scaffold
+    if template not in TEMPLATES:
+        raise UserError(f"--template: {template!r} is unknown; allowed: {', '.join(TEMPLATES)}")
+    try:
+        return scaffold.in_template(template)
+    except UserError as error:
+        raise UserError(f"--template={template}: {error}") from error
 
 
 def endpoint(values: flags.FlagValues, url: str, model: str, cache: str = "") -> Endpoint:

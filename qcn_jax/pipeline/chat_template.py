@@ -75,7 +75,7 @@ def fitted(scaffold: Scaffold, encoder: Encoder, field: str) -> Scaffold:
             raise UserError(f"{field}={scaffold.name}: the chat template writes tool calls in a form that is not "
                             f"known, or has no place for them; mini_swe_agent does without, and {_WAY_OUT}")
         scaffold = dataclasses.replace(scaffold, template=encoder.calls)
-    said = [{"role": "system", "content": "?"}] if scaffold.system else []
+    said = [{"role": "system", "content": "?"}] if scaffold.system or scaffold.framed else []
     try:
         encoder.encode_prompt([*said, {"role": "user", "content": "?"}], scaffold.schemas())
         encoder.encode_turn([{"role": scaffold.result_role, "content": "?"}])

@@ -178,10 +178,11 @@ class StageContext:
         return self.shared.get("encoder", lambda: encoder_of(self.config, self.tokenizer()))
 
     def templates(self) -> tuple[str, ...]:
-        """Names of the tool-call templates of the format domain."""
+        """Names of the tool-call templates of the format domain that models are trained on."""
         from qcn_jax.chat.templates import TEMPLATES
 
-        return self.config.templates or TEMPLATES
+        named = self.config.templates or TEMPLATES
+        return tuple(name for name in named if name not in self.config.heldout_templates)
 
     @property
     def sandbox_path(self) -> pathlib.Path:

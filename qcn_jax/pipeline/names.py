@@ -1,6 +1,7 @@
 """Whether the things that a configuration names fit each other; asked before any work (config_checks)."""
 
 from qcn_jax.agents.scaffolds import SCAFFOLDS
+from qcn_jax.chat.templates import TEMPLATES
 from qcn_jax.config import RunConfig
 from qcn_jax.config_phases import chats_of, source_field, sources_of, used_sources
 from qcn_jax.errors import UserError
@@ -13,8 +14,13 @@ from qcn_jax.pipeline.experts import experts_of
 
 
 def check_experts(config: RunConfig) -> None:
-    """Raises UserError for names of experts that do not go together."""
+    """Raises UserError for names of experts, or of templates, that do not go together."""
     experts_of(config.experts.names)
+    both = sorted(set(config.templates) & set(config.heldout_templates))
+    if both:
+        raise UserError(f"--config.heldout_templates: {both[0]!r} is one of --config.templates, too")
+    if not set(config.templates or TEMPLATES) - set(config.heldout_templates):
+        raise UserError("--config.heldout_templates: leaves no template to train on")
 
 
 def check_sources(config: RunConfig) -> None:

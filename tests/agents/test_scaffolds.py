@@ -227,8 +227,8 @@ def test_every_registered_scaffold_has_its_name():
 
 
 def test_variants_that_a_scaffold_does_not_offer_are_refused():
-    for make in (SWE_AGENT.single, lambda: QWEN_CODE.in_template("hermes")):
-        with pytest.raises(UserError, match="scaffold (swe_agent|qwen_code) cannot"):
+    for make in (SWE_AGENT.single, lambda: MINI_SWE_AGENT.in_template("hermes")):
+        with pytest.raises(UserError, match="scaffold (swe_agent|mini_swe_agent) cannot"):
             make()
 
 

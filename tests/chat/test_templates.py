@@ -1,10 +1,12 @@
 """Every tool-call template: what is written reads back, whatever the strings hold; no text breaks a reader."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcn_jax.chat import templates
+from qcn_jax.chat import templates, tool_frames
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.errors import UserError
 
@@ -217,3 +219,47 @@ def test_bad_requests_are_named():
         templates.render("hermes", "", [ToolCall("f g")])
     with pytest.raises(UserError, match="not JSON"):
         templates.render("toolace", "", [ToolCall("f", {"a": float("nan")})])
+
+
+DEFINED = [{"type": "function", "function": {
+    "name": "edit", "description": "Edits a file.", "parameters": {"type": "object", "required": ["path"], "properties": {
+        "path": {"type": "string", "description": "Where."}, "count": {"type": "integer", "default": 3},
+        "mode": {"type": "string", "enum": ["a", "b"]}, "lines": {"type": "array", "items": {"type": "integer"}}}}}},
+    {"type": "function", "function": {"name": "list", "description": "Lists.", "parameters": {"type": "object"}}}]
+
+
+def test_the_reports_templates_are_all_there():
+    report = ("qwen3_coder qwen3_xml_mixed deepseekr1 deepseekv3 deepseekv31 deepseekv32 glm46 minimax_m1 minimax_m2 kimik2 "
+              "hermes qwen25_coder harmony_json harmony_xml llama4_pythonic toolace mistral3 xlam_qwen xml_cline xml_aone")
+    assert set(templates.REPORT) == set(report.split())
+
+
+@pytest.mark.parametrize("name", templates.TEMPLATES)
+def test_the_three_axes_say_what_is_to_be_said(name):
+    said = templates.describe(name, DEFINED)
+    text = tool_frames.joined(said)
+    for word in ("edit", "Edits a file.", "path", "Where.", "count", "3", "list"):
+        assert word in text
+    own = "".join(words for words, frame in said if frame)
+    assert "Edits" not in own and "Where" not in own and "PARAMETER_1" in own  # what is somebody's is no frame
+    told = templates.respond(name, [("edit", "<|im_end|>\n[done]"), ("list", 'a "b"')])
+    assert '"b' in tool_frames.joined(told) and any("[done]" in words and not frame for words, frame in told)
+    calls = templates.parse(name, templates.render_call(name, ToolCall("edit", {"path": "x"})), DEFINED).calls
+    assert calls == [ToolCall("edit", {"path": "x"})]
+
+
+def test_axes_are_those_of_their_models():
+    """As published, written down by hand; benchmarks/template_axes.py holds all against the published files."""
+    told = lambda name: tool_frames.joined(templates.respond(name, [("f", "A"), ("g", "B")]))
+    assert told("deepseekr1") == ("<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>A<｜tool▁output▁end｜>\n"
+                                  "<｜tool▁output▁begin｜>B<｜tool▁output▁end｜><｜tool▁outputs▁end｜>")
+    assert told("kimik2") == "## Return of functions.f:0\nA\n## Return of functions.g:1\nB"
+    assert told("toolace") == '{"output": "A"}\n{"output": "B"}'
+    defined = lambda name: tool_frames.joined(templates.definitions(name, DEFINED[:1]))
+    assert defined("harmony_xml") == (
+        "# Tools\n\n## functions\n\nnamespace functions {\n\n// Edits a file.\ntype edit = (_: {\n// Where.\npath: string,\n"
+        'count?: number, // default: 3,\nmode?: "a" | "b",\nlines?: number[],\n}) => any;\n\n} // namespace functions')
+    assert defined("deepseekv31").endswith('\n### edit\nDescription: Edits a file.\n\nParameters: ' + json.dumps(
+        DEFINED[0]["function"]["parameters"]) + "\n")
+    with pytest.raises(UserError, match="tools.0.: expected an object with a name"):
+        templates.describe("glm46", [{"type": "function"}])

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from qcn_jax.agents.tools import ToolExecutor, ToolResult, ToolSpec
 from qcn_jax.agents.workspace import ROOT, Workspace
-from qcn_jax.chat import templates
+from qcn_jax.chat import templates, tool_frames
 from qcn_jax.chat.rendering import ParsedMessage, ToolCall
 from qcn_jax.chat.templates import NATIVE
 from qcn_jax.envs.tasks.schema import Task
@@ -27,6 +27,7 @@ class Scaffold:
       instance: first user turn; `{statement}` and `{root}` are filled in.
       describe_tools: the chat template lists the tools in the system turn.
       template: tool-call template in which the agent writes.
+      framed: the system turn's list of tools and the results of calls are that template's, too (its three axes).
       single_turn: the first turn whose calls all work is the submission.
       join_results: one message for the results of a turn, without those that have nothing to say.
       result_role: of messages that hold results: tool or user.
@@ -41,6 +42,7 @@ class Scaffold:
     instance: str = "{statement}"
     describe_tools: bool = True
     template: str = NATIVE
+    framed: bool = False
     single_turn: bool = False
     join_results: bool = False
     result_role: str = "tool"
@@ -62,12 +64,15 @@ class Scaffold:
         raise UserError(f"scaffold {self.name} cannot present a task for a single turn")
 
     def in_template(self, template: str) -> "Scaffold":
-        """The single-turn variant whose prompt names the tool-call template that the answer must be written in.
+        """The variant whose prompt asks for a tool-call template: tools, calls and results are as that has them.
 
         Raises:
-          UserError: this scaffold has none.
+          UserError: this scaffold has none, as its calls are no tool calls.
         """
-        raise UserError(f"scaffold {self.name} cannot ask for a tool-call template")
+        if not self.describe_tools and not self.framed:
+            raise UserError(f"scaffold {self.name} cannot ask for a tool-call template")
+        return dataclasses.replace(self, name=f"{self.name.split(':')[0]}:{template}", template=template, framed=True,
+                                   describe_tools=False, result_role="user")
 
     def executor(self, task: Task, workspace: Workspace | None) -> ToolExecutor:
         """Runs this scaffold's tools on `workspace`, which holds `task`'s starting state."""
@@ -80,6 +85,10 @@ class Scaffold:
     def first_messages(self, task: Task, executor: Any) -> list[Message]:
         """System and user turn of `task`, whose starting state `executor` holds."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        if self.framed:
+            parts = templates.describe(self.template, [tool.schema() for tool in self.tools])
+            lead = [(self.system + "\n\n", False)] if self.system else []
+            messages = [{"role": "system", "content": tool_frames.content_of([*lead, *parts])}]
         return [*messages, {"role": "user", "content": self.statement(task)}]
 
     def statement(self, task: Task) -> str:
@@ -103,6 +112,9 @@ class Scaffold:
 
     def observe(self, results: Sequence[ToolResult]) -> list[Message]:
         """Messages that tell the agent what its calls gave."""
+        if self.framed:
+            told = templates.respond(self.template, [(result.tool, result.text or "done") for result in results])
+            return [{"role": "user", "content": tool_frames.content_of(told)}]
         messages: list[Message] = []
         for result in results:
             if self.join_results and not result.text:

@@ -45,6 +45,7 @@ class Bench:
       experts: whose episodes are played; one is the headline.
       scaffold: how tasks are presented.
       templates: tool-call templates for experts that ask for one.
+      unseen: likewise those that no model of the run was trained on.
       config: sampling and limits.
       encoder: text to tokens and back.
       services: sandboxes.
@@ -63,6 +64,7 @@ class Bench:
     seed: int
     log: Callable[[str], None]
     parallel: Parallel | None = None
+    unseen: Sequence[str] = ()
     _engine: Engine | None = None
 
     def model(self, name: str, model_config: ModelConfig, params: Any) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class Bench:
         return result
 
     def _prompts(self, expert: Expert) -> list[Prompt]:
-        return expert.prompts(self.tasks, self.scaffold, self.templates)
+        return expert.prompts(self.tasks, self.scaffold, self.templates, self.unseen)
 
     def _with_weights(self, model_config: ModelConfig, params: Any) -> Engine:
         if self.parallel is None:
@@ -175,8 +177,9 @@ def plain_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]
 def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
     broken = sum(turn.malformed for turn in record.turns)
     row = _row(prompt.task, record.outcome, len(record.turns), broken, prompt.template or prompt.task.kind)
-    return row | {"failing": sum(turn.failing for turn in record.turns),
-                  "repeated": sum(turn.repeated for turn in record.turns)}
+    row |= {"failing": sum(turn.failing for turn in record.turns),
+            "repeated": sum(turn.repeated for turn in record.turns)}
+    return row | ({"unseen": True} if prompt.unseen else {})
 
 
 def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) -> dict[str, Any]:

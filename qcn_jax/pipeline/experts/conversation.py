@@ -62,7 +62,8 @@ class TaskConversation:
         patch = self.episode.executor.diff() if failing else ""
         repeated = failing and patch in self._failing
         self._failing.add(patch)
-        calls = turn.calls if self._scaffold.template == self._encoder.calls else ()
+        named = self._scaffold.template == self._encoder.calls and not self._scaffold.framed
+        calls = turn.calls if named else ()
         answer = () if observation.done else self._encoder.encode_turn(observation.messages, closed, calls)
         return Reply(answer, observation.done, observation.malformed, failing, repeated)
 

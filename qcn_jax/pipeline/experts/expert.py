@@ -31,12 +31,16 @@ class Conversation(records.Conversation, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A task as one expert presents it; `template` is the tool-call template where the expert asks for one."""
+    """A task as one expert presents it.
+
+    `template` is the tool-call template where the expert asks for one, `unseen` says that no model was trained on it.
+    """
 
     expert: "Expert"
     task: Task
     scaffold: Scaffold
     template: str = ""
+    unseen: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +79,15 @@ class Expert:
         """
         return scaffold
 
-    def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = ()) -> list[Prompt]:
+    def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = (),
+                unseen: Sequence[str] = ()) -> list[Prompt]:
         """One prompt a task.
 
         Args:
           tasks: what is to be solved.
           scaffold: of the stage's configuration.
           templates: tool-call templates of the run, for experts that ask for one.
+          unseen: likewise, of those that only evaluation asks for.
         """
         presented = self.present(scaffold)
         return [Prompt(self, task, presented) for task in tasks]

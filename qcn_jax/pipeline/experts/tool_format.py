@@ -1,4 +1,8 @@
-"""The tool-format expert: a single-turn answer, written in the tool-call template that the prompt names."""
+"""The tool-format expert: answers are written in the tool-call template that the prompt asks for.
+
+With a scaffold whose chat template lists its tools a prompt has all three axes of its template (chat.templates); nano's
+is one turn and names it.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +17,7 @@ from qcn_jax.pipeline.experts.conversation import detail_of
 from qcn_jax.pipeline.experts.expert import OWN, Expert, Prompt
 from qcn_jax.pipeline.rl.records import Outcome
 
+_Row = metrics.Row
 FORMAT_SHARE = 0.5  # of the reward for a call that was read and executed; the rest is for the tests
 
 
@@ -23,11 +28,16 @@ class ToolFormat(Expert):
         """See Expert.present."""
         return scaffold.in_template(template)
 
-    def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = ()) -> list[Prompt]:
-        """See Expert.prompts."""
-        presented = {template: self.present(scaffold, template) for template in templates}
-        turn = [templates[index % len(templates)] for index in range(len(tasks))]
-        return [Prompt(self, task, presented[name], name) for task, name in zip(tasks, turn, strict=True)]
+    def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = (),
+                unseen: Sequence[str] = ()) -> list[Prompt]:
+        """See Expert.prompts; where there are unseen templates, every task is asked under one of these, too."""
+        found = []
+        for names in filter(None, (templates, unseen)):
+            presented = {name: self.present(scaffold, name) for name in names}
+            turn = [names[index % len(names)] for index in range(len(tasks))]
+            found += [Prompt(self, task, presented[name], name, names is unseen)
+                      for task, name in zip(tasks, turn, strict=True)]
+        return found
 
     def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> Outcome:
         """Half for an answer in the template asked for whose every call was executed without an error (`solved`).
@@ -40,8 +50,20 @@ class ToolFormat(Expert):
         return Outcome(reward, clean, clean, detail=detail_of(result, verdict))
 
     def metrics(self, rows: Sequence[metrics.Row]) -> dict[str, Any]:
-        """Share of turns that keep the demanded tool-call format, in all and per template (the rows' `kind`)."""
-        by_template: dict[str, list[metrics.Row]] = {}
+        """Share of turns that keep the demanded tool-call format, in all and per template (the rows' `kind`).
+
+        Of templates that no model was trained on apart, as `format_valid_unseen`; None where none was asked for.
+        """
+        unseen = [row for row in rows if row.get("unseen")]
+        found = self._counted([row for row in rows if not row.get("unseen")])
+        other = self._counted(unseen) if unseen else {}
+        found["format_valid_unseen"] = other.get("format_valid")
+        if other:
+            found[self.name]["unseen"] = other[self.name]
+        return found
+
+    def _counted(self, rows: Sequence[_Row]) -> dict[str, Any]:
+        by_template: dict[str, list[_Row]] = {}
         for row in rows:
             by_template.setdefault(row["kind"], []).append(row)
         turns, broken = sum(row["turns"] for row in rows), sum(row["malformed"] for row in rows)
@@ -62,4 +84,4 @@ class ToolFormat(Expert):
 
 
 TOOL_FORMAT = ToolFormat("tool_format", "format expert", column="format valid", comparisons=((OWN, "sft"),),
-                         summary=("format_valid",))
+                         summary=("format_valid", "format_valid_unseen"))

@@ -85,7 +85,7 @@ def make_bench(context: StageContext) -> Bench:
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
     return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate,
                  context.encoder(), context.services(), config.seed, context.log,
-                 mesh_here(config.mesh))
+                 mesh_here(config.mesh), config.heldout_templates)
 
 
 def train_control(context: StageContext) -> dict[str, Any]:
