@@ -1,4 +1,4 @@
-r"""The three families of tool-call syntax that `templates` is made of: JSON arguments, tagged parameters, Python calls.
+r"""Families of tool-call syntax that `templates` is made of: JSON arguments, tagged parameters; and see `python_calls`.
 
 Each form writes canonical text and reads it back exactly; where a piece of free text (the assistant's words, a raw
 parameter value) holds the very marker that a reader looks for, a backslash is written after the marker's first
@@ -16,13 +16,11 @@ from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall
 from qcn_jax.chat.values import (
     STRICT,
     Expected,
-    NotJson,
     Schemas,
     check_depth,
     coerce,
     format_value,
     read_json,
-    read_literal,
 )
 from qcn_jax.errors import UserError
 
@@ -90,13 +88,14 @@ def _loose(literal: str) -> str:
     return r"\s*".join(re.escape(part) for part in literal.split("\n"))
 
 
-def _skip(pattern: str, text: str, position: int) -> int | None:
+def skip(pattern: str, text: str, position: int) -> int | None:
     """Position behind `pattern` (leading blanks allowed) at `position`, or None."""
     match = re.compile(r"\s*" + pattern).match(text, position)
     return match.end() if match else None
 
 
-def _dumps(value: Any, call: ToolCall) -> str:
+def dumps(value: Any, call: ToolCall) -> str:
+    """A call's value as JSON; raises UserError where it is none."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -139,14 +138,14 @@ class JsonForm:
 
     def _call(self, call: ToolCall, number: int) -> str:
         if self.separator is None:
-            body = _dumps({"name": call.name, "arguments": dict(call.arguments)}, call)
+            body = dumps({"name": call.name, "arguments": dict(call.arguments)}, call)
         else:
-            body = call.name + self.separator.replace("{i}", str(number)) + _dumps(dict(call.arguments), call)
+            body = call.name + self.separator.replace("{i}", str(number)) + dumps(dict(call.arguments), call)
         return self.prefix + body + self.suffix
 
     def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
         """See `Form`."""
-        after = _skip(_loose(self.begin), text, position)
+        after = skip(_loose(self.begin), text, position)
         if after is None:
             message.problems.append(f"missing {self.begin.strip()}")
         position = position if after is None else after
@@ -170,7 +169,7 @@ class JsonForm:
             message.calls.append(call)
             position, missing = self._behind(text, end)
             message.problems += [f"missing {missing}"] if missing else []
-            behind = _skip(_loose(self.between), text, position)
+            behind = skip(_loose(self.between), text, position)
             if not self.between.strip():
                 behind = position
             if behind is None:
@@ -179,13 +178,13 @@ class JsonForm:
         if not message.calls:
             message.problems.append("a call that cannot be read")
             return len(text)
-        after = _skip(_loose(self.end), text, position)
+        after = skip(_loose(self.end), text, position)
         if after is None:
             message.problems.append(f"missing {self.end.strip()}")
         return position if after is None else after
 
     def _behind(self, text: str, end: int) -> tuple[int, str]:
-        after = _skip(_loose(self.suffix), text, end)
+        after = skip(_loose(self.suffix), text, end)
         return (end, self.suffix.strip()) if after is None else (after, "")
 
     def _to_call(self, match: re.Match[str], value: Any) -> ToolCall | None:
@@ -240,24 +239,21 @@ class TaggedForm:
         for key, value in call.arguments.items():
             opening, text = self.parameter, format_value(value)
             if (self.json_parameter or self.json_values) and not isinstance(value, str):
-                opening, text = self.json_parameter or opening, _dumps(value, call)
-            text = _value_escape(self._value_end(key)).mark(text)
+                opening, text = self.json_parameter or opening, dumps(value, call)
+            text = _value_escape(_value_end(self.parameter_end, key)).mark(text)
             parts.append(opening.replace("{key}", key) + text + self.parameter_end.replace("{key}", key))
         return "".join([*parts, self.call_end.replace("{name}", call.name)])
 
-    def _value_end(self, key: str) -> str:
-        return self.parameter_end.replace("{key}", key).strip()
-
     def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
         """See `Form`."""
-        after = _skip(_loose(self.begin), text, position)
+        after = skip(_loose(self.begin), text, position)
         position = position if after is None else after
         while match := self._opening.match(text, position):
             position = self._read_call(text, match, schemas.get(match["name"]) or {}, message)
         if not message.calls:
             message.problems.append("a call that cannot be read")
             return len(text)
-        after = _skip(_loose(self.end), text, position)
+        after = skip(_loose(self.end), text, position)
         if after is None:
             message.problems.append(f"missing {self.end.strip()}")
         return position if after is None else after
@@ -270,19 +266,21 @@ class TaggedForm:
         position, call_end = start.end(), _loose(self.call_end.replace("{name}", start["name"]))
         while match := self._next_parameter(text, position, call_end, message):
             key = match["key"] or match["json_key"]
-            stop = self._value_end(key)
+            stop = _value_end(self.parameter_end, key)
             end = text.find(stop, match.end())
             position = end + len(stop)
             if end < 0:
                 message.problems.append(f"missing {stop}")
                 closing = re.compile(call_end).search(text, match.end())
                 end = position = closing.start() if closing else len(text)
+            if _open_tag(stop).search(text, match.end(), end):
+                message.problems.append(f"{stop[:-1]} without {stop[-1]}")
             value = _value_escape(stop).unmark(text[match.end():end])
             if match["json_key"]:
                 arguments[key] = self._json(value, message)
             else:
                 arguments[key] = coerce(value, schema.get(key))
-        after = _skip(call_end, text, position)
+        after = skip(call_end, text, position)
         if after is None:
             message.problems.append(f"missing {self.call_end.replace('{name}', start['name']).strip()}")
             # What stands before the call's end, if no other call does, is no value: it is dropped.
@@ -293,7 +291,7 @@ class TaggedForm:
     def _next_parameter(self, text: str, position: int, call_end: str, message: ParsedMessage) -> re.Match[str] | None:
         """What opens the call's next value: at `position`, or behind text that can be no part of a call."""
         match = self._parameter.match(text, position)
-        if match or _skip(call_end, text, position) is not None:
+        if match or skip(call_end, text, position) is not None:
             return match
         later = self._parameter.search(text, position)
         ends = (re.compile(call_end).search(text, position), self._opening.search(text, position))
@@ -323,96 +321,16 @@ class TaggedForm:
             return value
 
 
+def _value_end(tag: str, key: str) -> str:
+    return tag.replace("{key}", key).strip()
+
+
 @functools.cache
 def _value_escape(end: str) -> Escape:
-    return Escape(end[0], re.escape(end[1:]))
+    return Escape(end[0], re.escape(end[1:-1]) + r"(?![\w\-])")
 
 
-@dataclasses.dataclass(frozen=True)
-class PythonForm:
-    """A list of Python calls with literal keyword arguments: `[f(a='x', b=1), g()]`."""
-
-    begin: str = ""
-    end: str = ""
-
-    @functools.cached_property
-    def start(self) -> re.Pattern[str]:
-        """What begins the list."""
-        return re.compile(re.escape(self.begin) if self.begin else rf"\[{IDENTIFIER}\(")
-
-    @property
-    def head(self) -> str:
-        """See `Form`."""
-        return self.begin or "["
-
-    def render(self, calls: Sequence[ToolCall]) -> str:
-        """See `Form`."""
-        return self.begin + "[" + ", ".join(map(self._call, calls)) + "]" + self.end
-
-    @staticmethod
-    def _call(call: ToolCall) -> str:
-        return f"{call.name}({', '.join(f'{key}={_literal(value, call)}' for key, value in call.arguments.items())})"
-
-    def read(self, text: str, position: int, schemas: Schemas, message: ParsedMessage) -> int:
-        """See `Form`."""
-        position = _skip(re.escape(self.begin) + r"\s*\[", text, position)
-        while position is not None and (match := _PYTHON_CALL.match(text, position)):
-            position = _read_arguments(text, match, message)
-            if position is None or (comma := _skip(",", text, position)) is None:
-                break
-            position = comma
-        if position is None or not message.calls:
-            message.problems.append("a call that cannot be read")
-            return len(text)
-        for closing in ("]", self.end):
-            after = _skip(re.escape(closing), text, position)
-            if after is None:
-                message.problems.append(f"missing {closing}")
-            position = position if after is None else after
-        return position
-
-
-_PYTHON_CALL = re.compile(rf"\s*(?P<name>{IDENTIFIER})\(")
-_PYTHON_KEY = re.compile(rf"\s*(?P<key>{IDENTIFIER})\s*=\s*")
-_PYTHON_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
-
-
-def _literal(value: Any, call: ToolCall) -> str:
-    _dumps(value, call)  # the same values as the other forms: those of JSON
-    return repr(value)
-
-
-def _read_arguments(text: str, start: re.Match[str], message: ParsedMessage) -> int | None:
-    """Reads `key=literal, ...)`; None (and no call) where that cannot be done."""
-    arguments, position = {}, start.end()
-    while match := _PYTHON_KEY.match(text, position):
-        end = _literal_end(text, match.end())
-        written = text[match.end():end].strip()
-        try:
-            arguments[match["key"]] = read_literal(written)
-        except NotJson:
-            message.problems.append("a value is no JSON")
-            arguments[match["key"]] = written
-        except ValueError:
-            return None
-        position = _skip(",", text, end) or end
-    closed = _skip(r"\)", text, position)
-    if closed is None:
-        return None
-    message.calls.append(ToolCall(start["name"], arguments))
-    return closed
-
-
-def _literal_end(text: str, position: int) -> int:
-    """Where a Python literal ends: at a comma or closing bracket outside its own brackets and strings."""
-    depth = 0
-    while position < len(text):
-        if string := _PYTHON_STRING.match(text, position):
-            position = string.end()
-            continue
-        char = text[position]
-        if depth == 0 and char in ",)]}":
-            break
-        depth += (char in "([{") - (char in ")]}")
-        position += 1
-    return position
+@functools.cache
+def _open_tag(end: str) -> re.Pattern[str]:
+    """A tag that was to end a value and lacks its last character; in values it is written escaped."""
+    return re.compile(re.escape(end[:-1]) + rf"(?![\w\-]|{re.escape(end[-1])})")

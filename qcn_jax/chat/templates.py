@@ -14,7 +14,8 @@ from typing import Any
 
 from qcn_jax.chat import call_syntax, form_reader
 from qcn_jax.chat.call_reader import CallReader, parse_tool_calls
-from qcn_jax.chat.call_syntax import Form, JsonForm, PythonForm, TaggedForm
+from qcn_jax.chat.call_syntax import Form, JsonForm, TaggedForm
+from qcn_jax.chat.python_calls import PythonForm
 from qcn_jax.chat.rendering import render_assistant
 from qcn_jax.chat.tool_calls import ParsedMessage, ToolCall
 from qcn_jax.chat.tool_frames import (
@@ -49,7 +50,7 @@ _DEEPSEEK_OUTPUTS = Responses("<｜tool▁output▁begin｜>{text}<｜tool▁out
 _HARMONY = Responses("<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>{text}<|end|>",
                      between="", as_json="text")
 _TOOLS = JsonDefinitions("# Tools\n\n<tools>\n", "{tool}", "\n", "\n</tools>")
-_INDENTED = JsonDefinitions("# Functions\n\n", "{tool}", "\n\n", "", indent=4)
+_INDENTED = JsonDefinitions("", "{tool}", "\n\n", "", indent=4)
 _TOOL_RESPONSE = Responses("<tool_response>\n{text}\n</tool_response>")
 
 _TEMPLATES: dict[str, Template] = {
@@ -77,7 +78,8 @@ _TEMPLATES: dict[str, Template] = {
                    json_values=True),
         _TOOL_RESPONSE),
     "minimax_m1": Template(
-        _TOOLS, JsonForm(begin="<tool_calls>\n", end="\n</tool_calls>"), Responses("tool result: {text}")),
+        JsonDefinitions("<tools>\n", "{tool}", "\n", "\n</tools>"),
+        JsonForm(begin="<tool_calls>\n", end="\n</tool_calls>"), Responses("tool result: {text}")),
     "minimax_m2": Template(
         JsonDefinitions("# Tools\n\n<tools>\n", "<tool>{tool}</tool>", "\n", "\n</tools>", whole=False),
         TaggedForm('<invoke name="{name}">\n', "</invoke>", '<parameter name="{key}">', "</parameter>\n",

@@ -1,6 +1,8 @@
 """Every tool-call template: what is written reads back, whatever the strings hold; no text breaks a reader."""
 
 import json
+import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -263,3 +265,28 @@ def test_axes_are_those_of_their_models():
         DEFINED[0]["function"]["parameters"]) + "\n")
     with pytest.raises(UserError, match="tools.0.: expected an object with a name"):
         templates.describe("glm46", [{"type": "function"}])
+
+
+@pytest.mark.parametrize("name", ["deepseekv32", "glm46", "minimax_m2", "harmony_xml", "xml_cline", "xml_aone"])
+def test_a_value_whose_end_tag_is_broken_is_no_clean_call(name):
+    """Without the last character of its tag a value would run on to the next one's end, and pass for what was meant."""
+    written = templates.render_call(name, ToolCall("edit", {"path": "zq", "mode": "a"}))
+    end = re.search(r"zq(</[^>]*)>", written)
+    assert templates.parse(name, written[:end.end() - 1] + written[end.end():]).malformed
+    held = ToolCall("edit", {"path": f"x{end[1]} y", "mode": end[1]})
+    message = templates.parse(name, templates.render_call(name, held))
+    assert message.calls == [held] and not message.malformed
+
+
+@pytest.mark.parametrize("name", templates.REPORT)
+def test_seeded_calls_read_back_in_every_cut(name):
+    """A few of what benchmarks/template_axes.py does with 500 calls of each."""
+    rng = random.Random(f"25 {name}")
+    for _ in range(3):
+        calls = [ToolCall("edit", {"path": "".join(rng.choices("ab<>/\n'\"{}", k=8)), "count": rng.randrange(99),
+                                   "lines": [rng.randrange(9)]}) for _ in range(2)]
+        written = templates.render(name, "I look.", calls)
+        for at in range(0, len(written) + 1):
+            reader = templates.reader(name, DEFINED)
+            said = reader.push(written[:at]) + reader.push(written[at:]) + reader.finish()
+            assert (said.strip(), reader.message.calls, reader.message.problems) == ("I look.", calls, [])
