@@ -144,6 +144,7 @@ FIELDS = [
     ("experts__ratio_cap", 0.0, "above 0"),
     ("evaluate__baseline", "best", "heuristic, package.module:OBJECT"),
     ("experts__names", ("swe", "web9"), "swe, single_turn, tool_format"),
+    ("heldout_templates", ("hermes", "kimi"), "qwen3_coder, qwen3_xml_mixed, deepseekr1"),
     ("experts__updates", 0, "at least 1"),
     ("experts__prompts", 0, "at least 1"),
     ("experts__group_size", 1, "at least 2"),

@@ -9,7 +9,7 @@ from qcn_jax.agents.scaffolds.mini_swe_agent import MINI_SWE_AGENT
 from qcn_jax.agents.scaffolds.qwen_code import QWEN_CODE
 from qcn_jax.agents.scaffolds.swe_agent import SWE_AGENT
 from qcn_jax.agents.services import Services, check_shell, pool_services, provider_services
-from qcn_jax.chat import templates
+from qcn_jax.chat import templates, tool_frames
 from qcn_jax.chat.encoder import ChatEncoder
 from qcn_jax.chat.folder_template import FolderTemplate
 from qcn_jax.chat.rendering import ToolCall
@@ -148,6 +148,25 @@ def test_format_asks_for_its_template_and_still_for_the_tests(encoder, services)
     assert nowhere.reward == 0.0  # readable, but it could not be executed
 
 
+@pytest.mark.parametrize("template", ["deepseekv31", "harmony_xml", "qwen3_xml_mixed"])
+def test_a_scaffold_in_a_template_has_all_of_its_axes(encoder, live, template) -> None:
+    services, _ = live
+    scaffold = QWEN_CODE.in_template(template)
+    conversation = begin(encoder, services, tiny.make_task(), scaffold=scaffold, template=template)
+    opening = encoder.tokenizer.decode(conversation.opening())
+    assert "# qwen3" not in opening and opening.count("<|im_start|>system") == 1 and "FUNCTION_NAME" in opening
+    assert "<function>\n<name>" not in opening  # Qwen3-Coder's own definitions are not there as well
+    say = lambda *calls: conversation.reply(
+        [*encoder.tokenizer.encode(templates.render(template, "", calls)), encoder.end], True)
+    repair = ToolCall("edit", {"file_path": "/testbed/calc/core.py", "old_string": "value > low", "new_string": "value < low"})
+    reply = say(repair)
+    told = encoder.tokenizer.decode(list(reply.tokens))
+    begun = tool_frames.joined(templates.respond(template, [("edit", "")]))[:8]
+    assert not reply.malformed and told.startswith("\n<|im_start|>user\n" + begun)
+    assert say(ToolCall("edit", {"file_path": "/testbed/calc/core.py"})).malformed  # violates its schema
+    assert say(SUBMIT).done and conversation.outcome(False).solved
+
+
 def test_a_sandbox_that_fails_is_nobodys_fault(encoder, services) -> None:
     def fails(*_):
         raise SandboxError("gone")
@@ -277,6 +296,8 @@ def test_prompts_and_splits() -> None:
     assert split_tasks(tasks, 0) == (imitation, reward) != split_tasks(tasks, 1)
     prompts = TOOL_FORMAT.prompts(tasks, NANO, ["hermes", "toolace", "react"])
     assert [prompt.template for prompt in prompts[:4]] == ["hermes", "toolace", "react", "hermes"]
+    both = TOOL_FORMAT.prompts(tasks[:2], NANO, ["hermes"], ["glm46"])
+    assert [(prompt.template, prompt.unseen) for prompt in both] == [("hermes", False)] * 2 + [("glm46", True)] * 2
     assert prompts[0].scaffold.template == "hermes" and SWE.prompts(tasks, NANO)[0].scaffold is NANO
     assert SINGLE_TURN.prompts(tasks, NANO)[0].scaffold == NANO.single()
     with pytest.raises(UserError, match="swe_agent cannot"):

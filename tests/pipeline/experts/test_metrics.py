@@ -64,3 +64,13 @@ def test_format_validity_is_per_turn_and_per_template():
 def test_an_experts_metrics_stand_under_its_name():
     found = SWE.metrics(ROWS)
     assert found["swe"]["rate"] == 0.75 and set(found["swe"]) == {"resolved", "attempted", "rate", "ci95", "solved"}
+
+
+def test_templates_that_nobody_was_trained_on_are_reported_apart():
+    rows = [_row("a", True, "hermes", turns=1), _row("b", False, "react", turns=1, malformed=1),
+            _row("a", True, "glm46", turns=2) | {"unseen": True}, _row("b", False, "glm46", turns=2, malformed=1) | {"unseen": True}]
+    found = TOOL_FORMAT.metrics(rows)
+    assert (found["format_valid"], found["format_valid_unseen"]) == (0.5, 0.75)
+    assert list(found["tool_format"]["by_template"]) == ["hermes", "react"] and found["tool_format"]["attempted"] == 2
+    assert found["tool_format"]["unseen"]["by_template"]["glm46"]["rate"] == 0.75
+    assert TOOL_FORMAT.metrics(rows[:2])["format_valid_unseen"] is None
