@@ -11,26 +11,26 @@ thousand tokens of one domain should not be spread evenly over experts.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qcn_jax import files
 from qcn_jax.config import ExpertsConfig, ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next, head_kernel
-from qcn_jax.pipeline.rl import episodes, objectives
-from qcn_jax.pipeline.rl.advantages import informative_groups, staleness, summarize, token_advantages
+from qcn_jax.pipeline.rl import episodes, lessons, objectives
+from qcn_jax.pipeline.rl.advantages import informative_groups, staleness, summarize
 from qcn_jax.pipeline.rl.events import Events
 from qcn_jax.pipeline.rl.groups import Group
 from qcn_jax.pipeline.rl.orchestrator import Orchestrator
 from qcn_jax.pipeline.rl.plan import Plan
 from qcn_jax.pipeline.rl.records import Conversation, RolloutRecord, Stop, Stopped, never, sequence_seed
 from qcn_jax.pipeline.rl.rollout import Threads, rollout, sampled
+from qcn_jax.pipeline.train.fingerprint import fingerprint
 from qcn_jax.pipeline.train.head import over_vocabulary, project
 from qcn_jax.pipeline.train.loop import Work
 from qcn_jax.pipeline.train.losses import next_tokens
@@ -127,6 +127,21 @@ def make_trainer(model: ModelConfig, config: ExpertsConfig, parallel: Parallel |
                          frozen=int(config.kl_coef > 0))
 
 
+def lesson(records: Sequence[RolloutRecord], step: int, config: ExpertsConfig, trainer: Trainer,
+           metrics: Mapping[str, float]) -> Work:
+    """What the update behind `step` others learns from `records`, with `metrics` among its own.
+
+    Without an informative group it has no rows.
+    """
+    records = lessons.learnable(records, step, config)
+    parts = lessons.parts(records, config)
+    rows = [lessons.rows(part, config) for part in parts]
+    groups = sum(map(len, parts))
+    return Work([trainer.place(arrays) for arrays in rows], sum(arrays["tokens"].size for arrays in rows),
+                summarize(records) | staleness(records, step)
+                | {"groups": groups, "informative": groups / config.prompts} | dict(metrics))
+
+
 @dataclasses.dataclass
 class Learner:
     """The feed of one expert's updates; see train.loop.
@@ -169,27 +184,24 @@ class Learner:
                        progress=progress, stop=stop)
 
     def next(self, step: int, state: TrainState, stop: Stop = never) -> Work | None:
-        """Collects episodes and their rewards; see train.loop.Feed. Without an informative group it has no rows."""
+        """Collects episodes and their rewards; see train.loop.Feed and `lesson`."""
         began = time.perf_counter()
         self.engine.params = state.params
         acting = self._acting_at(step)
-        acting.begin(step)
+        acting.begin(step, weights := fingerprint(state.params))
         counts = acting.counts.copy()
         try:
             own = acting.collect(stop)
         except Stopped:
             return None
         seconds = {"seconds_rollout": time.perf_counter() - began, "seconds_waited": acting.seconds_waited}
+        if acting.weights not in ("", weights):
+            self.log(f"update {step + 1}: the weights are not those that the journal tells of")
         lost = {name: acting.counts[name] - counts[name] for name in LOST}
         everywhere = distributed.exchanged("episodes", (own, lost))
-        records = [self._learnable(record, step) for own, _ in everywhere for record in own]
-        groups = list(informative_groups(sorted(records, key=lambda record: (record.prompt, record.sample))).values())
-        parts = [groups[i :: self.config.minibatches] for i in range(self.config.minibatches)]
-        rows = [self.rows(part) for part in parts if part]
-        metrics = {"groups": len(groups), "informative": len(groups) / self.config.prompts} | seconds
-        metrics |= {name: float(sum(lost[name] for _, lost in everywhere)) for name in LOST}
-        return Work([self.trainer.place(arrays) for arrays in rows], sum(arrays["tokens"].size for arrays in rows),
-                    summarize(records) | staleness(records, step) | metrics)
+        records = [record for own, _ in everywhere for record in own]
+        seconds |= {name: float(sum(lost[name] for _, lost in everywhere)) for name in LOST}
+        return lesson(records, step, self.config, self.trainer, seconds)
 
     def _acting_at(self, step: int) -> Orchestrator:
         """The orchestrator, behind `step` updates."""
@@ -204,7 +216,8 @@ class Learner:
             self.acting = Orchestrator(
                 self.engine, self.threads, self._group, plan, log=self.log,
                 events=None if self.journal is None else Events(self.journal),
-                exchange=lambda value: distributed.exchanged("groups", value))  # fmt: skip
+                exchange=lambda value: distributed.exchanged("groups", value),
+                head={"greedy_turns": list(config.greedy_turns)})  # fmt: skip
             self.acting.resume(step)
         return self.acting
 
@@ -217,36 +230,12 @@ class Learner:
             lambda sample: sequence_seed(self.seed, *place, sample),
             **sampled(episodes.sampling_of(self.config.rollout), self.config.greedy_turns))  # fmt: skip
 
-    def _learnable(self, record: RolloutRecord, version: int) -> RolloutRecord:
-        """An episode without the tokens that are too old for the update behind `version` others."""
-        if self.config.stale != "cut" or record.versions is None:
-            return record
-        return dataclasses.replace(
-            record, sampled=record.sampled & (record.versions >= version - self.config.max_staleness))
-
     def close(self) -> None:
         """Gives up the episodes that are open."""
         if self.acting is not None and self.threads is not None:
             self.acting.close()
             self.threads.close()
             self.acting = self.threads = None
-
-    def rows(self, groups: Sequence[Sequence[RolloutRecord]]) -> dict[str, np.ndarray]:
-        """Packed rows of the episodes of some groups, with weights, advantages, old log-probabilities, and routes."""
-        documents = []
-        lengths = [[int(record.sampled.sum()) for record in group] for group in groups]
-        for group, weights in zip(groups, objectives.token_weights(lengths, self.config.average), strict=True):
-            rewards = [record.outcome.reward for record in group]
-            advantages = objectives.group_advantages(
-                rewards, [0] * len(group), [True] * len(group), self.config.advantage_baseline,
-                self.config.advantage_scale)
-            advantages *= np.where(advantages < 0, self.config.negative_weight, 1.0)
-            for record, advantage, weight in zip(group, advantages, weights, strict=True):
-                documents.append(episodes.document(
-                    record, weight, advantages=token_advantages(record, float(advantage), self.config),
-                    old_logprobs=record.logprobs,
-                ) | ({"routes": record.routes} if self.config.routing == "replay" else {}))  # fmt: skip
-        return episodes.pack_rows(documents, self.config.sequence_length, self.config.rows)
 
     def useful(self, params: Any, samples: int, progress: Callable[[int, int], None] | None = None) -> list[int]:
         """Indices of the prompts on which the given policy earns more and less in `samples` tries."""

@@ -29,13 +29,21 @@ TICK, UPDATE, BACK, HEAD = "tick", "update", "back", "head"
 
 
 class Orchestrator(Ticks):
-    """See the module's text, and Ticks for attributes."""
+    """See the module's text, and Ticks for attributes.
+
+    Attributes:
+      recorded: updates of which the journal tells and that were not asked for yet.
+      weights: which ones acted before the last update, as far as that is known.
+    """
+
+    recorded = 0
+    weights = ""
 
     def __init__(
         self, engine: Actor, workers: Workers, group_of: Callable[[int], Group], plan: Plan, *,
         events: Events | None = None, total: int | None = None,
         exchange: Callable[[Any], list[Any]] = lambda value: [value], clock: Callable[[], float] = time.monotonic,
-        log: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None, head: Mapping[str, Any] = {},
     ) -> None:  # fmt: skip
         """Reads the journal, if there is one; all hosts do so together.
 
@@ -49,12 +57,13 @@ class Orchestrator(Ticks):
           exchange: what a host knows -> what all hosts know, in their order.
           clock: seconds.
           log: takes a line.
+          head: what else the journal is to say at its beginning, for whoever reads it without an engine.
         """
         super().__init__(engine, workers, plan, clock, log)
         self._group_of, self._events, self._total, self._exchange = group_of, events, total, exchange
         self._used = self._next = self._ticks = 0
         self._script: deque[dict[str, Any]] = deque()  # what the journal tells, and is still to be read again
-        self._recorded = 0  # updates in it
+        self._head = {"first": 0, "max_length": engine.max_length, "with_routes": engine.with_routes, **head}
         self._behind = events is not None  # it may tell of ticks behind the last update
         if events is not None:
             self._read(events)
@@ -68,9 +77,18 @@ class Orchestrator(Ticks):
         (last,) = self._engine.most(-(rows[-1]["t"] if rows else -1))  # another host may know less
         events.keep(lambda row: row["t"] <= -last)
         self._script = deque(row for row in rows if row["t"] <= -last)
-        self._recorded = sum(row["kind"] == UPDATE for row in self._script)
-        if not self._script:
-            self._write(HEAD, {"fit": self._plan.fit, **self._geometry})
+        self.recorded = sum(row["kind"] == UPDATE for row in self._script)
+        if self._script:
+            self._stand(self._script[0].get("first", 0))
+        else:
+            self._begin_journal()
+
+    def _stand(self, version: int) -> None:
+        """Nothing is open, behind `version` updates."""
+        self.version, self._used, self._next = version, version * self._plan.groups, version * self._plan.groups
+
+    def _begin_journal(self) -> None:
+        self._write(HEAD, {"fit": self._plan.fit, **self._geometry, **self._head, "first": self.version})
 
     def _write(self, kind: str, row: Mapping[str, Any], durable: bool = False) -> None:
         if self._events is not None:
@@ -78,13 +96,17 @@ class Orchestrator(Ticks):
 
     def resume(self, version: int) -> None:
         """Goes on behind `version` updates, with what the journal tells of them."""
-        while self.version < version and self._recorded:
+        while self.version < version and self.recorded:
             self.begin(self.version)
             self._replay()
             self.version += 1
         if self.version < version:
             self._script.clear()
-            self.version, self._used, self._next = version, version * self._plan.groups, version * self._plan.groups
+            self._stand(version)
+            if self._events is not None and version:
+                self._log(f"the journal of episodes ends before update {version}, and is begun anew there")
+                self._events.keep(lambda row: False)
+                self._begin_journal()
 
     def _replay(self) -> list[RolloutRecord]:
         """The records of the next update, of which the journal tells."""
@@ -92,7 +114,8 @@ class Orchestrator(Ticks):
             row = self._script.popleft()
             self._ticks = row["t"]
             if row["kind"] == UPDATE:
-                self._recorded -= 1
+                self.recorded -= 1
+                self.weights = row.get("weights", "")
                 return self._use(self._events.load(row))
             self._again(row, acting=False)
 
@@ -161,16 +184,21 @@ class Orchestrator(Ticks):
         if note and keys:
             self._write(BACK, {"keys": [list(key) for key in keys]})
 
-    def begin(self, version: int) -> None:
-        """The weights are from now on those of `version`; groups are begun, and caches made anew where they must be."""
-        self.version, self.seconds_waited = version, 0.0
+    def begin(self, version: int, weights: str = "") -> None:
+        """The weights are from now on those of `version`; groups are begun, and caches made anew where they must be.
+
+        Args:
+          version: updates behind them.
+          weights: which they are, for the journal (train.fingerprint).
+        """
+        self.version, self.seconds_waited, self.weights = version, 0.0, weights
         limit = self._used + (1 + self._plan.max_staleness) * self._plan.groups
         limit = limit if self._total is None else min(limit, self._total)
         while self._next < limit:
             if host_of(self._next, self._plan.hosts) == self._plan.host:
                 self._start(self._next)
             self._next += 1
-        if not self._recorded and not self._behind:
+        if not self.recorded and not self._behind:
             self._renew()
 
     def _renew(self) -> None:
@@ -196,7 +224,7 @@ class Orchestrator(Ticks):
         Raises:
           Stopped: `stop` said so, here or on another host.
         """
-        if self._recorded:
+        if self.recorded:
             return self._replay()
         if self._behind:
             self._behind = False
@@ -228,7 +256,8 @@ class Orchestrator(Ticks):
         lost += [number for opened, number in order[self._plan.groups :] if opened < oldest]
         held = self._active | self._asked if self._engine.with_routes else {}
         routes = [[slot, np.asarray(self._engine.routes(slot), np.int16)] for slot in sorted(held)]
-        row = {"version": self.version, "chosen": sorted(chosen), "lost": sorted(lost), "routes": routes}
+        row = {"version": self.version, "weights": self.weights, "chosen": sorted(chosen), "lost": sorted(lost),
+               "routes": routes}
         self._ticks += 1
         self._write(UPDATE, row, durable=True)
         return self._use(row)

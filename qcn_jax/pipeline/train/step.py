@@ -109,9 +109,28 @@ def make_step(
       loss's own, `loss`, `grad_norm` and `finite`; those of sections are means over their own weight. When the loss or
       a gradient is not finite, params and optimizer state stay as they were.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = make_gradient(loss, shape, shardings, whole)
 
     def step(state: TrainState, batch: Batch, frozen: tuple[Params, ...] = ()):
+        grads, metrics = gradient(state.params, batch, frozen)
+        norm = global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        state = updated(state, grads, finite, optimizer, shardings)
+        return state, metrics | {"grad_norm": norm, "finite": finite}
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step),
+                   in_shardings=(shardings, dict(batch_shardings), (shardings.params,) * frozen))
+
+
+def make_gradient(loss: LossFn, shape: BatchShape, shardings: TrainState | None = None, whole: WholeFn | None = None
+                  ) -> Callable[[Params, Batch, tuple[Params, ...]], tuple[Params, dict[str, jax.Array]]]:
+    """Returns (params, batch, frozen) -> (gradient of a batch's loss, its metrics); for the arguments see `make_step`."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def batch_gradient(params: Params, batch: Batch, frozen: tuple[Params, ...]
+                       ) -> tuple[Params, dict[str, jax.Array]]:
         weights = batch["weights"].sum((1, 2))
         total = jnp.maximum(weights.sum(), 1e-6)
         live = _live(weights) if shape.padded else shape.slices
@@ -120,13 +139,13 @@ def make_step(
         cut = lambda index: {name: array[index] for name, array in batch.items()}
         if whole is not None and shape.slices > 1:
             with jax.named_scope("whole"):
-                scalars["whole"] = _summed(lambda index: whole(state.params, cut(index)), live)
+                scalars["whole"] = _summed(lambda index: whole(params, cut(index)), live)
 
         def one(index: int | jax.Array) -> tuple[Params, dict[str, jax.Array]]:
             """Gradient and metrics of one slice."""
             arrays = cut(index)
             section = arrays.pop(SECTION, None)
-            (value, metrics), grads = gradient(state.params, arrays | scalars, *_chosen(frozen, section))
+            (value, metrics), grads = gradient(params, arrays | scalars, *_chosen(frozen, section))
             metrics = metrics | {"loss": value}
             return grads, metrics if section is None else _placed(metrics, section, len(shape.sections))
 
@@ -140,15 +159,9 @@ def make_step(
             metrics = _by_section(metrics, shape.sections, weights, batch[SECTION])
         if shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        norm = global_norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        state = updated(state, grads, finite, optimizer, shardings)
-        return state, metrics | {"grad_norm": norm, "finite": finite}
+        return grads, metrics
 
-    if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step),
-                   in_shardings=(shardings, dict(batch_shardings), (shardings.params,) * frozen))
+    return batch_gradient
 
 
 def _live(weights: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from qcn_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.train import diagnosis, layout, loop, optimizer
 from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
-from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_step
+from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_gradient, make_step
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.mesh import make_parallel
 from qcn_jax.sharding.parallel import Parallel
@@ -86,6 +86,11 @@ class Trainer:
     def passes(self) -> int:
         """Forward passes' worth of FLOPs per token: 3 with gradient, 1 for frozen parameters that judge."""
         return 3 + min(self.frozen, 1)
+
+    @property
+    def gradient(self) -> Callable[[Any, Batch, tuple[Any, ...]], tuple[Any, dict[str, jax.Array]]]:
+        """(params, batch, frozen) -> (gradient, metrics) of what `step` moves by; not jitted. Without `whole`."""
+        return make_gradient(self.loss, self.shape, self.shardings)
 
     @property
     def param_shardings(self) -> Any:

@@ -14,7 +14,7 @@ from qcn_jax.config import ExpertsConfig, OptimizerConfig, RolloutConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl import episodes
+from qcn_jax.pipeline.rl import episodes, lessons
 from qcn_jax.pipeline.rl.learner import Learner, make_trainer, policy_loss
 from qcn_jax.pipeline.rl.records import Outcome, Reply, RolloutRecord, Turn
 from qcn_jax.pipeline.train.metrics import read_metrics
@@ -100,7 +100,7 @@ def make_record(prompt: int, opening: list[int], tokens: list[int], logprobs, re
     )  # fmt: skip
 
 
-def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, trainer) -> None:
+def test_loss_of_packed_rows_is_the_formula_token_by_token(params) -> None:
     """The jitted loss against a loop over episodes, each passed through the model on its own, in float64."""
     rng = np.random.default_rng(0)
     specs = [(0, [2, 8], [4, 5, 1], 1.0, False), (0, [2, 8], [9, 31], 0.0, True), (1, [2, 9, 3], [7], 1.0, False),
@@ -109,8 +109,7 @@ def test_loss_of_packed_rows_is_the_formula_token_by_token(params, engine, train
         make_record(g, opening, tokens, -rng.random(len(tokens)) * 4 - 1, reward, malformed)
         for g, opening, tokens, reward, malformed in specs
     ]
-    learner = make_learner(engine, trainer)
-    rows = learner.rows([records[:2], records[2:]])
+    rows = lessons.rows([records[:2], records[2:]], CONFIG)
     assert rows["tokens"].shape == (4, 64) and rows["weights"].sum() == 10
     batch = {name: jnp.asarray(array) for name, array in rows.items()}
     value, sums = jax.jit(policy_loss(MODEL, CONFIG))(params, batch | {"weight_sum": 1.0})
@@ -174,7 +173,7 @@ def _log_softmax(logits):
 
 
 @pytest.mark.parametrize("average,temperature,negative", [("episode", 1.0, 1.0), ("episode", 0.6, 0.2), ("token", 1.5, 1.0)])
-def test_gradient_is_that_of_the_published_formulas(params, engine, trainer, average, temperature, negative) -> None:
+def test_gradient_is_that_of_the_published_formulas(params, average, temperature, negative) -> None:
     """Shao et al. 2024, eq. 3 (episode) and Yu et al. 2025, eq. 8 (token), on episodes of very unequal length."""
     rollouts = dataclasses.replace(CONFIG.rollout, temperature=temperature)
     config = dataclasses.replace(CONFIG, average=average, negative_weight=negative, kl_coef=0.1, rollout=rollouts)
@@ -191,7 +190,7 @@ def test_gradient_is_that_of_the_published_formulas(params, engine, trainer, ave
             group.append(record)
         groups.append(group)
     reference = jax.tree.map(lambda x: x * 0.9, params)
-    rows = make_learner(engine, trainer, config).rows(groups)
+    rows = lessons.rows(groups, config)
     assert rows["weights"].sum() == pytest.approx(68, rel=1e-6)  # a token weighs 1 on average
     batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": rows["weights"].sum()}
     (value, _), slope = jax.jit(jax.value_and_grad(policy_loss(MODEL, config), has_aux=True))(params, batch, reference)
@@ -233,11 +232,11 @@ def test_routes_are_replayed(params, engine) -> None:
         make_trainer(dataclasses.replace(MODEL, num_experts=0, intermediate_size=8), config, None)
 
 
-def test_kl_term_holds_the_policy_to_its_reference(params, engine, trainer) -> None:
+def test_kl_term_holds_the_policy_to_its_reference(params) -> None:
     config = dataclasses.replace(CONFIG, kl_coef=0.5)
-    rows = make_learner(engine, trainer).rows([[
+    rows = lessons.rows([[
         make_record(0, [2, 8], [4, 5, 1], [-3.0] * 3, 1.0), make_record(0, [2, 8], [9, 3], [-3.0] * 2, 0.0),
-    ]])  # fmt: skip
+    ]], config)  # fmt: skip
     batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": 1.0}
     loss = jax.jit(policy_loss(MODEL, config))
     same, sums = loss(params, batch, params)
