@@ -21,35 +21,40 @@ _AT, _DTYPE, _SHAPE = "at", "dtype", "shape"
 class Events:
     """An open journal."""
 
-    def __init__(self, folder: files.Path) -> None:
-        """Opens the journal in `folder`, made where it is missing.
+    def __init__(self, folder: files.Path, writable: bool = True) -> None:
+        """Opens the journal in `folder`, made where it is missing unless it is only to be read.
 
         Raises:
-          UserError: a file cannot be written.
+          UserError: a file cannot be written, or read.
         """
         self.folder = pathlib.Path(folder)
         path = self.folder / "arrays.bin"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._arrays = open(path, "a+b")
+            if writable:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._arrays = open(path, "a+b" if writable else "rb")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-        held = self._arrays.seek(0, os.SEEK_END)
-        self._lines = journal.Lines(self.folder / "events.jsonl")
-        self.keep(lambda row: _end(row) <= held)
+            what = "written" if writable else "read"
+            raise UserError(f"{path}: cannot be {what}: {error.strerror or error}") from error
+        self._path = self.folder / "events.jsonl"
+        self._lines = journal.Lines(self._path) if writable else None
+        self.keep(lambda row: True)
 
     def read(self) -> list[dict[str, Any]]:
         """All rows in order, their arrays named; see `load`."""
-        return [row for _, row in journal.read(self._lines.path)]
+        held = self._arrays.seek(0, os.SEEK_END)
+        rows = (row for _, row in journal.read(self._path))
+        return list(itertools.takewhile(lambda row: _end(row) <= held, rows))
 
     def keep(self, fine: Callable[[dict[str, Any]], bool]) -> None:
-        """Keeps the rows before the first that is not `fine`, and their arrays."""
-        rows = self.read()
-        kept = list(itertools.takewhile(fine, rows))
-        if len(kept) < len(rows):
+        """Keeps the rows before the first that is not `fine`, and their arrays; not where it is only read."""
+        if self._lines is None:
+            return
+        kept = list(itertools.takewhile(fine, self.read()))
+        if len(kept) < sum(1 for _ in journal.read(self._path)):
             self._lines.close()
-            files.write_jsonl(self._lines.path, kept)
-            self._lines = journal.Lines(self._lines.path)
+            files.write_jsonl(self._path, kept)
+            self._lines = journal.Lines(self._path)
         self._arrays.truncate(max(map(_end, kept), default=0))
 
     def load(self, row: Any) -> Any:
@@ -98,7 +103,8 @@ class Events:
 
     def close(self) -> None:
         """Closes both files."""
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
         self._arrays.close()
 
 
