@@ -23,6 +23,7 @@ VERBS = {
     "collect": ("qcn_jax.cli.collect", "let an agent act on tasks and keep what execution verifies, to learn from"),
     "evaluate": ("qcn_jax.cli.evaluate", "resolved rate of a model or of predictions, with 95 % interval"),
     "compare": ("qcn_jax.cli.compare", "evaluations paired: won, lost, exact p, intervals"),
+    "replay": ("qcn_jax.cli.replay", "derive a run's RL again from its journals; other settings on the same episodes"),
     "fix": ("qcn_jax.cli.fix", "let an agent mend a failing test of a repository; prints the graded diff"),
     "convert": ("qcn_jax.cli.convert", "Hugging Face checkpoint in and out"),
     "preview-data": ("qcn_jax.cli.preview_data", "rows as a stage trains on them: tokens, segments, loss"),
@@ -33,7 +34,7 @@ VERBS = {
     "doctor": ("qcn_jax.cli.doctor", "what this machine has: devices, Docker, registry, disk"),
 }
 # Verbs that step a model over and over.
-_COMPUTING = ("run", "collect", "evaluate", "fix", "generate", "serve", "check-engine")
+_COMPUTING = ("run", "replay", "collect", "evaluate", "fix", "generate", "serve", "check-engine")
 _FINALIZERS = ("__del__", "_xla_gc_callback")
 _AGAIN_SECONDS = 0.02  # until a signal that came during a finalizer is tried again
 TERMINATED = 128 + signal.SIGTERM  # the exit status a shell reports for a process that SIGTERM ended

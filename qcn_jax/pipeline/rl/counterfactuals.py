@@ -15,7 +15,6 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.rl import episodes, learner, lessons
 from qcn_jax.pipeline.rl.records import RolloutRecord
 from qcn_jax.pipeline.train.step import Params
-from qcn_jax.pipeline.train.trainer import Trainer
 from qcn_jax.sharding.parallel import Parallel
 
 # Settings of config.experts that an update reads when its episodes are there already.

@@ -3,8 +3,8 @@
 A logistic regression tells from an episode's course (did its last turn end in failing tests, did it break the format,
 did the samples beside it succeed, what did episodes of the same last turn earn, ...) whether it was solved. It is
 fitted on other groups than those that it judges (cross-fitting, as in Northcutt et al. 2021, confident learning); the
-surprise of an episode is the probability that the fit gives to the verdict that it did not get. A false verdict, a flaky
-test and a lucky policy all surprise.
+surprise of an episode is the probability that the fit gives to the verdict that it did not get. A false verdict, a
+flaky test and a lucky policy all surprise.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ def features(records: Sequence[RolloutRecord]) -> np.ndarray:
         found.append([
             last("failing"), last("malformed"), last("stopped"), last("repeated"), float(record.outcome.finished),
             share("failing"), share("malformed"), share("repeated"), np.log1p(len(turns)),
-            np.log1p(record.sampled.sum()), float(record.logprobs[record.sampled].mean()) if record.sampled.any() else 0.0,
+            np.log1p(record.sampled.sum()),
+            float(record.logprobs[record.sampled].mean()) if record.sampled.any() else 0.0,
             _solved(beside), float(bool(twins)), _solved(twins)])
     return np.asarray(found, np.float64).reshape(len(records), 14)
 

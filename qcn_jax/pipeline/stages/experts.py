@@ -22,6 +22,7 @@ from qcn_jax.pipeline.rl import episodes, learner
 from qcn_jax.pipeline.rl.learner import Learner
 from qcn_jax.pipeline.rl.records import sequence_seed
 from qcn_jax.pipeline.train import layout
+from qcn_jax.pipeline.train.fingerprint import fingerprint
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.trainer import Trainer, mesh_here
 from qcn_jax.sharding import distributed
@@ -92,6 +93,7 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
     return {
         "seconds": round(sum(max(row["seconds_per_step"], row["seconds_rollout"]) for row in rows), 2),
         "prompts": len(feed.prompts), "first": rows[0], "last": rows[-1], "mesh": layout.mesh_of(result.state),
+        "weights": fingerprint(result.state.params),
     }  # fmt: skip
 
 

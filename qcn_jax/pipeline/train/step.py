@@ -126,7 +126,7 @@ def make_step(
 
 def make_gradient(loss: LossFn, shape: BatchShape, shardings: TrainState | None = None, whole: WholeFn | None = None
                   ) -> Callable[[Params, Batch, tuple[Params, ...]], tuple[Params, dict[str, jax.Array]]]:
-    """Returns (params, batch, frozen) -> (gradient of a batch's loss, its metrics); for the arguments see `make_step`."""
+    """Returns (params, batch, frozen) -> (gradient of a batch's loss, its metrics); see `make_step`."""
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def batch_gradient(params: Params, batch: Batch, frozen: tuple[Params, ...]

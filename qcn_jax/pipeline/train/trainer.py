@@ -17,8 +17,9 @@ import optax
 from qcn_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.train import diagnosis, layout, loop, optimizer
+from qcn_jax.pipeline.train import step as steps_of
 from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
-from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_gradient, make_step
+from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_step
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.mesh import make_parallel
 from qcn_jax.sharding.parallel import Parallel
@@ -90,7 +91,7 @@ class Trainer:
     @property
     def gradient(self) -> Callable[[Any, Batch, tuple[Any, ...]], tuple[Any, dict[str, jax.Array]]]:
         """(params, batch, frozen) -> (gradient, metrics) of what `step` moves by; not jitted. Without `whole`."""
-        return make_gradient(self.loss, self.shape, self.shardings)
+        return steps_of.make_gradient(self.loss, self.shape, self.shardings)
 
     @property
     def param_shardings(self) -> Any:
