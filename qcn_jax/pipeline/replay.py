@@ -171,9 +171,9 @@ class _Expert:
         metrics: dict[str, float] = dict(same)
         if self._variants:
             own = self._variants[""]
-            whole, _ = own.of(state.params, records, step)
+            whole, weight = own.of(state.params, records, step)
             for name, gradients in self._variants.items():
-                if name:
+                if name and weight:
                     found = compared(whole, gradients.of(state.params, records, step)[0])
                     metrics |= {f"instead/{name}/{what}": value for what, value in found.items()}
             if self._request.groups:
@@ -207,13 +207,14 @@ class _Expert:
             found["distance"] = self._distance(state.params)
         rows = [row for _, row in journal.read(self._folder / "episodes.jsonl")]
         for words in self._request.instead:
-            found.setdefault("instead", {})[words] = {
-                what: round(statistics.fmean(row[f"instead/{words}/{what}"] for row in curve), 6)
-                for what in ("cosine", "norm")}
+            known = [row for row in curve if f"instead/{words}/cosine" in row]
+            found.setdefault("compared", {})[words] = {"updates": len(known)} | ({
+                what: round(statistics.fmean(row[f"instead/{words}/{what}"] for row in known), 6)
+                for what in ("cosine", "norm")} if known else {})
         groups = [row for row in rows if row["kind"] == "group"]
         if groups:
             strong = sorted(groups, key=lambda row: -abs(row["norm"]))[:SHOWN]
-            found["groups"] = [{name: row[name] for name in ("update", "group", "reward", "share", "norm")}
+            found["moved"] = [{name: row[name] for name in ("update", "group", "reward", "share", "norm")}
                                for row in strong]
         return found | {"surprising": surprising([row for row in rows if row["kind"] == "episode"])[:SHOWN]}
 
@@ -256,9 +257,11 @@ def table(results: dict[str, Any]) -> str:
                      f"{found['equal_weights']} of {found['noted_weights']} {last[found['last_equal']]}".rstrip())
         if "distance" in found:
             lines.append(f"  distance from the run's last weights: {found['distance']:.2e} of the way that it went")
-        for words, values in found.get("instead", {}).items():
-            lines.append(f"  instead {words}: cosine {values['cosine']:.3f}, length {values['norm']:.3f} of the run's")
-        for row in found.get("groups", ()):
+        for words, values in found.get("compared", {}).items():
+            what = f"cosine {values['cosine']:.3f}, length {values['norm']:.3f} of the run's" if values["updates"] else \
+                "no update of the run had a gradient"
+            lines.append(f"  instead {words}: {what}")
+        for row in found.get("moved", ()):
             lines.append(f"  group {row['group']} in update {row['update']}: {row['share']:.1%} of the step, length "
                          f"{row['norm']:.2f}, mean reward {row['reward']:.2f}")
         for row in found["surprising"]:

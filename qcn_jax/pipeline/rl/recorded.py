@@ -48,6 +48,7 @@ class Journals:
 
     Attributes:
       updates: that all hosts tell of.
+      config: the stage's configuration.
       version: updates read so far.
       with_routes: whether they hold the experts that tokens went to.
     """
@@ -59,7 +60,7 @@ class Journals:
           UserError: there is none, one is missing, damaged or of an earlier version, or tells of no whole update from
             the first on.
         """
-        self._folder, self._config, self.version = folder, config, 0
+        self._folder, self.config, self.version = folder, config, 0
         if not files.is_dir(folder) or not (folder / "0").is_dir():
             raise UserError(f"{folder}: holds no journal of episodes; a run keeps one in RUN/experts/NAME/journal")
         first = self._open(0)
@@ -85,7 +86,7 @@ class Journals:
     def _host(self, head: dict[str, Any], events: Events) -> Orchestrator:
         plan = Plan(max_new_tokens=head["max_length"], caches="recompute", host=int(events.folder.name), **head["fit"])
         draws = sampled(Sampling(), head.get("greedy_turns", ()))
-        group = Group(self._config.group_size, _nobody, lambda sample: 0, **draws)
+        group = Group(self.config.group_size, _nobody, lambda sample: 0, **draws)
         return Orchestrator(Recorded(head), _Idle(), lambda number: group, plan, events=events)
 
     def next(self) -> tuple[list[RolloutRecord], str]:

@@ -15,8 +15,11 @@ from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rl import episodes, lessons
-from qcn_jax.pipeline.rl.learner import Learner, make_trainer, policy_loss
+from qcn_jax.pipeline.rl.counterfactuals import Gradients, Variant, compared
+from qcn_jax.pipeline.rl.learner import Learner, lesson, make_trainer, policy_loss
+from qcn_jax.pipeline.rl.recorded import Journals
 from qcn_jax.pipeline.rl.records import Outcome, Reply, RolloutRecord, Turn
+from qcn_jax.pipeline.train.fingerprint import fingerprint
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.signals import Interrupted
 from qcn_jax.pipeline.train.step import TrainState
@@ -389,7 +392,7 @@ def test_a_journal_goes_on_in_the_middle_of_an_update(tmp_path, params, engine, 
 def test_asynchronous_updates_learn_say_how_stale_they_were_and_are_learned_again_from_the_journal(
         tmp_path, params, engine, trainer) -> None:
     config = dataclasses.replace(CONFIG, max_staleness=2, burst=2, checkpoint_every=10)
-    make = lambda: dataclasses.replace(make_learner(engine, trainer, config), journal=tmp_path / "journal")
+    make = lambda: dataclasses.replace(make_learner(engine, trainer, config), journal=tmp_path / "journal" / "0")
     learner = make()
     whole = run(tmp_path / "run", params, learner, 30, config)
     learner.close()
@@ -408,3 +411,56 @@ def test_asynchronous_updates_learn_say_how_stale_they_were_and_are_learned_agai
     learner.close()
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert read(tmp_path / "again") == curve
+    _replayed(Journals(tmp_path / "journal", config), params, trainer, whole)
+
+
+def _replayed(journals, params, trainer, whole) -> None:
+    """Without an engine: each update's episodes are those that it learned from, and so are all weights on the way."""
+    state = fresh(params, trainer)
+    for step in range(journals.updates):
+        records, weights = journals.next()
+        assert weights == fingerprint(state.params) and records
+        for batch in lesson(records, step, journals.config, trainer, {}).batches:
+            state, _ = trainer.step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, whole, state.params)
+    journals.close()
+
+
+def test_other_settings_on_the_same_episodes_give_the_gradient_of_the_formulas(tmp_path, params, engine, trainer):
+    config = dataclasses.replace(CONFIG, malformed_penalty=0.0, prompts=2)
+    learner = dataclasses.replace(make_learner(engine, trainer, config), journal=tmp_path / "0")
+    learner.next(0, fresh(params, trainer))
+    learner.close()
+    journals = Journals(tmp_path, config)
+    records, _ = journals.next()
+    assert (journals.updates, len(records), journals.with_routes) == (1, 16, True)
+    own = Gradients(MODEL, config, None, params)
+    whole, weight = own.of(params, records, 0)
+    assert weight == sum(int(record.sampled.sum()) for record in records)
+    _, metrics = trainer.step(fresh(params, trainer), lesson(records, 0, config, trainer, {}).batches[0])
+    norm = lambda tree: np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(tree)))
+    assert norm(whole) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+
+    variant = Variant.parse("average=episode,negative_weight=0.2,kl_coef=0.1", config, journals.with_routes)
+    reference = jax.tree.map(lambda x: x * 0.9, params)
+    other, _ = Gradients(MODEL, variant.config, None, reference).of(params, records, 0)
+    groups = lessons.parts(records, config)[0]
+    _, slope = _published(params, reference, groups, variant.config)
+    error = np.linalg.norm(np.asarray(other["lm_head"]["kernel"], np.float64) - slope)
+    assert error < 1e-4 * np.linalg.norm(slope)
+    flat = [np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
+            for tree in (whole, other)]
+    found = compared(whole, other)
+    lengths = [np.linalg.norm(values) for values in flat]
+    assert found["cosine"] == pytest.approx(flat[0] @ flat[1] / np.prod(lengths), abs=1e-4)
+    assert found["norm"] == pytest.approx(lengths[1] / lengths[0], rel=1e-4) and compared(whole, whole)["norm"] == 1.0
+
+    shares = own.shares(params, records, 0, whole)
+    assert [row["group"] for row in shares] == [0, 1] and sum(row["share"] for row in shares) == pytest.approx(1, abs=1e-4)
+    for words, problem in [("updates=3", "is not NAME=VALUE of objective"), ("objective=best", "objective"),
+                           ("clip_low=2", "clip_low"), ("gspo", "is not NAME=VALUE")]:
+        with pytest.raises(UserError, match=problem):
+            Variant.parse(words, config, True)
+    with pytest.raises(UserError, match="holds no routes"):
+        Variant.parse("routing=replay", config, False)
+    assert Variant.parse("ratio_bounds=(0.5, 2),objective=gspo", config, True).config.ratio_bounds == (0.5, 2)
