@@ -258,8 +258,9 @@ def table(results: dict[str, Any]) -> str:
         if "distance" in found:
             lines.append(f"  distance from the run's last weights: {found['distance']:.2e} of the way that it went")
         for words, values in found.get("compared", {}).items():
-            what = f"cosine {values['cosine']:.3f}, length {values['norm']:.3f} of the run's" if values["updates"] else \
-                "no update of the run had a gradient"
+            what = "no update of the run had a gradient"
+            if values["updates"]:
+                what = f"cosine {values['cosine']:.3f}, length {values['norm']:.3f} of the run's"
             lines.append(f"  instead {words}: {what}")
         for row in found.get("moved", ()):
             lines.append(f"  group {row['group']} in update {row['update']}: {row['share']:.1%} of the step, length "

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from qcn_jax.pipeline.train.metrics import read_metrics
 from tests.pipeline import chain
 
 pytestmark = pytest.mark.slow
@@ -182,6 +184,29 @@ def test_curves_have_each_step_once_in_spite_of_the_kills(finished):
         assert rows == sorted(set(rows)) and rows
         if steps is not None:
             assert rows[-1] == steps
+
+
+def test_updates_are_derived_again_without_environments(finished, tmp_path):
+    """The run was killed among them; nothing of its tasks and sandboxes is there."""
+    _, workdir, _ = finished
+    run, out = tmp_path / "run", tmp_path / "out"
+    for name in ("sft", "experts", "midtrain"):
+        shutil.copytree(workdir / name, run / name, ignore=shutil.ignore_patterns("checkpoints"))
+    replay = lambda *more: subprocess.run(
+        [sys.executable, "-m", "qcn_jax", "replay", run, f"--out={out}", *more], capture_output=True, text=True,
+        check=False, env={**_environment(), "PATH": "/nowhere", "JAX_COMPILATION_CACHE_DIR": str(workdir / "xla_cache")})
+    done = replay("--experts=swe,tool_format")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "swe: 2 updates derived again; weights equal before 2 of 2 the last equal those of the run" in done.stdout
+    for name in ("swe", "tool_format"):
+        found = json.loads((out / name / "summary.json").read_text())
+        assert found["last_equal"] is True and found["equal_weights"] == found["updates"] == 2
+        losses = lambda folder: [row.get("loss") for row in read_metrics(folder / name / "metrics.jsonl")]
+        assert losses(out) == losses(workdir / "experts")
+    for flags, problem in [(["--experts=web2"], "--experts: 'web2' is none of the run's"), (["--groups"], "other questions"),
+                           (["--instead=objective=best"], "--instead.objective")]:
+        wrong = replay(*flags)
+        assert wrong.returncode == 2 and problem in wrong.stderr and "Traceback" not in wrong.stderr, wrong.stderr
 
 
 def test_no_half_written_file_is_left(finished):

@@ -411,7 +411,7 @@ def test_asynchronous_updates_learn_say_how_stale_they_were_and_are_learned_agai
     learner.close()
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert read(tmp_path / "again") == curve
-    _replayed(Journals(tmp_path / "journal", config), params, trainer, whole)
+    _replayed(Journals(tmp_path / "journal", config), params, trainer, whole.params)
 
 
 def _replayed(journals, params, trainer, whole) -> None:
