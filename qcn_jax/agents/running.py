@@ -68,8 +68,7 @@ class Folder:
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        remember(path, settings, f"--out={path}")
-        self._rows, self._lock = Rows(path / "episodes.jsonl", durable=True), threading.Lock()
+        self._rows, self._lock = remember(path, "episodes.jsonl", settings, f"--out={path}"), threading.Lock()
 
     def records(self) -> dict[str, Record]:
         """What is known, by key."""
@@ -93,20 +92,27 @@ class Folder:
         self._rows.close()
 
 
-def remember(path: pathlib.Path, settings: Mapping[str, Any], given: str) -> None:
-    """Makes a folder whose contents depend on `settings`, JSON-ready values by the flag that gives them.
+def remember(path: pathlib.Path, name: str, settings: Mapping[str, Any], given: str) -> Rows:
+    """Opens a journal in a folder whose contents depend on `settings`, JSON-ready values by the flag that gives them.
 
     Raises:
-      UserError: it holds what was made with others; the line begins with `given`, the flag that names it.
+      UserError: it holds rows that were made with others, or cannot be written; the line begins with `given`, the flag
+        that names the folder.
     """
     known = path / "settings.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{given}: cannot be written: {error.strerror}") from error
     before = files.read_object(known) if known.exists() else settings
-    for name in sorted({*before, *settings}):
-        if before.get(name) != settings.get(name):
-            raise UserError(f"{given}: holds what was made with --{name}={before.get(name)}, and now it is "
-                            f"{settings.get(name)}; name another, or give the same")
-    path.mkdir(parents=True, exist_ok=True)
+    rows = Rows(path / name, durable=True)
+    for flag in sorted({*before, *settings}) if rows.known else ():  # a command that came to nothing may be corrected
+        if before.get(flag) != settings.get(flag):
+            rows.close()
+            raise UserError(f"{given}: holds what was made with --{flag}={before.get(flag)}, and now it is "
+                            f"{settings.get(flag)}; name another, or give the same")
     files.write_json(known, dict(settings))
+    return rows
 
 
 def run(tasks: Sequence[Task], scaffold: Scaffold, services: Services, model: Model | Script, name: str, plan: Plan,

@@ -193,6 +193,8 @@ class Endpoint:
             reason = f"answers {status}: {' '.join(text.split())[:200]}"
             if status in (400, 413, 422) and _TOO_LONG.search(text):
                 raise ContextExceeded(f"--endpoint={self.url}: {reason}")
+            if status in (404, 405):
+                reason += "; the URL ends where /chat/completions begins, e.g. http://localhost:8000/v1"
             if status not in RETRIED:
                 raise EndpointError(f"--endpoint={self.url}: {reason}", status in _NEVER)
             pause = max(pause, _retry_after(reply))

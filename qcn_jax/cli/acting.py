@@ -172,9 +172,15 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
         from qcn_jax.pipeline.evaluate.baseline import BASELINES
 
         rules = BASELINES.resolve(values.baseline, "--baseline")
-        rules.check(scaffold)
+        try:
+            rules.check(scaffold)
+        except UserError as error:
+            raise UserError(f"--scaffold={scaffold.name}: {error}") from error
         return Agent(rules.name, scaffold, plan, settings, rules, values, None)
     if not url:
+        from qcn_jax.pipeline.evaluate.acting import speaking
+
+        speaking(values.checkpoint, scaffold)  # what is wrong there is said before tasks are checked
         return Agent(values.checkpoint, scaffold, plan, settings, None, values, mesh())
     player = endpoint(values, url, model)
     player.check()

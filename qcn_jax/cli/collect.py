@@ -100,15 +100,14 @@ def _written(values: flags.FlagValues, kind: Kind) -> int:
     model = acting.endpoint(values, values.endpoint, values.model, f"{work}/answers")
     settings = {name: values[name].value for name in ("kind", "model", "temperature", "top_p", "top_k", "seed",
                                                       "max_new_tokens")}
-    running.remember(work, settings, f"--out={values.out}")
     model.check()
+    made_before = running.remember(work, f"{kind.name}.jsonl", settings, f"--out={values.out}")
     yields: Counter[str] = Counter()
 
     def kept(bar: Any) -> Iterator[dict[str, Any]]:
         progress = lambda made: bar.update()
-        journal = work / f"{kind.name}.jsonl"
         parallel = values.parallel or 8
-        for _, made in make_all(items, kind, model.ask, journal, parallel, values.seed, progress):
+        for _, made in make_all(items, kind, model.ask, made_before, parallel, values.seed, progress):
             yields.update(made.dropped, kept=len(made.rows))
             yield from made.rows
 

@@ -9,6 +9,7 @@ a difference is a bootstrap's over tasks. Of several pairs p is also given as Ho
 tasks are refused, unless --common asks for the tasks that all have.
 """
 
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -28,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     folders = parsing.parse(values, "compare", __doc__, argv, words="DIR DIR [DIR ...]")
     if len(folders) < 2:
         raise UserError("give two or more folders: qcn compare DIR DIR")
+    places = [pathlib.Path(folder).resolve() for folder in folders]
+    if twice := next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None):
+        raise UserError(f"{twice}: is given twice")
     if values.out:
         files.check_file(values.out, "out")
     found = comparing.compare([comparing.read(folder) for folder in folders], values.common)

@@ -58,11 +58,15 @@ def main(argv: Sequence[str]) -> int:
     acting.define_invalid(values)
     task_repositories.define(values)
     acting.define_place(values)
+    others = set(values)
     mesh = acting.define_agent(values, several=True)
+    of_agents = set(values) - others | {"count", "invalid", "export", "network"}
     parsing.parse(values, "evaluate", __doc__, argv)
     if sum(map(bool, (values.checkpoint, values.predictions, values.endpoint, values.baseline))) != 1:
         raise UserError("give one of --checkpoint=DIR, --endpoint=URL (with --model=NAME), --baseline=NAME and "
                         "--predictions=FILE")
+    if values.predictions:
+        parsing.refuse_given(values, of_agents, "who made --predictions has acted already")
     unknown = [name for name in values.export if name not in exports.FORMATS]
     if unknown:
         raise UserError(f"--export: unknown {unknown[0]!r}; allowed: {', '.join(exports.FORMATS)}")
@@ -72,12 +76,12 @@ def main(argv: Sequence[str]) -> int:
                         "--checkpoint within the folder of a run that has held-out tasks")
     files.check_folder(values.out, "out")
     if values.predictions:
-        print(json.dumps(_graded(values, acting.read_tasks(values.tasks)), indent=1))
-        return 0
-    agents = acting.agents(values, mesh)  # before any work
-    found = _acted(values, own or acting.read_tasks(values.tasks or _made(values)), agents)
+        found, lost = _graded(values, acting.read_tasks(values.tasks))
+    else:
+        agents = acting.agents(values, mesh)  # before any work
+        found, lost = _acted(values, own or acting.read_tasks(values.tasks or _made(values)), agents)
     print(json.dumps(found, indent=1) if isinstance(found, dict) else found)
-    return 0
+    return int(lost)
 
 
 def _made(values: flags.FlagValues) -> str:
@@ -98,22 +102,25 @@ def _made(values: flags.FlagValues) -> str:
     return str(path)
 
 
-def _acted(values: flags.FlagValues, given: acting.TaskSet, agents: Sequence[acting.Agent]) -> dict[str, Any] | str:
+def _acted(values: flags.FlagValues, given: acting.TaskSet, agents: Sequence[acting.Agent]
+           ) -> tuple[dict[str, Any] | str, bool]:
     """Checks the tasks, lets everybody act on them, writes what came of it.
 
     Returns:
-      The summary; or of several, or of tasks that were made for this, a table, whose page stands in the folder.
+      The summary; or of several, or of tasks that were made for this, a table, whose page stands in the folder. And
+      whether there is one of whom no episode counts.
     """
     out = pathlib.Path(values.out)
     paged = len(agents) > 1 or given.tasks and values.tasks == str(out / "tasks.jsonl")
     places = [out / f"{number}_{names.file_stem(agent.name.replace('/', '__'))}" if paged else out
               for number, agent in enumerate(agents, 1)]
     folders = [running.Folder(place, agent.settings) for place, agent in zip(places, agents, strict=True)]
-    given, summaries = given.located(values), {}
+    given, summaries, lost = given.located(values), {}, False
     with open_arena(given.tasks, given.specs, acting.place_of(values), given.instances, agents[0].scaffold) as arena:
         arena = acting.checked(values, arena, out)
         for agent, folder in zip(agents, folders, strict=True):
             found = agent.run(arena, folder)
+            lost |= _all_lost(agent.name, found)
             facts = {"scaffold": agent.scaffold.name, "sandbox": arena.sandbox, "bad_rows": len(given.faults)}
             results = outputs.Results(agent.name, list(arena.tasks), found, agent.plan.attempts, facts)
             summaries[str(folder.path)] = outputs.write(folder.path, results)
@@ -122,7 +129,17 @@ def _acted(values: flags.FlagValues, given: acting.TaskSet, agents: Sequence[act
             folder.close()
     for fault in given.faults:
         print(fault, file=sys.stderr)
-    return _compared(out, places, summaries) if paged else summaries[str(out)]
+    return _compared(out, places, summaries) if paged else summaries[str(out)], lost
+
+
+def _all_lost(name: str, found: Sequence[Record]) -> bool:
+    """Says which episodes do not count, and why; whether none does."""
+    lost = [record for record in found if not record.counts]
+    if lost:
+        reason = " ".join(lost[0].detail.split())[:300]
+        print(f"{name}: {len(lost)} of {len(found)} episodes were lost to the infrastructure and count for nothing; "
+              f"the same command tries them again. {lost[0].key}: {reason}", file=sys.stderr)
+    return bool(lost) and len(lost) == len(found)
 
 
 def _compared(out: pathlib.Path, places: Sequence[pathlib.Path], summaries: dict[str, Any]) -> str:
@@ -135,10 +152,10 @@ def _compared(out: pathlib.Path, places: Sequence[pathlib.Path], summaries: dict
     return f"{comparing.table(found)}\n{out / 'index.html'}"
 
 
-def _graded(values: flags.FlagValues, given: acting.TaskSet) -> dict[str, Any]:
-    """Grades predictions, writes what came of it; returns the summary."""
+def _graded(values: flags.FlagValues, given: acting.TaskSet) -> tuple[dict[str, Any], bool]:
+    """Grades predictions, writes what came of it; returns the summary, and whether no verdict counts."""
     rows = _predictions(values.predictions, given)  # what ends all is named before anything is downloaded
-    given = given.located(values)
+    model, given = rows[0].model, given.located(values)
     rows = [row for row in rows if row.instance_id in given.tasks]
     pairs = [(row.instance_id, row.patch) for row in rows]
     with tqdm.tqdm(total=len(rows), desc="grading", unit="task", file=sys.stderr) as bar:
@@ -154,15 +171,15 @@ def _graded(values: flags.FlagValues, given: acting.TaskSet) -> dict[str, Any]:
     for fault in given.faults:
         print(fault, file=sys.stderr)
     facts = {"sandbox": sandbox, "bad_rows": len(given.faults)}
-    results = outputs.Results(rows[0].model if rows else "none", list(given.tasks), found, 1, facts)
-    return outputs.write(pathlib.Path(values.out), results, predictions=False)
+    results = outputs.Results(model, list(given.tasks), found, 1, facts)
+    return outputs.write(pathlib.Path(values.out), results, predictions=False), _all_lost(model, found)
 
 
 def _predictions(path: str, given: acting.TaskSet) -> list[predictions.Prediction]:
     """The predictions of a file; its faults are added to those of the tasks, or raised where no row is left."""
     found: list[str] = []
     rows = predictions.read_predictions(path, given.tasks, found)
-    if found and not rows:
-        raise UserError(found[0])
+    if not rows:
+        raise UserError(found[0] if found else f"--predictions={path}: holds no prediction")
     given.faults.extend(found)
     return rows

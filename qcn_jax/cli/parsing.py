@@ -9,6 +9,7 @@ A verb's module looks like this:
       parse(values, "verify", __doc__, argv)
 """
 
+import math
 import os
 import pathlib
 import re
@@ -61,8 +62,11 @@ def parse(values: flags.FlagValues, verb: str, explanation: str, argv: Sequence[
         raise UserError(line) from error
     for name, flag in ((name, values[name]) for name in values if "." not in name):
         # Where nothing is the default, an empty value is a shell variable that was not set.
-        if flag.present and flag.default is None and flag.value in ("", []):
+        empty = flag.value in ("", []) or isinstance(flag.value, list) and "" in flag.value
+        if flag.present and flag.default is None and empty:
             raise UserError(f"--{name}: is empty; leave it out or give a value")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):  # which no bound refuses
+            raise UserError(f"--{name}={flag.value}: must be finite")
     if rest and not words:
         raise UserError(f"unexpected argument {rest[0]!r}; every option is a flag, see qcn {verb} --help")
     return rest

@@ -1,6 +1,7 @@
 """Episodes against an endpoint that plays right, wrong, never, slowly or not at all: each is what it was, and is kept."""
 
 import json
+import pathlib
 import threading
 import time
 
@@ -122,6 +123,8 @@ def test_a_run_goes_on_where_it_stopped(arena, served, tmp_path):
     assert numbers["pass_at"]["2"]["rate"] == pytest.approx(1 / 3)
     with pytest.raises(UserError, match="--model=mixed"):
         running.Folder(tmp_path, {"model": "another"})
+    with pytest.raises(UserError, match="^--out=/proc/x: cannot be written"):
+        running.Folder(pathlib.Path("/proc/x"), {})
 
 
 def test_failures_of_the_infrastructure_do_not_count():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from qcn_jax.chat import endpoint
 from qcn_jax.cli import main as cli
 from qcn_jax.config import ChatSource
 from qcn_jax.envs.patches import make_diff
@@ -80,6 +81,7 @@ def test_a_task_without_prediction_is_not_resolved(setting, capsys):
     ([_prediction("count", 3)], ["preds.jsonl:1", "model_patch"]),
     ([_prediction("none", "")], ["preds.jsonl:1", "'none'"]),
     ([_prediction("count", ""), _prediction("short", "", "n")], ["several models"]),
+    ([], ["--predictions=", "preds.jsonl: holds no prediction"]),
 ])
 def test_bad_predictions_are_named(setting, capsys, rows, words):
     _, evaluate, _ = setting
@@ -120,15 +122,40 @@ def test_predictions_come_as_agents_and_swebench_write_them(tmp_path, text, name
     ([], ["--out"]), (["--out=o", "--checkpoint=c"], ["--tasks", "--repo"]), (["--tasks=none.jsonl", "--out=o", "--predictions=p"], ["none.jsonl"]),
     (["--tasks=none.jsonl", "--out=o"], ["--checkpoint", "--predictions", "--endpoint"]),
     (["--tasks=none.jsonl", "--out=o", "--endpoint=http://localhost:1/v1"], ["--model"]),
-    (["--tasks=none.jsonl", "--out=o", "--predictions=p", "--export=x"], ["--export", "junit"]),
+    (["--tasks=none.jsonl", "--out=o", "--baseline=heuristic", "--export=x"], ["--export", "junit"]),
     (["--tasks=none.jsonl", "--out=o", "--endpoint=http://localhost:1/v1", "--model=m"], ["localhost:1", "cannot be reached"]),
     (["--tasks=none.jsonl", "--out=o", "--endpoint=http://localhost:1/v1", "--model=m", "--scaffold=s"], ["--scaffold", "mini_swe_agent"]),
+    (["--out=o", "--endpoint=http://localhost:1/v1", "--model="], ["--model: is empty"]),
+    (["--out=o", "--endpoint=u", "--model=m", "--temperature=nan"], ["--temperature=nan: must be finite"]),
+    (["--out=o", "--endpoint=u", "--model=m", "--max_seconds=inf"], ["--max_seconds=inf: must be finite"]),
+    (["--tasks=t", "--out=o", "--predictions=p", "--attempts=3"], ["--attempts: who made --predictions has acted already; leave it out"]),
+    (["--tasks=t", "--out=o", "--baseline=heuristic", "--scaffold=swe_agent"], ["--scaffold=swe_agent: baseline heuristic"]),
+    (["--tasks=t", "--out=o", "--checkpoint=nowhere"], ["nowhere/config.json"]),
 ])
 def test_bad_flags_are_named(capsys, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["evaluate", *arguments]) == 1
     error = capsys.readouterr().err
     assert all(word in error for word in words) and error.count("\n") == 1, error
+
+
+def test_a_folder_cannot_be_compared_with_itself(capsys, tmp_path):
+    assert cli.main(["compare", str(tmp_path), f"{tmp_path}/."]) == 1
+    assert capsys.readouterr().err == f"qcn compare: {tmp_path}: is given twice\n"
+
+
+def test_a_command_that_came_to_nothing_may_be_corrected_and_one_that_lost_all_says_so(setting, played, monkeypatch):
+    """Every episode fails: no status of success; with another model after nothing was written, no refusal."""
+    (evaluate, _), out = played, setting[2]
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    status, _, errors = evaluate("refused", "--invalid=keep")
+    assert status == 1 and "answers 400" in errors
+    (out / "episodes.jsonl").unlink()
+    status, summary, errors = evaluate("down", "--invalid=keep")
+    assert (status, summary["attempted"], summary["infrastructure"]) == (1, 0, 3)
+    assert "down: 3 of 3 episodes were lost to the infrastructure" in errors and "answers 503" in errors
+    status, _, errors = evaluate("gold", "--invalid=keep")
+    assert status == 1 and "holds what was made with --model=down, and now it is gold" in errors
 
 
 @pytest.mark.slow

@@ -89,15 +89,15 @@ def _wrong(row: Any, kind: Kind) -> str:
     return kind.check(row)
 
 
-def make_all(items: Sequence[Item], kind: Kind, ask: Ask, journal: pathlib.Path, parallel: int, seed: int,
+def make_all(items: Sequence[Item], kind: Kind, ask: Ask, rows: Rows, parallel: int, seed: int,
              progress: Callable[[Made], None]) -> Iterator[tuple[Item, Made]]:
-    """Yields (item, what it gave) in order; what is in the journal is not made again, unless the item has changed.
+    """Yields (item, what it gave) in order; what `rows`, a journal, has of unchanged items is not made again.
 
     Raises:
       UserError: the endpoint cannot be used; what was made before is kept.
     """
     keys = {item.name: f"{item.name} {_digest(item)}" for item in items}
-    with Rows(journal, durable=True) as rows, concurrent.futures.ThreadPoolExecutor(parallel) as threads:
+    with rows, concurrent.futures.ThreadPoolExecutor(parallel) as threads:
         missing = [item for item in items if keys[item.name] not in rows.known]
         futures = {threads.submit(_made, kind, item, ask, seed): item for item in missing}
         try:

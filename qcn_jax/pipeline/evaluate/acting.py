@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from qcn_jax import hub
 from qcn_jax.agents import records, running
 from qcn_jax.agents.episode import EndReason
 from qcn_jax.agents.records import Record
@@ -80,6 +81,17 @@ class Recorded(TaskConversation):
         return Outcome(0.0, record.resolved, result.reason is EndReason.SUBMITTED, not record.counts)
 
 
+def speaking(checkpoint: str | os.PathLike[str], scaffold: Scaffold) -> tuple[Encoder, Scaffold]:
+    """The encoder of a folder, and the scaffold as the folder's template writes it; reads no weights.
+
+    Raises:
+      UserError: the folder holds no checkpoint, or its template cannot play the scaffold.
+    """
+    hub.inspect(checkpoint)
+    encoder = stopping(encoder_of(checkpoint, Tokenizer.from_folder(checkpoint)), checkpoint)
+    return encoder, fitted(scaffold, encoder, "--scaffold")
+
+
 def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequence[Task], scaffold: Scaffold,
         services: Services, plan: running.Plan, drawing: Drawing, folder: running.Folder,
         progress: Callable[[Record], None]) -> list[Record]:
@@ -91,9 +103,7 @@ def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequ
             model = dataclasses.replace(model, dtype=stored.dtype, chunk_size=stored.chunk_size)
         limits = RolloutConfig(max_turns=plan.limits.turns, max_new_tokens=drawing.max_new_tokens,
                                max_length=drawing.max_length, slots=plan.parallel)
-        tokenizer = Tokenizer.from_folder(checkpoint)
-        encoder = stopping(encoder_of(checkpoint, tokenizer), checkpoint)
-        scaffold = fitted(scaffold, encoder, "--scaffold")
+        encoder, scaffold = speaking(checkpoint, scaffold)
         engine = make_engine(model, params, encoder, limits, parallel=parallel)
 
         def write(conversation: Recorded, record: Record) -> None:
