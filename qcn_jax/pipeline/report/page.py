@@ -12,6 +12,7 @@ from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import charts
 from qcn_jax.pipeline.report.conversations import trajectories_section
 from qcn_jax.pipeline.report.style import CSS
+from qcn_jax.pipeline.rl import ledger
 
 _EXPERT_COLOURS = (2, 6, 3, 5)  # of the palette, in turn
 SIGNIFICANT = 0.05
@@ -54,7 +55,7 @@ def render(data: dict[str, Any], experts: Sequence[Expert], baseline: Baseline |
     body = [
         _header(data), _cards(data, cast), _rates(evaluation, cast),
         _pair(_attempts(evaluation, cast), _rewards(data, cast)),
-        _pair(_losses(data), _distillation(data)),
+        _causes(data, cast), _pair(_losses(data), _distillation(data)),
         _tests(evaluation, cast), _kinds(evaluation, cast),
         _pair(_yields(data), _times(data)),
         trajectories_section(data["trajectories"], cast.titles), _footer(data),
@@ -191,6 +192,27 @@ def _rewards(data: dict[str, Any], cast: Cast) -> str:
     return _section("Reward during reinforcement learning", "Mean reward of the episodes sampled in each update, on "
                     "training tasks; it comes from executing tests.",
                     charts.line_chart([s for s in series if s], "update", "reward"))
+
+
+def _causes(data: dict[str, Any], cast: Cast) -> str:
+    """The ledger of rewards: what decided, by expert over all updates, and for the headline's over time."""
+    rows = []
+    head = ["", *(_text(cause.replace("_", " ")) for cause in ledger.CAUSES), "length of episodes without a verdict"]
+    for expert in cast.experts:
+        found = ledger.over_updates(data["curves"].get(f"experts/{expert.name}", []))
+        if found:
+            rows.append([_text(expert.title), *(f"{found[f'cause/{cause}']:.1%}" for cause in ledger.CAUSES),
+                         f"{found['missing_length']:.2f} of the others'"])
+    if not rows:
+        return ""
+    curve = data["curves"].get(f"experts/{cast.headline.name}", [])
+    series = [_series(curve, cause.replace("_", " "), number, (f"cause/{cause}",))
+              for number, cause in enumerate(ledger.CAUSES)]
+    chart = charts.line_chart([s for s in series if s and any(s.y)], "update", "episodes", percent=True, zero=True)
+    return _section("What decided rewards", "Of the episodes sampled for learning. Tests decided on the policy's work, "
+                    "or it ran into a limit, or it seemed to forge; where the verifier or the infrastructure failed "
+                    "nothing is learned, and what is missing should be as long as the rest.",
+                    table(head, rows) + chart)
 
 
 def _losses(data: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The ledger of rewards: why each episode earned what it earned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,3 +36,10 @@ def shares(records: Sequence[RolloutRecord]) -> dict[str, float]:
     known = all(lengths.values()) and sum(lengths[False]) > 0
     ratio = float(np.mean(lengths[True]) / np.mean(lengths[False])) if known else 1.0
     return {f"cause/{name}": causes.count(name) / max(1, len(causes)) for name in CAUSES} | {"missing_length": ratio}
+
+
+def over_updates(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means of `shares` over the rows of a metrics.jsonl that have them; empty where none has."""
+    names = (*(f"cause/{name}" for name in CAUSES), "missing_length")
+    rows = [row for row in curve if all(name in row for name in names)]
+    return {name: round(float(np.mean([row[name] for row in rows])), 6) for name in names} if rows else {}

@@ -12,6 +12,7 @@ from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.evaluate.baseline import baseline_of
 from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import page
+from qcn_jax.pipeline.rl import ledger
 from qcn_jax.pipeline.run import STAGES
 from qcn_jax.pipeline.train.metrics import read_metrics
 
@@ -75,6 +76,8 @@ def summary(data: dict[str, Any], experts: Sequence[Expert]) -> dict[str, Any]:
         "kinds": {name: model["kinds"] for name, model in models.items() if "kinds" in model},
         "attempts": {name: model["attempts"] for name, model in models.items() if "attempts" in model},
         "feedback": {name: model["feedback"] for name, model in models.items() if "feedback" in model},
+        "causes": {name.partition("/")[2]: found for name, rows in data["curves"].items()
+                   if name.startswith("experts/") and (found := ledger.over_updates(rows))},
         "tests": evaluation.get("tests", {}),
         "retention": evaluation.get("retention", {}),
         "control": evaluation.get("control", {}),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qcn_jax.config import RunConfig
 from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.report import charts, conversations
+from qcn_jax.pipeline.rl import ledger
 from qcn_jax.pipeline.stages import report
 
 MODELS = ["base", "midtrain", "sft", "expert_swe", "expert_single_turn", "expert_tool_format", "unified"]
@@ -56,9 +57,11 @@ def _context(tmp_path):
     for stage, results in (("tasks", tasks), ("midtrain", {}), ("sft", {}), ("experts", {}), ("distill", {}),
                            ("evaluate", evaluation)):
         put(f"{stage}/DONE.json", {"seconds": 10.0, "config_hash": "", "results": results})
+    causes = {f"cause/{name}": 0.0 for name in ledger.CAUSES} | {
+        "cause/policy": 0.875, "cause/limit": 0.1, "cause/verifier": 0.025, "missing_length": 1.25}
     put("midtrain/metrics.jsonl", [{"step": step, "ce": 5 / step} for step in range(1, 40)])
     put("sft/metrics.jsonl", [{"step": step, "ce": 1 / step} for step in range(1, 9)])
-    put("experts/swe/metrics.jsonl", [{"step": step, "reward": 0.1 * step} for step in range(6)])
+    put("experts/swe/metrics.jsonl", [{"step": step, "reward": 0.1 * step} | causes for step in range(6)])
     put("distill/metrics.jsonl", [{"step": step, "loss": 0.1, "loss/swe": 0.1, "agreement/swe": 0.9} for step in range(6)])
     put("evaluate/trajectories.jsonl", [
         {"model": "expert_swe", "instance_id": f"toolz{NASTY}", "kind": "delete_not", "resolved": True, "messages": [
@@ -107,6 +110,7 @@ def test_summary_has_exactly_the_fixed_form(context):
     assert summary["models"]["expert_swe"] == {"resolved": 12, "attempted": 40, "rate": 0.3, "ci95": [0.24, 0.44],
                                                "pass_at_8": 0.4, "format_valid": 0.75}
     assert set(summary["baselines"]) == {"sft_control", "heuristic"}
+    assert summary["causes"]["swe"]["cause/policy"] == 0.875 and summary["causes"]["swe"]["missing_length"] == 1.25
     assert summary["tests"]["swe_sft"]["p_value"] == 0.0215 and summary["feedback"]["sft"]["greedy"]["gain"] == 0.123
 
 
@@ -125,7 +129,7 @@ def test_page_shows_the_numbers(context):
     for text in ("12/40", "30.0%", "24.0% – 44.0%", "+20.0 points", "0.0215", "33 further SFT steps", "90/200",
                  "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min",
                  "same first choice", "3 (git_remote 2, package_download 1)",
-                 "41% told, 13% not", "+12.3"):
+                 "41% told, 13% not", "+12.3", "What decided rewards", "87.5%", "2.5%", "1.25 of the others'"):
         assert text in page, text
     assert page.count("<svg") >= 7
     assert "none_tried" not in page
