@@ -106,9 +106,11 @@ def test_summary_has_exactly_the_fixed_form(context):
                                 "repos_heldout": ["schema==0.7.8"]}
     assert list(summary["models"]) == MODELS and list(summary["single_turn"]) == [*MODELS, "sft_control", "heuristic"]
     for model in summary["models"].values():
-        assert list(model) == ["resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid"]
+        assert list(model) == ["resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid",
+                               "format_valid_unseen"]
     assert summary["models"]["expert_swe"] == {"resolved": 12, "attempted": 40, "rate": 0.3, "ci95": [0.24, 0.44],
-                                               "pass_at_8": 0.4, "format_valid": 0.75}
+                                               "pass_at_8": 0.4, "format_valid": 0.75,
+                                               "format_valid_unseen": None}
     assert set(summary["baselines"]) == {"sft_control", "heuristic"}
     assert summary["causes"]["swe"]["cause/policy"] == 0.875 and summary["causes"]["swe"]["missing_length"] == 1.25
     assert summary["tests"]["swe_sft"]["p_value"] == 0.0215 and summary["feedback"]["sft"]["greedy"]["gain"] == 0.123
