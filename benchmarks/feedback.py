@@ -31,6 +31,7 @@ SAMPLES = flags.DEFINE_integer("samples", 8, "Sampled episodes a task.")
 BASELINE = flags.DEFINE_bool("baseline", True, "Also the configuration's baseline.")
 SANDBOX = flags.DEFINE_string("sandbox", "local", "docker or local.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+KEPT = ("resolved", "attempted", "rate", "ci95", "attempts", "mean_turns", "pass_at_1", "pass_at_8", "feedback")
 
 
 def context_of(config: RunConfig, root: pathlib.Path) -> StageContext:
@@ -74,8 +75,7 @@ def main(_: list[str]) -> None:
             print(row(name, results[name]), flush=True)
     finally:
         context.shared.close()
-    for found in results.values():
-        found.pop("messages")
+    results = {name: {key: found[key] for key in KEPT if key in found} for name, found in results.items()}
     print("| model | resolved | by attempts | greedy | sampled | |\n|---|---|---|---|---|---|")
     for name, found in results.items():
         print(row(name, found))
