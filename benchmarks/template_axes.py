@@ -180,12 +180,10 @@ def published(name, place):
                        else "sentences between" if axis == "definitions" and place <= len(rendered)
                        else "a turn for each" if axis == "responses" and all(
                            re.sub(r"\s+", "", one) in squeezed for one in one_by_one) else "differs")
-        found[axis + "_ours"] = wanted
     written = rendered[rendered.find("WORDS") + 5:rendered.find("RESULT 0")] if "WORDS" in rendered else rendered[
         rendered.find("USER") + 4:rendered.find("RESULT 0")]
     read = templates.parse(name, written, TOOLS)
     found["published_turn_is_read"] = read.calls == calls
-    found["published"] = rendered
     return found
 
 
@@ -203,7 +201,7 @@ def main(argv):
             print(name, f"whole {row['whole']}/{row['calls']}, cuts {row['cuts_held']}/{row['cuts']}, variants streamed as "
                   f"whole {row['variants_streamed']}/{row['variants']}, {row['seconds']} s", flush=True)
             for one in against[name]:
-                print("   ", {key: value for key, value in one.items() if key != "published" and not key.endswith("_ours")})
+                print("   ", one)
     if _OUT.value:
         pathlib.Path(_OUT.value).write_text(json.dumps({"seed": _SEED.value, "templates": found}, indent=1, ensure_ascii=False))
     bad = [name for name, row in found.items() if row["failures"] or row["whole"] < row["calls"]
