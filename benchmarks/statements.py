@@ -5,7 +5,8 @@
 Six source distributions from PyPI that no configuration uses. A statement is false where its program, run again, gives
 something else than it says or the same with the fix; unreadable by describe.UNREADABLE. A destructive patch mends the
 defect of a humanize task and lets six other public functions of humanize return None: it must not resolve. Seconds
-are of all runs of candidates' tests. An interrupted call goes on from its journals. With `--docs`, that many tasks of three of the repositories, drawn by a seed, are written into a page between its marks.
+are of all runs of candidates' tests. An interrupted call goes on from its journals. With `--docs`, that many tasks of
+three of the repositories, both drawn by a seed, are written into a page between its marks.
 """
 
 import ast
@@ -28,7 +29,7 @@ from qcn_jax.envs.tasks.schema import write_tasks
 
 REPOS = ("geographiclib==2.1", "itsdangerous==2.2.0", "humanize==4.9.0", "mistletoe==1.6.0", "tenacity==9.2.1",
          "num2words==0.5.14")
-SHOWN = ("humanize==4.9.0", "num2words==0.5.14", "tenacity==9.2.1")
+SHOWN = 3  # repositories on the page
 START, END = "<!-- tasks: begin -->", "<!-- tasks: end -->"
 _REPOS = flags.DEFINE_list("repos", list(REPOS), "Repositories.")
 _OUT = flags.DEFINE_string("out", "bench/statements", "Folder of tasks, journal and summary.")
@@ -36,6 +37,7 @@ _CANDIDATES = flags.DEFINE_integer("candidates", 40, "Executed of each repositor
 _WORKERS = flags.DEFINE_integer("workers", 1, "Candidates side by side.", lower_bound=1)
 _SANDBOX = flags.DEFINE_enum("sandbox", "local", ["auto", "docker", "local"], "Where code runs.")
 _SAMPLE = flags.DEFINE_integer("sample", 25, "Tasks on the page.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draw of the page's repositories and tasks.")
 _DOCS = flags.DEFINE_string("docs", "", "Page that takes the sample.")
 
 
@@ -72,8 +74,9 @@ def destructive(provider, task, count=6):
 
 def page(tasks):
     """The sample as Markdown."""
-    rng = random.Random(0)
-    chosen = [task for task in tasks if task.repo in SHOWN]
+    rng = random.Random(_SEED.value)
+    shown = rng.sample(_REPOS.value, min(SHOWN, len(_REPOS.value)))
+    chosen = [task for task in tasks if task.repo in shown]
     chosen = rng.sample(chosen, min(_SAMPLE.value, len(chosen)))
     lines = [START, ""]
     for number, task in enumerate(sorted(chosen, key=lambda task: (task.repo, task.instance_id)), 1):
