@@ -139,7 +139,10 @@ def issue(facts: Facts, sandbox: Sandbox) -> Description:
                 break
         else:
             run = facts.buggy[number]
-            text = issues.from_message(run["messages"].get(run["test"], ""), limit) if facts.tests_may_tell else ""
+            message = run["messages"].get(run["test"], "") if facts.tests_may_tell else ""
+            text = issues.from_message(message, limit, sandbox.read)
+            if issues.names(text, tests):
+                text = issues.from_message(message, limit)
             if not text or issues.names(text, tests):
                 raise NotTold("unobserved")
             texts.setdefault(text, None)

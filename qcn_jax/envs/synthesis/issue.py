@@ -4,15 +4,18 @@ The program repeats a recorded call with its receiver constructed (inside/reprod
 only what differs there is told, so that every such statement is true, and an agent can reproduce it. No test is named.
 """
 
+import ast
+import contextlib
 import dataclasses
 import importlib.resources
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from qcn_jax.envs import python_source
 from qcn_jax.envs.sandbox.base import Sandbox
-from qcn_jax.envs.synthesis.statement import FULL, Observation, cut
+from qcn_jax.envs.synthesis.statement import FULL, Observation, contrast, cut
 from qcn_jax.envs.testpaths import is_test_path
 
 MOST_CALLS = 24  # that are tried for one task
@@ -20,6 +23,7 @@ MOST_SHOWN = 3  # programs of one issue
 _FORMS = ("`{}`", "\n{}\n", "\nraises {}\n")  # in which a statement gives a value
 _INTERNAL = re.compile(r"AttributeError: 'NoneType'|NameError|UnboundLocalError")  # nobody expects these of right code
 _IMPORTS = ("from ", "import ", "const ")  # how such programs begin
+MOST_LINES = 14  # of a test that are shown
 INLINE = 60  # characters of a value that stands in a sentence
 _INSIDE = importlib.resources.files("qcn_jax.envs.synthesis.inside")
 _SCRIPT = "\n".join((_INSIDE / name).read_text() for name in ("clocks.py", "reproduce.py"))
@@ -179,15 +183,57 @@ def from_observation(observation: Observation, limit: int = FULL) -> str:
     came, wanted = observation.came, observation.expected
     verb = wanted[0] or came[0]
     should = {"returned": "return", "raised": "raise", "yielded": "yield"}.get(verb, verb.replace("left ", "leave ", 1))
-    whole[-1] += f", it {came[0]} `{cut(came[1], share)}`. It should {should} `{cut(wanted[1], share)}`."
+    got, expected = contrast(came[1], wanted[1], share)
+    whole[-1] += f", it {came[0]} `{got}`. It should {should} `{expected}`."
     return "\n".join(whole)[:limit]
 
 
-def from_message(message: str, limit: int = FULL) -> str:
-    """An issue where no call was seen misbehaving: the line that failed, and how."""
+def from_message(message: str, limit: int = FULL, read: Callable[[str], str] | None = None) -> str:
+    """An issue where no call was seen misbehaving: the line that failed, and how.
+
+    `read` gives the text of the test's file, of which what the line uses is shown before it.
+    """
     said, _, place = message.partition(" | ")
-    path, _, line = place.partition(": ")
-    if line and is_test_path(path.rpartition(":")[0]):
+    where, _, line = place.partition(": ")
+    path, _, number = where.rpartition(":")
+    if line and is_test_path(path):
+        if read is not None and number.isdecimal():
+            with contextlib.suppress(OSError):
+                line = _with_what_it_uses(read(path), int(number)) or line
         return f"The following does not work:\n\n```python\n{line}\n```\n\nIt ends with `{said}`."[:limit]
     return f"Something that used to work ends with `{said}`."[:limit] if said else ""
 
+
+def _with_what_it_uses(source: str, number: int) -> str:
+    """The statement at a line of a test, behind those of its function that give what it uses its values.
+
+    "" where it stands alone, or they have more than MOST_LINES.
+    """
+    try:
+        tree = python_source.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    around = [node for node in ast.walk(tree)
+              if isinstance(node, ast.FunctionDef) and node.lineno <= number <= node.end_lineno]
+    body = max(around, key=lambda node: node.lineno).body if around else []
+    at = next((place for place, one in enumerate(body) if one.lineno <= number <= one.end_lineno), None)
+    if at is None:
+        return ""
+    shown, needed = [body[at]], _names(body[at], ast.Load)
+    for one in reversed(body[:at]):
+        if not needed.isdisjoint(_names(one, ast.Store) | _changed(one)):
+            shown.insert(0, one)
+            needed |= _names(one, ast.Load)
+    lines = python_source.lines(source.removeprefix("\ufeff"))
+    text = [line.rstrip()[one.col_offset:] for one in shown for line in lines[one.lineno - 1:one.end_lineno]]
+    return "\n".join(text) if 1 < len(text) <= MOST_LINES else ""
+
+
+def _names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, context)}
+
+
+def _changed(node: ast.AST) -> set[str]:
+    """Names whose methods are called, or parts of which are given a value."""
+    return {one.value.id for one in ast.walk(node) if isinstance(one, ast.Attribute | ast.Subscript)
+            and isinstance(one.value, ast.Name) and (isinstance(one.ctx, ast.Store) or isinstance(node, ast.Expr))}

@@ -136,7 +136,7 @@ def write(observation: Observation, failing: Sequence[str], message: str = "", l
         tail = ""  # the values say more than the test's name
     share = max((min(limit, FULL) - len(frame) - len(tail)) // 3, 8)
     call = cut(", ".join(named), share)
-    got, expected = _contrast(observation.came[1], observation.expected[1], share + (share - len(call)) // 2)
+    got, expected = contrast(observation.came[1], observation.expected[1], share + (share - len(call)) // 2)
     text = f"`{observation.function}({call})` in {observation.path} {came} {got}; {turn}{expected}.{tail}"
     if limit > SHORT:
         names = "".join(f"\n- {name}" for name in failing[:8])
@@ -163,7 +163,7 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - len(_ELLIPSIS)] + _ELLIPSIS
 
 
-def _contrast(first: str, second: str, limit: int) -> tuple[str, str]:
+def contrast(first: str, second: str, limit: int) -> tuple[str, str]:
     """Both texts in at most `limit` characters each; a long equal beginning gives way to the first difference."""
     first, second = " ".join(first.split()), " ".join(second.split())
     if max(len(first), len(second)) <= limit:

@@ -99,6 +99,40 @@ def test_without_a_call_the_failing_line_is_told(place):
     assert "stack.pop(0) == 1 and items == [1, 2]" in task.problem_statement and "test_stack" not in task.problem_statement
 
 
+@pytest.mark.parametrize("verb", ["returned", "left self as"])
+def test_what_differs_stays_in_sight(verb):
+    """Values that are alike at first are shown where they are not."""
+    common = "Polygon(" + "0.12345, " * 100
+    said = issue.from_observation(statement.Observation("a.py", "C.f", (("self", common),), (verb, common + "LEFT)"), (verb, common + "RIGHT)")))
+    assert "LEFT" in said and "RIGHT" in said and len(said) < statement.FULL
+
+
+USING = """
+import pkg
+
+class TestAll:
+    def test_it(self):
+        other = pkg.g()
+        made = pkg.f(1,
+                     2)
+        made.add(3)
+        parts = {}
+        parts["a"] = made
+        other.go()
+        assert parts["a"] == 7
+        assert pkg.h() == 1
+"""
+
+
+@pytest.mark.parametrize(("source", "number", "shown"), [
+    (USING, 13, "made = pkg.f(1,\n             2)\nmade.add(3)\nparts = {}\nparts[\"a\"] = made\nassert parts[\"a\"] == 7"),
+    (USING, 14, "told"), ("def test(:", 1, "told"), ("x = 1\nassert x", 2, "told"),
+    ("def test():\n    x = 1\n" + "    x += 1\n" * 20 + "    assert x\n", 23, "told")])
+def test_a_failing_line_comes_with_what_it_uses(source, number, shown):
+    said = issue.from_message(f"E: 1 | tests/test_a.py:{number}: told", read={"tests/test_a.py": source}.get)
+    assert f"```python\n{shown}\n```" in said and not issue.programs(said)
+
+
 def test_hidden_tests(place, task):
     """Failing tests are not in the starting state; graders put them back, and the agent's tool runs what is left."""
     provider, pristine = place[0], place[0].files(place[1].name)
