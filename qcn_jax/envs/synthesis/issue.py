@@ -189,8 +189,9 @@ def from_observation(observation: Observation, limit: int = FULL) -> str:
 
 
 def from_message(message: str, limit: int = FULL, read: Callable[[str], str] | None = None) -> str:
-    """An issue where no call was seen misbehaving: the line that failed, and how.
+    """An issue where no call was seen misbehaving: the line that failed, and how; "" where no line of a test did.
 
+    Nobody knows what to try where an error is all that is told.
     `read` gives the text of the test's file, of which what the line uses is shown before it.
     """
     said, _, place = message.partition(" | ")
@@ -201,7 +202,7 @@ def from_message(message: str, limit: int = FULL, read: Callable[[str], str] | N
             with contextlib.suppress(OSError):
                 line = _with_what_it_uses(read(path), int(number)) or line
         return f"The following does not work:\n\n```python\n{line}\n```\n\nIt ends with `{said}`."[:limit]
-    return f"Something that used to work ends with `{said}`."[:limit] if said else ""
+    return ""
 
 
 def _with_what_it_uses(source: str, number: int) -> str:

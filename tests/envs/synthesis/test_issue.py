@@ -133,6 +133,10 @@ def test_a_failing_line_comes_with_what_it_uses(source, number, shown):
     assert f"```python\n{shown}\n```" in said and not issue.programs(said)
 
 
+def test_an_error_alone_is_no_issue():
+    assert issue.from_message("TypeError: sequence item 0 | pkg/core.py:7: return ''.join(parts)") == issue.from_message("TypeError: x") == ""
+
+
 def test_hidden_tests(place, task):
     """Failing tests are not in the starting state; graders put them back, and the agent's tool runs what is left."""
     provider, pristine = place[0], place[0].files(place[1].name)
