@@ -29,7 +29,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["qcn_jax", "qcn_jax.*"]), "qcn_jax.configs"],
     package_dir={"qcn_jax.configs": "configs"},
     package_data={"qcn_jax": ["py.typed", "recipes/nano/base/*", "envs/sandbox/*.dockerfile",
-                              "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go"]},
+                              "envs/problems/inside/*.js", "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",

@@ -361,6 +361,18 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProblemsConfig:
+    """What expert `single_turn` answers: problems (envs/problems) of files or made here, and the run's tasks."""
+
+    data: str = ""  # JSONL of problems to train on
+    heldout_data: str = ""  # likewise those that are measured
+    made: Count = 0  # problems that are made here, for training and as many for evaluation, which share no numbers
+    kinds: tuple[known.ProblemKind, ...] = ()  # of those; all where empty
+    languages: tuple[known.ProblemLanguage, ...] = ("python",)  # likewise; queries and texts know none
+    edits: bool = True  # the run's tasks too, as one edit of the function in the prompt
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Byte-level BPE of `vocab_size` entries, trained without held-out repositories; for init=random."""
 
@@ -391,6 +403,7 @@ class RunConfig:
     midtrain: MidtrainConfig = MidtrainConfig()
     sft: SftConfig = SftConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    problems: ProblemsConfig = ProblemsConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -135,7 +135,7 @@ FIELDS = [
     ("tasks__malformed", "ignore", "stop, skip"),
     ("tasks__verify", -1, "at least 0"),
     ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, openhands, qwen_code, claude_code, terminus_json, terminus_xml, "
-                               "simulated_user, nano, "
+                               "simulated_user, answer, nano, "
      "package.module:OBJECT"),
     ("experts__objective", "ppo", "clipped, gspo, cispo, reinforce, package.module:OBJECT"),
     ("experts__routing", "fixed", "free, replay"),
@@ -143,6 +143,9 @@ FIELDS = [
     ("experts__advantage_scale", "max", "std, none"),
     ("experts__ratio_cap", 0.0, "above 0"),
     ("evaluate__baseline", "best", "heuristic, package.module:OBJECT"),
+    ("problems__kinds", ("stdio", "maths"), "stdio, library, sql, secure, instructions"),
+    ("problems__languages", ("perl",), "python, javascript, go"),
+    ("problems__made", -1, "at least 0"),
     ("experts__names", ("swe", "web9"), "swe, single_turn, tool_format"),
     ("heldout_templates", ("hermes", "kimi"), "qwen3_coder, qwen3_xml_mixed, deepseekr1"),
     ("experts__updates", 0, "at least 1"),

@@ -20,6 +20,7 @@ from qcn_jax.chat.templates import TEMPLATES
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.config import MeshConfig
 from qcn_jax.envs.network.policy import NETWORKS
+from qcn_jax.envs.problems import schema as problems
 from qcn_jax.envs.sandbox import RepositorySpec, SandboxError
 from qcn_jax.envs.sandbox.repository import read_specs
 from qcn_jax.envs.tasks import formats, harbor, swebench
@@ -263,6 +264,11 @@ def read_tasks(path: str) -> TaskSet:
         if not found:
             raise UserError(faults[0] if faults else f"--tasks={path}: holds no task; a folder must hold Harbor's, "
                             "with task.toml")
+        return TaskSet(found, None, faults)
+    if problems.holds_problems(path):
+        found = {task.instance_id: task for task in problems.read(path, faults)}
+        if not found:
+            raise UserError(faults[0])
         return TaskSet(found, None, faults)
     instances = swebench.read(path, faults)
     if instances is None:

@@ -19,6 +19,7 @@ from qcn_jax.hostmemory import keep_freed_memory
 VERBS = {
     "run": ("qcn_jax.cli.run", "every stage from repositories to a trained and evaluated agent; resumable"),
     "synthesize": ("qcn_jax.cli.synthesize", "make verified tasks from repositories, with yields"),
+    "problems": ("qcn_jax.cli.problems", "make single-turn problems, or tests by vote of solutions, verified"),
     "verify": ("qcn_jax.cli.verify", "check tasks: the gold patch passes, the empty patch fails"),
     "collect": ("qcn_jax.cli.collect", "let an agent act on tasks and keep what execution verifies, to learn from"),
     "evaluate": ("qcn_jax.cli.evaluate", "resolved rate of a model or of predictions, with 95 % interval"),

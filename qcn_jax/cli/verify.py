@@ -24,6 +24,8 @@ from absl import flags
 
 from qcn_jax import files
 from qcn_jax.cli import parsing, task_repositories
+from qcn_jax.envs.problems.schema import holds_problems
+from qcn_jax.envs.problems.schema import read as read_problems
 from qcn_jax.envs.tasks import harbor
 from qcn_jax.envs.tasks.schema import FOLDER_GRADER, Task, read_tasks
 from qcn_jax.errors import UserError
@@ -58,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     if bool(values.endpoint) != bool(values.model):
         raise UserError("--endpoint and --model go together: where the judge answers, and which model it is")
     faults: list[str] = []
-    read = harbor.read_tasks if files.is_dir(values.tasks) else read_tasks
+    read = (harbor.read_tasks if files.is_dir(values.tasks) else
+            read_problems if holds_problems(values.tasks) else read_tasks)
     tasks = read(values.tasks, faults)
     if not tasks and not faults:
         raise UserError(f"--tasks={values.tasks}: holds no task")

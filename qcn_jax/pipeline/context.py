@@ -99,10 +99,11 @@ class StageContext:
         return self.root / own
 
     def experts(self) -> "tuple[Expert, ...]":
-        """The experts that the configuration names (see pipeline.experts.experts_of)."""
+        """The experts that the configuration names, with what it gives them for this stage (pipeline.experts)."""
         from qcn_jax.pipeline.experts import experts_of
 
-        return experts_of(self.config.experts.names)
+        split = "heldout" if self.stage == "evaluate" else "train"
+        return tuple(expert.configured(self.config, split) for expert in experts_of(self.config.experts.names))
 
     def scaffold(self, stage: str) -> "Scaffold":
         """The scaffold of `stage` (sft, experts, distill or evaluate) under the run's chat template."""
@@ -210,11 +211,17 @@ class StageContext:
             there is no Docker.
         """
         from qcn_jax.agents.services import check_shell, pool_services
+        from qcn_jax.envs.problems import check
+        from qcn_jax.envs.problems import schema as problems
 
         tasks = self.tasks("heldout" if self.stage == "evaluate" else "train")
         if not all(task.eval_script for task in tasks):
             check_shell(self.scaffold(self.stage), self.provider(), f"--config.{self.stage}.scaffold")
-        services = pool_services(self.repositories(), self.provider(), self.pool())
+        repositories, own = self.repositories(), [task for expert in self.experts() for task in expert.own_tasks()]
+        if any(task.checks for task in own):
+            repositories |= {problems.REPOSITORY: problems.spec(self.config.tasks.setup)}
+        services = pool_services(repositories, self.provider(), self.pool())
+        check.check_languages(self.pool(), own)
         if not any(task.eval_script for task in tasks):
             return services
         images = self.shared.get("images", lambda: self.connect(self.instances()))

@@ -58,7 +58,7 @@ def check_scaffold(config: RunConfig, stage: str) -> None:
     scaffold = SCAFFOLDS.resolve(name, field)
     for expert in experts_of(config.experts.names):
         try:
-            expert.present(scaffold)
+            expert.configured(config, "heldout" if stage == "evaluate" else "train").present(scaffold)
         except UserError as error:
             raise UserError(f"{field}: {name!r}; {error}, which expert {expert.name} asks for") from error
 

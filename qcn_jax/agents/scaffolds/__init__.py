@@ -17,5 +17,6 @@ SCAFFOLDS = Registry("scaffold", Scaffold, {
     "terminus_json": "qcn_jax.agents.scaffolds.terminus:TERMINUS_JSON",
     "terminus_xml": "qcn_jax.agents.scaffolds.terminus:TERMINUS_XML",
     "simulated_user": "qcn_jax.agents.scaffolds.simulated_user:SIMULATED_USER",
+    "answer": "qcn_jax.agents.scaffolds.answer:ANSWER",
     "nano": "qcn_jax.recipes.nano.scaffold:NANO",
 })

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 
 from qcn_jax import files
 from qcn_jax.envs import names as names_of_rows
+from qcn_jax.envs.problems import schema as problems
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.errors import UserError
 
@@ -114,6 +115,9 @@ def of_tasks(names: Iterable[str], beside: Iterable[pathlib.Path], given: Sequen
     found, missing = {spec.name: spec for spec in map(locate, kept)} | distinct(map(locate, given), flag), {}
     for name in names:
         if name in found:
+            continue
+        if name == problems.REPOSITORY:
+            found[name] = problems.spec()
             continue
         try:
             if not is_requirement(name):  # names of rows never become paths

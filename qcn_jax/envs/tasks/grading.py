@@ -101,6 +101,8 @@ class Grader:
         return verdict
 
     def _grade(self, task: Task, patch: str) -> Verdict:
+        if task.checks:
+            return self._check(task, patch)
         started = time.monotonic()
         pristine = self.provider.files(task.repo)
         start = starting_changes(task, pristine)
@@ -136,6 +138,18 @@ class Grader:
         if verdict.outcome == "unresolved" and forged:
             verdict = dataclasses.replace(verdict, outcome=SUSPECTED_EXPLOIT)
         return dataclasses.replace(verdict, seconds=time.monotonic() - started, caught=verdict.caught + forged)
+
+    def _check(self, task: Task, patch: str) -> Verdict:
+        """The verdict on an answer to a problem."""
+        from qcn_jax.envs.problems import check  # which knows tasks and verdicts
+
+        for left in reversed(range(INFRASTRUCTURE_ATTEMPTS)):
+            try:
+                return check.grade(self.provider, task, patch, self.fail_fast)
+            except SandboxError as failure:
+                if not left:
+                    return Verdict(task.instance_id, "infrastructure", detail=str(failure))
+        raise AssertionError
 
     def _examine(self, given: "_Submission") -> Verdict:
         """The verdict of the tests, and of a second opinion where they all pass; raises FAILURES."""

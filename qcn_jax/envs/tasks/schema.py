@@ -62,6 +62,7 @@ class Task:
     language: str = "python"
     eval_script: str = ""
     log_parser: str = ""
+    checks: str = ""  # JSON of what decides in place of tests: those of a problem (envs/problems)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready row: test lists are JSON lists, everything else as it stands."""

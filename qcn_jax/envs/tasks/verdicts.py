@@ -101,7 +101,7 @@ def judge(task: Task, run: TestRun, dropped: Mapping[str, str] = types.MappingPr
 def verdict_key(task: Task, patch: str, fail_fast: bool = False, strict: bool = True) -> str:
     """Names a verdict: everything that it depends on."""
     facts = [RULES, task.repo, task.bug_patch, task.test_patch, task.FAIL_TO_PASS, task.PASS_TO_PASS, task.timeout,
-             patch, fail_fast, strict]
+             patch, fail_fast, strict, *([task.checks] if task.checks else [])]
     return task.instance_id + ":" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -8,6 +8,7 @@ from qcn_jax.agents.episode import EndReason, EpisodeResult
 from qcn_jax.agents.scaffolds import Message, Scaffold
 from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import Encoder
+from qcn_jax.config import RunConfig
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
@@ -70,6 +71,18 @@ class Expert:
     def model(self) -> str:
         """Name of the model that it becomes."""
         return f"expert_{self.name}"
+
+    def configured(self, config: RunConfig, split: str) -> "Expert":
+        """The expert with what a configuration gives it for `split`, train or heldout.
+
+        Raises:
+          UserError: a file that a field names is missing or malformed.
+        """
+        return self
+
+    def own_tasks(self) -> Sequence[Task]:
+        """Tasks that it has beside the run's."""
+        return ()
 
     def present(self, scaffold: Scaffold, template: str = "") -> Scaffold:
         """The form of `scaffold` in which it presents tasks.

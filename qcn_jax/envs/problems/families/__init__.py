@@ -1,0 +1,1 @@
+"""Families of problems, a file for each kind."""
