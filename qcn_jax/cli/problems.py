@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("out", None, "JSONL of problems.", flag_values=values, required=True)
     flags.DEFINE_string("data", None, "JSONL of rows of your own.", flag_values=values)
     flags.DEFINE_integer("count", 100, "Problems that are made.", flag_values=values, lower_bound=1)
-    flags.DEFINE_multi_enum("kinds", [], schema.KINDS, "Of those; all by default.", flag_values=values)
-    flags.DEFINE_multi_enum("languages", ["python"], schema.LANGUAGES, "Of those.", flag_values=values)
+    flags.DEFINE_list("kinds", [], f"Of those, of {', '.join(schema.KINDS)}; all by default.", flag_values=values)
+    flags.DEFINE_list("languages", ["python"], f"Of those, of {', '.join(schema.LANGUAGES)}.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of those.", flag_values=values)
     flags.DEFINE_enum("split", "train", ["train", "heldout"], "Of those; the two share no numbers.", flag_values=values)
     flags.DEFINE_float("share", 0.5, "Of the solutions that must agree on a test, exclusive.", flag_values=values,
@@ -44,6 +44,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_multi_string("setup", [], "Shell command that installs languages in the sandbox's image; docker.",
                               flag_values=values)
     parsing.parse(values, "problems", __doc__, argv)
+    for flag, allowed in (("kinds", schema.KINDS), ("languages", schema.LANGUAGES)):
+        for name in values[flag].value:
+            if name not in allowed:
+                raise UserError(f"--{flag}: unknown {name!r}; allowed: {', '.join(allowed)}")
+    files.check_file(values.out, "out")
     rows = list(_rows(values))
     kept, counts = [], {"rows": len(rows), "failed": 0, "tests_dropped": 0}
     with _provider(values) as provider:
