@@ -70,16 +70,19 @@ class Daemon:
         return found
 
     def forgotten(self, known: set[str]) -> set[str]:
-        """Containers that containerd lists, without a task, and the engine, which knows `known`, does not; none without ctr."""
-        listed = {}
-        for kind in ("containers", "tasks"):
-            try:
-                done = subprocess.run(["ctr", f"--address={self.place}/exec/containerd/containerd.sock", "--namespace=moby", kind,
-                                       "list", "--quiet"], capture_output=True, text=True, check=True)
-            except (OSError, subprocess.CalledProcessError):
-                return set()
-            listed[kind] = set(done.stdout.split())
-        return listed["containers"] - listed["tasks"] - known
+        """Containers that containerd lists, without a task that began, and the engine, which knows `known`, does not.
+
+        None where there is no ctr to ask.
+        """
+        client = ["ctr", f"--address={self.place}/exec/containerd/containerd.sock", "--namespace=moby"]
+        try:
+            containers, tasks = (subprocess.run([*client, kind, "list"], capture_output=True, text=True, check=True).stdout
+                                 for kind in ("containers", "tasks"))
+        except (OSError, subprocess.CalledProcessError):
+            return set()
+        rows = [line.split() for line in tasks.splitlines()[1:]]
+        begun = {row[0] for row in rows if row and row[-1] not in ("CREATED", "UNKNOWN")}
+        return {line.split()[0] for line in containers.splitlines()[1:] if line.strip()} - begun - known
 
     def restart(self, number: int) -> None:
         """An end and a start."""

@@ -11,7 +11,7 @@ workers, containers and (docker) the whole Docker daemon are killed at random ti
 its own folders and socket below DIR; the machine's other daemon is only asked for its base image. A result is right if
 its outcome is one that its patch can have; "infrastructure" is none. DIR/results.jsonl holds one line for each result.
 An engine that is killed between the start of a container's shim and the record of it forgets the container: containerd
-then lists it without a task, the engine not at all, and nothing can remove it through the engine. Such shims are asked for
+then lists it without a task, or with one that never began, the engine not at all, and nothing can remove it through the engine. Such shims are asked for
 (`ctr`) and counted apart. The exit status is 0 if nothing was lost, doubled, wrong or leaked, and memory stayed flat.
 """
 
