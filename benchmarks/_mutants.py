@@ -3,8 +3,8 @@
 import dataclasses
 
 CACHE = "inference/cache.py"
-ENGINE, PROGRAMS, PREFIXES, SCHEDULER, SAMPLING = (
-    f"inference/{name}.py" for name in ("engine", "programs", "prefixes", "scheduler", "sampling"))
+ENGINE, SLOTS, LANES, PROGRAMS, PREFIXES, SCHEDULER, SAMPLING = (
+    f"inference/{name}.py" for name in ("engine", "slots", "lanes", "programs", "prefixes", "scheduler", "sampling"))
 ATTENTION, DELTA_NET, RULE, FLASH = (
     f"layers/{name}.py" for name in ("attention", "gated_delta_net", "delta_rule", "flash"))
 MODEL, BLOCK = "model.py", "moe/block.py"
@@ -84,25 +84,24 @@ MUTANTS = (
            'k = apply_rotary(norm("k_norm")(k) if cache is None else k,', "pieces", KV),
     Mutant("decoding drops the output's gate", ATTENTION, "y = y * jax.nn.sigmoid(gate)",
            "y = y * jax.nn.sigmoid(gate) if length > 1 else y", "copies", STATE),
-    Mutant("a token of a piece sees the next", ATTENTION, "[None, :, None] <= query[:, None]",
-           "[None, :, None] <= query[:, None] + 1", "pieces", KV),
+    Mutant("a token of a piece sees the next", ATTENTION, "key[:, :, None] <= query[:, None])", "key[:, :, None] <= query[:, None] + 1)", "pieces", KV),
     Mutant("padding overwrites the first key", ATTENTION, "jnp.where(context.valid, query, capacity)",
            "jnp.where(context.valid, query, 0)", "pieces", PADDING),
-    Mutant("keys are written to other sequences' rows", ATTENTION, "if context.rows is None else context.rows\n",
-           "if True else context.rows\n", "turns", KV),
+    Mutant("keys are written to other sequences' rows", ATTENTION, "if context.tables is None else context.tables\n",
+           "if True else context.tables\n", "turns", KV),
     Mutant("decoding reads what the prompt needed", ENGINE,
-           "int((self._lengths[chosen] + limits[chosen]).max(initial=0))",
-           "int(self._lengths[chosen].max(initial=0))", "growing limits", KV),
+           "max((end for _, end in wave.values()), default=0)", "max((start for start, _ in wave.values()), default=0)",
+           "growing limits", KV),
     # Slots: prefill, forks, saved states, use again.
     Mutant("the next token is that of before the last piece", PROGRAMS,
-           'logits.at[target].set(last, mode="drop")', "logits", "turns", STATE),
+           'logits.at[indices].set(rows, mode="drop")', "logits", "turns", STATE),
     Mutant("the next token is that of padding", PROGRAMS, "jnp.maximum(lengths - 1, 0)[:, None, None]",
            "jnp.full_like(lengths, tokens.shape[1] - 1)[:, None, None]", "turns", PADDING),
     Mutant("slots that do not generate take a token in", PROGRAMS, "lengths=active.astype(jnp.int32), key_limit",
            "lengths=jnp.ones_like(limits), key_limit", "copies", STATE),
     Mutant("a fork leaves windows and states behind", PROGRAMS,
-           "(cache_take(cache, source), logits[source])",
-           "(with_states(cache_take(cache, source), states(cache)), logits[source])", "copies", FORK),
+           "(cache_put(held, target, cache_take(held, nearest)),",
+           "(held.replace(length=cache_put(held, target, cache_take(held, nearest)).length),", "copies", FORK),
     Mutant("a fork leaves the convolution's window behind", CACHE, "take = lambda axis, x: jnp.take(x, indices, axis=axis)",
            "take = lambda axis, x: x if x.ndim == 4 and x.shape[1] == 3 and len(x) == len(indices) "
            "else jnp.take(x, indices, axis=axis)", "copies", FORK),
@@ -112,22 +111,24 @@ MUTANTS = (
            PREFIX),
     Mutant("a saved state comes without its logits", PROGRAMS, 'kept.at[entries].set(logits[slots], mode="drop")',
            "kept", "saved states", FORK),
-    Mutant("a slot keeps its length when it is cut back", PROGRAMS, "return with_states(cache, held), logits",
-           "return with_states(cache, held.replace(length=cache.length)), logits", "saved states", FORK),
+    Mutant("a slot keeps its length when it is cut back", PROGRAMS, "return with_states(cache, held), logits\n\n    def _sample(",
+           "return with_states(cache, held.replace(length=cache.length)), logits\n\n    def _sample(", "saved states", FORK),
     Mutant("a slot keeps the state of whom it held before", PROGRAMS,
-           "return cache_reset(cache_take(states(cache), nearest), fresh), clear_rows",
-           "return cache_take(states(cache), nearest), clear_rows", "used slots", STALE),
+           "return cache_reset(cache_take(held, nearest), fresh | (indices >= self._slots)), logits[nearest]",
+           "return cache_take(held, nearest), logits[nearest]", "used slots", STALE),
     Mutant("a slot keeps the window of whom it held before", CACHE,
            "jnp.zeros((), x.dtype), x)", "x if x.ndim == 4 and x.shape[1] == 3 else jnp.zeros((), x.dtype), x)",
            "used slots", STALE),
-    Mutant("a slot keeps another's keys, which are not numbers", PROGRAMS, "clear_rows(cache, indices, fresh)",
-           "cache", "used slots", STALE),
+    Mutant("a slot keeps another's keys, which are not numbers", ATTENTION,
+           'jnp.where(held[:, None, :, None], _first(cache["v"], limit, context.tables), 0)',
+           '_first(cache["v"], limit, context.tables)',
+           "used slots", STALE),
     Mutant("the engine acts on with the weights that it had", ENGINE,
            'self._weights = self.programs.run("arrange", params)',
            'self._weights = self.__dict__.get("_weights") or self.programs.run("arrange", params)', "other weights",
            STALE),
-    Mutant("a slot is not cleared after new weights", ENGINE, "self._fresh[list(slots)] = True",
-           "self._fresh[list(slots)] = self._fresh[list(slots)]", "other weights", STALE),
+    Mutant("a slot is not cleared after new weights", SLOTS, "self._lengths[slot], self._fresh[slot] = 0, True",
+           "self._lengths[slot], self._fresh[slot] = 0, self._fresh[slot]", "other weights", STALE),
     # Prefixes of the server.
     Mutant("a prefix is taken up at any token", PREFIXES, "whole = common == len(held.tokens) and slot in free",
            "whole = slot in free", "served", PREFIX),
@@ -144,13 +145,12 @@ MUTANTS = (
     # Routes.
     Mutant("routes are those of the token before", PROGRAMS, "return jnp.moveaxis(routes, 0, 2)",
            "return jnp.roll(jnp.moveaxis(routes, 0, 2), 1, axis=1)", "turns", ROUTES),
-    Mutant("a fork shares its routes with its origin", ENGINE, "[list(self._routes[origin]) for origin in source]",
-           "[self._routes[origin] for origin in source]", "copies", ROUTES),
+    Mutant("a fork shares its routes with its origin", SLOTS, "list(self._routes[origin]), list(self._tokens[origin])",
+           "self._routes[origin], list(self._tokens[origin])", "copies", ROUTES),
     Mutant("decoding drops the shared expert's gate", BLOCK, "(routed + jax.nn.sigmoid(share) * shared)",
            "(routed + (jax.nn.sigmoid(share) if x.shape[1] > 1 else 1.0) * shared)", "copies", ROUTES),
     # Sampling.
-    Mutant("a stream belongs to the slot", ENGINE, "np.asarray(seeds, np.uint64) & 0xFFFFFFFF", "chosen", "sampling",
-           DRAWS),
+    Mutant("a stream belongs to the slot", LANES, "turns[slot].seed & 0xFFFFFFFF", "slot", "sampling", DRAWS),
     Mutant("the model's log-probability is the tempered one", SAMPLING, "return tokens, of(own), of(drawn_by)",
            "return tokens, of(drawn_by), of(drawn_by)", "sampling", DRAWS),
     Mutant("the drawing log-probability is the untempered one", SAMPLING, "return tokens, of(own), of(drawn_by)",
@@ -158,7 +158,8 @@ MUTANTS = (
     Mutant("ids that the tokenizer lacks are drawn", SAMPLING, "(lambda x: x) if drawable is None else",
            "(lambda x: x) if True else", "sampling", DRAWS),
     # Kernels, interpreted.
-    Mutant("the kernel reads another sequence's row", CACHED, "ref.at[held, h,", "ref.at[b, h,", "kernels", KERNEL),
+    Mutant("the kernel reads another sequence's row", CACHED,
+           "tables_ref[b, jnp.minimum(first // length, count - 1)]", "b", "kernels", KERNEL),
     Mutant("the kernel's window lies at the wrong end", MIXER, "((0, 0), (missing, 0), (0, 0),",
            "((0, 0), (0, missing), (0, 0),", "kernels", KERNEL),
     Mutant("the kernel begins with an empty state", MIXER, "_joined(state.astype(jnp.float32))}",

@@ -18,6 +18,7 @@ from absl import app, flags
 
 from qcn_jax import files
 from qcn_jax.compile import aot
+from qcn_jax.sharding.chips import HOP_SECONDS
 
 _CASES = flags.DEFINE_string("cases", ".", "regular expression of the pods to compile for")
 _AGAIN = flags.DEFINE_bool("again", False, "compile those anew whose result is there")
@@ -31,7 +32,7 @@ def table(results: pathlib.Path) -> str:
     lines = [
         f"libtpu {results.name}", "",
         "| pod | slots of 64k | open sequences of 8k / 64k / 262k beside the trainer | decode: weights + keys and values + "
-        "states + temporaries, GiB of HBM | floor, GB, ms | exchanges, GB, ms of links | decode, cycles | prefill, "
+        "states + temporaries, GiB of HBM | floor, GB, ms | exchanges, GB, ms of links + of a hop each, share of the floor | decode, cycles | prefill, "
         "cycles a token | change of layout, GB moved |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -49,9 +50,11 @@ def _row(pod: str, report: dict[str, Any]) -> str:
     cycles = lambda program: sum(program["cycles_by_part"].values())
     fit = " / ".join(f"{count:,}" for count in report["sequences"].values())
     floor, links = report["floor"], report["links"]
+    latency = links["count"] * HOP_SECONDS
     return (f"| {pod} | {report['slots']:,} | {fit} | {held} + {gib(decode['memory']['activations_and_temporaries'])} of "
             f"{gib(decode['memory']['hbm'])} | {floor['bytes'] / 1e9:.1f}, {floor['seconds'] / MS:.1f} | "
-            f"{links['count']:,}, {links['bytes'] / 1e9:.3f}, {links['seconds'] / MS:.2f} | {cycles(decode) / 1e6:.1f}e6 | "
+            f"{links['count']:,}, {links['bytes'] / 1e9:.3f}, {links['seconds'] / MS:.2f} + {latency / MS:.2f}, "
+            f"{(links['seconds'] + latency) / floor['seconds']:.0%} | {cycles(decode) / 1e6:.1f}e6 | "
             f"{cycles(prefill) / report['prefill_tokens']:,.0f} | "
             f"{sum(arrange['collective_bytes'].values()) / 1e9:.1f} |")
 

@@ -270,6 +270,10 @@ class RolloutConfig:
     slots: Positive = 64  # episodes generated side by side, over all devices
     prefill_rows: Positive = 16  # of them whose prompts and answers one call takes in, likewise
     prefill_chunk: Positive = 64  # tokens of each of those
+    max_num_seqs: Count = 0  # episodes that decode at a time; 0: all. Others keep what they hold, e.g. wait for tools
+    block_size: Count = 0  # tokens of a block of keys and values; 0: each episode has one block of max_length
+    num_blocks: Count = 0  # that all episodes share, over all devices; 0: as many as they can fill together
+    preemption: known.Preemption = "swap"  # blocks that make room for others: swap to host memory, or recompute
     several_shapes: bool = False  # also smaller calls, each compiled when it is first wanted: worth it in long runs
 
 

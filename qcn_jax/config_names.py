@@ -24,6 +24,7 @@ Baseline = Annotated[str, Known("qcn_jax.pipeline.evaluate.baseline:BASELINES", 
 AdvantageBaseline = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_BASELINES")]
 AdvantageScale = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ADVANTAGE_SCALES")]
 Stale = Annotated[str, Known("qcn_jax.pipeline.rl.plan:STALE")]
+Preemption = Annotated[str, Known("qcn_jax.inference.blocks:PREEMPTIONS")]
 Caches = Annotated[str, Known("qcn_jax.pipeline.rl.plan:CACHES")]
 Routing = Annotated[str, Known("qcn_jax.pipeline.rl.learner:ROUTINGS")]
 Average = Annotated[str, Known("qcn_jax.pipeline.rl.learner:AVERAGES")]

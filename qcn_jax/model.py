@@ -117,7 +117,7 @@ class Qwen3Next(nn.Module):
         key_limit: int | None = None,
         routes: Array | None = None,
         with_routes: bool = False,
-        rows: Array | None = None,
+        tables: Array | None = None,
     ) -> Output:
         """One pass over `tokens`.
 
@@ -135,11 +135,12 @@ class Qwen3Next(nn.Module):
           routes: [L, B, T, k], experts that tokens go to instead of the routers' choice, see moe.router; a negative
             one is free. Not those of multi-token prediction.
           with_routes: ask for `routes` of the output; static.
-          rows: [B], with a cache whose keys and values are of more sequences (lengths, windows and states of B): the
-            rows of these B there. Others' are left as they are. Of an unrolled model.
+          tables: [B, n], with a cache whose keys and values lie in blocks (lengths, windows and states of B): the
+            numbers of the blocks that each sequence fills, in order. Others are left as they are; a number beyond all
+            is none.
         """
         context = self._context(tokens.shape, positions, segment_ids, cache, lengths, key_limit).replace(
-            with_routes=with_routes, rows=rows)
+            with_routes=with_routes, tables=tables)
         x, aux, layers = self._run_layers(
             self._embed(tokens), context, None if cache is None else cache.layers, routes)
         taken = None
@@ -194,9 +195,9 @@ class Qwen3Next(nn.Module):
         return (dict(zip(names, args)) | kwargs).get("cache") is not None
 
     @nn.nowrap
-    def init_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for `batch` sequences of at most `max_length` tokens."""
-        return init_cache(self.config, batch, max_length, self.unrolled)
+    def init_cache(self, batch: int, max_length: int, blocks: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences of `max_length` tokens, or with `blocks` of as many for all."""
+        return init_cache(self.config, batch, max_length, self.unrolled, blocks)
 
     @nn.nowrap
     def init_mtp_cache(self, batch: int, max_length: int) -> Cache:

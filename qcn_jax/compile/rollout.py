@@ -10,13 +10,14 @@ import numpy as np
 from qcn_jax.compile import aot
 from qcn_jax.config import ModelConfig, RunConfig, training_settings
 from qcn_jax.errors import UserError
+from qcn_jax.inference.memory import Budget
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.inference.programs import Programs
 from qcn_jax.layers.attention import init_attention_cache
 from qcn_jax.layers.gated_delta_net import init_delta_net_cache
 from qcn_jax.model import Qwen3Next, abstract_params
 from qcn_jax.pipeline.train.layout import param_shardings
-from qcn_jax.sharding.chips import CHIPS
+from qcn_jax.sharding.chips import CHIPS, HOP_SECONDS
 from qcn_jax.sharding.parallel import Parallel
 
 PROGRAMS = ("decode", "prefill", "arrange")
@@ -58,7 +59,9 @@ def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: 
         raise UserError(f"--config.experts.rollout.slots: {settings.slots} do not divide by {place.parts} devices")
     own = settings.slots // place.parts
     network = Qwen3Next(model, unrolled=True, parallel=place.parallel)
-    programs = Programs(network, place, own, settings.max_length, settings.max_new_tokens)
+    budget = Budget.of(place.parts, own, settings.max_length, settings.block_size or None, settings.num_blocks or None)
+    programs = Programs(network, place, own, budget.blocks, budget.size, settings.max_new_tokens)
+    lanes = min(own, -(-(settings.max_num_seqs or settings.slots) // place.parts))
     found = {}
     for name in PROGRAMS:
         if name == "arrange":
@@ -66,8 +69,8 @@ def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: 
                                  abstract_params(model), param_shardings(model, parallel))
             arguments, kinds, limit = (given,), {"trainer's weights": given}, None
         else:
-            rows = -(-settings.prefill_rows // place.parts)
-            arguments = programs.abstract(name, rows, settings.prefill_chunk)
+            rows = -(-settings.prefill_rows // place.parts) if name == "prefill" else lanes
+            arguments = programs.abstract(name, rows, budget.width, settings.prefill_chunk)
             kinds, limit = _kinds(arguments), settings.max_length
         program = aot.Program(programs.function(name, limit), arguments, kinds)
         found[name] = aot.compile_program(program, topology, dump if name == "decode" else None)
@@ -99,11 +102,11 @@ def _account(
     fit = {length: max(0, int((chip.hbm - besides) // (row + each.token * length))) * place.parts for length in LENGTHS}
     own = config.experts.rollout.slots // place.parts
     read = weights + own * (2 * each.state + each.token * config.experts.rollout.max_length)
-    moved = sum(decode["collective_bytes"].values())
+    moved, count = sum(decode["collective_bytes"].values()), sum(decode["collective_count"].values())
     return {
         "bytes_per_token": each.token, "bytes_per_state": each.state, "trainer_bytes": trainer, "sequences": fit,
         "floor": {"bytes": read, "seconds": read / chip.bandwidth},
-        "links": {"bytes": moved, "seconds": moved / chip.links, "count": sum(decode["collective_count"].values())},
+        "links": {"bytes": moved, "seconds": moved / chip.links, "count": count, "latency": count * HOP_SECONDS},
     }
 
 
@@ -129,6 +132,7 @@ def render(report: dict[str, Any]) -> list[str]:
         *(f"{int(length) // 1024}k sequences: {count:,}" for length, count in report["sequences"].items()),
         f"a decode step reads at least {floor['bytes'] / 1e9:.2f} GB a device when all slots are full: "
         f"{1e3 * floor['seconds']:.1f} ms of HBM; its {links['count']:,} exchanges move {links['bytes'] / 1e9:.3f} GB: "
-        f"{1e3 * links['seconds']:.2f} ms of links, without latency",
+        f"{1e3 * links['seconds']:.2f} ms of links, and {1e3 * links['latency']:.2f} ms of a hop each: "
+        f"{100 * (links['seconds'] + links['latency']) / floor['seconds']:.1f} % of the HBM's",
     ]
     return lines

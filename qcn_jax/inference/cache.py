@@ -1,4 +1,4 @@
-"""Slots of the decoding cache: taken, put and reset by index, whatever the layout of its layers."""
+"""States and blocks of the decoding cache: taken, put and reset by index, whatever the layout of its layers."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 def batch_axis(path: tuple[Any, ...]) -> int:
-    """Position of the sequence axis, which the leading layer axes of a stacked entry push back."""
+    """Position of the axis of sequences or blocks, which the leading layer axes of a stacked entry push back."""
     names = [entry.key for entry in path]
     if names[0] == "blocks":
         return 2 if names[1] == "linear" else 1
@@ -56,31 +56,53 @@ def cache_put(cache: Cache, indices: Array, update: Cache) -> Cache:
     return Cache(length, _map(put, cache.layers, update.layers))
 
 
-def clear_rows(cache: Cache, indices: Array, fresh: Array) -> Cache:
-    """An unrolled model's `cache` with no keys and values in its rows indices[p] where fresh[p]; see `cache_reset`.
-
-    One row is written after the other, in place: no more is moved than there is to clear.
-    """
-    chosen, count = indices[jnp.argsort(~fresh, stable=True)], jnp.sum(fresh)
-
-    def clear(path: tuple[Any, ...], x: Array) -> Array:
-        if path[-1].key not in ("k", "v"):
-            return x
-        empty = jnp.zeros((1, *x.shape[1:]), x.dtype)
-        put = lambda p, x: jax.lax.dynamic_update_slice_in_dim(x, empty, chosen[p], axis=0)
-        return jax.lax.fori_loop(0, count, put, x)
-
-    return Cache(cache.length, jax.tree_util.tree_map_with_path(clear, cache.layers))
-
-
 def cache_reset(cache: Cache, reset: Array) -> Cache:
-    """`cache` with the sequences where `reset` [B] is True empty again.
-
-    Keys and values are cleared as well: attention multiplies what lies beyond a sequence's length by zero, and zero
-    times a NaN that an earlier sequence left there is NaN.
-    """
+    """`cache` with the sequences where `reset` [B] is True empty again."""
 
     def clear(axis: int, x: Array) -> Array:
         return jnp.where(reset.reshape((1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)), jnp.zeros((), x.dtype), x)
 
     return Cache(jnp.where(reset, 0, cache.length), _map(clear, cache.layers))
+
+
+def _with_blocks(cache: Cache, change: Any) -> Cache:
+    """`cache` with change(axis of blocks, leaf) in place of every leaf of keys and values."""
+    of = lambda path, x: change(batch_axis(path), x) if path[-1].key in ("k", "v") else x
+    return Cache(cache.length, jax.tree_util.tree_map_with_path(of, cache.layers))
+
+
+def copy_blocks(cache: Cache, source: Array, target: Array) -> Cache:
+    """`cache` with keys and values of blocks source[m] in blocks target[m] too; a target out of bounds is skipped."""
+
+    def copy(axis: int, x: Array) -> Array:
+        return x.at[(slice(None),) * axis + (target,)].set(jnp.take(x, source, axis=axis, mode="clip"), mode="drop")
+
+    return _with_blocks(cache, copy)
+
+
+def read_blocks(cache: Cache, indices: Array) -> Array:
+    """Keys and values [M, all layers, K, size, H] of blocks; `write_blocks` takes them."""
+    found: list[Array] = []
+
+    def read(axis: int, x: Array) -> Array:
+        taken = jnp.moveaxis(jnp.take(x, indices, axis=axis, mode="clip"), axis, 0)
+        found.append(taken.reshape(len(indices), -1, *taken.shape[-3:]))
+        return x
+
+    _with_blocks(cache, read)
+    return jnp.concatenate(found, axis=1)
+
+
+def write_blocks(cache: Cache, indices: Array, data: Array) -> Cache:
+    """`cache` with what `read_blocks` read in blocks `indices` [M]; an index out of bounds is skipped."""
+    begun = 0
+
+    def write(axis: int, x: Array) -> Array:
+        nonlocal begun
+        shape = x.shape[:axis] + x.shape[axis + 1 :]
+        count = x.size // x.shape[axis] // (x.shape[-3] * x.shape[-2] * x.shape[-1])
+        new = data[:, begun : begun + count].reshape(len(indices), *shape)
+        begun += count
+        return x.at[(slice(None),) * axis + (indices,)].set(jnp.moveaxis(new, 0, axis), mode="drop")
+
+    return _with_blocks(cache, write)

@@ -44,7 +44,8 @@ def load_to_act(folder: str | os.PathLike[str], mesh: MeshConfig | None
 
 
 def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, max_new_tokens: int,
-                mesh: MeshConfig | None = None, snapshots: int = 0) -> Loaded:
+                mesh: MeshConfig | None = None, snapshots: int = 0, max_num_seqs: int | None = None,
+                block_size: int | None = None, num_blocks: int | None = None) -> Loaded:
     """Reads weights and tokenizer from a Hugging Face folder.
 
     A turn ends with the ids that config.json or generation_config.json name as eos_token_id, or with the chat
@@ -57,6 +58,7 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
       max_new_tokens: the most that one call of the engine generates.
       mesh: of all devices, to act on; None is one device.
       snapshots: states that are saved, for prompts that begin alike.
+      max_num_seqs, block_size, num_blocks: see Engine.
 
     Raises:
       UserError: something is missing, or tokenizer and model do not belong together.
@@ -73,6 +75,7 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
     engine = Engine(
         config, params, slots=slots, max_length=min(max_length, config.max_position_embeddings),
         max_new_tokens=max_new_tokens, stop_ids=stop_ids, drawable=tokenizer.known_ids(config.vocab_size),
-        parallel=parallel, snapshots=snapshots, several_shapes=True,
+        parallel=parallel, snapshots=snapshots, several_shapes=True, max_num_seqs=max_num_seqs, block_size=block_size,
+        num_blocks=num_blocks,
     )  # fmt: skip
     return Loaded(engine, tokenizer, frozenset(stop_ids), pathlib.Path(folder).absolute().name)

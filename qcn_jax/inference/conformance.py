@@ -35,7 +35,8 @@ SLACK = 16.0  # times what a change in the last bit of the weights does
 LEAST = 1e-6  # of the bound, where that does nothing
 PIECE = 24  # tokens of a piece, at most
 OF_ENGINE = ("turns", "copies", "saved states", "used slots", "other weights", "sampling", "served")
-FORMS = ("whole rows", "left padding", "packed rows", "pieces", *OF_ENGINE, "growing limits", "scanned layers")
+FORMS = ("whole rows", "left padding", "packed rows", "pieces", *OF_ENGINE, "growing limits", "few blocks",
+         "scanned layers")
 KERNELS = "kernels"  # a form of its own, as anything but a TPU interprets them, which is slow
 
 Array = np.ndarray
@@ -136,6 +137,8 @@ def check(config: ModelConfig, params: Any, *, count: int = 6, length: int = 96,
         # Decoding outgrows the part of the cache that the longest prompt needs.
         "growing limits": lambda: Played(
             config, params, few, length, parallel, key_limit=(length - 2 * NEW) // 2).turns(),
+        # Most of what slots hold is in host memory, and they decode a few at a time.
+        "few blocks": lambda: Played(config, params, sequences, length, parallel, few_blocks=True).events(),
         "scanned layers": lambda: Played(config, params, few, length, parallel, unrolled=False).events(),
         KERNELS: lambda: _by_kernels(config, params, few, length, parallel, seed),
     }

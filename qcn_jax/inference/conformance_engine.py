@@ -16,6 +16,7 @@ from qcn_jax.inference.sampling import GREEDY, History, Sampling
 from qcn_jax.inference.scheduler import Piece, Request, Scheduler
 from qcn_jax.sharding.parallel import Parallel
 
+BLOCK = 16  # tokens of a block, where there are some
 NEW = 8  # tokens that the engine generates at a time
 PLAIN = Sampling(1.0)
 DRAWS = (Sampling(0.7), GREEDY, Sampling(1.3, top_k=2), Sampling(0.9, top_p=0.6), Sampling(1.1, min_p=0.2), PLAIN)
@@ -34,20 +35,23 @@ class Played:
 
     def __init__(self, config: ModelConfig, params: Any, sequences: Sequence[list[int]], length: int,
                  parallel: Parallel | None = None, several_shapes: bool = False, unrolled: bool | None = None,
-                 key_limit: int | None = None) -> None:
+                 key_limit: int | None = None, few_blocks: bool = False) -> None:
         """Allocates an engine.
 
         Args:
           config, params, parallel, several_shapes, unrolled, key_limit: see Engine.
           sequences: of up to `length` - 2 * NEW - 4 tokens.
           length: tokens of a slot.
+          few_blocks: keys and values in blocks, that do for two sequences of `length` a device.
         """
+        parts = 1 if parallel is None else parallel.mesh.size
+        blocks = {"block_size": BLOCK, "num_blocks": 2 * parts * -(-length // BLOCK), "max_num_seqs": 2 * parts}
         self._params, self._sequences, self._length = params, [list(tokens) for tokens in sequences], length
         self._drawable = np.arange(config.vocab_size) % HIDDEN != HIDDEN - 1
         self._engine = Engine(config, params, slots=2 * len(sequences) + 2, max_length=length, max_new_tokens=NEW,
                               prefill_rows=4, prefill_chunk=16, several_shapes=several_shapes, key_limit=key_limit,
                               snapshots=len(sequences) + 1, with_routes=bool(config.num_experts), parallel=parallel,
-                              unrolled=unrolled, drawable=self._drawable)
+                              unrolled=unrolled, drawable=self._drawable, **(blocks if few_blocks else {}))
         self._slots = range(min(len(sequences), self._engine.slots))
 
     def _begin(self) -> dict[int, list[int]]:

@@ -1,10 +1,15 @@
-"""Generation engine: many conversations side by side, each with its own cache slot.
+"""Generation engine: many conversations side by side, each with a slot of its own.
 
-Axes: N slots, P prefill rows, C prefill chunk, M new tokens, V vocabulary. Everything compiled has one fixed
-shape, whatever the conversations look like: one prefill of [P, C] tokens that is called as often as the
-prompts need, one copy of cache rows, and one decoding loop over all N slots that runs inside the jitted
+Axes: N slots, P prefill rows, D decoding lanes, C prefill chunk, M new tokens, V vocabulary. Everything compiled has
+one fixed shape, whatever the conversations look like: one prefill of [P, C] tokens that is called as often as the
+prompts need, one copy of states, and one decoding loop over D slots that runs inside the jitted
 function until every active slot, or all but a few, has met a stop token or its limit. Prefill and decoding are
 compiled once more each time the longest sequence outgrows the part of the cache that attention reads.
+
+A slot has a row of recurrent states; its keys and values lie in blocks, of which all slots of a part have one budget: a
+sequence costs what it holds, and copies share what they have in common. Slots may be more than lanes, as conversations
+mostly wait for tools, and their tokens more than the budget: those that were used longest ago then go to host memory,
+or are given up and prefilled again.
 
 What a slot generates depends on its tokens, its seed and the weights, not on the other slots (but for rounding:
 longer neighbours may make attention read more of the empty cache). Weights are an argument of the compiled
@@ -15,7 +20,7 @@ engine is one program: every host has slots of its own and calls the same method
 its slots, be it nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,29 +28,29 @@ import numpy as np
 
 from qcn_jax.config import ModelConfig
 from qcn_jax.inference import shapes
+from qcn_jax.inference.blocks import SWAP
 from qcn_jax.inference.generation import Generation
+from qcn_jax.inference.lanes import Lanes, Turn
+from qcn_jax.inference.memory import Budget, Memory
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.inference.programs import STOP_IDS, Programs
-from qcn_jax.inference.sampling import History, Sampling, adjustments
+from qcn_jax.inference.sampling import History, Sampling
+from qcn_jax.inference.slots import Slots
 from qcn_jax.layers.attention import can_read
 from qcn_jax.model import Qwen3Next
 from qcn_jax.sharding.parallel import Parallel
 
 FIRST_KEY_LIMIT = 256  # attention reads this many cached tokens, or twice as many, and so on up to the capacity
 UNROLL_BYTES = 1 << 30  # parameters up to this size are also kept layer by layer
-_DRAWS = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "min_p": np.float32}
 
 
-class Engine:
+class Engine(Slots):
     """Continues up to `slots` token sequences of up to `max_length` tokens each.
 
     Usual course: `reset` slots, `extend` one with a prompt, `fork` it to the others of its group, `generate`,
     `extend` with what the environment answered, `generate` again.
 
     Attributes:
-      slots: of this host; methods take their numbers.
-      parts: how many parts of as many slots these are; only slots of one part can be copies of one another.
-      snapshots: states that each part can save, which its own slots alone can be cut back to.
       with_routes: whether `routes` are kept.
     """
 
@@ -67,6 +72,10 @@ class Engine:
         with_routes: bool = False,
         several_shapes: bool = False,
         key_limit: int | None = None,
+        max_num_seqs: int | None = None,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        preemption: str = SWAP,
     ) -> None:
         """Allocates the caches; nothing is compiled before the first use.
 
@@ -90,46 +99,49 @@ class Engine:
           several_shapes: prefill may also take P / 4 or 1 slots, or C / 4 tokens, in a call, whichever wastes least;
             each of these is compiled when it is first wanted.
           key_limit: the least of a cache that attention reads, see FIRST_KEY_LIMIT, which is the default.
+          max_num_seqs: D, slots that one call decodes, over all hosts, rounded up likewise; by default all. With
+            `several_shapes` also D / 4 or 1, where those are enough.
+          block_size: tokens of a block of keys and values; by default max_length, so that each slot has one.
+          num_blocks: over all hosts, rounded up likewise; by default what all slots can fill.
+          preemption: what becomes of the blocks of those that must make room: "swap" keeps them in host memory,
+            "recompute" prefills their tokens again, with the weights of then.
 
         Raises:
-          ValueError: a size below 1.
-          UserError: devices of one tensor group that belong to several hosts.
+          ValueError: a size below 1, or an unknown preemption.
+          UserError: devices of one tensor group that belong to several hosts, or fewer blocks than a sequence may need.
         """
         sizes = {"slots": slots, "max_length": max_length, "max_new_tokens": max_new_tokens,
-                 "prefill_rows": prefill_rows, "prefill_chunk": prefill_chunk}
+                 "prefill_rows": prefill_rows, "prefill_chunk": prefill_chunk,
+                 "max_num_seqs": slots if max_num_seqs is None else max_num_seqs}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: {size}, must be at least 1")
-        self.config = config
         if unrolled is None:  # on a mesh the engine holds weights of its own anyway
             unrolled = parallel is not None or sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= UNROLL_BYTES
         self._placement = place = Placement(None if parallel is None else acting(parallel, config))
         self._model = Qwen3Next(config, unrolled, place.parallel)
-        self._own = -(-slots // place.parts)  # slots of a part
-        self.parts, self.slots = place.mine, self._own * place.mine
+        own = -(-slots // place.parts)
+        self._budget = budget = Budget.of(place.parts, own, max_length, block_size, num_blocks, preemption)
+        super().__init__(config, place.mine, own, -(-snapshots // place.parts), with_tokens=not budget.swaps)
         self.max_length, self._first_limit = max_length, key_limit
         self.max_new_tokens = max_new_tokens
         self._rows = min(-(-prefill_rows // place.parts), self._own)  # of a part
-        self._row_counts = tuple(dict.fromkeys((*shapes.palette(self._rows, several_shapes), *[1] * several_shapes)))
+        self._lanes = min(-(-sizes["max_num_seqs"] // place.parts), self._own)
+        counts = lambda most: tuple(dict.fromkeys((*shapes.palette(most, several_shapes), *[1] * several_shapes)))
+        self._row_counts, self._lane_counts = counts(self._rows), counts(self._lanes)
         self._chunks = shapes.palette(min(prefill_chunk, max_length), several_shapes)
         self._stop = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
         self._stop[: len(stop_ids)] = stop_ids
-        self._lengths = np.zeros(self.slots, np.int64)
-        self._fresh = np.ones(self.slots, bool)  # the slot's cache rows are to be cleared before their next use
-        self._routes: list[list[np.ndarray]] = [[] for _ in range(self.slots)]  # by slot, in pieces [tokens, L, k]
-        self.snapshots, self.with_routes = -(-snapshots // place.parts), with_routes
-        self.programs = Programs(self._model, place, self._own, max_length, max_new_tokens, drawable, self.snapshots,
-                                 with_routes)
-        self._cache, self._logits = self.programs.empty()
-        self._saved = self.programs.no_snapshots() if snapshots else None
-        self._saved_lengths = np.zeros((self.parts, self.snapshots), np.int64)
+        self.with_routes, self._recomputed = with_routes, 0
+        self._whole = config.attention == "splash" and can_read(budget.size)  # the kernel sees what each sequence holds
+        self.programs = Programs(self._model, place, own, budget.blocks, budget.size, max_new_tokens, drawable,
+                                 self.snapshots, with_routes)
+        self._memory = Memory(self.programs, place, own, budget, self._rows, self.snapshots)
         self.params = params
 
     def clear(self) -> None:
         """Empties all slots and allocates their caches anew: a call that failed may have left them torn, or taken."""
-        self._cache = self._logits = self._saved = None
-        self._cache, self._logits = self.programs.empty()
-        self._saved = self.programs.no_snapshots() if self.snapshots else None
+        self._memory.clear()
         self._saved_lengths[:] = 0
         self.reset(range(self.slots))
 
@@ -141,21 +153,22 @@ class Engine:
     They may be laid out in any way; the engine keeps them as it acts with them.
     """)
 
-    def length(self, slot: int) -> int:
-        """Tokens that `slot` holds."""
-        return int(self._lengths[slot])
+    def counts(self) -> dict[str, int]:
+        """What the budget of blocks has cost so far, on this host.
 
-    def routes(self, slot: int) -> np.ndarray:
-        """The experts [length, L, k] uint16 that every layer chose for the tokens of `slot` when they were given to it.
-
-        Those of the prompt and of observations too. Of an engine made `with_routes`; empty where the slot is.
+        Blocks swapped_out, swapped_in and copied (because several held them); sequences dropped, and recomputed_tokens.
         """
-        each = (self.config.num_hidden_layers, self.config.num_experts_per_tok)
-        return np.concatenate([np.zeros((0, *each), np.uint16), *self._routes[slot]])
+        return self._memory.counts() | {"recomputed_tokens": self._recomputed}
 
-    def part(self, slot: int) -> int:
-        """The part that `slot` is of."""
-        return slot // self._own
+    def fitting(self, slots: Sequence[int], new: int) -> list[int]:
+        """As many of the first slots of every part as can get `new` tokens at once: by lanes, and by blocks."""
+        wanted = {slot: (self.length(slot), min(self.length(slot) + new, self.max_length)) for slot in slots}
+        return [slot for group in self._memory.fitting(wanted, self._lanes) for slot in group]
+
+    def has_room(self, lengths: Sequence[int], new: int) -> bool:
+        """Whether sequences of such lengths that share nothing can get `new` tokens together, however parts divide."""
+        pages = sum(-(-min(length + new, self.max_length) // self._budget.size) for length in lengths)
+        return len(lengths) <= self._lanes * self.parts and pages <= self._budget.blocks * self.parts
 
     def most(self, *values: int) -> list[int]:
         """The largest of each value over all hosts, which must all ask; on one host the values themselves."""
@@ -165,23 +178,12 @@ class Engine:
         """How many shapes have been compiled so far: one of copying, one of prefill and decoding per key limit."""
         return self.programs.compilations()
 
-    def _check(self, slots: Iterable[int]) -> None:
-        """Raises ValueError unless `slots` are different ones that there are."""
-        seen = set()
-        for slot in slots:
-            if not 0 <= slot < self.slots:
-                raise ValueError(f"slot {slot}: there are slots 0 to {self.slots - 1}")
-            if slot in seen:
-                raise ValueError(f"slot {slot} is named twice")
-            seen.add(slot)
-
     def reset(self, slots: Sequence[int]) -> None:
         """Empties slots; the clearing itself happens with their next prefill. Raises ValueError for unknown slots."""
         self._check(slots)
-        self._lengths[list(slots)] = 0
-        self._fresh[list(slots)] = True
+        self._empty(slots)
         for slot in slots:
-            self._routes[slot] = []
+            self._memory.cut(slot, 0)
 
     def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
         """Appends tokens to slots (slot -> tokens), in prefill calls of P slots by C tokens, or several shapes.
@@ -195,6 +197,23 @@ class Engine:
                 raise ValueError(
                     f"slot {slot} holds {self._lengths[slot]} tokens; {len(added)} more exceed {self.max_length}"
                 )
+        left = {slot: list(added) for slot, added in tokens.items() if len(added)}
+        while True:
+            ends = {slot: (self.length(slot), self.length(slot) + len(added)) for slot, added in left.items()}
+            groups = self._memory.fitting(ends, self.slots)
+            (going,) = self.most(bool(left))
+            if not going:
+                return
+            now = {slot: left.pop(slot) for group in groups for slot in group}
+            self._fill(now, now)
+
+    def _fill(self, tokens: dict[int, list[int]], beside: Collection[int]) -> None:
+        """`extend` of slots that fit together and beside others; those that were dropped get what they held as well."""
+        for slot in self._memory.dropped(tokens):
+            tokens[slot] = self._tokens[slot] + tokens[slot]
+            self._recomputed += len(self._tokens[slot])
+            self._memory.cut(slot, 0)
+            self._tokens[slot], self._lengths[slot], self._fresh[slot] = [], 0, True
         begun = dict.fromkeys(tokens, 0)
         while True:
             left = {slot: len(tokens[slot]) - at for slot, at in begun.items() if at < len(tokens[slot])}
@@ -204,37 +223,35 @@ class Engine:
             going, rows, chunk = self.most(bool(left), *(shape if left else (0, 0)))
             if not going:
                 return
-            self._prefill([part[:rows] for part in mine], tokens, begun, rows, chunk)
+            self._prefill([part[:rows] for part in mine], tokens, begun, rows, chunk, beside)
 
     def _prefill(self, groups: Sequence[Sequence[int]], tokens: Mapping[int, Sequence[int]], begun: dict[int, int],
-                 rows: int, chunk: int) -> None:
+                 rows: int, chunk: int, beside: Collection[int]) -> None:
         """One prefill call, of up to `rows` slots of every part and `chunk` tokens of each, from `begun` on."""
-        size, longest = (self.parts, rows), 0
-        indices, fresh, lengths = np.full(size, self._own, np.int32), np.zeros(size, bool), np.zeros(size, np.int32)
-        pieces = np.zeros((*size, chunk), np.int32)
-        for part, group in enumerate(groups):
-            for row, slot in enumerate(group):
-                piece, place = tokens[slot][begun[slot] : begun[slot] + chunk], (part, row)
-                indices[place], fresh[place], lengths[place] = slot % self._own, self._fresh[slot], len(piece)
-                pieces[place][: len(piece)] = piece
-                self._fresh[slot] = False
-                self._lengths[slot] += len(piece)
-                begun[slot] += len(piece)
-                longest = max(longest, int(self._lengths[slot]))
-        put = lambda array: self._placement.put(array.reshape(-1, *array.shape[2:]))
-        self._cache, self._logits, made = self.programs.run(
-            "prefill", self._weights, self._cache, self._logits, put(indices), put(fresh), put(pieces), put(lengths),
-            key_limit=self._key_limit(*self.most(longest)), shape=(rows, chunk))
-        if made:
-            routes = self._placement.get(made["routes"]).reshape(*size, chunk, *made["routes"].shape[2:])
-            for part, group in enumerate(groups):
-                for row, slot in enumerate(group):
-                    self._routes[slot].append(routes[part, row, : lengths[part, row]].copy())
+        pieces = {slot: tokens[slot][begun[slot] : begun[slot] + chunk] for group in groups for slot in group}
+        ends = {slot: (self.length(slot), self.length(slot) + len(piece)) for slot, piece in pieces.items()}
+        memory, lanes, put = self._memory, Lanes(groups, rows), self._placement.put
+        memory.hold(ends, beside)
+        given = (lanes.integers({slot: slot % self._own for slot in pieces}, self._own),
+                 lanes.integers({slot: self._fresh[slot] for slot in pieces}).astype(bool), lanes.pieces(pieces, chunk),
+                 lanes.integers({slot: len(piece) for slot, piece in pieces.items()}), memory.tables(groups, rows))
+        (longest,) = self.most(max((end for _, end in ends.values()), default=0))
+        memory.cache, memory.logits, made = self.programs.run(
+            "prefill", self._weights, memory.cache, memory.logits, *map(put, given),
+            key_limit=self._key_limit(longest), shape=(rows, chunk))
+        routes = self._placement.get(made["routes"]) if made else None
+        for slot, piece in pieces.items():
+            self._note(slot, piece)
+            begun[slot] += len(piece)
+            self._fresh[slot], self._lengths[slot] = False, ends[slot][1]
+            if routes is not None:
+                known = max(0, sum(map(len, self._routes[slot])) - ends[slot][0])  # where it was dropped
+                self._routes[slot].append(routes[lanes.places[slot], known : len(piece)].copy())
 
     def _key_limit(self, longest: int) -> int:
         """How much of the cache attention must read for sequences of up to `longest` tokens."""
-        if self.config.attention == "splash" and can_read(self.max_length):
-            return self.max_length  # the kernel sees what each sequence holds
+        if self._whole:
+            return self.max_length
         limit = self._first_limit or FIRST_KEY_LIMIT
         while limit < longest:
             limit *= 2
@@ -248,18 +265,20 @@ class Engine:
         """
         self._check(copies)
         self._check(target for targets in copies.values() for target in targets)
-        source = np.arange(self.slots, dtype=np.int32)
-        for origin, targets in copies.items():
-            for target in targets:
-                if self.part(target) != self.part(origin):
-                    raise ValueError(f"slot {target} is not of the part that slot {origin} is of")
-                source[target] = origin
-        if not any(self.most(bool(source.size and (source != np.arange(self.slots)).any()))):
-            return
-        self._cache, self._logits = self.programs.run(
-            "copy", self._cache, self._logits, self._placement.put(source % self._own))
-        self._lengths, self._fresh = self._lengths[source], self._fresh[source]
-        self._routes = [list(self._routes[origin]) for origin in source]
+        pairs = [(origin, target) for origin, targets in copies.items() for target in targets if target != origin]
+        for origin, target in pairs:
+            if self.part(target) != self.part(origin):
+                raise ValueError(f"slot {target} is not of the part that slot {origin} is of")
+        order: list[tuple[int, int]] = []
+        while pairs:  # a slot that is copied and overwritten is copied first
+            ready = [(origin, target) for origin, target in pairs
+                     if not any(other == target for other, _ in pairs)]
+            if not ready:
+                raise ValueError(f"slots {', '.join(str(origin) for origin, _ in pairs)} are copied in a circle")
+            order, pairs = order + ready, [pair for pair in pairs if pair not in ready]
+        self._memory.copy(order)
+        for origin, target in order:
+            self._become(target, origin)
 
     def save(self, entries: Mapping[int, int]) -> None:
         """Keeps the states of slots (slot -> entry of its part's pool), for `restore`; an entry is overwritten.
@@ -270,8 +289,7 @@ class Engine:
         self._check_entries(entries)
         if any(self._lengths[slot] == 0 for slot in entries):
             raise ValueError("save needs slots that hold tokens")
-        for slots, rows in self._by_rows(entries):
-            self._saved = self.programs.run("save", *self._saved, self._cache, self._logits, *slots, *rows)
+        self._memory.save(entries)
         for slot, entry in entries.items():
             self._saved_lengths[self.part(slot), entry] = self._lengths[slot]
 
@@ -287,34 +305,10 @@ class Engine:
         for slot, entry in entries.items():
             if not 0 < (length := self._saved_lengths[self.part(slot), entry]) <= self._lengths[slot]:
                 raise ValueError(f"slot {slot} holds {self._lengths[slot]} tokens; entry {entry} is of {length}")
-        for slots, rows in self._by_rows(entries):
-            self._cache, self._logits = self.programs.run(
-                "restore", self._cache, self._logits, *self._saved, *slots, *rows)
+        self._memory.restore(entries)
         for slot, entry in entries.items():
-            self._lengths[slot], self._fresh[slot] = self._saved_lengths[self.part(slot), entry], False
-            self._routes[slot] = [self.routes(slot)[: self._lengths[slot]]] if self._routes[slot] else []
-
-    def _check_entries(self, entries: Mapping[int, int], once: bool = True) -> None:
-        self._check(entries)
-        named = set()
-        for slot, entry in entries.items():
-            if not 0 <= entry < self.snapshots:
-                raise ValueError(f"entry {entry}: there are {self.snapshots} of each part")
-            if once and (self.part(slot), entry) in named:
-                raise ValueError(f"entry {entry} is named twice")
-            named.add((self.part(slot), entry))
-
-    def _by_rows(self, entries: Mapping[int, int]) -> Iterator[tuple[list[Any], list[Any]]]:
-        """Slots and entries in calls of P rows a part; rows that mean nothing have numbers beyond."""
-        mine = [[pair for pair in entries.items() if self.part(pair[0]) == part] for part in range(self.parts)]
-        (count,) = self.most(-(-max(map(len, mine)) // self._rows))
-        for first in range(0, count * self._rows, self._rows):
-            slots = np.full((self.parts, self._rows), self._own, np.int32)
-            rows = np.full((self.parts, self._rows), self.snapshots, np.int32)
-            for part, pairs in enumerate(mine):
-                for row, (slot, entry) in enumerate(pairs[first : first + self._rows]):
-                    slots[part, row], rows[part, row] = slot % self._own, entry
-            yield [self._placement.put(slots.reshape(-1))], [self._placement.put(rows.reshape(-1))]
+            self._cut(slot, int(self._saved_lengths[self.part(slot), entry]))
+            self._memory.cut(slot, self.length(slot))
 
     def generate(
         self,
@@ -348,43 +342,61 @@ class Engine:
           UserError: the model's logits are not finite.
         """
         self._check(slots)
-        chosen = np.asarray(slots, np.int64)
-        if not 0 <= enough < max(1, len(chosen)):
-            raise ValueError(f"enough: {enough}, must be at least 0 and less than the {len(chosen)} slots")
-        if (self._lengths[chosen] == 0).any():
+        if not 0 <= enough < max(1, len(slots)):
+            raise ValueError(f"enough: {enough}, must be at least 0 and less than the {len(slots)} slots")
+        if any(not self._lengths[slot] for slot in slots):
             raise ValueError("generate needs slots that hold a prompt")
-        draws = [sampling] * len(chosen) if isinstance(sampling, Sampling) else list(sampling)
-        wanted = self.max_new_tokens if max_new_tokens is None else np.asarray(max_new_tokens)
-        limits = np.zeros(self.slots, np.int32)
-        limits[chosen] = np.minimum(np.minimum(wanted, self.max_new_tokens), self.max_length - self._lengths[chosen])
+        draws = [sampling] * len(slots) if isinstance(sampling, Sampling) else sampling
         if histories is None and any(one.adjusts for one in draws):
             raise ValueError("histories: none, where sampling has penalties, biases or alternatives")
-        draw = {}
-        for name, dtype in _DRAWS.items():
-            draw[name] = np.full(self.slots, getattr(Sampling(0.0), name), dtype)
-            draw[name][chosen] = [getattr(one, name) for one in draws]
-        streams = np.zeros(self.slots, np.uint32)
-        streams[chosen] = np.asarray(seeds, np.uint64) & 0xFFFFFFFF
-        anyone, longest = self.most(bool(limits.any()), int((self._lengths[chosen] + limits[chosen]).max(initial=0)))
-        if not anyone:
-            nothing = np.zeros((2, 0), np.float32)
-            return [Generation([], *nothing, "length") for _ in slots]
-        put = lambda arrays: {name: self._placement.put(array) for name, array in arrays.items()}
-        adjust = () if histories is None else (put(self._adjustments(chosen, draws, histories)),)
-        held = put({"streams": streams, "lengths": self._lengths.astype(np.int32), "limits": limits})
-        self._cache, self._logits, made = self.programs.run(
-            "decode_adjusted" if adjust else "decode", self._weights, self._cache, self._logits, *held.values(),
-            np.int32(self._placement.total(enough)), put(draw), self._stop, *adjust, key_limit=self._key_limit(longest))
-        made = {name: self._placement.get(array) for name, array in made.items()}
-        self._lengths = self._lengths + made["counts"]
-        for slot in chosen if "routes" in made else ():
-            self._routes[slot].append(made["routes"][slot, : made["counts"][slot]].copy())
-        return [Generation.of(made, slot, limits[slot], one, self._stop) for slot, one in zip(chosen, draws)]
+        wanted = np.broadcast_to(self.max_new_tokens if max_new_tokens is None else max_new_tokens, len(slots))
+        turns = {
+            slot: Turn(int(seed), draw, min(int(most), self.max_new_tokens, self.max_length - self.length(slot)), told)
+            for slot, seed, draw, most, told in zip(
+                slots, seeds, draws, wanted, [None] * len(slots) if histories is None else histories, strict=True)}
+        left, made = self._memory.there_first(slot for slot in slots if turns[slot].limit), {}
+        while True:
+            ends = {slot: (self.length(slot), self.length(slot) + turns[slot].limit) for slot in left}
+            groups = self._memory.fitting(ends, self._lanes)
+            wave = {slot: ends[slot] for group in groups for slot in sorted(group)}
+            dropped = self._memory.dropped(wave)
+            going, lanes, again = self.most(bool(left), max(map(len, groups)), bool(dropped))
+            if not going:
+                break
+            if again:
+                self._fill({slot: [] for slot in dropped}, wave)
+            left = [slot for slot in left if slot not in wave]
+            made |= self._decode(wave, min(count for count in self._lane_counts if count >= lanes), turns,
+                                 enough * len(wave) // max(1, len(slots)), histories is not None)
+        nothing = {"counts": 0, "tokens": np.zeros(0, np.int32), "logprobs": np.zeros((2, 0), np.float32)}
+        return [Generation.of(made.get(slot, nothing), turns[slot].limit, turns[slot].draw, self._stop)
+                for slot in slots]
 
-    def _adjustments(self, chosen: np.ndarray, draws: Sequence[Sampling], histories: Sequence[History]
-                     ) -> dict[str, np.ndarray]:
-        """sampling.adjustments by slot; slots that are not chosen have none."""
-        every, told = [Sampling()] * self.slots, [History((), ())] * self.slots
-        for slot, draw, history in zip(chosen, draws, histories, strict=True):
-            every[slot], told[slot] = draw, history
-        return adjustments(every, told, self.config.vocab_size)
+    def _decode(self, wave: Mapping[int, tuple[int, int]], size: int, turns: Mapping[int, Turn], enough: int,
+                adjusts: bool) -> dict[int, dict[str, np.ndarray]]:
+        """One call of decoding, of `size` lanes a part, for slots that fit: what Programs.run made, by slot."""
+        groups = [[slot for slot in wave if self.part(slot) == part] for part in range(self.parts)]
+        memory = self._memory
+        memory.hold(wave)
+        lanes = Lanes(groups, size)
+        put = lambda arrays: {name: self._placement.put(array) for name, array in arrays.items()}
+        held = put({
+            "indices": lanes.integers({slot: slot % self._own for slot in wave}, self._own),
+            "tables": memory.tables(groups, size), "streams": lanes.streams(turns),
+            "lengths": lanes.integers({slot: start for slot, (start, _) in wave.items()}),
+            "limits": lanes.integers({slot: turns[slot].limit for slot in wave})})
+        adjust = (put(lanes.adjustments(turns, self.config.vocab_size)),) if adjusts else ()
+        (longest,) = self.most(max((end for _, end in wave.values()), default=0))
+        memory.cache, memory.logits, found = self.programs.run(
+            "decode_adjusted" if adjust else "decode", self._weights, memory.cache, memory.logits, *held.values(),
+            np.int32(self._placement.total(enough)), put(lanes.draws(turns)), self._stop, *adjust,
+            key_limit=self._key_limit(longest), shape=(size,))
+        found = {name: self._placement.get(array) for name, array in found.items()}
+        made = {slot: {name: array[place] for name, array in found.items()} for slot, place in lanes.places.items()}
+        for slot, one in made.items():
+            self._lengths[slot] += one["counts"]
+            memory.cut(slot, self.length(slot))
+            self._note(slot, one["tokens"][: one["counts"]].tolist())
+            if "routes" in one:
+                self._routes[slot].append(one["routes"][: one["counts"]].copy())
+        return made

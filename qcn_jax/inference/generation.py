@@ -31,13 +31,11 @@ class Generation:
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, made: Mapping[str, np.ndarray], slot: int, limit: int, draw: Sampling, stop: np.ndarray
-           ) -> "Generation":
+    def of(cls, made: Mapping[str, np.ndarray], limit: int, draw: Sampling, stop: np.ndarray) -> "Generation":
         """Reads a slot's turn.
 
         Args:
-          made: Programs.run's arrays of decoding.
-          slot: whose.
+          made: its lane of Programs.run's arrays of decoding.
           limit: the most tokens that it could get.
           draw: how it was drawn.
           stop: ids that end a turn.
@@ -45,14 +43,14 @@ class Generation:
         Raises:
           UserError: the model's logits were not finite.
         """
-        count = made["counts"][slot]
-        new, scores = made["tokens"][slot, :count].tolist(), made["logprobs"][slot, :, :count].copy()
+        count = made["counts"]
+        new, scores = made["tokens"][:count].tolist(), made["logprobs"][:, :count].copy()
         if np.isnan(scores).any():
             raise UserError(NOT_FINITE)
         finish = "stop" if new and new[-1] in stop else "length" if count == limit else "paused"
         alternatives = []
-        if draw.alternatives:
-            named = zip(*(made[name][slot, :count, : draw.alternatives].tolist() for name in ("ids", "values")))
+        if draw.alternatives and count:
+            named = zip(*(made[name][:count, : draw.alternatives].tolist() for name in ("ids", "values")))
             # Where a vocabulary has fewer drawable tokens than were asked for, the rest are at minus infinity.
             alternatives = [[(id_, value) for id_, value in zip(*pair) if value > -np.inf] for pair in named]
         return cls(new, *scores, finish, alternatives)

@@ -136,15 +136,23 @@ class Scheduler:
             self._prefixes.extended(slot, self._active.pop(slot).held)
         self._waiting = deque(request for request in self._waiting if not request.cancelled)
         placed: list[_Placed] = []
-        while self._waiting and len(self._active) < self.engine.slots:
+        while self._waiting and self._has_room(len(self._waiting[0].held)):
             placed.append(self._place(self._waiting.popleft(), placed))
         return placed
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether a request with so many tokens, and all that are active, can generate together."""
+        engine = self.engine
+        if len(self._active) == engine.slots:
+            return False
+        held = [len(request.held) for request in self._active.values()]
+        return not held or engine.has_room([*held, tokens], PIECE)
 
     def _step(self, admitted: list["_Placed"]) -> None:
         if admitted:
             self._prefill(admitted)
-        if self._active:
-            self._generate(sorted(self._active))
+        if self._active:  # those that came first, where the budget of blocks does not do for all
+            self._generate(sorted(self.engine.fitting(list(self._active), PIECE)))
 
     def _place(self, request: Request, before: Sequence["_Placed"]) -> "_Placed":
         """Gives a request a slot; of those with the same tokens one is prefilled, and others of its part copy it."""
@@ -187,13 +195,13 @@ class Scheduler:
         engine = self.engine
         own = [one for one in placed if one.twin is None]
         taken = [one for one in own if one.hit is not None and one.hit.length]
-        engine.reset([one.slot for one in own if one not in taken])
         copies: dict[int, list[int]] = {}
         for one in taken:
             if one.hit.source != one.slot:
                 copies.setdefault(one.hit.source, []).append(one.slot)
         if copies:
             engine.fork(copies)
+        engine.reset([one.slot for one in own if one not in taken])  # one of them may have been copied
         engine.restore({one.slot: one.hit.entry for one in taken if one.hit.entry is not None})
         begun = {one.slot: one.hit.length if one.hit else 0 for one in own}
         for parted in (True, False):

@@ -82,7 +82,8 @@ class Service:
     async def _health(self, _: HttpRequest) -> Response:
         active, waiting = self.scheduler.load()
         return Json({"status": "ok", "active": active, "waiting": waiting, "prompt_tokens": {
-            "prefilled": self.scheduler.prefilled, "reused": self.scheduler.reused}})
+            "prefilled": self.scheduler.prefilled, "reused": self.scheduler.reused},
+            "blocks": self.scheduler.engine.counts()})
 
     async def _models(self, _: HttpRequest) -> Response:
         return Json({"object": "list", "data": [protocol.model_body(self.name)]})

@@ -19,12 +19,12 @@ from qcn_jax.layers.rotary import apply_rotary
 from qcn_jax.layers.sharded import sharded_attention
 
 Array = jax.Array
-MIN_KEYS = 16  # of a block that kernels.cached_attention reads
+MIN_KEYS = 16  # that kernels.cached_attention reads at a time
 
 
-def init_attention_cache(config: ModelConfig, batch: int, max_length: int) -> dict[str, Array]:
-    """Empty keys and values [B, K, max_length, H] in the activation dtype."""
-    shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+def init_attention_cache(config: ModelConfig, rows: int, size: int) -> dict[str, Array]:
+    """Empty keys and values [rows, K, size, H] in the activation dtype; a sequence has one row, or several."""
+    shape = (rows, config.num_key_value_heads, size, config.head_dim)
     return {name: jnp.zeros(shape, jnp.dtype(config.dtype)) for name in ("k", "v")}
 
 
@@ -35,40 +35,57 @@ def cached_attention(
 
     `form` is xla, which reads the first `context.key_limit` tokens of every sequence, or splash, of which a TPU kernel
     reads what each sequence holds where it can read a cache of this size in blocks. Padding beyond `context.lengths`
-    is not written. What a sequence gets that outgrows the cache, or the part of it that is read, is NaN. The cache may
-    have other sequences besides, see `context.rows`; it is written in place.
+    is not written. What a sequence gets that outgrows the cache, or the part of it that is read, is NaN. Whatever the
+    cache holds behind a sequence's tokens has no effect, be it NaN. The cache may have other sequences besides, and one
+    may have several rows of it, see `context.tables`; it is written in place.
 
     Raises:
       ValueError: T is more than the cache holds.
     """
     batch, length = q.shape[0], q.shape[3]
-    capacity = cache["k"].shape[2]
+    size = cache["k"].shape[2]
+    tables = jnp.arange(batch, dtype=jnp.int32)[:, None] if context.tables is None else context.tables
+    capacity = size * tables.shape[1]
     if length > capacity:
         raise ValueError(f"{length} tokens for a cache of {capacity} a sequence")
     query = context.start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]  # [B, T]
     slot = query if context.valid is None else jnp.where(context.valid, query, capacity)
-    rows = jnp.arange(batch, dtype=jnp.int32) if context.rows is None else context.rows
+    row = jnp.take_along_axis(tables, jnp.minimum(slot // size, tables.shape[1] - 1), axis=1)
+    row = jnp.where(slot < capacity, row, len(cache["k"]))  # [B, T]
     # Row by row of H: the order of the cache in memory is then the one that the kernel reads.
-    place = rows[:, None, None], jnp.arange(k.shape[1])[None, :, None], slot[:, None]
+    place = row[:, None], jnp.arange(k.shape[1])[None, :, None], (slot % size)[:, None]
     write = lambda old, new: old.at[place].set(new, mode="drop")
     cache = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
     limit = context.key_limit or capacity
     added = jnp.full(batch, length, jnp.int32) if context.lengths is None else context.lengths
-    if form == "splash" and can_read(capacity):
+    if form == "splash" and can_read(size):
         from qcn_jax.layers.kernels.cached_attention import cached_attention as by_kernel
 
-        y = by_kernel(q, cache["k"], cache["v"], context.start, added, jnp.minimum(rows, len(cache["k"]) - 1))
+        y = by_kernel(q, cache["k"], cache["v"], context.start, added, jnp.minimum(tables, len(cache["k"]) - 1))
     else:
-        mask = jnp.arange(limit, dtype=jnp.int32)[None, :, None] <= query[:, None]  # [B, S, T]
-        read = lambda x: x[:, :, :limit] if context.rows is None else x.at[rows, :, :limit].get(mode="clip")
-        y = attend(q, read(cache["k"]), read(cache["v"]), mask)[0]
+        key = jnp.arange(limit, dtype=jnp.int32)[None]
+        held = key < (context.start + added)[:, None]  # [B, S]
+        mask = (key[:, :, None] <= query[:, None]) & held[:, :, None]
+        value = jnp.where(held[:, None, :, None], _first(cache["v"], limit, context.tables), 0)  # 0 times NaN is NaN
+        y = attend(q, _first(cache["k"], limit, context.tables), value, mask)[0]
     outgrown = (context.start + added > limit) & (added > 0)
     return jnp.where(outgrown[:, None, None, None, None], jnp.nan, y), cache
 
 
-def can_read(capacity: int) -> bool:
-    """Whether the kernel can read caches of `capacity` tokens a sequence."""
-    return capacity % MIN_KEYS == 0
+def _first(cached: Array, limit: int, tables: Array | None) -> Array:
+    """The first `limit` keys or values [B, K, limit, H] of every sequence, of rows [N, K, size, H]."""
+    size = cached.shape[2]
+    if tables is None:
+        return cached[:, :, :limit]
+    if limit <= size:
+        return cached.at[tables[:, 0], :, :limit].get(mode="clip")
+    found = cached.at[tables[:, : -(-limit // size)]].get(mode="clip")  # [B, n, K, size, H]
+    return jnp.swapaxes(found, 1, 2).reshape(len(tables), cached.shape[1], -1, cached.shape[3])[:, :, :limit]
+
+
+def can_read(size: int) -> bool:
+    """Whether the kernel can read caches of `size` tokens a row."""
+    return size % MIN_KEYS == 0
 
 
 def _cached_by_part(
@@ -80,12 +97,12 @@ def _cached_by_part(
         return cached_attention(q, k, v, cache, context, form)
 
     def local(q: Array, k: Array, v: Array, cache: dict[str, Array], start: Array, *rest: Array | None) -> Any:
-        own = context.replace(start=start, lengths=rest[0], valid=rest[1], rows=rest[2], parallel=None)
+        own = context.replace(start=start, lengths=rest[0], valid=rest[1], tables=rest[2], parallel=None)
         return cached_attention(q, k, v, cache, own, form)
 
     rows = parallel.spec("activation_batch")
     run = parallel.per_device(local, rows, rows)
-    return run(q, k, v, cache, context.start, context.lengths, context.valid, context.rows)
+    return run(q, k, v, cache, context.start, context.lengths, context.valid, context.tables)
 
 
 class GatedAttention(nn.Module):

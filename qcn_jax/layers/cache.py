@@ -19,22 +19,31 @@ Array = jax.Array
 
 @struct.dataclass
 class Cache:
-    """State of `batch` sequences.
+    """State of B sequences.
 
     Attributes:
       length: [B] int32, tokens held by each sequence.
-      layers: per layer keys and values [..., B, K, max_length, H], or convolution window and recurrent state.
+      layers: per layer keys and values [..., N, K, size, H], or every sequence's window and recurrent state.
     """
 
     length: Array
     layers: Any
 
 
-def init_cache(config: ModelConfig, batch: int, max_length: int, unrolled: bool = False) -> Cache:
-    """An empty cache for `batch` sequences of at most `max_length` tokens."""
+def init_cache(config: ModelConfig, batch: int, size: int, unrolled: bool = False, rows: int | None = None) -> Cache:
+    """An empty cache for `batch` sequences.
+
+    Args:
+      config: the model's.
+      batch: B.
+      size: tokens of a row of keys and values.
+      unrolled: of a model whose layers stand apart.
+      rows: N, of keys and values, which `TokenContext.tables` deals out; None is one for each sequence.
+    """
     interval = config.full_attention_interval
     blocks, rest = divmod(config.num_hidden_layers, interval)
-    linear, full = init_delta_net_cache(config, batch), init_attention_cache(config, batch, max_length)
+    linear = init_delta_net_cache(config, batch)
+    full = init_attention_cache(config, batch if rows is None else rows, size)
     # A fresh array for every layer: shared ones could not be donated.
     copies = lambda tree, *leading: jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), tree)
     layers: dict[str, Any] = {}

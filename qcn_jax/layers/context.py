@@ -22,7 +22,8 @@ class TokenContext:
       key_limit: with a cache, attention reads its first `key_limit` slots only (None: all).
       parallel: the devices over which the batch is spread; None is one device.
       with_routes: whether router statistics hold which experts each router chose.
-      rows: [B] int32 or None; with a cache, which rows of its keys and values these sequences have (None: all).
+      tables: [B, n] int32 or None; with a cache, the rows of its keys and values that each sequence fills one after the
+        other (None: each has one, its own). A number beyond all rows is none.
     """
 
     cos: Array
@@ -34,7 +35,7 @@ class TokenContext:
     key_limit: int | None = struct.field(pytree_node=False, default=None)
     parallel: Parallel | None = struct.field(pytree_node=False, default=None)
     with_routes: bool = struct.field(pytree_node=False, default=False)
-    rows: Array | None = None
+    tables: Array | None = None
 
     @property
     def whole_parallel(self) -> Parallel | None:

@@ -24,6 +24,9 @@ class Chip:
     links: float
 
 
+# An exchange takes at least this long, however little it moves: a hop between neighbours on the inter-chip links, as
+# "How to Scale Your Model" (Austin et al. 2025, on sharded matrices) has it for v5e; nothing is published for others.
+HOP_SECONDS = 1e-6
 _GIB = 2**30
 # By the generation in a topology's name.
 CHIPS = {

@@ -60,6 +60,15 @@ class Scripted:
     def part(self, slot: int) -> int:
         return 0
 
+    def fitting(self, slots, new: int) -> list[int]:
+        return list(slots)
+
+    def has_room(self, lengths, new: int) -> bool:
+        return True
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
     def generate(self, slots, *, seeds, sampling, max_new_tokens, histories=None):
         self.running.set()
         if self.poison and any(ord(self.poison) in self.held[slot] for slot in slots):

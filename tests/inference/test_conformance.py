@@ -23,7 +23,7 @@ from qcn_jax.layers.context import document_ids
 from tests.inference.test_engine import CONFIG, make_params
 
 FORMS = ["whole rows", "left padding", "packed rows", "pieces", "turns", "copies", "saved states", "used slots",
-         "other weights", "sampling", "served", "growing limits", "scanned layers"]  # fmt: skip
+         "other weights", "sampling", "served", "growing limits", "few blocks", "scanned layers"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", name="params")

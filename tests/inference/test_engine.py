@@ -82,7 +82,7 @@ def test_a_cleared_engine_begins_anew(engine) -> None:
         return engine.generate([2], seeds=[3], sampling=Sampling(1.0))[0].tokens
 
     first = run()
-    for leaf in jax.tree.leaves(engine._cache):  # as a call that failed may leave them
+    for leaf in jax.tree.leaves(engine._memory.cache):  # as a call that failed may leave them
         leaf.delete()
     engine.clear()
     assert engine.length(2) == 0 and run() == first

@@ -166,6 +166,7 @@ def test_paths_and_health(server) -> None:
     assert httpx.post(f"{server}/completions", json={"model": "other", "prompt": "x"}).status_code == 404
     health = httpx.get(f"{base}/health").json()
     assert health.pop("prompt_tokens").keys() == {"prefilled", "reused"}
+    assert health.pop("blocks").keys() == {"swapped_out", "swapped_in", "copied", "dropped", "recomputed_tokens"}
     assert health == {"status": "ok", "active": 0, "waiting": 0}
     assert httpx.get(f"{base}/nothing").json()["error"]["message"] == "GET /nothing: no such endpoint"
     assert httpx.get(f"{server}/completions").status_code == 405

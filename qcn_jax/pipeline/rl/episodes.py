@@ -40,7 +40,8 @@ def make_engine(
         model, params, slots=config.slots, max_length=config.max_length, max_new_tokens=config.max_new_tokens,
         stop_ids=sorted(encoder.stops), prefill_rows=config.prefill_rows, prefill_chunk=config.prefill_chunk,
         drawable=encoder.tokenizer.known_ids(model.vocab_size), parallel=parallel,
-        with_routes=with_routes, several_shapes=config.several_shapes,
+        with_routes=with_routes, several_shapes=config.several_shapes, max_num_seqs=config.max_num_seqs or None,
+        block_size=config.block_size or None, num_blocks=config.num_blocks or None, preemption=config.preemption,
     )  # fmt: skip
 
 

@@ -119,6 +119,12 @@ class Ticks:
             self._workers.wait([*replies, *verdicts], poll, False)
         self.seconds_waited += self._clock() - began
 
+    def _release(self, slot: int) -> None:
+        """A slot is free, and what it held costs nothing from now on."""
+        self._free.append(slot)
+        if slot < self._engine.slots:  # a journal may tell of an engine with more
+            self._engine.reset([slot])
+
     def _judge(self, episode: Episode, outcome: Outcome) -> None:
         self.judged += 1
         group = self._groups.get(episode.number)
@@ -141,7 +147,7 @@ class Ticks:
             else:
                 episode.routes = next(routes for of, routes in row["routes"] if of == slot)
             noted.setdefault("routes", []).append([slot, episode.routes])
-        self._free.append(slot)
+        self._release(slot)
         self._judging[episode.key] = episode
         if row is None:
             self._futures[episode.key] = self._workers.submit(episode.judge)
@@ -233,7 +239,7 @@ class Ticks:
         for held in (self._active, self._asked):
             for slot in [slot for slot, episode in held.items() if which(episode)]:
                 found.append(held.pop(slot))
-                self._free.append(slot)
+                self._release(slot)
         for key in [key for key, episode in self._judging.items() if which(episode)]:
             found.append(self._judging.pop(key))
         return found

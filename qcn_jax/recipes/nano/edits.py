@@ -119,6 +119,16 @@ def _functions(module: tuple[str, str], max_lines: int, kinds: tuple[str, ...], 
 
 def documents(request: Request) -> "EditDocuments":
     """The form `nano_edits` of a source: its Python files, tests left out, with the bug kinds of `config.tasks`."""
+    return EditDocuments(table_of(request), request.tokenizer, seed=request.context.config.seed,
+                         max_tokens=request.length)
+
+
+def table_of(request: Request) -> list[FunctionDefects]:
+    """The functions of a source's Python files, tests left out, with defects of the kinds of `config.tasks`.
+
+    Raises:
+      UserError: there is none.
+    """
     config = request.context.config
     code = [(text.path, text.text) for text in request.texts if not is_test_path(text.path)]
     table = function_table(code, max_lines=config.tasks.max_function_lines, kinds=config.tasks.kinds, seed=config.seed,
@@ -127,7 +137,7 @@ def documents(request: Request) -> "EditDocuments":
     if not table:
         raise UserError(f"--config.midtrain.sources.{request.name}: no function of its texts has a defect of the kinds "
                         "in --config.tasks.kinds")
-    return EditDocuments(table, request.tokenizer, seed=config.seed, max_tokens=request.length)
+    return table
 
 
 class EditDocuments:
@@ -170,7 +180,7 @@ class EditDocuments:
             if rng.random() < self._multiple:
                 for k in rng.permutation(len(function.defects))[: rng.integers(1, 3)]:
                     chosen.setdefault(function.defects[k].line, function.defects[k])
-            document = self._document(function, [chosen[line] for line in sorted(chosen)])
+            document = self._document(function, [chosen[line] for line in sorted(chosen)], rng)
             if document is not None:
                 return document
         raise UserError(f"edit documents: none of {_DRAWS} functions with its edits has at most {self._max_tokens} "
@@ -207,7 +217,10 @@ class EditDocuments:
             self._line_cache[text] = self._tokenizer.encode_ordinary(text)
         return self._line_cache[text]
 
-    def _document(self, function: FunctionDefects, defects: list[Defect]) -> dict[str, np.ndarray] | None:
+    def _document(
+        self, function: FunctionDefects, defects: list[Defect], rng: np.random.Generator
+    ) -> dict[str, np.ndarray] | None:
+        """The document of a function with defects; None where it is longer than a row, or a defect has no edit."""
         special = self._tokenizer.id
         lines = list(function.lines)
         for defect in defects:
