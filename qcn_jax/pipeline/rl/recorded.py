@@ -1,7 +1,7 @@
 """An expert's updates as the journals of its hosts tell them: no engine, no environments, no tasks."""
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -28,6 +28,9 @@ class Recorded:
     def most(self, *values: int) -> list[int]:
         """See Actor; every host's journal tells of its own part alone."""
         return list(values)
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """See Actor; slots hold nothing."""
 
 
 class _Idle:
