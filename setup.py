@@ -1,13 +1,14 @@
-"""Packaging of qcn_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu` and `ray`."""
+"""Packaging of qcn_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `ray` and `web`."""
 
 import pathlib
 
 import setuptools
 
 LIBTPU = "libtpu==0.0.42.*"  # ahead-of-time compilation for TPU topologies, no TPU needed; jax 0.10's own pin
+WEB = ["playwright>=1.50"]  # drives Debian's Chromium; its own browsers are not needed
 DATA = ["datasketch>=1.6", "detect-secrets>=1.5"]  # filters of texts: near duplicates, secrets
 TEST = [
-    *DATA,
+    *DATA, *WEB,
     "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "tree-sitter-language-pack>=0.9,<1", "ray>=2.40",
     "swebench>=5",
     # Parity with the reference implementation: exact versions, because numerics are compared.
@@ -29,7 +30,9 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["qcn_jax", "qcn_jax.*"]), "qcn_jax.configs"],
     package_dir={"qcn_jax.configs": "configs"},
     package_data={"qcn_jax": ["py.typed", "recipes/nano/base/*", "envs/sandbox/*.dockerfile",
-                              "envs/problems/inside/*.js", "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go"]},
+                              "envs/problems/inside/*.js", "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go",
+                              "envs/synthesis/pages/templates/*/*", "envs/synthesis/pages/templates/*/tests/*",
+                              "envs/web/inside/*.mjs", "envs/web/inside/modules/*"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",
@@ -46,6 +49,7 @@ setuptools.setup(
         "tpu": [f"jax[tpu]{JAX}", "tokamax"],
         "compile": [LIBTPU],
         "ray": ["ray>=2.40"],
+        "web": WEB,
     },
     entry_points={"console_scripts": ["qcn=qcn_jax.cli.main:run"]},
 )

@@ -1,10 +1,9 @@
 """Configuration: frozen dataclasses, one for the model, one for the mesh and one per stage.
 
-A config file is Python with `get_config()` that returns `to_config_dict(RunConfig(...))`; flags override
-single values (`--config.sft.steps=100`), and `from_config_dict` turns the result back into dataclasses and
-refuses unknown or ill-typed keys by name. ModelConfig carries Hugging Face's field names.
-
-What a field may hold is said in its annotation; config_checks reads that, and holds the rules between fields.
+A config file is Python with `get_config()` that returns `to_config_dict(RunConfig(...))`; flags override single values
+(`--config.sft.steps=100`), and `from_config_dict` turns the result back into dataclasses and refuses unknown or
+ill-typed keys by name. ModelConfig carries Hugging Face's field names. What a field may hold is said in its annotation;
+config_checks reads that, and holds the rules between fields.
 """
 
 import dataclasses

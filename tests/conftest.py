@@ -1,6 +1,6 @@
 """What all tests share: markers for things a machine may lack, compilation cache, the fixtures of qcn_jax.testing.
 
-A test marked `docker` or `torch` is skipped with a reason where the thing is missing; where the environment
+A test marked `docker`, `torch` or `browser` is skipped with a reason where the thing is missing; where the environment
 variable QCN_REQUIRE (a comma-separated list) names it, the test fails instead, so that a continuous-integration
 machine cannot pass by lacking something.
 """
@@ -62,7 +62,16 @@ def torch_missing() -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
-_THINGS: dict[str, Callable[[], str | None]] = {"docker": docker_missing, "torch": torch_missing}
+@functools.cache
+def browser_missing() -> str | None:
+    """Why pages cannot be opened here; None where they can."""
+    from qcn_jax.envs.web import runtime
+
+    return runtime.missing() or None
+
+
+_THINGS: dict[str, Callable[[], str | None]] = {"docker": docker_missing, "torch": torch_missing,
+                                                "browser": browser_missing}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

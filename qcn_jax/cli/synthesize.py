@@ -7,8 +7,12 @@
   qcn synthesize --repo=path/to/clone --strategies=mine --setup='apt-get update && apt-get install -y python3-nose' \
     --sandbox=docker --out=tasks.jsonl
 
+  qcn synthesize --repo=path/to/site,pages:checklist:1 --out=tasks.jsonl
+
 Strategies: inject (rules), rewrite (a model changes or rewrites functions), combine (several verified defects at once),
 mine (the history of a git clone), build (only the environment: Dockerfile, install steps, test command, log parser).
+A folder of pages that has page tests (*.web.json, see the docs), or one of this package's own templates
+(pages:NAME:SEED), gives tasks that a browser's tests decide; that needs Chromium and the extra `web`.
 JavaScript and Go repositories get an environment first and need a Docker engine. A candidate is kept only after
 execution: tests that passed now fail, and the fix makes them pass again. Interrupted runs continue from OUT.work, with
 the same result. Beside OUT stands OUT.yields.json. Every repository's last line says what it gave, or why it gave
@@ -25,6 +29,7 @@ from qcn_jax.chat import endpoint
 from qcn_jax.cli import parsing, task_repositories
 from qcn_jax.envs.synthesis import describe, inject, make_tasks, plan, quality, statement
 from qcn_jax.envs.synthesis.make_tasks import STRATEGIES
+from qcn_jax.envs.synthesis.pages import inject as page_kinds
 from qcn_jax.envs.tasks.schema import write_tasks
 from qcn_jax.errors import UserError
 
@@ -83,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum("sandbox", "auto", ["auto", "docker", "local"], "Where code runs.", flag_values=values)
     flags.DEFINE_integer("workers", 2, "Candidates side by side.", flag_values=values, lower_bound=1)
     parsing.parse(values, "synthesize", __doc__, argv)
-    for flag, given, allowed in (("strategies", values.strategies, STRATEGIES), ("kinds", values.kinds, inject.KINDS)):
+    kinds = (*inject.KINDS, *page_kinds.KINDS)
+    for flag, given, allowed in (("strategies", values.strategies, STRATEGIES), ("kinds", values.kinds, kinds)):
         unknown = [name for name in given if name not in allowed]
         if unknown:
             raise UserError(f"--{flag}: unknown {unknown[0]!r}; allowed: {', '.join(allowed)}")

@@ -18,27 +18,19 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.network import policy
 from qcn_jax.envs.sandbox import channel, pytest_options, repository
 from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.limits import Limits as Limits  # theirs who use providers
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.sandbox.runs import PASSING as PASSING  # theirs who use providers
+from qcn_jax.envs.sandbox.runs import PASSING as PASSING  # likewise
 from qcn_jax.envs.sandbox.runs import ExecResult, PythonResult, TestRun, test_run
 from qcn_jax.envs.sandbox.spares import Spares
+from qcn_jax.envs.web import page_tests
+from qcn_jax.envs.web import running as pages
 from qcn_jax.errors import UserError
 
 ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
 STARVATION = 5.0  # on a busy machine a job may take this many times its limit (inside/server.py, STARVED)
 PREPARE_TIMEOUT = 300.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Bounds of one sandbox (bytes in MiB); each job inside is bounded again by its own time limit."""
-
-    memory_mb: int = 1024
-    processes: int = 64
-    cpus: float = 2.0
-    file_mb: int = 64
-    disk_mb: int = 512
-    output_bytes: int = 65_536
+FIRST_LOOK = 1800.0  # for all tests of pages; a page that hangs is given up long before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +96,18 @@ class Sandbox:
         not find is absent from the outcomes. With `evidence` tests may make claims (inside/evidence.py), and
         with "blind" the code in that process finds no variables of its callers.
         """
+        if self._prepared.browser:
+            paths = {*self._prepared.files, *self.overlay}
+            texts = {path: self._starting_text(path) for path in paths if page_tests.is_tests(path)}
+            suites = page_tests.suites({path: text for path, text in texts.items() if text is not None})
+            return test_run(pages.run_tests(self.ask_python, suites, node_ids, timeout, fail_fast))
         reply, _ = self._call("tests", node_ids=None if node_ids is None else list(node_ids),
                               timeout=timeout, fail_fast=fail_fast, evidence=evidence)
         return test_run(reply)
+
+    def ask_python(self, script: str, args: Any, timeout: float) -> dict[str, Any]:
+        """The server's reply about a harness script (see `run_python`)."""
+        return self._call("python", script=script, args=args, timeout=timeout)[0]
 
     def run_python(self, script: str, args: Any = None, timeout: float = 30.0) -> PythonResult:
         """Runs a trusted harness script in the repository, in a process with pytest imported.
@@ -114,7 +115,7 @@ class Sandbox:
         The script defines `main(args)` and returns a JSON value. It finds two names: `ROOT`, the repository folder,
         and `run_pytest(node_ids, plugins=(), fail_fast=False)` -> (exit status, outcomes, messages).
         """
-        reply, _ = self._call("python", script=script, args=args, timeout=timeout)
+        reply = self.ask_python(script, args, timeout)
         return PythonResult(reply["status"], reply["value"], reply["error"], reply["output"], reply["seconds"])
 
     def changes(self) -> dict[str, str | None]:
@@ -167,6 +168,11 @@ class Prepared:
     archive: str
     baseline: TestRun  # all tests on the pristine state
 
+    @property
+    def browser(self) -> bool:
+        """Whether its tests are of pages, which are run in a browser (envs/web)."""
+        return any(map(page_tests.is_tests, self.files))
+
 
 class Provider:
     """Makes sandboxes; safe for use from several threads, which then wait for each other.
@@ -206,8 +212,12 @@ class Provider:
         """Names the interpreter and pytest that byte code is prepared for."""
         raise NotImplementedError
 
-    def _start(self, prepared: RepositorySpec | None, networked: bool = False) -> channel.Server:
-        """Starts a server; of one that is `networked`, the door is open (`_open_gate`)."""
+    def _start(self, prepared: RepositorySpec | None, networked: bool = False, browser: bool = False
+               ) -> channel.Server:
+        """Starts a server, with a browser where one is asked for.
+
+        Of one that is `networked`, the door is open (`_open_gate`).
+        """
         raise NotImplementedError
 
     def _open_gate(self, server: channel.Server, line: socket.socket) -> channel.Server:
@@ -248,6 +258,8 @@ class Provider:
         members = repository.unpack(spec)
         settings = repository.settings(spec, members)
         texts = repository.text_files((name, member.data) for name, member in members.items())
+        if any(map(page_tests.is_tests, texts)):
+            return repository.store(self.state_dir, key, members, settings, self._first_look(spec, key, members, texts))
         (reply, payload), settings = pytest_options.followed(
             texts, settings, lambda changed: self._warm_up(spec, key, members, changed))
         offset = 0
@@ -266,6 +278,21 @@ class Provider:
             return server.call(
                 {"op": "tests", "kind": "warm", "workspace": made["workspace"], "node_ids": None, "fail_fast": False,
                  "timeout": PREPARE_TIMEOUT}, b"", STARVATION * PREPARE_TIMEOUT + ANSWER_GRACE)
+
+    def _first_look(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
+                    texts: Mapping[str, str]) -> dict[str, Any]:
+        """One run of all tests of pages, in a server of its own."""
+        suites = page_tests.suites(texts)
+        settings = repository.settings(spec, members)
+        with contextlib.closing(self._start(spec, browser=True)) as server:
+            server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
+            made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
+
+            def call(script: str, args: Any, timeout: float) -> dict[str, Any]:
+                return server.call({"op": "python", "workspace": made["workspace"], "script": script, "args": args,
+                                    "timeout": timeout}, b"", STARVATION * timeout + ANSWER_GRACE)[0]
+
+            return pages.run_tests(call, suites, None, FIRST_LOOK)
 
     def files(self, name: str) -> Mapping[str, str]:
         """Pristine text files of a prepared repository, by path."""
@@ -321,7 +348,7 @@ class Provider:
             server.trees.add(prepared.key)
 
     def _start_loaded(self, prepared: Prepared) -> channel.Server:
-        server = self._start(prepared.spec)
+        server = self._start(prepared.spec, browser=prepared.browser)
         try:
             self._load(server, prepared)
         except BaseException:
@@ -333,13 +360,13 @@ class Provider:
         networked = self.network != "none" and role == "agent"
         if self.isolation == "container":
             spare = self._spares.take(prepared) if self._spares is not None and not networked else None
-            return spare or self._start(prepared.spec, networked)
-        name = self._warm_name(prepared, role)
+            return spare or self._start(prepared.spec, networked, prepared.browser)
+        name = self._warm_name(prepared, role) + " browser" * prepared.browser
         with self._starting:  # two threads must not start it twice: the first one's would be lost
             if name in self._warm and not self._warm[name].alive():
                 self._warm.pop(name).close()
             if name not in self._warm:
-                self._warm[name] = self._start(prepared.spec, networked)
+                self._warm[name] = self._start(prepared.spec, networked, prepared.browser)
             return self._warm[name]
 
     def _warm_name(self, prepared: Prepared, role: str) -> str:

@@ -21,9 +21,11 @@ import docker
 import docker.errors
 
 from qcn_jax.envs.sandbox import channel, images, layers, local, repository
-from qcn_jax.envs.sandbox.base import Limits, Prepared, Provider
+from qcn_jax.envs.sandbox.base import Prepared, Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.sandbox.limits import Limits, bounds
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
+from qcn_jax.envs.web import runtime as web
 
 CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
@@ -63,8 +65,13 @@ class DockerProvider(Provider):
     def fingerprint(self) -> str:
         return self.image.removeprefix("sha256:")[:16]
 
-    def _image(self, spec: RepositorySpec | None) -> str:
+    def _image(self, spec: RepositorySpec | None, browser: bool = False) -> str:
         """The image of a repository's sandboxes: this provider's, or with what the repository itself needs."""
+        if browser:
+            with lock(self.state_dir, "image"), engine_failures():
+                parent = images.base_image(self.client, spec.image) if spec is not None and spec.image else self.base
+                parent = layers.layer(self.client, "repository", parent, steps=(web.INSTALL,), network=True)
+                return images.runtime_image(self.client, parent, self._packages)
         if spec is None or not (spec.image or spec.setup):
             return self.image
         key = (spec.image, spec.setup, self._own(spec))
@@ -92,13 +99,14 @@ class DockerProvider(Provider):
         own = (prepared.spec.image, prepared.spec.setup, self._own(prepared.spec))
         return role if own == ("", (), "") else f"{role} {own}"
 
-    def _start(self, prepared: RepositorySpec | None, networked: bool = False) -> channel.Server:
+    def _start(self, prepared: RepositorySpec | None, networked: bool = False, browser: bool = False
+               ) -> channel.Server:
         if not networked:
-            return self._container(prepared)
+            return self._container(prepared, browser=browser)
         with tempfile.TemporaryDirectory(prefix="qcn-door-") as folder, socket.socket(socket.AF_UNIX) as door:
             door.bind(os.path.join(folder, "door"))
             door.listen(1)
-            server = self._container(prepared, folder)
+            server = self._container(prepared, folder, browser)
             door.settimeout(DOOR_TIMEOUT)
             try:
                 line, _ = door.accept()
@@ -108,28 +116,30 @@ class DockerProvider(Provider):
             with line:
                 return self._open_gate(server, line)
 
-    def _container(self, prepared: RepositorySpec | None, door: str = "") -> channel.Server:
+    def _container(self, prepared: RepositorySpec | None, door: str = "", browser: bool = False) -> channel.Server:
         """A server in a new container; `door` is a folder of the host in which its network is asked for."""
-        image = self._image(prepared)
-        limits = self.limits
+        views = web.views(self.state_dir, "docker") if browser else {}
+        image = self._image(prepared, browser)
+        limits = bounds(self.limits, browser)
+        disk = limits["disk"] >> 20
         options = {"work": "/work", "separate_users": True, "contained": False, "readable": None,
                    "door": f"{DOOR}/door" if door else None, "own_root": True,
                    "calls": {"counted": True, "alone": True, "offline": True},
-                   "limits": {"memory": limits.memory_mb << 20, "file": limits.file_mb << 20,
-                              "disk": limits.disk_mb << 20, "processes": limits.processes, "cpus": limits.cpus,
-                              "output": limits.output_bytes}}
-        memory = f"{limits.memory_mb + limits.disk_mb + SERVER_MB}m"
+                   "limits": limits}
+        memory = f"{((limits['memory'] or limits['data']) >> 20) + disk + SERVER_MB}m"
+        binds = {source: {"bind": place, "mode": "ro"} for place, source in views.items()}
+        binds |= {door: {"bind": DOOR, "mode": "rw"}} if door else {}
         flags = "rw,exec,nosuid,nodev"
         api = self.client.api
         try:
             host = api.create_host_config(
                 init=True, network_mode="none", ipc_mode="none", read_only=True, auto_remove=True,
                 cap_drop=["ALL"], cap_add=CAPABILITIES, security_opt=["no-new-privileges"],
-                mem_limit=memory, memswap_limit=memory, pids_limit=limits.processes + 64,
-                nano_cpus=int(limits.cpus * 1e9), log_config={"Type": "none"},
+                mem_limit=memory, memswap_limit=memory, pids_limit=limits["processes"] + 64,
+                nano_cpus=int(limits["cpus"] * 1e9), log_config={"Type": "none"},
                 sysctls=self._sysctls,
-                binds={door: {"bind": DOOR, "mode": "rw"}} if door else None,
-                tmpfs={"/work": f"{flags},size={limits.disk_mb}m,nr_inodes=200k,mode=711"})
+                binds=binds or None,
+                tmpfs={"/work": f"{flags},size={disk}m,nr_inodes=200k,mode=711"})
             made = api.create_container(
                 image, ["/opt/qcn/bin/python", "-B", "/opt/qcn/inside/server.py", local.encode(options)],
                 stdin_open=True, detach=False, host_config=host, hostname="sandbox", user="0:0", working_dir="/",
@@ -145,7 +155,7 @@ class DockerProvider(Provider):
             if not self._sysctls or "sysctl" not in str(error):
                 raise
             self._sysctls = {}  # an engine whose kernel does not know it
-            return self._container(prepared, door)
+            return self._container(prepared, door, browser)
 
     def forget(self, container: str) -> None:
         """Called when a container is gone."""

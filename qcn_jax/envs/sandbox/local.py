@@ -35,10 +35,12 @@ import venv
 from typing import Any
 
 from qcn_jax.envs.sandbox import channel
-from qcn_jax.envs.sandbox.base import Limits, Provider
+from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.inside import filters, folders
+from qcn_jax.envs.sandbox.limits import Limits, bounds
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
+from qcn_jax.envs.web import runtime as web
 from qcn_jax.errors import UserError
 
 INSIDE = pathlib.Path(__file__).parent / "inside"
@@ -102,13 +104,19 @@ class LocalProvider(Provider):
     def fingerprint(self) -> str:
         return os.path.basename(self.runtime)
 
-    def _start(self, prepared: RepositorySpec | None, networked: bool = False) -> channel.Server:
+    def _start(self, prepared: RepositorySpec | None, networked: bool = False, browser: bool = False
+               ) -> channel.Server:
         if prepared is not None and (prepared.image or prepared.setup):
             raise UserError(f"repository {prepared.name}: image and setup need --config.sandbox=docker")
         if networked:
             line, door = socket.socketpair()
             with line, door:
-                return self._open_gate(self._namespaces(door), line)
+                return self._open_gate(self._namespaces(door, browser), line)
+        if browser:
+            if self.containment != "namespaces":
+                raise UserError(f"repository {prepared.name}: its pages are tested in a browser, which needs docker or "
+                                f"namespaces of this machine{f' ({self.reason})' if self.reason else ''}")
+            return self._namespaces(browser=True)
         server, self._spare = self._spare, None
         if server is not None:
             if server.alive():
@@ -122,11 +130,12 @@ class LocalProvider(Provider):
             self._spare.close()
             self._spare = None
 
-    def _namespaces(self, door: socket.socket | None = None) -> channel.Server:
+    def _namespaces(self, door: socket.socket | None = None, browser: bool = False) -> channel.Server:
         descriptors = () if door is None else (door.fileno(),)
-        options = self._options("/work", True) | {"door": None if door is None else door.fileno()}
+        options = self._options("/work", True, browser) | {"door": None if door is None else door.fileno()}
         settings = {"runtime": self.runtime, "prefix": os.path.realpath(sys.base_prefix),
-                    "megabytes": self.limits.disk_mb, "options": encode(options)}
+                    "megabytes": options["limits"]["disk"] >> 20, "options": encode(options),
+                    "views": web.views(self.state_dir, "local") if browser else {}}
         command = [sys.executable, "-I", "-S", f"{self.runtime}/inside/enter.py", encode(settings)]
         return channel.Server(channel.PipeStream(command, {"PATH": os.defpath}, descriptors))
 
@@ -144,21 +153,21 @@ class LocalProvider(Provider):
         finally:
             os.close(held)
 
-    def _options(self, work: str, separate: bool) -> dict[str, Any]:
-        limits, own_users = self.limits, separate and (os.geteuid() == 0 or self.containment == "namespaces")
-        mebibyte = 1 << 20
-        return {"work": work, "separate_users": separate and os.geteuid() == 0,
-                "contained": self.containment == "namespaces",
-                "readable": self._readable(), "own_root": self.containment == "namespaces", "calls": self._calls(),
-                "limits": {"memory": limits.memory_mb * mebibyte, "file": limits.file_mb * mebibyte,
-                           "disk": limits.disk_mb * mebibyte,
-                           # Without ids of our own the limit would count all of the user's processes.
-                           "processes": limits.processes if own_users else None,
-                           "cpus": limits.cpus, "output": limits.output_bytes}}
+    def _options(self, work: str, separate: bool, browser: bool = False) -> dict[str, Any]:
+        limits, own_users = bounds(self.limits, browser), separate and (
+            os.geteuid() == 0 or self.containment == "namespaces")
+        namespaces = self.containment == "namespaces"
+        return {"work": work, "separate_users": separate and os.geteuid() == 0, "contained": namespaces,
+                "readable": self._readable(), "own_root": namespaces, "calls": self._calls(browser),
+                # Without ids of our own the limit would count all of the user's processes.
+                "limits": limits if own_users else {**limits, "processes": None}}
 
-    def _calls(self) -> dict[str, bool]:
-        """Which system calls are refused: arguments of `filters.program`."""
-        return {"counted": False, "alone": os.geteuid() == 0, "offline": self.containment != "filters"}
+    def _calls(self, browser: bool) -> dict[str, bool]:
+        """Which system calls are refused: arguments of `filters.program`.
+
+        A browser's processes share files in memory, which nothing counts here; there they are not refused.
+        """
+        return {"counted": browser, "alone": os.geteuid() == 0, "offline": self.containment != "filters"}
 
     def _readable(self) -> list[str] | None:
         """What Landlock lets tested code read; None where users of their own keep workspaces apart.

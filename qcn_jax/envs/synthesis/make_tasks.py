@@ -13,6 +13,7 @@ from qcn_jax import files
 from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import RepositorySpec, repository
 from qcn_jax.envs.synthesis import judge, plan, quality, sources, synthesize
+from qcn_jax.envs.synthesis.pages import factory
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 
@@ -70,7 +71,7 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
     yields: dict[str, Any] = {"kinds": {}, "repositories": {}, "outcomes": {}, "left_out": {}}
     if "mine" in request.strategies:
         _check_clones(request.repositories)
-    specs, foreign = _sorted_out(request)
+    specs, foreign, pages = _sorted_out(request)
     arguments = {"kind": request.sandbox, "state_dir": str(files.cache_folder("sandbox"))}
     with EnvPool(request.workers, arguments) as pool:
         log(f"sandbox: {pool.describe()['description']}")
@@ -80,6 +81,14 @@ def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tupl
             _keep_local(result.repositories, request.work / "archives")
             yields = {"kinds": result.yields(), "repositories": result.repository_yields(),
                       "outcomes": result.outcomes(), "left_out": result.skipped}  # fmt: skip
+        if pages:
+            result = factory.synthesize_pages(pool, pages, request.settings, request.work, log)
+            tasks += result.tasks
+            _keep_local(pages, request.work / "archives")
+            yields["kinds"] |= result.yields()
+            yields["repositories"] |= result.repository_yields()
+            yields["outcomes"] |= {f"{name} (pages)" if name in yields["outcomes"] else name: count
+                                   for name, count in result.outcomes().items()}
         if foreign:
             tasks += _foreign(request, foreign, yields, log)
         if "mine" in request.strategies:
@@ -105,17 +114,18 @@ def _keep_local(specs: Sequence[RepositorySpec], folder: pathlib.Path) -> None:
             repository.write_archive(folder / f"{spec.name}.tar.gz", spec.name, contents)
 
 
-def _sorted_out(request: Request) -> tuple[list[RepositorySpec], list[RepositorySpec]]:
-    """Python repositories whose environment is this one, and the others, which get one of their own first."""
+def _sorted_out(request: Request) -> tuple[list[RepositorySpec], list[RepositorySpec], list[RepositorySpec]]:
+    """Python repositories whose environment is this one; others, which get one of their own first; and pages."""
     settings, building = request.settings, "build" in request.strategies
-    specs, foreign = [], []
+    specs, foreign, pages = [], [], []
     if settings.rules or settings.rewrites_per_repo or building:
         for spec in sources.distinct(_locate(source, request) for source in request.repositories).values():
-            (specs if not building and _language(spec) == "python" else foreign).append(spec)
+            python = not building and _language(spec) == "python"
+            (pages if factory.is_pages(spec) else specs if python else foreign).append(spec)
     if foreign and request.setup:
         raise UserError(f"--setup: {foreign[0].name} gets its environment by rules or from --endpoint; only Python "
                         "repositories take it, without strategy build")
-    return specs, foreign
+    return specs, foreign, pages
 
 
 def _locate(source: str, request: Request) -> RepositorySpec:

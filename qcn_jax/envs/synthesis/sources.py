@@ -24,6 +24,7 @@ from qcn_jax import files
 from qcn_jax.envs import names as names_of_rows
 from qcn_jax.envs.problems import schema as problems
 from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.synthesis.pages import catalog
 from qcn_jax.errors import UserError
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+)(?:#sha256=([0-9a-f]{64}))?")
@@ -47,7 +48,7 @@ def is_requirement(name: str) -> bool:
 
 
 def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True) -> RepositorySpec:
-    """Finds a repository: a requirement `name==version`, a path to an sdist, or a folder.
+    """Finds a repository: a requirement `name==version`, a path to an sdist, a folder, or a template of pages.
 
     Args:
       source: what the user named; a requirement may end with #sha256= and the hash, and is trusted on first download
@@ -68,6 +69,9 @@ def locate(source: str, cache: pathlib.Path | None = None, as_path: bool = True)
         name = f"{pinned[1]}=={pinned[2]}" if pinned and "@" not in name else name
         # Tasks, archives and journals are called after it.
         return RepositorySpec(names_of_rows.file_stem(name), str(path.resolve()), digest)
+    if source.startswith("pages:"):
+        archive = catalog.write(source, (cache or files.cache_folder("sources")) / "pages")
+        return RepositorySpec(source, str(archive), sha256(archive))
     asked = _REQUIREMENT.fullmatch(source)
     if not asked:
         raise UserError(f"--repo: {source!r} is neither a folder, an sdist ({', '.join(_ARCHIVES)}) nor name==version, "
@@ -120,7 +124,7 @@ def of_tasks(names: Iterable[str], beside: Iterable[pathlib.Path], given: Sequen
             found[name] = problems.spec()
             continue
         try:
-            if not is_requirement(name):  # names of rows never become paths
+            if not is_requirement(name) and not catalog.is_name(name):  # names of rows never become paths
                 raise UserError(f"field repo: {names_of_rows.shown(name)} is not name==version and not given by {flag}")
             found[name] = locate(f"{name}#sha256={hashes[name]}" if hashes.get(name) else name, as_path=False)
         except UserError as error:

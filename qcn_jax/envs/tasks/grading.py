@@ -4,20 +4,21 @@ The patch is cut down to paths that a fix may touch (permissions.py), applied by
 and the pristine tests and configuration are run on the result, in files that tested code cannot change. Resolved means
 that every FAIL_TO_PASS and every PASS_TO_PASS test passes (one that is expected to fail, or is skipped, in the fixed
 state may do so here; a missing test fails), that the run as a whole ended in order, and that a second opinion agrees,
-for which the tests are rewritten so that their process does not know what they expect (opinion.py, withheld.py).
+for which the tests are rewritten so that their process does not know what they expect (opinion.py, withheld.py). Pages
+(envs/web) share no process with their tests and need none.
 """
 
 import dataclasses
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import Provider, TestRun, sandbox
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.tasks import opinion, permissions, suite
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import PAGES, Task
 from qcn_jax.envs.tasks.verdicts import SUSPECTED_EXPLOIT, Verdict, VerdictCache, judge, verdict_key
 from qcn_jax.envs.testpaths import is_doctest
 from qcn_jax.errors import UserError
@@ -117,17 +118,15 @@ class Grader:
         test_files = {name.split("::")[0] for name in (*task.FAIL_TO_PASS, *task.PASS_TO_PASS)
                       if not is_doctest(name)}
         changes = {path: text for path, text in changes.items() if text != state.get(path)}
-        of_suite = self._suite(task, pristine)
-        removed = {path for path, text in changes.items() if text is None}
-        refused = {path: why for path in changes
-                   if (why := permissions.refusal(path, pristine, test_files, of_suite, removed))}
+        refused = self._refused(task, pristine, changes, test_files)
         kept = {path: text for path, text in changes.items() if path not in refused}
-        forged = permissions.forged_files(changes, state, sorted(refused))
+        forged = () if task.language == PAGES else permissions.forged_files(changes, state, sorted(refused))
         dropped = {**unfit, **refused}
         if not kept:
             return Verdict(task.instance_id, SUSPECTED_EXPLOIT if forged else "empty_patch", dropped=dropped,
                            caught=forged, detail="the patch changes nothing that it may change")
-        caught = permissions.forbidden_lines(kept, state) if self.strict else ()
+        words = permissions.driver_words if task.language == PAGES else permissions.forbidden_lines
+        caught = words(kept, state) if self.strict else ()
         tests = _test_changes(task, state)
         overlay = {**start, **kept, **tests}
         submission = _Submission(task, Layered(state, {**kept, **tests}), overlay, tests, dropped, caught)
@@ -151,6 +150,16 @@ class Grader:
                     return Verdict(task.instance_id, "infrastructure", detail=str(failure))
         raise AssertionError
 
+    def _refused(self, task: Task, pristine: Mapping[str, str], changes: Mapping[str, str | None],
+                 test_files: Collection[str]) -> dict[str, str]:
+        """Files of a patch that it may not touch, with the reason."""
+        if task.language == PAGES:
+            return {path: why for path in changes if (why := permissions.page_refusal(path))}
+        of_suite = self._suite(task, pristine)
+        removed = {path for path, text in changes.items() if text is None}
+        return {path: why for path in changes
+                if (why := permissions.refusal(path, pristine, test_files, of_suite, removed))}
+
     def _examine(self, given: "_Submission") -> Verdict:
         """The verdict of the tests, and of a second opinion where they all pass; raises FAILURES."""
         if self.fail_fast:
@@ -160,7 +169,8 @@ class Grader:
         if not self.fail_fast or promising and part != given.task:
             run = self._run(given.task, given.overlay, attempts=INFRASTRUCTURE_ATTEMPTS)
         verdict = judge(given.task, run, given.dropped, given.caught, fixed=lambda: self._fixed(given))
-        return self._second(given, verdict, run) if verdict.resolved else verdict
+        # A page shares no process with its tests.
+        return self._second(given, verdict, run) if verdict.resolved and given.task.language != PAGES else verdict
 
     def _examine_again(self, given: "_Submission", start: Mapping[str, str | None], failure: str) -> Verdict:
         """The verdict where the sandbox failed: the patch's doing only if the tests run without it, and fail again."""

@@ -18,7 +18,8 @@ from qcn_jax import files
 from qcn_jax.envs import names
 from qcn_jax.errors import UserError
 
-LANGUAGES = ("python", "javascript", "go")  # that tasks of our own can be in (synthesis/languages)
+PAGES = "web"  # in the place of a language: pages, tested in a browser (envs/web)
+LANGUAGES = ("python", "javascript", "go", PAGES)  # that tasks of our own can be in (synthesis/languages)
 # In the place of a log parser: the tests of the Harbor folder that `repo` is decide (harbor_runs.py).
 FOLDER_GRADER = "harbor"
 MAX_TIMEOUT = 86_400.0  # seconds, a day: whoever wrote a row may not hold a worker for longer

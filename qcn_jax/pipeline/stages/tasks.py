@@ -14,6 +14,7 @@ from qcn_jax.agents.scaffolds import SCAFFOLDS
 from qcn_jax.config_checks import in_both
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import plan, quality, sources, synthesize
+from qcn_jax.envs.synthesis.pages import factory
 from qcn_jax.envs.tasks.schema import Task, write_tasks
 from qcn_jax.envs.tasks.swebench import Instance
 from qcn_jax.errors import UserError
@@ -90,13 +91,31 @@ def _make(context: StageContext, split: str, chosen: list[RepositorySpec], resul
     if target == 0:
         found = synthesize.Result([], [], chosen, {})
     else:
-        found = synthesize.synthesize(context.pool(), chosen, _settings(context, target), context.workdir, context.log,
-                                      split)
+        found = _of_repositories(context, split, chosen, _settings(context, target))
     if len(found.tasks) < target:
         context.log(f"{split}: only {len(found.tasks)} of {target} tasks could be made; more repositories, kinds "
                     "or candidates_per_repo would help")
     _add(results, split, found)
     return found
+
+
+def _of_repositories(context: StageContext, split: str, chosen: Sequence[RepositorySpec], settings: plan.Settings
+                     ) -> synthesize.Result:
+    """Tasks of Python repositories, and of pages, which share the target by their numbers."""
+    pages = [spec for spec in chosen if factory.is_pages(spec)]
+    others = [spec for spec in chosen if spec not in pages]
+    share = settings.target * len(pages) // len(chosen)
+    parts = []
+    for specs, make, label, target in (
+            (pages, factory.synthesize_pages, f"{split}-pages", share),
+            (others, synthesize.synthesize, split, settings.target - share)):
+        if specs and target:
+            parts.append(make(context.pool(), specs, dataclasses.replace(settings, target=target), context.workdir,
+                              context.log, label))
+    return synthesize.Result(
+        [task for part in parts for task in part.tasks], [one for part in parts for one in part.verdicts],
+        [spec for part in parts for spec in part.repositories],
+        {name: reason for part in parts for name, reason in part.skipped.items()})
 
 
 def _check_agents(context: StageContext, split: str, tasks: Sequence[Task]) -> None:

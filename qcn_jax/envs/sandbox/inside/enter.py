@@ -54,8 +54,8 @@ def bind(source, target):
     mount(None, target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | keep)
 
 
-def build_root(root, runtime, prefix, megabytes):
-    """Fills `root` with what a sandbox may see."""
+def build_root(root, runtime, prefix, megabytes, views):
+    """Fills `root` with what a sandbox may see; `views` are further folders, by where it sees them."""
     mount("qcn", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={megabytes}m,nr_inodes=200k,mode=755")
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         if os.path.islink("/" + name):
@@ -69,6 +69,9 @@ def build_root(root, runtime, prefix, megabytes):
         bind(place, root + place)
     os.makedirs(f"{root}/opt/qcn")
     bind(runtime, f"{root}/opt/qcn")
+    for place, source in views.items():
+        os.makedirs(root + place, exist_ok=True)
+        bind(source, root + place)
     # Packages installed on the machine are not the sandbox's: a repaired copy of the repository may be among them.
     for pattern in (prefix + "/lib/python3*/site-packages", "/usr/lib/python3/dist-packages",
                     "/usr/lib/python3*/site-packages", "/usr/local/lib/python3*/*-packages"):
@@ -112,7 +115,8 @@ def isolate(settings):
     """Builds everything in the process that becomes the server."""
     root = os.path.join(settings["runtime"], "root")  # an empty folder to mount on; visible to this namespace only
     mount(None, "/", None, MS_REC | MS_PRIVATE)
-    build_root(root, settings["runtime"], settings["prefix"], settings["megabytes"])
+    build_root(root, settings["runtime"], settings["prefix"], settings["megabytes"],
+               settings["views"])
     loopback_up()
     socket.sethostname("sandbox")
     os.chdir(root)

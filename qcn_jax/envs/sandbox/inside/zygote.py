@@ -138,6 +138,7 @@ def confine(job):
             resource.setrlimit(number, (value, value))
 
     limit("RLIMIT_AS", limits["memory"])
+    limit("RLIMIT_DATA", limits.get("data"))
     limit("RLIMIT_FSIZE", limits["file"])
     limit("RLIMIT_NPROC", limits["processes"])
     limit("RLIMIT_CPU", limits["cpu"])

@@ -1,0 +1,106 @@
+"""Runs page tests in a sandbox, and looks at pages: screenshots, what assistive technology is told, what there is."""
+
+import base64
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.web import page_tests, runtime
+from qcn_jax.envs.web.page_tests import PageTest, Suite
+
+PATIENCE = 180.0  # seconds of one test after which its page is taken for hung; or a third of the limit of all
+SECONDS = 600.0  # of a run that says nothing else
+Call = Callable[[str, Any, float], Mapping[str, Any]]  # (script, args, timeout) -> a server's reply to `python`
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """A page as somebody sees it who has taken some steps: a PNG, its ARIA snapshot, and what went wrong on the way."""
+
+    png: bytes
+    tree: str
+    message: str
+
+
+@functools.cache
+def _script() -> str:
+    return (pathlib.Path(__file__).parent / "inside" / "start.py").read_text()
+
+
+def run_tests(call: Call, suites: Mapping[str, Suite], node_ids: Sequence[str] | None, timeout: float,
+              fail_fast: bool = False) -> dict[str, Any]:
+    """Runs tests; the reply has the form of the server's reply about pytest (sandbox.runs.test_run).
+
+    Args:
+      call: runs a script in the sandbox.
+      suites: the files of tests by path, from whom the tested code has not got them.
+      node_ids: None: all; those that there are not are absent from the outcomes.
+      timeout: seconds.
+      fail_fast: stop at the first failure.
+    """
+    wanted = set(page_tests.ids(suites)) if node_ids is None else set(node_ids)
+    reply = {"status": "ok", "outcomes": {}, "messages": {}, "seconds": 0.0, "output": "", "exit_status": 0, "cpu": 0.0,
+             "tampered": []}
+    for path, suite in suites.items():
+        chosen = [(f"{path}::{test.name}", test) for test in suite.tests if f"{path}::{test.name}" in wanted]
+        if not chosen:
+            continue
+        done = _ask(call, suite, timeout, {"tests": [{**test.to_json(), "id": name} for name, test in chosen],
+                                           "failFast": fail_fast}, list(suites))
+        reply["status"] = done["status"]
+        reply["seconds"] += done["seconds"]
+        for row in done["rows"]:
+            if "id" in row:
+                reply["outcomes"][row["id"]] = row["outcome"]
+                if row["outcome"] != "passed":
+                    reply["messages"][row["id"]] = f"step {row['step'] + 1}: {row['message']}"
+        if done["status"] != "ok" or fail_fast and reply["messages"]:
+            break
+    reply["exit_status"] = int(bool(reply["messages"]) or reply["status"] != "ok")
+    return reply
+
+
+def look(call: Call, suite: Suite, views: Sequence[PageTest], timeout: float = SECONDS) -> list[Look]:
+    """Screenshots of pages after some steps.
+
+    Raises:
+      SandboxError: the browser does not get to the end.
+    """
+    wanted = [{**view.to_json(), "id": number} for number, view in enumerate(views)]
+    done = _ask(call, suite, timeout, {"looks": wanted})
+    rows = [row for row in done["rows"] if "look" in row]
+    if len(rows) != len(views):
+        raise SandboxError(f"the browser ended early ({done['status']})")
+    return [Look(base64.b64decode(row["png"]), row["tree"], row["message"]) for row in rows]
+
+
+def explore(call: Call, suite: Suite, pages: Sequence[str], widths: Sequence[int], most: int, timeout: float = SECONDS
+            ) -> list[dict[str, Any]]:
+    """What pages offer, and what assistive technology is told after each of it was used (inside/explore.mjs).
+
+    Raises:
+      SandboxError: the browser does not get to the end.
+    """
+    places = [{"page": page, "width": width, "most": most} for page in pages for width in widths]
+    done = _ask(call, suite, timeout, {"explore": places})
+    if done["status"] != "ok":
+        raise SandboxError(f"the browser ended early ({done['status']})")
+    return [{**row["explored"], **row["found"]} for row in done["rows"] if "explored" in row]
+
+
+def _ask(call: Call, suite: Suite, timeout: float, wanted: Mapping[str, Any], hidden: Sequence[str] = ()
+         ) -> dict[str, Any]:
+    request = {"tests": [], "looks": [], "explore": [], "failFast": False, "site": suite.site, "build": suite.build,
+               "chromium": runtime.CHROMIUM, "modules": runtime.MODULES, "hidden": list(hidden),
+               "patience": min(PATIENCE, timeout / 3), **wanted}
+    reply = call(_script(), {"folder": runtime.FOLDER, "request": request}, timeout)
+    status, value = reply["status"], reply["value"]
+    rows = value["rows"] if value else []
+    if status == "ok" and not (rows and rows[-1].get("end")):
+        raise SandboxError(f"the browser's driver fails: {' '.join(reply['output'].split())[-400:]}")
+    if status == "error":
+        raise SandboxError(f"the browser cannot be started: {reply['error'][:300]}")
+    return {"status": status, "rows": rows, "seconds": reply["seconds"]}
