@@ -394,7 +394,7 @@ def test_asynchronous_updates_learn_say_how_stale_they_were_and_are_learned_agai
     config = dataclasses.replace(CONFIG, max_staleness=2, burst=2, checkpoint_every=10)
     make = lambda: dataclasses.replace(make_learner(engine, trainer, config), journal=tmp_path / "journal" / "0")
     learner = make()
-    whole = run(tmp_path / "run", params, learner, 30, config)
+    whole = run(tmp_path / "run", params, learner, 60, config)
     learner.close()
     curve = read(tmp_path / "run")
     assert np.mean([row["reward"] for row in curve[-5:]]) > np.mean([row["reward"] for row in curve[:5]]) + 0.1
@@ -405,7 +405,7 @@ def test_asynchronous_updates_learn_say_how_stale_they_were_and_are_learned_agai
     try:
         engine.generate = None  # nothing is generated again
         learner = make()
-        again = run(tmp_path / "again", params, learner, 30, config)
+        again = run(tmp_path / "again", params, learner, 60, config)
     finally:
         engine.generate = generated
     learner.close()
