@@ -109,7 +109,7 @@ def test_summary_is_complete(finished):
     assert summary["tasks"]["repos_train"] == ["shapes==1.0"] and summary["tasks"]["repos_heldout"] == ["words==1.0"]
     assert list(summary["models"]) == MODELS
     for model in summary["models"].values():
-        assert list(model) == ["resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid"]
+        assert list(model) == ["resolved", "attempted", "rate", "ci95", "pass_at_8", "format_valid", "format_valid_unseen"]
         assert model["attempted"] >= 2 and model["ci95"][0] <= model["rate"] <= model["ci95"][1]
     assert set(summary["baselines"]) == {"heuristic", "heuristic_once", "sft_control"}
     assert summary["baselines"]["heuristic"]["resolved"] >= 1  # guessing mends some of these bugs: rates can move
