@@ -42,9 +42,7 @@ ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS",
                                      # Steps proportional to gradients, see stages/on_devices.py.
                                      "optimizer.learning_rate=0.1", "optimizer.warmup_steps=0", "optimizer.eps=0.1")),
                    *(f"--config.{stage}.rollout.{setting}" for stage in ACTING[:3]
-                     for setting in ("slots=16", "max_turns=2", "max_new_tokens=16", f"max_length={LENGTH}",
-                                     # Of each device's two episodes one decodes at a time.
-                                     "block_size=64", "num_blocks=176", "max_num_seqs=8")),
+                     for setting in ("slots=16", "max_turns=2", "max_new_tokens=16", f"max_length={LENGTH}")),
                    "--config.evaluate.tasks=3", "--config.evaluate.pass_k_tasks=1")
 FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
          "tasks.heldout_data": "heldout.jsonl"}
