@@ -18,9 +18,9 @@ from qcn_jax.envs import patches
 from qcn_jax.envs.network import policy
 from qcn_jax.envs.sandbox import channel, pytest_options, repository
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.sandbox.limits import Limits as Limits  # theirs who use providers
+from qcn_jax.envs.sandbox.limits import Limits
 from qcn_jax.envs.sandbox.repository import RepositorySpec
-from qcn_jax.envs.sandbox.runs import PASSING as PASSING  # likewise
+from qcn_jax.envs.sandbox.runs import PASSING as PASSING  # theirs who use providers
 from qcn_jax.envs.sandbox.runs import ExecResult, PythonResult, TestRun, test_run
 from qcn_jax.envs.sandbox.spares import Spares
 from qcn_jax.envs.web import page_tests

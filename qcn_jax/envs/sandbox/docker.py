@@ -31,6 +31,7 @@ CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
 IMAGE_BUDGET_MB = 20_000  # what images above the base may take together
 DOOR, DOOR_TIMEOUT = "/run/qcn", 10.0  # where a container finds the host's end; seconds until its network stands
+BROWSER_SECONDS = 3600.0  # for Debian to install a browser, once
 OWNER, HOST = "qcn_jax.owner", "qcn_jax.host"
 
 
@@ -70,7 +71,9 @@ class DockerProvider(Provider):
         if browser:
             with lock(self.state_dir, "image"), engine_failures():
                 parent = images.base_image(self.client, spec.image) if spec is not None and spec.image else self.base
-                parent = layers.layer(self.client, "repository", parent, steps=(web.INSTALL,), network=True)
+                patient = images.engine(timeout=BROWSER_SECONDS)  # nothing is said while packages are installed
+                with contextlib.closing(patient):
+                    parent = layers.layer(patient, "repository", parent, steps=(web.INSTALL,), network=True)
                 return images.runtime_image(self.client, parent, self._packages)
         if spec is None or not (spec.image or spec.setup):
             return self.image

@@ -1,4 +1,4 @@
-"""What a sandbox may use."""
+"""What one sandbox may use."""
 
 import dataclasses
 

@@ -45,7 +45,8 @@ def missing(kind: str = "local") -> str:
 
 
 INSTALL = ("mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial /tmp && apt-get update -qq && "
-           f"apt-get install -y -qq --no-install-recommends {' '.join(PACKAGES)} && rm -rf /var/lib/apt/lists/*")
+           "apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-unsafe-io "
+           f"{' '.join(PACKAGES)} && rm -rf /var/lib/apt/lists/*")
 
 
 def check(kind: str) -> None:

@@ -103,6 +103,8 @@ def _of_repositories(context: StageContext, split: str, chosen: Sequence[Reposit
                      ) -> synthesize.Result:
     """Tasks of Python repositories, and of pages, which share the target by their numbers."""
     pages = [spec for spec in chosen if factory.is_pages(spec)]
+    if not pages:
+        return synthesize.synthesize(context.pool(), chosen, settings, context.workdir, context.log, split)
     others = [spec for spec in chosen if spec not in pages]
     share = settings.target * len(pages) // len(chosen)
     parts = []

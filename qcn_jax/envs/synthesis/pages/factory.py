@@ -25,6 +25,7 @@ from qcn_jax.envs.tasks import permissions
 from qcn_jax.envs.tasks.schema import PAGES, Task
 from qcn_jax.envs.web import page_tests
 from qcn_jax.envs.web.page_tests import PageTest
+from qcn_jax.errors import UserError
 
 STRATEGY = "page"
 SECONDS = 600.0  # of all tests of a page; what ends takes far less
@@ -33,8 +34,11 @@ MAX_SHARE = 0.75  # of the tests: a defect that fails more has broken the page a
 
 
 def is_pages(spec: RepositorySpec) -> bool:
-    """Whether a repository is one of pages, by its files of page tests."""
-    return any(page_tests.is_tests(name) for name in repository.unpack(spec))
+    """Whether a repository is one of pages, by its files of page tests; one that cannot be read is not."""
+    try:
+        return any(page_tests.is_tests(name) for name in repository.unpack(spec))
+    except UserError:
+        return False  # what is wrong with it is said when its tests are run
 
 
 @dataclasses.dataclass(frozen=True)
