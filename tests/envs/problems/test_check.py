@@ -101,7 +101,7 @@ def test_an_answer_can_change_no_other_file(provider):
 
 @pytest.mark.parametrize("language", ["python", "javascript", "go"])
 def test_problems_that_are_made_are_solved_by_their_references(provider, language):
-    """One of each kind; benchmarks/problems.py does so with many."""
+    """One of each kind; `qcn problems` does so with many."""
     program = {"javascript": "node", "go": "go"}.get(language)
     if program and shutil.which(program) is None:
         pytest.skip(f"no {program} on this machine")

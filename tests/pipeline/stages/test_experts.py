@@ -14,6 +14,7 @@ from qcn_jax.config import (
     ExpertsConfig,
     ModelConfig,
     OptimizerConfig,
+    ProblemsConfig,
     RolloutConfig,
     RunConfig,
 )  # fmt: skip
@@ -120,3 +121,38 @@ def test_episodes_longer_than_rows_are_refused(root) -> None:
             experts.run_stage(context(root, bad, "experts", shared))
     finally:
         shared.close()
+
+def test_problems_are_trained_on_and_measured(root, tmp_path) -> None:
+    """The single-turn expert's problems, of a file and made here, from a configuration to what evaluation reports."""
+    root, config = root
+    path = tmp_path / "own.jsonl"
+    files.write_jsonl(path, [{"id": "own", "kind": "instructions", "prompt": "Say anything.", "rules": [{"words_at_least": 0}]}])
+    chosen = ProblemsConfig(data=str(path), heldout_data=str(path), made=2, kinds=("instructions",), edits=False)
+    config = dataclasses.replace(config, problems=chosen, experts=dataclasses.replace(config.experts, names=("single_turn",)))
+    shared = Shared(config, root)
+    try:
+        acting = context(root, config, "experts", shared)
+        (expert,) = acting.experts()
+        assert [task.instance_id for task in expert.own_tasks()] == ["own", *(
+            f"instructions_train_{config.seed}_{number}" for number in range(2))]
+        prompts = expert.prompts(acting.tasks("train"), acting.scaffold("experts"))
+        assert [prompt.scaffold.name for prompt in prompts] == ["answer"] * 3
+        services, encoder = acting.services(), acting.encoder()
+        conversation = expert.conversation(prompts[0], encoder, services, max_turns=8)
+        assert "Say anything." in encoder.tokenizer.decode(conversation.opening())
+        assert conversation.reply([*encoder.tokenizer.encode("anything"), encoder.end], True).done
+        assert conversation.outcome(False).reward == 1.0
+        silent = expert.conversation(prompts[1], encoder, services, max_turns=8)
+        silent.opening()
+        silent.reply([*encoder.tokenizer.encode("anything"), encoder.end], True)
+        assert silent.outcome(False).reward == 0.0
+        (measured,) = context(root, config, "evaluate", shared).experts()
+        assert [task.instance_id for task in measured.own_tasks()][1:] == [f"instructions_heldout_{config.seed}_{n}" for n in range(2)]
+    finally:
+        shared.close()
+    nothing = dataclasses.replace(config, problems=ProblemsConfig(edits=False))
+    with pytest.raises(UserError, match="--config.problems.edits: is off, and there are no problems"):
+        context(root, nothing, "experts", Shared(nothing, root)).experts()
+    missing = dataclasses.replace(config, problems=ProblemsConfig(data="/nowhere.jsonl"))
+    with pytest.raises(UserError, match="/nowhere.jsonl"):
+        context(root, missing, "experts", Shared(missing, root)).experts()
