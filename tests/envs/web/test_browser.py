@@ -61,13 +61,13 @@ def task_of(spec: RepositorySpec, good: str, bad: str, tests: tuple[PageTest, ..
                 bug_patch=patches.make_diff({"index.html": good}, {"index.html": bad}), timeout=600.0)
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("docker", marks=pytest.mark.docker)])
-def world(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
     """A provider, and a task whose page has lost the focus."""
     old, new, failing, _ = NEAR_MISSES["focus_lost"]
     files = {"index.html": PAGE, TESTS: Suite(near_misses.TESTS[:2]).to_text()}
     spec = written(tmp_path_factory.mktemp("signup"), files)
-    with make_provider(request.param, str(tmp_path_factory.mktemp("state"))) as provider:
+    with make_provider("local", str(tmp_path_factory.mktemp("state"))) as provider:
         provider.prepare(spec)
         yield provider, task_of(spec, PAGE, PAGE.replace(old, new), near_misses.TESTS[:2], [failing])
 
@@ -80,7 +80,7 @@ def test_gold_resolves_and_nothing_does_not(world):
 
 
 @pytest.mark.browser
-def test_patch_may_not_change_tests_nor_ask_for_the_driver(local, world):
+def test_patch_may_not_change_tests_nor_ask_for_the_driver(world):
     provider, task = world
     bad = patches.apply_changes({"index.html": PAGE}, task.bug_patch)["index.html"]
     suite = provider.files(task.repo)[TESTS]
