@@ -22,7 +22,7 @@ from qcn_jax.envs.sandbox.repository import lock
 CHROMIUM = "/usr/lib/chromium/chromium"  # Debian's program itself, behind its launcher
 FOLDER = "/opt/qcn-web"  # where sandboxes have it
 MODULES = "/opt/qcn-modules"  # and those modules
-PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-liberation")  # Debian's, in the image
+PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-liberation", "libatomic1")  # Debian's, in the image
 INSIDE = pathlib.Path(__file__).parent / "inside"
 NPM_SECONDS = 900.0
 _FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
