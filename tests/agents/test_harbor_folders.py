@@ -1,6 +1,10 @@
 """Harbor's task folders of others: acted on in images of their Dockerfiles, graded by their own tests, checked before."""
 
+import functools
+import http.server
 import json
+import threading
+import zipfile
 
 import pytest
 
@@ -102,6 +106,47 @@ def test_folders_that_are_not_what_they_say_are_named(folders, capsys):
     printed = capsys.readouterr().out
     assert "made__count: its solution gives unresolved (the tests left no reward" in printed and "--verifier_network" in printed
     assert "made__short: without a patch it gives resolved" in printed and "third: is no Harbor task" in printed
+
+
+@pytest.fixture(name="index")
+def _index(tmp_path):
+    """The address, for containers that have a network, of a server with a package that checks sums."""
+    from qcn_jax.envs.sandbox import images
+
+    config = images.engine().networks.get("bridge").attrs["IPAM"]["Config"]
+    (tmp_path / "index").mkdir()
+    with zipfile.ZipFile(tmp_path / "index/checker-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("checker.py", "print(int(open('/app/sum').read()) == 6)")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "index")
+    with http.server.ThreadingHTTPServer((config[0].get("Gateway") or "0.0.0.0", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://{server.server_address[0]}:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.docker
+def test_tests_that_download_get_the_network_and_agents_do_not(folders, index, tmp_path, capsys):
+    """As Terminal-Bench's, which fetch what they run with: invalid without the flag, and what they say with it."""
+    fetch = f"python3 -c \"from urllib.request import urlretrieve as get; get('{index}/checker-1.0-py3-none-any.whl', '/tmp/checker.whl')\""
+    (folders / "count/tests/test.sh").write_text(
+        f"#!/bin/bash\n{fetch} && [ $(PYTHONPATH=/tmp/checker.whl python3 -m checker) = True ] && echo 1 > /logs/verifier/reward.txt\n")
+    command = [f"--tasks={folders}/count", "--workers=1"]
+    assert cli.main(["verify", *command]) == 1
+    assert "made__count: its solution gives unresolved" in capsys.readouterr().out
+    assert cli.main(["verify", *command, "--verifier_network"]) == 0, capsys.readouterr()
+
+    def play(model, name, turn, failures):
+        work = TASKS["count"][0] if model == "gold" else "echo 7 > sum"
+        return playing.Said(playing.block(f"{fetch} && echo fetched; {work}") if turn == 0 else playing.SUBMIT)
+
+    with playing.serve(play) as (url, _, _):
+        assert cli.main(["evaluate", *command, f"--endpoint={url}", "--model=gold", "--model=wrong", f"--out={tmp_path}/out",
+                         "--max_turns=3", "--verifier_network"]) == 0, capsys.readouterr().err
+    for number, (name, resolved) in enumerate({"gold": 1, "wrong": 0}.items(), 1):
+        place = tmp_path / f"out/{number}_{name}"
+        said = json.loads((place / "trajectories/made__count/0.traj.json").read_text())["messages"][3]["content"]
+        assert "unreachable" in said and "fetched\n" not in said
+        assert json.loads((place / "summary.json").read_text())["resolved"] == resolved
 
 
 @pytest.mark.docker
