@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import ipaddress
 import json
 import threading
 import zipfile
@@ -113,14 +114,15 @@ def _index(tmp_path):
     """The address, for containers that have a network, of a server with a package that checks sums."""
     from qcn_jax.envs.sandbox import images
 
-    config = images.engine().networks.get("bridge").attrs["IPAM"]["Config"]
+    config = images.engine().networks.get("bridge").attrs["IPAM"]["Config"][0]
+    here = config.get("Gateway") or str(ipaddress.ip_network(config["Subnet"])[1])  # not all engines name it
     (tmp_path / "index").mkdir()
     with zipfile.ZipFile(tmp_path / "index/checker-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("checker.py", "print(int(open('/app/sum').read()) == 6)")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "index")
-    with http.server.ThreadingHTTPServer((config[0].get("Gateway") or "0.0.0.0", 0), handler) as server:
+    with http.server.ThreadingHTTPServer((here, 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://{server.server_address[0]}:{server.server_port}"
+        yield f"http://{here}:{server.server_port}"
         server.shutdown()
 
 
@@ -137,15 +139,16 @@ def test_tests_that_download_get_the_network_and_agents_do_not(folders, index, t
 
     def play(model, name, turn, failures):
         work = TASKS["count"][0] if model == "gold" else "echo 7 > sum"
-        return playing.Said(playing.block(f"{fetch} && echo fetched; {work}") if turn == 0 else playing.SUBMIT)
+        reach = f"(exec 3<>/dev/tcp/{index.removeprefix('http://').replace(':', '/')}) && echo reached"
+        return playing.Said([playing.block(reach), playing.block(work), playing.SUBMIT][turn])
 
     with playing.serve(play) as (url, _, _):
         assert cli.main(["evaluate", *command, f"--endpoint={url}", "--model=gold", "--model=wrong", f"--out={tmp_path}/out",
-                         "--max_turns=3", "--verifier_network"]) == 0, capsys.readouterr().err
+                         "--max_turns=3", "--invalid=keep", "--verifier_network"]) == 0, capsys.readouterr().err
     for number, (name, resolved) in enumerate({"gold": 1, "wrong": 0}.items(), 1):
         place = tmp_path / f"out/{number}_{name}"
         said = json.loads((place / "trajectories/made__count/0.traj.json").read_text())["messages"][3]["content"]
-        assert "unreachable" in said and "fetched\n" not in said
+        assert "unreachable" in said and "reached\n" not in said
         assert json.loads((place / "summary.json").read_text())["resolved"] == resolved
 
 
