@@ -148,7 +148,7 @@ def test_tests_that_download_get_the_network_and_agents_do_not(folders, index, t
     for number, (name, resolved) in enumerate({"gold": 1, "wrong": 0}.items(), 1):
         place = tmp_path / f"out/{number}_{name}"
         said = json.loads((place / "trajectories/made__count/0.traj.json").read_text())["messages"][3]["content"]
-        assert "unreachable" in said and "reached\n" not in said
+        assert "This call was blocked" in said  # and whoever has another way finds no network, as everywhere
         assert json.loads((place / "summary.json").read_text())["resolved"] == resolved
 
 
