@@ -1,4 +1,4 @@
-"""RL from token to weights: hand-made losses, learning on a bandit, resumption, filters."""
+"""RL from token to weights: learning on a bandit, resumption, filters, replay."""
 
 import dataclasses
 import os
@@ -10,27 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qcn_jax.config import ExpertsConfig, OptimizerConfig, RolloutConfig
+from qcn_jax.config import ExpertsConfig
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
-from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rl import episodes, lessons
 from qcn_jax.pipeline.rl.counterfactuals import Gradients, Variant, compared
 from qcn_jax.pipeline.rl.learner import Learner, lesson, make_trainer, policy_loss
 from qcn_jax.pipeline.rl.recorded import Journals
-from qcn_jax.pipeline.rl.records import Outcome, Reply, RolloutRecord, Turn
+from qcn_jax.pipeline.rl.records import Outcome, Reply
 from qcn_jax.pipeline.train.fingerprint import fingerprint
 from qcn_jax.pipeline.train.metrics import read_metrics
 from qcn_jax.pipeline.train.signals import Interrupted
 from qcn_jax.pipeline.train.step import TrainState
 from qcn_jax.pipeline.train.trainer import Trainer
 from tests.pipeline.micro import MODEL, STOP, micro_params
-
-CONFIG = ExpertsConfig(
-    updates=1000, prompts=4, group_size=8, rows=4, sequence_length=64, malformed_penalty=0.5, checkpoint_every=2,
-    optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0),
-    rollout=RolloutConfig(slots=16, max_length=16, max_new_tokens=4),
-)  # fmt: skip
+from tests.pipeline.rl.formulas import CONFIG, published
 
 
 @dataclasses.dataclass
@@ -94,115 +88,6 @@ def fresh(params, trainer) -> TrainState:
     return trainer.create(jax.tree.map(jnp.copy, params))
 
 
-def make_record(prompt: int, opening: list[int], tokens: list[int], logprobs, reward: float, malformed=False):
-    n, m = len(opening), len(tokens)
-    return RolloutRecord(
-        prompt, 0, np.asarray(opening + tokens, np.int32), np.asarray([False] * n + [True] * m),
-        np.asarray([0.0] * n + list(logprobs), np.float32), (Turn(n, n + m, malformed, True),),
-        Outcome(reward, reward > 0.5, True),
-    )  # fmt: skip
-
-
-def test_loss_of_packed_rows_is_the_formula_token_by_token(params) -> None:
-    """The jitted loss against a loop over episodes, each passed through the model on its own, in float64."""
-    rng = np.random.default_rng(0)
-    specs = [(0, [2, 8], [4, 5, 1], 1.0, False), (0, [2, 8], [9, 31], 0.0, True), (1, [2, 9, 3], [7], 1.0, False),
-             (1, [2, 9, 3], [8, 8, 8, 1], 0.3, False)]  # fmt: skip
-    records = [
-        make_record(g, opening, tokens, -rng.random(len(tokens)) * 4 - 1, reward, malformed)
-        for g, opening, tokens, reward, malformed in specs
-    ]
-    rows = lessons.rows([records[:2], records[2:]], CONFIG)
-    assert rows["tokens"].shape == (4, 64) and rows["weights"].sum() == 10
-    batch = {name: jnp.asarray(array) for name, array in rows.items()}
-    value, sums = jax.jit(policy_loss(MODEL, CONFIG))(params, batch | {"weight_sum": 1.0})
-
-    want, clipped, apply = 0.0, 0, jax.jit(Qwen3Next(MODEL).apply)
-    advantages = [1.0, -1.0, 1.0, -1.0]  # two samples a group: standard scores are plus and minus one
-    for record, advantage in zip(records, advantages):
-        padded = np.pad(record.tokens, (0, 8 - len(record.tokens)))[None]
-        logits = np.asarray(apply({"params": params}, padded).logits[0], np.float64)
-        scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        start, stop = record.turns[0].start, record.turns[0].stop
-        for t in range(start, stop):
-            ratio = np.exp(scores[t - 1, record.tokens[t]] - record.logprobs[t])
-            a = advantage - (0.5 if record.turns[0].malformed else 0.0)
-            surrogate = min(ratio * a, np.clip(ratio, 0.8, 1.28) * a)
-            clipped += np.clip(ratio, 0.8, 1.28) * a < ratio * a
-            want -= surrogate
-    assert float(value) == pytest.approx(want, rel=1e-4)
-    assert float(sums["clipped"]) == clipped > 0
-
-
-def _apply(params, tokens):
-    """Final hidden states [n, D] of one episode on its own, in float64."""
-    padded = np.pad(tokens, (0, 64 - len(tokens)))[None]
-    return np.asarray(_hidden(params, padded).hidden[0, : len(tokens)], np.float64)
-
-
-_hidden = jax.jit(lambda params, tokens: Qwen3Next(MODEL).apply({"params": params}, tokens, with_logits=False))
-
-
-def _published(params, reference, groups, config):
-    """Loss and its gradient by the head's kernel, written out in float64: GRPO's nested means, or DAPO's token mean."""
-    kernel, fixed = (np.asarray(tree["lm_head"]["kernel"], np.float64) for tree in (params, reference))
-    total, slope = 0.0, np.zeros_like(kernel)
-    everything = sum(len(record.tokens) - record.turns[0].start for group in groups for record in group)
-    for group in groups:
-        rewards = np.asarray([record.outcome.reward for record in group])
-        for record, advantage in zip(group, (rewards - rewards.mean()) / rewards.std()):
-            advantage *= config.negative_weight if advantage < 0 else 1.0
-            start, n = record.turns[0].start, len(record.tokens)
-            length = n - start
-            share = 1 / (len(groups) * len(group) * length) if config.average == "episode" else 1 / everything
-            hidden, held = _apply(params, record.tokens), _apply(reference, record.tokens)
-            for t in range(start, n):
-                scores = [_log_softmax(h[t - 1] @ k / config.rollout.temperature)
-                          for h, k in ((hidden, kernel), (held, fixed))]
-                logprob, other = (score[record.tokens[t]] for score in scores)
-                ratio = np.exp(logprob - record.logprobs[t])
-                clipped = np.clip(ratio, 1 - config.clip_low, 1 + config.clip_high) * advantage
-                total += share * (-min(ratio * advantage, clipped)
-                                  + config.kl_coef * (np.exp(other - logprob) - (other - logprob) - 1))
-                by_logprob = 0.0 if clipped < ratio * advantage else -ratio * advantage
-                by_logprob += config.kl_coef * (1 - np.exp(other - logprob))
-                by_logits = np.eye(MODEL.vocab_size)[record.tokens[t]] - np.exp(scores[0])
-                slope += share * by_logprob * np.outer(hidden[t - 1], by_logits) / config.rollout.temperature
-    return total, slope
-
-
-def _log_softmax(logits):
-    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-
-
-@pytest.mark.parametrize("average,temperature,negative", [("episode", 1.0, 1.0), ("episode", 0.6, 0.2), ("token", 1.5, 1.0)])
-def test_gradient_is_that_of_the_published_formulas(params, average, temperature, negative) -> None:
-    """Shao et al. 2024, eq. 3 (episode) and Yu et al. 2025, eq. 8 (token), on episodes of very unequal length."""
-    rollouts = dataclasses.replace(CONFIG.rollout, temperature=temperature)
-    config = dataclasses.replace(CONFIG, average=average, negative_weight=negative, kl_coef=0.1, rollout=rollouts)
-    rng, groups = np.random.default_rng(1), []
-    for prompt, lengths in enumerate([(5, 50), (3, 1, 9)]):
-        group = []
-        for sample, length in enumerate(lengths):
-            tokens = rng.integers(2, 32, length).tolist()
-            record = make_record(prompt, [2, 8 + prompt], tokens, [0.0] * length, float(sample == 0))
-            hidden = _apply(params, record.tokens)
-            logits = hidden @ np.asarray(params["lm_head"]["kernel"], np.float64) / temperature
-            for t in range(2, length + 2):  # near enough for most ratios to lie within the bounds
-                record.logprobs[t] = _log_softmax(logits[t - 1])[record.tokens[t]] + rng.normal() * 0.2
-            group.append(record)
-        groups.append(group)
-    reference = jax.tree.map(lambda x: x * 0.9, params)
-    rows = lessons.rows(groups, config)
-    assert rows["weights"].sum() == pytest.approx(68, rel=1e-6)  # a token weighs 1 on average
-    batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": rows["weights"].sum()}
-    (value, _), slope = jax.jit(jax.value_and_grad(policy_loss(MODEL, config), has_aux=True))(params, batch, reference)
-    want, want_slope = _published(params, reference, groups, config)
-    assert float(value) == pytest.approx(want, abs=1e-5)
-    error = np.linalg.norm(np.asarray(slope["lm_head"]["kernel"], np.float64) - want_slope)
-    assert error < 1e-4 * np.linalg.norm(want_slope)
-
-
 def test_log_probabilities_of_rollouts_are_those_of_training(params, engine) -> None:
     """Acting and learning agree on the policy at any temperature: before the first step every ratio is one."""
     config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, temperature=0.5))
@@ -233,20 +118,6 @@ def test_routes_are_replayed(params, engine) -> None:
     assert float(freed) == pytest.approx(float(plain), rel=1e-5)
     with pytest.raises(UserError, match="--config.experts.routing: 'replay', but the model has no experts"):
         make_trainer(dataclasses.replace(MODEL, num_experts=0, intermediate_size=8), config, None)
-
-
-def test_kl_term_holds_the_policy_to_its_reference(params) -> None:
-    config = dataclasses.replace(CONFIG, kl_coef=0.5)
-    rows = lessons.rows([[
-        make_record(0, [2, 8], [4, 5, 1], [-3.0] * 3, 1.0), make_record(0, [2, 8], [9, 3], [-3.0] * 2, 0.0),
-    ]], config)  # fmt: skip
-    batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": 1.0}
-    loss = jax.jit(policy_loss(MODEL, config))
-    same, sums = loss(params, batch, params)
-    other = jax.tree.map(lambda x: x * 0.5, params)
-    apart, held = loss(params, batch, other)
-    assert float(sums["kl_reference"]) == pytest.approx(0.0, abs=1e-5) and float(held["kl_reference"]) > 0.01
-    assert float(apart - same) == pytest.approx(0.5 * float(held["kl_reference"]), rel=1e-4)
 
 
 def test_reward_rises_on_a_bandit(params, engine, trainer) -> None:
@@ -445,7 +316,7 @@ def test_other_settings_on_the_same_episodes_give_the_gradient_of_the_formulas(t
     reference = jax.tree.map(lambda x: x * 0.9, params)
     other, _ = Gradients(MODEL, variant.config, None, reference).of(params, records, 0)
     groups = lessons.parts(records, config)[0]
-    _, slope = _published(params, reference, groups, variant.config)
+    _, slope = published(params, reference, groups, variant.config)
     error = np.linalg.norm(np.asarray(other["lm_head"]["kernel"], np.float64) - slope)
     assert error < 1e-4 * np.linalg.norm(slope)
     flat = [np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)])
