@@ -52,8 +52,8 @@ def write(folder: pathlib.Path, answers: Sequence[str], texts: Sequence[str], un
 
 
 @contextlib.contextmanager
-def serving(folder: pathlib.Path, *flags: str) -> Iterator[str]:
-    """Runs `qcn serve` on a free port; yields its address, and asks that it ends in order."""
+def serving(folder: pathlib.Path, *flags: str, seconds: float = 60) -> Iterator[str]:
+    """Runs `qcn serve` on a free port; yields its address, and asks that it ends in order within `seconds`."""
     command = [sys.executable, "-m", "qcn_jax", "serve", f"--checkpoint={folder}", "--port=0", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     try:
@@ -63,7 +63,7 @@ def serving(folder: pathlib.Path, *flags: str) -> Iterator[str]:
             assert line or process.poll() is None, "the server did not start"
         yield line.split()[-1]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) in (0, 128 + signal.SIGTERM)
+        assert process.wait(seconds) in (0, 128 + signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()

@@ -3,10 +3,6 @@
 import concurrent.futures
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import httpx
@@ -29,6 +25,7 @@ from qcn_jax.inference.scheduler import PIECE, Piece
 from qcn_jax.inference.server import Service
 from qcn_jax.model import Qwen3Next
 from tests.inference.scripted import VIEW, Speller
+from tests.inference.speaking import serving
 from tests.pipeline.micro import MODEL
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
@@ -49,16 +46,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     """`qcn serve` as a process of its own; its address."""
-    command = [sys.executable, "-m", "qcn_jax", "serve", f"--checkpoint={folder}", "--port=0", "--slots=4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    line = ""
-    while "serving" not in line:
-        line = process.stderr.readline()
-        assert line or process.poll() is None, "the server did not start"
-    yield line.split()[-1]
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) in (0, 128 + signal.SIGTERM)
-    assert "Traceback" not in process.stderr.read()
+    with serving(folder, "--slots=4", seconds=30) as address:
+        yield address
 
 
 def post(server: str, path: str, **body) -> httpx.Response:
