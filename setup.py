@@ -31,7 +31,8 @@ setuptools.setup(
     package_dir={"qcn_jax.configs": "configs"},
     package_data={"qcn_jax": ["py.typed", "recipes/nano/base/*", "envs/sandbox/*.dockerfile",
                               "envs/problems/inside/*.js", "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go",
-                              "envs/synthesis/pages/templates/*/*", "envs/synthesis/pages/templates/*/tests/*",
+                              "envs/synthesis/pages/templates/start.*", "envs/synthesis/pages/templates/*/*",
+                              "envs/synthesis/pages/templates/*/tests/*",
                               "envs/web/inside/*.mjs", "envs/web/inside/modules/*"]},
     python_requires=">=3.11",
     install_requires=[

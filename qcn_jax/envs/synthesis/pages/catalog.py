@@ -1,7 +1,8 @@
 """Templates of pages: small components with tests of what visitors see, whose words differ from seed to seed.
 
 A name `pages:checklist:3` stands for the template `checklist` with the words of seed 3, and is a repository as others
-are. Files hold {{WORD}}, and words.json lists what each may be.
+are. Files hold {{WORD}}, and words.json lists what each may be; a line {{START}} stands for what the style sheets, or
+the pages, of all templates begin with.
 """
 
 import json
@@ -15,6 +16,7 @@ from qcn_jax.errors import UserError
 FOLDER = pathlib.Path(__file__).parent / "templates"
 NAMES = tuple(sorted(path.name for path in FOLDER.iterdir() if path.is_dir()))
 _NAME = re.compile(r"pages:([a-z]+):(\d{1,6})")
+_START = "{{START}}\n"
 _WORD = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -38,8 +40,14 @@ def fill(name: str) -> dict[str, str]:
     rng = random.Random(name)
     words = {key: rng.choice(choices) for key, choices in listed.items()}
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "words.json")
-    return {path.relative_to(folder).as_posix(): _WORD.sub(lambda match: words[match[1]], path.read_text())
+    return {path.relative_to(folder).as_posix(): _WORD.sub(lambda match: words[match[1]], _text(path))
             for path in paths}
+
+
+def _text(path: pathlib.Path) -> str:
+    """A file of a template with what all of its kind begin with."""
+    text = path.read_text()
+    return text.replace(_START, (FOLDER / f"start{path.suffix}").read_text()) if _START in text else text
 
 
 def write(name: str, folder: pathlib.Path) -> pathlib.Path:
