@@ -10,7 +10,7 @@ import dataclasses
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -259,7 +259,8 @@ class Provider:
         settings = repository.settings(spec, members)
         texts = repository.text_files((name, member.data) for name, member in members.items())
         if any(map(page_tests.is_tests, texts)):
-            return repository.store(self.state_dir, key, members, settings, self._first_look(spec, key, members, texts))
+            baseline = self._first_look(spec, key, members, settings, page_tests.suites(texts))
+            return repository.store(self.state_dir, key, members, settings, baseline)
         (reply, payload), settings = pytest_options.followed(
             texts, settings, lambda changed: self._warm_up(spec, key, members, changed))
         offset = 0
@@ -272,27 +273,27 @@ class Provider:
     def _warm_up(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
                  settings: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
         """One run of all tests that also compiles, in a server of its own."""
-        with contextlib.closing(self._start(spec)) as server:
-            server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
-            made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
-            return server.call(
-                {"op": "tests", "kind": "warm", "workspace": made["workspace"], "node_ids": None, "fail_fast": False,
-                 "timeout": PREPARE_TIMEOUT}, b"", STARVATION * PREPARE_TIMEOUT + ANSWER_GRACE)
+        with self._unprepared(spec, key, members, settings) as ask:
+            return ask("tests", PREPARE_TIMEOUT, kind="warm", node_ids=None, fail_fast=False)
 
     def _first_look(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
-                    texts: Mapping[str, str]) -> dict[str, Any]:
+                    settings: Mapping[str, Any], suites: Mapping[str, page_tests.Suite]) -> dict[str, Any]:
         """One run of all tests of pages, in a server of its own."""
-        suites = page_tests.suites(texts)
-        settings = repository.settings(spec, members)
-        with contextlib.closing(self._start(spec, browser=True)) as server:
+        with self._unprepared(spec, key, members, settings, browser=True) as ask:
+            call = lambda script, args, timeout: ask("python", timeout, script=script, args=args)[0]
+            return pages.run_tests(call, suites, None, FIRST_LOOK)
+
+    @contextlib.contextmanager
+    def _unprepared(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
+                    settings: Mapping[str, Any], browser: bool = False
+                    ) -> Iterator[Callable[..., tuple[dict[str, Any], bytes]]]:
+        """Yields what asks a workspace in a server of its own: (operation, timeout, its arguments) -> reply."""
+        with contextlib.closing(self._start(spec, browser=browser)) as server:
             server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
             made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
-
-            def call(script: str, args: Any, timeout: float) -> dict[str, Any]:
-                return server.call({"op": "python", "workspace": made["workspace"], "script": script, "args": args,
-                                    "timeout": timeout}, b"", STARVATION * timeout + ANSWER_GRACE)[0]
-
-            return pages.run_tests(call, suites, None, FIRST_LOOK)
+            yield lambda op, timeout, **given: server.call(
+                {"op": op, "workspace": made["workspace"], "timeout": timeout, **given}, b"",
+                STARVATION * timeout + ANSWER_GRACE)
 
     def files(self, name: str) -> Mapping[str, str]:
         """Pristine text files of a prepared repository, by path."""
