@@ -212,7 +212,7 @@ def _causes(data: dict[str, Any], cast: Cast) -> str:
     return _section("What decided rewards", "Of the episodes sampled for learning. Tests decided on the policy's work, "
                     "or it ran into a limit, or it seemed to forge; where the verifier or the infrastructure failed "
                     "nothing is learned, and what is missing should be as long as the rest.",
-                    table(head, rows) + chart)
+                    table(head, rows) + _pair(chart, ""))
 
 
 def _losses(data: dict[str, Any]) -> str:
