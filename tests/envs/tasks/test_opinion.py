@@ -28,6 +28,7 @@ HONEST = textwrap.dedent("""
     def test_large_numbers():
         assert same(2.0 ** 53) == same(2.0 ** 53)
         assert [same(1.5), float("inf")] == [1.5, same(float("inf"))]
+        assert same(float("inf")) in [same(float("inf")), same(0)]
 
     def test_types_of_their_own():
         for number in range(2, 100, 7):
@@ -58,5 +59,8 @@ def test_what_is_right_is_never_forged(world, tmp_path):  # noqa: F811
     state = Layered(world.provider.files(spec.name), {})
     reference = opinion.learn(tests, state, {}, (), run_tests, secret)
     assert sorted(reference.tests) == sorted(tests) and len(reference.plain) <= 1
+    opinion.store(str(tmp_path), "reference", reference)  # as JSON, which has no infinity
+    facts, reference = reference.facts, opinion.load(str(tmp_path), "reference")
+    assert reference.facts == facts and "inf" in str(facts)
     for _ in range(8):
         assert opinion.ask(reference, state, {}, run_tests, secret, attempts=1) == opinion.Opinion()
