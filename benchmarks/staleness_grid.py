@@ -34,14 +34,15 @@ from qcn_jax.config import ExpertsConfig, ModelConfig, OptimizerConfig, RolloutC
 from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.model import Qwen3Next
-from qcn_jax.pipeline.rl.learner import Learner, make_trainer
+from qcn_jax.pipeline.rl.learner import Learner
+from qcn_jax.pipeline.rl.policy import make_trainer
 from qcn_jax.pipeline.rl.records import Outcome, Reply
 from qcn_jax.pipeline.train.fingerprint import fingerprint
 
 OUT = flags.DEFINE_string("out", None, "Folder for results.", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "Of each cell.")
 STALENESS = flags.DEFINE_list("staleness", ["0", "1", "4", "16"], "Updates.")
-UPDATES = flags.DEFINE_integer("updates", 80, "Of a cell.")
+UPDATES = flags.DEFINE_integer("updates", 120, "Of a cell.")
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {"objective": "cispo", "clip_low": 0.0, "clip_high": 0.0},  # its weights are clipped to one
     "truncated": {"objective": "reinforce", "ratio_cap": 2.0},
@@ -125,7 +126,7 @@ def settings(staleness: int, correction: str, routing: str) -> ExpertsConfig:
     """The configuration of a cell."""
     return ExpertsConfig(
         updates=UPDATES.value, prompts=PROMPTS, group_size=GROUP, rows=32, sequence_length=16, max_staleness=staleness,
-        burst=TOKENS, routing=routing, optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0),
+        burst=TOKENS, routing=routing, optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=0, weight_decay=0.0),
         rollout=RolloutConfig(slots=(staleness + 1) * PROMPTS * GROUP, max_length=16, max_new_tokens=TOKENS),
         **CORRECTIONS[correction])
 

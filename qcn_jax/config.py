@@ -282,7 +282,7 @@ class ExpertsConfig:
 
     names: tuple[known.ExpertName, ...] = ("swe", "single_turn", "tool_format")  # pipeline.experts
     scaffold: known.ScaffoldName = "nano"  # how tasks are presented (agents.scaffolds); with a shell: in a live sandbox
-    objective: known.Objective = "clipped"  # loss of a token: clipped, gspo, cispo, reinforce (pipeline.rl.objectives)
+    objective: known.Objective = "clipped"  # loss of a token (pipeline.rl.objectives)
     reward: known.Reward = ""  # takes the place of each expert's own
     updates: Positive = 30
     prompts: Positive = 16  # per update
@@ -293,7 +293,7 @@ class ExpertsConfig:
     greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
     # An update begins when so many groups (`prompts`) have finished; other episodes stay open over at most this many
     # updates, and go on under the new weights. 0: every update waits for its own groups.
-    max_staleness: Count = 0
+    max_staleness: Count = 1
     stale: known.Stale = "drop"  # groups that would be older: drop them, or cut, to learn from their newer tokens alone
     caches: known.Caches = "recompute"  # of open episodes when the weights change: recompute, or keep
     burst: Positive = 64  # tokens that an episode gets at a time, with max_staleness above 0
@@ -305,9 +305,10 @@ class ExpertsConfig:
     # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes,
     # of the mean over tokens.
     average: known.Average = "token"
-    # Which experts tokens go to when they are learned from: free, those that the moved policy's routers choose; replay,
-    # those that they went to when the policy acted, weighted by the moved routers (arXiv 2510.11370).
-    routing: known.Routing = "free"
+    # Which experts tokens go to when they are learned from: free, those that the moved routers choose; replay, those of
+    # when the policy acted (arXiv 2510.11370); frozen, and routers do not learn; first, those of the weights before the
+    # update, for several minibatches. auto: replay for asynchronous updates of models with experts, else free.
+    routing: known.Routing = "auto"
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2
     clip_high: Amount = 0.28

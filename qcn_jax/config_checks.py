@@ -21,6 +21,7 @@ from qcn_jax.config import (
 from qcn_jax.config_phases import chats_of, has_data, midtrain_phases, sources_of
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
+from qcn_jax.pipeline.rl.settings import contradictions
 
 SHOWN = 3  # lines of one refusal that are given whole
 
@@ -192,8 +193,7 @@ def _experts(config: RunConfig) -> Iterator[str]:
     bounds = experts.ratio_bounds
     if bounds and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]):
         yield f"--config.experts.ratio_bounds: {bounds}; allowed: (), or two numbers with 1 between, as in (0.5, 5)"
-    if experts.routing == "replay" and not config.model.num_experts:
-        yield "--config.experts.routing: 'replay', but the model has no experts; allowed: free"
+    yield from contradictions(experts, config.model)
     if not experts.rollout.temperature:
         yield "--config.experts.rollout.temperature: 0; samples of a prompt must differ to be compared"
     if experts.minibatches > experts.prompts:

@@ -23,8 +23,10 @@ from qcn_jax.pipeline.context import Shared, StageContext
 from qcn_jax.pipeline.rl import ledger
 from qcn_jax.pipeline.rl.counterfactuals import Gradients, Variant, compared
 from qcn_jax.pipeline.rl.learner import lesson
+from qcn_jax.pipeline.rl.policy import Batches
 from qcn_jax.pipeline.rl.recorded import Journals
 from qcn_jax.pipeline.rl.records import RolloutRecord, Stop, never
+from qcn_jax.pipeline.rl.settings import settled
 from qcn_jax.pipeline.rl.surprise import features, surprise
 from qcn_jax.pipeline.stages.experts import make_trainer
 from qcn_jax.pipeline.train import layout
@@ -69,7 +71,8 @@ def run_config(root: pathlib.Path) -> RunConfig:
     path = root / "experts" / START
     if not files.is_file(path):
         raise UserError(f"{root}: is no work directory of qcn run whose stage experts has begun ({path} is missing)")
-    return from_config_dict(RunConfig, files.read_object(path).get("config", {}), str(path))
+    config = from_config_dict(RunConfig, files.read_object(path).get("config", {}), str(path))
+    return dataclasses.replace(config, experts=settled(config.experts, config.model))
 
 
 def replay(request: Request, log: Callable[[str], None]) -> dict[str, Any]:
@@ -126,6 +129,7 @@ class _Expert:
         self._request, self._name, self._config, self._journals = request, name, config, journals
         self._trainer, self._params, self._folder = trainer, params, request.out / name
         self._log = lambda line: log(f"{name}: {line}")
+        self._batches = Batches(trainer, config.experts)
         self._rows: journal.Lines | None = None
         own = Variant("", config.experts)
         given = [Variant.parse(words, config.experts, journals.with_routes) for words in request.instead]
@@ -179,7 +183,7 @@ class _Expert:
             if self._request.groups:
                 rows += [{"kind": "group", **row} for row in own.shares(state.params, records, step, whole)]
         self._note(step, rows)
-        return lesson(records, step, self._config.experts, self._trainer, metrics)
+        return lesson(records, step, self._batches, state.params, metrics)
 
     def _note(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         if not distributed.is_first():

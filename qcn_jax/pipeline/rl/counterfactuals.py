@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from qcn_jax.config import ExpertsConfig, ModelConfig, from_config_dict
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
-from qcn_jax.pipeline.rl import episodes, learner, lessons
+from qcn_jax.pipeline.rl import episodes, lessons
+from qcn_jax.pipeline.rl.policy import Batches, make_trainer
 from qcn_jax.pipeline.rl.records import RolloutRecord
+from qcn_jax.pipeline.rl.settings import ACTED
 from qcn_jax.pipeline.train.step import Params
 from qcn_jax.sharding.parallel import Parallel
 
@@ -53,8 +55,10 @@ class Variant:
         found = from_config_dict(ExpertsConfig, values, "--instead")
         for line in refusals(found, "--instead"):
             raise UserError(line)
-        if found.routing == "replay" and not with_routes:
+        if found.routing in ACTED and not with_routes:
             raise UserError(f"{flag}: the run's journal holds no routes (--config.experts.routing=free); allowed: free")
+        if found.routing == "auto" != config.routing:
+            raise UserError(f"{flag}: 'auto' says nothing here; allowed: free, replay, frozen, first")
         return cls(words, found)
 
 
@@ -68,11 +72,13 @@ class Gradients:
         """Prepares; nothing is compiled before it is used.
 
         Args:
-          model, parallel: see learner.make_trainer.
+          model, parallel: see policy.make_trainer.
           config: see there.
           reference: the parameters that a KL term holds the policy to.
         """
-        self._config, self._trainer = config, learner.make_trainer(model, config, parallel)
+        self._trainer = make_trainer(model, config, parallel)
+        self._batches = Batches(self._trainer, config)
+        self._config = self._batches.config
         self._frozen = (self._trainer.place_params(reference),) * self._trainer.frozen
         self._gradient = jax.jit(lambda *given: self._trainer.gradient(*given)[0])
 
@@ -81,7 +87,7 @@ class Gradients:
         total, weight = jax.tree.map(jnp.zeros_like, params), 0.0
         for part in lessons.parts(lessons.learnable(records, step, self._config), self._config):
             rows = lessons.rows(part, self._config)
-            total = _plus(total, self._gradient(params, self._trainer.place(rows), self._frozen))
+            total = _plus(total, self._gradient(params, self._batches.of(params, rows), self._frozen))
             weight += float(rows["weights"].sum())
         return total, weight
 
@@ -101,7 +107,7 @@ class Gradients:
             heavy = sum(float(document["weights"].sum()) for group in documents for document in group)
             for group, own in zip(part, documents, strict=True):
                 rows = episodes.pack_rows(own, self._config.sequence_length, self._config.rows)
-                gradient = self._gradient(params, self._trainer.place(rows), self._frozen)
+                gradient = self._gradient(params, self._batches.of(params, rows), self._frozen)
                 scale = float(rows["weights"].sum()) / heavy
                 found.append({
                     "group": group[0].prompt, "episodes": len(group),

@@ -9,6 +9,7 @@ from qcn_jax.config import ExpertsConfig
 from qcn_jax.pipeline.rl import episodes, objectives
 from qcn_jax.pipeline.rl.advantages import informative_groups, token_advantages
 from qcn_jax.pipeline.rl.records import RolloutRecord
+from qcn_jax.pipeline.rl.settings import ACTED
 
 Groups = Sequence[Sequence[RolloutRecord]]
 
@@ -44,7 +45,7 @@ def documents(groups: Groups, config: ExpertsConfig) -> list[list[dict[str, np.n
         found.append([
             episodes.document(record, weight, advantages=token_advantages(record, float(advantage), config),
                               old_logprobs=record.logprobs)
-            | ({"routes": record.routes} if config.routing == "replay" else {})
+            | ({"routes": record.routes} if config.routing in ACTED else {})
             for record, advantage, weight in zip(group, advantages, weights, strict=True)])  # fmt: skip
     return found
 

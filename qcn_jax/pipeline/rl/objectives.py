@@ -126,6 +126,7 @@ class PolicyTokens:
       advantages: [B, T] float32.
       counted: [B, T] bool, which positions predict a token that the policy drew and that is learned from.
       episodes: [B, T] int32, which episode of its row a position is of; 0 is padding.
+      proximal: [B, T] float32, under the policy before the update; None where no objective asks for it.
     """
 
     logprobs: jax.Array
@@ -133,6 +134,7 @@ class PolicyTokens:
     advantages: jax.Array
     counted: jax.Array
     episodes: jax.Array
+    proximal: jax.Array | None = None
 
     @property
     def ratio(self) -> jax.Array:
@@ -187,6 +189,18 @@ def reinforce(tokens: PolicyTokens, config: ExpertsConfig) -> tuple[jax.Array, j
     return _weighted(tokens, jnp.minimum(tokens.ratio, config.ratio_cap))
 
 
+def decoupled(tokens: PolicyTokens, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+    """The clip on the ratio to the policy before the update, times its ratio to the one that drew the tokens.
+
+    Staleness is corrected by the latter, held still and truncated at `config.ratio_cap`; the clip bounds how far this
+    update goes, and not how far earlier ones have gone (Hilton et al. 2022, eq. 6; AReaL, arXiv 2505.24298, eq. 5).
+    """
+    losses, cut = clipped_policy_loss(
+        tokens.logprobs, tokens.proximal, tokens.advantages, config.clip_low, config.clip_high)
+    behind = jnp.exp(jnp.minimum(tokens.proximal - tokens.old_logprobs, EXPONENT_LIMIT))
+    return jax.lax.stop_gradient(jnp.minimum(behind, config.ratio_cap)) * losses, cut
+
+
 def kept(tokens: PolicyTokens, config: ExpertsConfig) -> jax.Array:
     """[B, T] bool, which tokens are near enough to the policy that drew them to be learned from.
 
@@ -206,7 +220,7 @@ def kept(tokens: PolicyTokens, config: ExpertsConfig) -> jax.Array:
 
 # (PolicyTokens, config.experts) -> (losses [B, T], whether the gradient of a token is cut off or scaled down [B, T])
 OBJECTIVES: Registry = Registry("objective", None, {
-    name: f"qcn_jax.pipeline.rl.objectives:{name}" for name in ("clipped", "gspo", "cispo", "reinforce")})
+    name: f"qcn_jax.pipeline.rl.objectives:{name}" for name in ("clipped", "gspo", "cispo", "reinforce", "decoupled")})
 
 
 def kl_estimate(logprobs: jax.Array, reference: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from qcn_jax.pipeline.data.splits import split_tasks
 from qcn_jax.pipeline.experts import reward_of
 from qcn_jax.pipeline.experts.expert import Expert, Prompt
 from qcn_jax.pipeline.names import needs_sandbox
-from qcn_jax.pipeline.rl import episodes, learner
+from qcn_jax.pipeline.rl import episodes, policy, settings
 from qcn_jax.pipeline.rl.learner import Learner
 from qcn_jax.pipeline.rl.records import sequence_seed
 from qcn_jax.pipeline.train import layout
@@ -35,7 +35,7 @@ def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
     Raises:
       UserError: rows that the mesh does not divide.
     """
-    return learner.make_trainer(config.model, config.experts, parallel)
+    return policy.make_trainer(config.model, config.experts, parallel)
 
 
 def run_stage(context: StageContext) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
       {"experts": {name: {"seconds", "prompts", "first", "last", "mesh"}}} with the metrics of the first and last
       updates, "start" (the model that they begin from) and "mesh".
     """
-    config = context.config.experts
+    config = settings.settled(context.config.experts, context.config.model)
     experts = context.experts()
     parallel = mesh_here(context.config.mesh)
     trainer = make_trainer(context.config, parallel)
@@ -53,7 +53,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     services, encoder = context.services(), context.encoder()
     _, params = models.load(context, start, parallel)
     engine = episodes.make_engine(trainer.model, params, encoder, config.rollout, config.sequence_length,
-                                  parallel, with_routes=config.routing == "replay")
+                                  parallel, with_routes=config.routing in settings.ACTED)
     episodes.say_where(parallel, context.log)
     results = {}
     for expert in experts:

@@ -22,6 +22,7 @@ Batch = Mapping[str, jax.Array]
 # (params, slice) or, where a step has frozen parameters, (params, slice, frozen) -> (loss, metrics): the slice's
 # contributions to the mean over the whole batch, scalars and a dict of scalars.
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+DeriveFn = Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]  # metrics of a whole batch -> those that are kept
 WholeFn = Callable[[Params, Batch], Any]  # (params, slice) -> sums over the slice's tokens, a pytree of float32
 
 SECTION = "section"  # name of the array [S] that says of which section a slice is
@@ -88,6 +89,7 @@ class BatchShape:
 def make_step(
     loss: LossFn, optimizer: optax.GradientTransformation, shape: BatchShape, shardings: TrainState | None = None,
     batch_shardings: Mapping[str, jax.sharding.Sharding] | None = None, frozen: int = 0, whole: WholeFn | None = None,
+    derive: DeriveFn = dict,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """Compiles one optimizer step.
 
@@ -104,6 +106,8 @@ def make_step(
         all slices are given it; with several, a slice of section i is given the i-th.
       whole: what the loss of a slice must know of all of them, being no sum over tokens. With several slices its sums
         over the batch are taken first, and every slice is given them as `whole`, without gradient.
+      derive: see DeriveFn; for metrics that are no sums over slices.
+
     Returns:
       (state, batch, frozen=()) -> (state, metrics), `state` donated, `frozen` a tuple of trees. metrics holds the
       loss's own, `loss`, `grad_norm` and `finite`; those of sections are means over their own weight. When the loss or
@@ -116,7 +120,7 @@ def make_step(
         norm = global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         state = updated(state, grads, finite, optimizer, shardings)
-        return state, metrics | {"grad_norm": norm, "finite": finite}
+        return state, derive(metrics) | {"grad_norm": norm, "finite": finite}
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)

@@ -19,7 +19,7 @@ from qcn_jax.errors import UserError
 from qcn_jax.pipeline.train import diagnosis, layout, loop, optimizer
 from qcn_jax.pipeline.train import step as steps_of
 from qcn_jax.pipeline.train.flops import TokenFlops, token_flops
-from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, LossFn, TrainState, WholeFn, make_step
+from qcn_jax.pipeline.train.step import SECTION, Batch, BatchShape, DeriveFn, LossFn, TrainState, WholeFn, make_step
 from qcn_jax.sharding import distributed
 from qcn_jax.sharding.mesh import make_parallel
 from qcn_jax.sharding.parallel import Parallel
@@ -55,7 +55,7 @@ class Trainer:
     @classmethod
     def build(cls, model: ModelConfig, loss: LossFn, rule: OptimizerConfig, steps: int, shape: BatchShape,
               parallel: Parallel | None, *, field: str, frozen: int = 0, mtp: bool = False,
-              whole: WholeFn | None = None) -> "Trainer":
+              whole: WholeFn | None = None, derive: DeriveFn = dict) -> "Trainer":
         """Builds the step; nothing is compiled before its first use.
 
         Args:
@@ -64,7 +64,7 @@ class Trainer:
           steps: optimizer steps, over which the learning rate falls.
           field: of the configuration, that errors about rows name.
           mtp: whether the loss takes the multi-token-prediction block too.
-          whole: see train.step.make_step.
+          whole, derive: see train.step.make_step.
 
         Raises:
           UserError: rows that do not divide by the mesh, or an unknown optimizer.
@@ -78,7 +78,7 @@ class Trainer:
                                 f"parts of --config.mesh ({axes})")
             shardings = layout.state_shardings(model, parallel, update, rule.offload)
             batch = {name: layout.batch_sharding(parallel, len(size)) for name, (size, _) in shape.arrays().items()}
-        step = make_step(loss, update, shape, shardings, batch, frozen, whole)
+        step = make_step(loss, update, shape, shardings, batch, frozen, whole, derive)
         flops = token_flops(model, shape.length, mtp)
         rate = optimizer.schedule(rule, steps)
         return cls(model, loss, update, rate, shape, parallel, shardings, frozen, flops, step)

@@ -9,7 +9,7 @@ from qcn_jax.pipeline.rl.records import Outcome, RolloutRecord, Turn
 from tests.pipeline.micro import MODEL
 
 CONFIG = ExpertsConfig(
-    updates=1000, prompts=4, group_size=8, rows=4, sequence_length=64, malformed_penalty=0.5, checkpoint_every=2,
+    updates=1000, max_staleness=0, prompts=4, group_size=8, rows=4, sequence_length=64, malformed_penalty=0.5, checkpoint_every=2,
     optimizer=OptimizerConfig(learning_rate=2e-2, warmup_steps=0, weight_decay=0.0),
     rollout=RolloutConfig(slots=16, max_length=16, max_new_tokens=4),
 )  # fmt: skip

@@ -15,7 +15,8 @@ from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.pipeline.rl import episodes, lessons
 from qcn_jax.pipeline.rl.counterfactuals import Gradients, Variant, compared
-from qcn_jax.pipeline.rl.learner import Learner, lesson, make_trainer, policy_loss
+from qcn_jax.pipeline.rl.learner import Learner, lesson
+from qcn_jax.pipeline.rl.policy import Batches, make_trainer, policy_loss
 from qcn_jax.pipeline.rl.recorded import Journals
 from qcn_jax.pipeline.rl.records import Outcome, Reply
 from qcn_jax.pipeline.train.fingerprint import fingerprint
@@ -291,7 +292,7 @@ def _replayed(journals, params, trainer, whole) -> None:
     for step in range(journals.updates):
         records, weights = journals.next()
         assert weights == fingerprint(state.params) and records
-        for batch in lesson(records, step, journals.config, trainer, {}).batches:
+        for batch in lesson(records, step, Batches(trainer, journals.config), state.params, {}).batches:
             state, _ = trainer.step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, whole, state.params)
     journals.close()
@@ -308,7 +309,7 @@ def test_other_settings_on_the_same_episodes_give_the_gradient_of_the_formulas(t
     own = Gradients(MODEL, config, None, params)
     whole, weight = own.of(params, records, 0)
     assert weight == sum(int(record.sampled.sum()) for record in records)
-    _, metrics = trainer.step(fresh(params, trainer), lesson(records, 0, config, trainer, {}).batches[0])
+    _, metrics = trainer.step(fresh(params, trainer), lesson(records, 0, Batches(trainer, config), params, {}).batches[0])
     norm = lambda tree: np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(tree)))
     assert norm(whole) == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
 

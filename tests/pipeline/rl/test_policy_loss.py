@@ -9,7 +9,7 @@ import pytest
 
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rl import lessons
-from qcn_jax.pipeline.rl.learner import policy_loss
+from qcn_jax.pipeline.rl.policy import policy_loss
 from tests.pipeline.micro import MODEL, micro_params
 from tests.pipeline.rl.formulas import CONFIG, apply, log_softmax, make_record, published
 
