@@ -302,8 +302,7 @@ class ExpertsConfig:
     refills: Count = 8
     rows: Positive = 16
     sequence_length: Positive = 1024
-    # token (DAPO): every sampled token alike; episode (GRPO): the mean over prompts, of the mean over their episodes,
-    # of the mean over tokens.
+    # token (DAPO): all sampled tokens alike; episode (GRPO): a mean over prompts, of means over episodes, over tokens.
     average: known.Average = "token"
     # Which experts tokens go to when they are learned from: free, those that the moved routers choose; replay, those of
     # when the policy acted (arXiv 2510.11370); frozen, and routers do not learn; first, those of the weights before the
@@ -312,7 +311,7 @@ class ExpertsConfig:
     negative_weight: Amount = 1.0  # factor of negative advantages; a policy that starts out narrow unlearns with 1
     clip_low: Share = 0.2
     clip_high: Amount = 0.28
-    ratio_cap: AboveZero = 2.0  # of importance weights, in `reinforce`
+    ratio_cap: AboveZero = 2.0  # of importance weights, in `reinforce` and `decoupled`
     # Tokens outside of (least, most) ratio to the policy that drew them are left out, and those of negative advantage
     # in episodes that are less probable by more than this per token; empty and 0: none.
     ratio_bounds: tuple[Amount, ...] = ()

@@ -137,7 +137,7 @@ FIELDS = [
     ("sft__scaffold", "claude", "mini_swe_agent, swe_agent, openhands, qwen_code, claude_code, terminus_json, terminus_xml, "
                                "simulated_user, answer, nano, "
      "package.module:OBJECT"),
-    ("experts__objective", "ppo", "clipped, gspo, cispo, reinforce, package.module:OBJECT"),
+    ("experts__objective", "ppo", "clipped, gspo, cispo, reinforce, decoupled, package.module:OBJECT"),
     ("experts__routing", "fixed", "free, replay"),
     ("experts__advantage_baseline", "median", "mean, leave_one_out"),
     ("experts__advantage_scale", "max", "std, none"),
@@ -228,6 +228,8 @@ RULES = [
     (("experts",), {"experts__ratio_bounds": (2.0, 3.0)}, ["experts.ratio_bounds: (2.0, 3.0)", "two numbers with 1 between"]),
     (("experts",), {"experts__rollout__top_p": 0.9}, ["experts.rollout.top_p: 0.9", "1.0"]),
     (("experts",), {"experts__rollout__top_k": 20}, ["experts.rollout.top_k: 20"]),
+    (("experts",), {"experts__routing": "first"}, ["experts.routing: 'first' with minibatches 1", "replay, frozen"]),
+    (("experts",), {"experts__objective": "decoupled"}, ["experts.objective: 'decoupled' with minibatches 1", "above 1"]),
     (("experts",), {"experts__minibatches": 3}, ["experts.minibatches: 3", "prompts, 2"]),
     (("evaluate",), {"experts__names": ()}, ["experts.names", "empty"]),
     (("distill",), {"experts__names": ("swe", "swe")}, ["'swe' is there twice"]),

@@ -234,7 +234,7 @@ def get_config():
         midtrain=MidtrainConfig(train=train, sources=sources),
         sft=SftConfig(train=train, sources={"nano": ChatSource(kind="nano", options={
             "per_task": 1, "recovery": 0.5, "searches": 0, "guesses": 0})}),
-        experts=ExpertsConfig(updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
+        experts=ExpertsConfig(max_staleness=0, updates=2, prompts=2, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                     rollout=rollout),
         distill=DistillConfig(updates=2, prompts=3, group_size=2, rows=2, sequence_length=384, optimizer=optimizer,
                               rollout=rollout),

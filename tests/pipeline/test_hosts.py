@@ -36,7 +36,7 @@ SETTINGS = ("--config.mesh.fsdp=4", "--config.mesh.expert=2", "--config.midtrain
             *(f"--config.{stage}.train.log_every=1" for stage in STAGES))
 ACTING = ("experts", "distill", "evaluate", "report")
 LENGTH = 1280  # of episodes: mini_swe_agent's instructions are 900 of this vocabulary's tokens
-ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS",
+ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS", "--config.experts.max_staleness=0",
                    *(f"--config.{stage}.{setting}" for stage in ACTING[:2]
                      for setting in ("updates=2", "rows=8", "prompts=4", "group_size=4", f"sequence_length={LENGTH}",
                                      # Steps proportional to gradients, see stages/on_devices.py.

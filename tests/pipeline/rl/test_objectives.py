@@ -130,7 +130,8 @@ def rows(seed: int = 0) -> objectives.PolicyTokens:
     old = -rng.random((2, 8)) * 3
     counted = (episodes > 0) & (rng.random((2, 8)) < 0.8)
     advantages = np.where(episodes == 1, 1.5, -0.7) * np.array([[1], [-1]])
-    return objectives.PolicyTokens(*map(jnp.asarray, (old + rng.normal(size=(2, 8)) * 0.6, old, advantages, counted, episodes)))
+    logprobs, proximal = old + rng.normal(size=(2, 8)) * 0.6, old + rng.normal(size=(2, 8)) * 0.5
+    return objectives.PolicyTokens(*map(jnp.asarray, (logprobs, old, advantages, counted, episodes, proximal)))
 
 
 def by_episode(tokens, values) -> dict[tuple[int, int], float]:
@@ -150,11 +151,15 @@ def plain_weight(name: str, tokens, place, config) -> float:
         return min(max(ratio, low), high)
     if name == "reinforce":
         return min(ratio, config.ratio_cap)
+    behind = 1.0
+    if name == "decoupled":
+        behind = min(math.exp(float(tokens.proximal[place] - tokens.old_logprobs[place])), config.ratio_cap)
+        ratio = math.exp(float(tokens.logprobs[place] - tokens.proximal[place]))
     if name == "gspo":
         means = by_episode(tokens, np.asarray(tokens.logprobs - tokens.old_logprobs))
         ratio = math.exp(means[place[0], int(tokens.episodes[place])])
     clipped = min(max(ratio, low), high) * advantage
-    return 0.0 if clipped < ratio * advantage else ratio
+    return 0.0 if clipped < ratio * advantage else behind * ratio
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
@@ -228,10 +233,12 @@ def test_every_objective_solves_a_bandit_with_a_stale_policy(name: str) -> None:
 
     @jax.jit
     def move(logits, old, actions, advantages):
+        drew = jax.nn.log_softmax(old)[actions][None]
+
         def loss(logits):
             tokens = objectives.PolicyTokens(
-                jax.nn.log_softmax(logits)[actions][None], jax.nn.log_softmax(old)[actions][None], advantages[None],
-                jnp.ones((1, len(actions)), bool), jnp.arange(1, len(actions) + 1)[None])
+                jax.nn.log_softmax(logits)[actions][None], drew, advantages[None],
+                jnp.ones((1, len(actions)), bool), jnp.arange(1, len(actions) + 1)[None], drew)
             return objective(tokens, config)[0].mean()
 
         return logits - 0.5 * jax.grad(loss)(logits)

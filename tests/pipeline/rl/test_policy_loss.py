@@ -9,7 +9,7 @@ import pytest
 
 from qcn_jax.model import Qwen3Next
 from qcn_jax.pipeline.rl import lessons
-from qcn_jax.pipeline.rl.policy import policy_loss
+from qcn_jax.pipeline.rl.policy import Batches, make_trainer, policy_loss
 from tests.pipeline.micro import MODEL, micro_params
 from tests.pipeline.rl.formulas import CONFIG, apply, log_softmax, make_record, published
 
@@ -90,3 +90,52 @@ def test_kl_term_holds_the_policy_to_its_reference(params) -> None:
     apart, held = loss(params, batch, other)
     assert float(sums["kl_reference"]) == pytest.approx(0.0, abs=1e-5) and float(held["kl_reference"]) > 0.01
     assert float(apart - same) == pytest.approx(0.5 * float(held["kl_reference"]), rel=1e-4)
+
+
+def _sides() -> list:
+    rng = np.random.default_rng(3)
+    return [[make_record(0, [2, 8], rng.integers(4, 32, n).tolist(), -rng.random(n) - 3, float(n > 3)) for n in (2, 5)]]
+
+
+def test_what_the_weights_before_an_update_say_is_told_to_all_its_minibatches(params) -> None:
+    """Log-probabilities and routes of one pass are those of the model applied to each episode on its own."""
+    config = dataclasses.replace(CONFIG, objective="decoupled", routing="first", minibatches=2)
+    trainer = make_trainer(MODEL, config, None)
+    batch = Batches(trainer, config).of(params, lessons.rows(_sides(), config))
+    assert {name: array.shape for name, array in batch.items()} == {
+        name: size for name, (size, _) in trainer.shape.arrays().items()}
+    kernel = np.asarray(params["lm_head"]["kernel"], np.float64)
+    flat = {name: np.asarray(array).reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+    for record in _sides()[0]:
+        (row, place), = [(row, place) for row, place in np.argwhere(flat["positions"] == 0).tolist()
+                         if flat["segment_ids"][row, place] > 0
+                         and np.array_equal(flat["tokens"][row, place : place + len(record.tokens)], record.tokens)]
+        hidden = apply(params, record.tokens)
+        for t in range(2, len(record.tokens)):
+            want = log_softmax(hidden[t - 1] @ kernel)[record.tokens[t]]
+            assert flat["proximal"][row, place + t - 1] == pytest.approx(want, abs=1e-4)
+        alone = np.pad(record.tokens, (0, 64 - len(record.tokens)))[None]
+        routes = Qwen3Next(MODEL).apply({"params": params}, alone, with_routes=True, with_logits=False).routes
+        np.testing.assert_array_equal(np.sort(flat["routes"][row, place : place + len(record.tokens)], -1),
+                                      np.sort(np.moveaxis(routes, 0, 2)[0, : len(record.tokens)], -1))
+    state, metrics = trainer.step(trainer.create(jax.tree.map(jnp.copy, params)), batch)
+    ratio = [np.exp(flat["proximal"] - flat["old_logprobs"])[flat["weights"] > 0]][0].astype(np.float64)
+    assert float(metrics["effective_sample"]) == pytest.approx(ratio.mean() ** 2 / (ratio**2).mean(), rel=1e-4)
+
+
+def test_frozen_routers_do_not_learn_and_everything_else_does(params) -> None:
+    config = dataclasses.replace(CONFIG, routing="frozen")
+    rows = lessons.rows([[dataclasses.replace(record, routes=np.full((len(record.tokens), *_ROUTE), -1, np.int16))
+                          for record in group] for group in _sides()], config)
+    batch = {name: jnp.asarray(array) for name, array in rows.items()} | {"weight_sum": rows["weights"].sum()}
+    for routing in ("frozen", "replay"):
+        loss = policy_loss(MODEL, dataclasses.replace(config, routing=routing))
+        slope = jax.jit(jax.grad(lambda tree, loss=loss: loss(tree, batch)[0]))(params)
+        moved = {jax.tree_util.keystr(path): float(np.abs(leaf).max())
+                 for path, leaf in jax.tree_util.tree_leaves_with_path(slope)}
+        routers = [value for name, value in moved.items() if "['mlp']['gate']" in name]
+        assert routers and all((value == 0) == (routing == "frozen") for value in routers)
+        assert all(value > 0 for name, value in moved.items() if "experts" in name and "mtp" not in name)
+
+
+_ROUTE = (MODEL.num_hidden_layers, MODEL.num_experts_per_tok)

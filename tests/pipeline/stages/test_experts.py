@@ -35,7 +35,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
 def make_config(model: ModelConfig) -> RunConfig:
     return RunConfig(
         model=model, sandbox="local", workers=1,
-        experts=ExpertsConfig(names=("swe", "tool_format"), updates=2, prompts=2, group_size=2, rows=1, sequence_length=256,
+        experts=ExpertsConfig(names=("swe", "tool_format"), updates=2, max_staleness=0, prompts=2, group_size=2, rows=1, sequence_length=256,
                     checkpoint_every=1, optimizer=OPTIMIZER, rollout=ROLLOUT),
         distill=DistillConfig(updates=2, prompts=2, group_size=2, rows=1, sequence_length=256, optimizer=OPTIMIZER,
                               rollout=ROLLOUT),
