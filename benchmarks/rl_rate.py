@@ -6,8 +6,8 @@
 Stage `experts` (swe) is run from one and the same SFT policy with every value of --staleness in turn, with the same
 prompts, groups and limits, each in a copy of the run without remembered verdicts: every episode is graded by running
 tests. Printed are episodes a minute and the share of rollouts' time in which nothing could be generated, both without
-the first update, in which programs are compiled. With --before a checkout of an earlier commit runs the same stage
-from the same policy, if it can read it; its own rules of grading apply.
+the first update, in which programs are compiled. With --before a checkout of commit 396fadd runs the same stage from
+the same policy, by its own rules of grading; it noted no waiting.
 """
 
 import json
@@ -29,7 +29,7 @@ CONFIG = flags.DEFINE_string("config", "configs/nano.py", "Its configuration.")
 UPDATES = flags.DEFINE_integer("updates", 8, "Of every side.", lower_bound=2)
 STALENESS = flags.DEFINE_list("staleness", ["0", "1"], "Values of max_staleness.")
 SETTINGS = flags.DEFINE_list("settings", [], "Further settings of all sides, as experts.NAME=VALUE.")
-BEFORE = flags.DEFINE_string("before", "", "Checkout of an earlier commit; empty: none.")
+BEFORE = flags.DEFINE_string("before", "", "Checkout of commit 396fadd; empty: none.")
 OUT = flags.DEFINE_string("out", "", "JSON for what was measured; empty: none.")
 NEEDED = ("tasks", "midtrain", "sft", "xla_cache")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -47,8 +47,7 @@ def copied(run: pathlib.Path, to: pathlib.Path) -> None:
 def played(checkout: pathlib.Path, folder: pathlib.Path, settings: list[str]) -> dict[str, float]:
     """Runs the stage; returns what was measured of its updates but the first."""
     command = [sys.executable, "-m", "qcn_jax", "run", f"--config={checkout / CONFIG.value}", f"--workdir={folder}",
-               "--stages=experts", "--config.experts.names=swe", f"--config.experts.updates={UPDATES.value}",
-               *(f"--config.{setting}" for setting in settings)]
+               "--stages=experts", *(f"--config.{setting}" for setting in settings)]
     began = time.perf_counter()
     done = subprocess.run(command, cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, capture_output=True,
                           text=True, check=False)
@@ -58,11 +57,12 @@ def played(checkout: pathlib.Path, folder: pathlib.Path, settings: list[str]) ->
     first, *rows = [json.loads(line) for line in lines]
     total = sum(row["episodes"] for row in rows)
     seconds = rows[-1]["seconds"] - first["seconds"]
-    waited = sum(row.get("seconds_waited", float("nan")) for row in rows)
+    waited = sum(row.get("seconds_waited", 0.0) for row in rows)
     mean = lambda name: sum(row.get(name, 0.0) for row in rows) / len(rows)
-    return {
-        "episodes_per_minute": 60 * total / seconds, "waited": waited / seconds, "seconds": seconds,
-        "rollout": sum(row["seconds_rollout"] for row in rows) / seconds, "sampled_tokens": mean("sampled_tokens"),
+    known = {} if "seconds_waited" not in first else {"waited": waited / seconds}
+    return known | {
+        "episodes_per_minute": 60 * total / seconds, "seconds": seconds,
+        "sampled_tokens": mean("sampled_tokens"),
         "turns": mean("turns"), "staleness": mean("staleness"), "reward": mean("reward"),
         "infrastructure": mean("infrastructure"), "wall": time.perf_counter() - began,
     }
@@ -73,10 +73,10 @@ def main(argv: list[str]) -> None:
     run, found = pathlib.Path(RUN.value), {}
     if not (run / "sft/DONE.json").exists():
         raise UserError(f"--run={run}: holds no finished stage sft")
-    sides = {f"staleness {value}": (ROOT, [*SETTINGS.value, f"experts.max_staleness={value}"])
-             for value in STALENESS.value}
+    own = ["experts.names=swe", f"experts.updates={UPDATES.value}", *SETTINGS.value]
+    sides = {f"staleness {value}": (ROOT, [*own, f"experts.max_staleness={value}"]) for value in STALENESS.value}
     if BEFORE.value:
-        sides |= {"before": (pathlib.Path(BEFORE.value).resolve(), [])}
+        sides |= {"before": (pathlib.Path(BEFORE.value).resolve(), ["rl.experts=swe", f"rl.updates={UPDATES.value}"])}
     for name, (checkout, settings) in sides.items():
         with tempfile.TemporaryDirectory() as folder:
             copied(run, pathlib.Path(folder))

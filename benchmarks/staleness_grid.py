@@ -3,7 +3,7 @@
     python benchmarks/staleness_grid.py --out=benchmarks/results/staleness_grid
     python benchmarks/staleness_grid.py --out=DIR --staleness=16 --seeds=10
 
-A policy of two layers and eight experts, from random weights, plays a game of eight tokens: it earns the share of them
+A policy of two layers and eight experts, from random weights, plays a game of four tokens: it earns the share of them
 that are, modulo four, what the prompt and the place ask for (chance earns a quarter, the optimum one). The loop is the
 package's own (pipeline.rl.learner), with an environment whose verdicts come exactly `staleness` updates after the
 episode was opened, so that every update but the first few learns from tokens that are as old as allowed. Cells:
@@ -49,6 +49,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "masked": {"objective": "clipped", "ratio_bounds": (0.5, 2.0)},
 }
 ROUTINGS = ("free", "replay")
+EVERY = 6  # updates between two that a result's curve holds
 PROMPTS, GROUP, TOKENS, ANSWERS, STOP = 4, 8, 4, 4, 1
 MODEL = ModelConfig(
     vocab_size=16, hidden_size=32, num_hidden_layers=2, full_attention_interval=2, num_attention_heads=2,
@@ -179,8 +180,10 @@ def main(argv: list[str]) -> None:
                                             with_routes=True)
                         trainer = trainer or make_trainer(MODEL, config, None)
                         found = play(engine, trainer, config, seed)
-                        files.write_json(path, {"staleness": staleness, "correction": correction, "routing": routing,
-                                                "seed": seed, **judged(found["curve"]), **found})
+                        found |= judged(found["curve"]) | {"curve": found["curve"][::EVERY], "curve_every": EVERY}
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_text(json.dumps({"staleness": staleness, "correction": correction,
+                                                    "routing": routing, "seed": seed, **found}) + "\n")
                     results.append(files.read_json(path))
                 line = [staleness, correction, routing, *(f"{row['last']:.2f}" for row in results),
                         f"{sum(row['collapsed'] for row in results)} of {len(results)}"]
