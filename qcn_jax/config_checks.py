@@ -242,9 +242,14 @@ def _wants(split: str, field: str, what: str) -> Callable[[RunConfig], Iterator[
     return rule
 
 
+def _unversioned(name: str) -> str:
+    """A repository without its version, or a template of pages without the seed of its words."""
+    return re.sub(r"^(pages:\w+):\d+$", r"\1", name.split("==")[0])
+
+
 def in_both(train: Sequence[str], heldout: Sequence[str]) -> Iterator[str]:
     """A line for every project of which both splits have a version."""
-    for project in sorted({name.split("==")[0] for name in train} & {name.split("==")[0] for name in heldout}):
+    for project in sorted(set(map(_unversioned, train)) & set(map(_unversioned, heldout))):
         yield f"--config.tasks.repos_heldout: {project} is in repos_train too; the splits must be disjoint"
 
 

@@ -67,17 +67,3 @@ def _function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     walk(tree, "")
     return tuple(sorted(found, key=lambda item: (item[1], -item[2])))
 
-
-def find_function(source: str, name: str, line: int | None = None) -> tuple[int, int] | None:
-    """First and last line of the function or class called `name` in `source`.
-
-    A full qualified name is preferred over a bare one (`Class.method` over `method`). Where several definitions
-    share the name (a property and its setter), the one that holds `line` is taken, else the first.
-    """
-    spans = function_spans(source)
-    matches = [span for span in spans if span[0] == name]
-    matches = matches or [span for span in spans if span[0].endswith("." + name)]
-    if not matches:
-        return None
-    holding = [span for span in matches if line is not None and span[1] <= line <= span[2]]
-    return (holding or matches)[0][1:]

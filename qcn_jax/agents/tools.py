@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qcn_jax.agents import python_code
+from qcn_jax.agents import source_code
 from qcn_jax.agents.arguments import ToolError, fit_arguments
 from qcn_jax.agents.workspace import Workspace, WorkspaceError, relative_path
 from qcn_jax.chat.rendering import ToolCall
@@ -217,7 +217,7 @@ class ToolExecutor:
         if symbol is None:
             self._view = _View(clean, 1, len(source.split("\n")))
             return self._view
-        lines = python_code.find_function(source, symbol, hunk_line(self.task.patch, clean))
+        lines = source_code.find_function(source, clean, symbol, hunk_line(self.task.patch, clean))
         if lines is None:
             raise ToolError(f"no {symbol[:60]!r} in {clean}")
         self._view = _View(clean, *lines)

@@ -6,7 +6,7 @@ from typing import Any
 
 from qcn_jax.chat.values import read_json
 
-Ask = Callable[[Sequence[Mapping[str, str]], int], str]
+Ask = Callable[[Sequence[Mapping[str, Any]], int], str]
 """Messages and a seed to an answer; `chat.endpoint.Endpoint.ask` is one."""
 
 TRIES = 3  # of an answer that cannot be read
@@ -23,9 +23,11 @@ def answered_object(answer: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def asked_for_json(ask: Ask, system: str, user: str, seed: int, accept: Callable[[dict[str, Any]], bool],
-                   reminder: str = REMINDER) -> dict[str, Any] | None:
+def asked_for_json(ask: Ask, system: str, user: str | Sequence[Mapping[str, Any]], seed: int,
+                   accept: Callable[[dict[str, Any]], bool], reminder: str = REMINDER) -> dict[str, Any] | None:
     """Asks until the answer is a JSON object that `accept` takes; None where it never is.
+
+    `user` is a text, or OpenAI's content parts, as images are.
 
     Raises:
       UserError: the endpoint cannot be used.

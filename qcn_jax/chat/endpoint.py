@@ -81,7 +81,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         _ = self._closed, self._client  # made by one thread, whatever many ask later
 
-    def ask(self, messages: Sequence[Mapping[str, str]], seed: int = 0) -> str:
+    def ask(self, messages: Sequence[Mapping[str, Any]], seed: int = 0) -> str:
         """The answer's text; the same messages and seed give the same one from the cache.
 
         Raises:

@@ -13,6 +13,7 @@ from qcn_jax.envs.web.page_tests import PageTest, Suite
 
 PATIENCE = 180.0  # seconds of one test after which its page is taken for hung; or a third of the limit of all
 SECONDS = 600.0  # of a run that says nothing else
+MOST_ELEMENTS = 24  # of a page that are looked at
 Call = Callable[[str, Any, float], Mapping[str, Any]]  # (script, args, timeout) -> a server's reply to `python`
 
 
@@ -23,6 +24,29 @@ class Look:
     png: bytes
     tree: str
     message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """Something that a visitor can use: role and name, (x, y, width, height) in pixels, and why it cannot be seen."""
+
+    role: str
+    name: str
+    box: tuple[float, float, float, float]
+    hidden: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """A page as it is opened in a window of `width` pixels: a PNG, its ARIA snapshot, what it offers, its errors."""
+
+    page: str
+    width: int
+    png: bytes
+    tree: str
+    fits: bool
+    elements: tuple[Element, ...]
+    errors: tuple[str, ...]
 
 
 @functools.cache
@@ -77,23 +101,36 @@ def look(call: Call, suite: Suite, views: Sequence[PageTest], timeout: float = S
     return [Look(base64.b64decode(row["png"]), row["tree"], row["message"]) for row in rows]
 
 
-def explore(call: Call, suite: Suite, pages: Sequence[str], widths: Sequence[int], most: int, timeout: float = SECONDS
-            ) -> list[dict[str, Any]]:
-    """What pages offer, and what assistive technology is told after each of it was used (inside/explore.mjs).
+def survey(call: Call, suite: Suite, pages: Sequence[str], timeout: float = SECONDS) -> list[Survey]:
+    """What pages offer as they are opened, each in windows of all page_tests.WIDTHS.
 
     Raises:
       SandboxError: the browser does not get to the end.
     """
-    places = [{"page": page, "width": width, "most": most} for page in pages for width in widths]
-    done = _ask(call, suite, timeout, {"explore": places})
-    if done["status"] != "ok":
+    places = [{"page": page, "width": width, "most": MOST_ELEMENTS} for page in pages for width in page_tests.WIDTHS]
+    done = _ask(call, suite, timeout, {"surveys": places})
+    rows = [row for row in done["rows"] if "survey" in row]
+    if len(rows) != len(places):
         raise SandboxError(f"the browser ended early ({done['status']})")
-    return [{**row["explored"], **row["found"]} for row in done["rows"] if "explored" in row]
+    found = []
+    for row in rows:
+        place, seen = row["survey"], row["found"]
+        if seen is None:
+            found.append(Survey(place["page"], place["width"], b"", "", False, (), (row["message"],)))
+            continue
+        elements = tuple(Element(one["role"], one["name"], _box(one["box"]), one["hidden"]) for one in seen["elements"])
+        found.append(Survey(place["page"], place["width"], base64.b64decode(seen["png"]), seen["tree"], seen["fits"],
+                            elements, tuple(seen["errors"])))
+    return found
+
+
+def _box(box: Mapping[str, float] | None) -> tuple[float, float, float, float]:
+    return (0.0, 0.0, 0.0, 0.0) if box is None else (box["x"], box["y"], box["width"], box["height"])
 
 
 def _ask(call: Call, suite: Suite, timeout: float, wanted: Mapping[str, Any], hidden: Sequence[str] = ()
          ) -> dict[str, Any]:
-    request = {"tests": [], "looks": [], "explore": [], "failFast": False, "site": suite.site, "build": suite.build,
+    request = {"tests": [], "looks": [], "surveys": [], "failFast": False, "site": suite.site, "build": suite.build,
                "chromium": runtime.CHROMIUM, "modules": runtime.MODULES, "hidden": list(hidden),
                "patience": min(PATIENCE, timeout / 3), **wanted}
     reply = call(_script(), {"folder": runtime.FOLDER, "request": request}, timeout)

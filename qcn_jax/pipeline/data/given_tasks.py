@@ -31,6 +31,7 @@ from qcn_jax.pipeline.data.readers.task_sets import FIELDS, file_of, read_tasks
 from qcn_jax.pipeline.data.texts import Findings
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_SEED = re.compile(r"^(pages:\w+):\d+$")
 _PER_COMMIT = re.compile(r"\.[0-9a-f]{7,40}$")  # the end of SWE-smith's repositories
 
 Placed = tuple[str, Task]  # where it was read, and what
@@ -56,8 +57,8 @@ class Given:
 
 def project(name: str) -> str:
     """The project of a repository's name, whichever version, commit or owner: astropy of Astropy==6.0, astropy@0a1b2c3,
-    astropy/astropy and swesmith/astropy__astropy.0a1b2c3d."""
-    last = _PER_COMMIT.sub("", name.rsplit("/", 1)[-1].rsplit("__", 1)[-1])
+    astropy/astropy and swesmith/astropy__astropy.0a1b2c3d; of pages:NAME:SEED the template, whatever its words."""
+    last = _SEED.sub(r"\1", _PER_COMMIT.sub("", name.rsplit("/", 1)[-1].rsplit("__", 1)[-1]))
     return re.sub(r"[-_.]+", "-", re.split("==|@", last)[0]).lower()
 
 

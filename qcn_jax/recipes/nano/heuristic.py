@@ -9,7 +9,7 @@ import io
 import tokenize
 from collections.abc import Sequence
 
-from qcn_jax.agents import python_code
+from qcn_jax.agents import source_code
 from qcn_jax.agents.episode import Episode
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.tools import ToolExecutor
@@ -18,7 +18,7 @@ from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.evaluate.baseline import Baseline
-from qcn_jax.recipes.nano import spans
+from qcn_jax.recipes.nano import page_tokens, spans
 from qcn_jax.recipes.nano.scaffold import NanoScaffold
 from qcn_jax.recipes.nano.solver import SpanEdit
 
@@ -32,16 +32,18 @@ RULES: tuple[dict[str, tuple[str, ...]], ...] = (
 _NUMBER_RULE = len(RULES)  # integers one up and one down come last
 
 
-def suspicions(lines: Sequence[str]) -> list[SpanEdit]:
+def suspicions(lines: Sequence[str], path: str = "") -> list[SpanEdit]:
     """Edits of a function worth trying, the most suspicious first; each leaves it parseable.
 
     Args:
-      lines: of the function, without its outer indentation.
+      lines: of the function, without its outer indentation; of pages it may be a whole file.
+      path: of its file, whose ending tells the language; Python otherwise.
     """
+    changes = page_tokens.changes(lines, path) if path.endswith(spans.PAGE_ENDINGS) else _changes(lines)
     found = []
-    for rank, number, after in _changes(lines):
+    for rank, number, after in changes:
         span = spans.minimal_edit(lines[number - 1], after)
-        if span is not None and python_code.parses([*lines[: number - 1], after, *lines[number:]]):
+        if span is not None and source_code.parses([*lines[: number - 1], after, *lines[number:]], path):
             found.append((rank, SpanEdit(number, *span)))
     ranked = [edit for _, edit in sorted(found, key=lambda item: item[0])]  # stable: text order within a rule
     return list(dict.fromkeys(ranked))
@@ -50,9 +52,13 @@ def suspicions(lines: Sequence[str]) -> list[SpanEdit]:
 def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
     """Plays `episode` (of the nano scaffold) to its end; tries the edits `first`, as far as they apply, before any."""
     _step(episode, [ToolCall("view")])
-    lines = _shown(episode) if not episode.done else []
-    applicable = [edit for edit in first if edit.applied(lines) is not None]
-    edits = list(dict.fromkeys([*applicable, *suspicions(lines)]))
+    path, lines = shown(episode) if not episode.done else ("", [])
+    applicable = [edit for edit in first if edit.applied(lines, path) is not None]
+    try_edits(episode, list(dict.fromkeys([*applicable, *suspicions(lines, path)])))
+
+
+def try_edits(episode: Episode, edits: Sequence[SpanEdit]) -> None:
+    """Makes one edit after the other, each in the place of the one before, until the tests pass; then submits."""
     tried: list[ToolCall] = []
     for edit in edits:
         if episode.done:
@@ -107,12 +113,13 @@ def _step(episode: Episode, calls: Sequence[ToolCall]) -> None:
     episode.step(episode.scaffold.render("", calls))
 
 
-def _shown(episode: Episode) -> list[str]:
-    """Lines of the function that the first call of the last turn showed."""
-    shown = episode.turns[-1].results[0]
-    if not shown.ok:
-        return []
-    return [line.removeprefix(spans.line_token(number)) for number, line in enumerate(shown.text.split("\n")[1:], 1)]
+def shown(episode: Episode) -> tuple[str, list[str]]:
+    """Path and lines of the function that the first call of the last turn showed."""
+    result = episode.turns[-1].results[0]
+    if not result.ok:
+        return "", []
+    path, *lines = result.text.split("\n")
+    return path, [line.removeprefix(spans.line_token(number)) for number, line in enumerate(lines, 1)]
 
 
 def _changes(lines: Sequence[str]) -> list[tuple[int, int, str]]:

@@ -13,7 +13,7 @@ import re
 import tokenize
 from collections.abc import Callable, Sequence
 
-from qcn_jax.agents import python_code
+from qcn_jax.agents import python_code, source_code
 from qcn_jax.agents.episode import Episode
 from qcn_jax.agents.scaffolds import Scaffold
 from qcn_jax.agents.tools import ToolError, ToolExecutor, hunk_line
@@ -23,7 +23,7 @@ from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.patches import PatchError, apply_changes
 from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.recipes.nano import spans
+from qcn_jax.recipes.nano import page_tokens, spans
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.spans import minimal_edit
 
@@ -55,8 +55,8 @@ class SpanEdit:
         """The edit as a tool call."""
         return ToolCall("edit", {"line": spans.line_token(self.line), "old": self.old, "new": self.new})
 
-    def applied(self, lines: Sequence[str]) -> str | None:
-        """Its line of the function `lines` after the edit.
+    def applied(self, lines: Sequence[str], path: str = "") -> str | None:
+        """Its line of the function `lines` of the file `path` after the edit.
 
         None where nothing changes, the text is not there exactly once, or what comes of it does not parse.
         """
@@ -65,7 +65,7 @@ class SpanEdit:
         if python_code.occurrences(lines[self.line - 1], self.old) != 1:
             return None
         after = lines[self.line - 1].replace(self.old, self.new)
-        return after if python_code.parses([*lines[: self.line - 1], after, *lines[self.line :]]) else None
+        return after if source_code.parses([*lines[: self.line - 1], after, *lines[self.line :]], path) else None
 
 
 def solve(
@@ -144,7 +144,7 @@ def find_views(task: Task, executor: ToolExecutor) -> list[ToolCall] | None:
         return None
     if line is None or view.start <= line <= view.end:
         return [ToolCall("view")]
-    holders = [span for span in python_code.function_spans(source) if span[1] <= line <= span[2]]
+    holders = [span for span in source_code.function_spans(source, task.path) if span[1] <= line <= span[2]]
     shown = "\n".join(source.split("\n")[view.start - 1 : view.end])
     if not holders or not re.search(rf"\b{re.escape(holders[-1][0].split('.')[-1])}\b", shown):
         return None
@@ -201,8 +201,8 @@ def wrong_edits(
     gold_lines = {edit.line for edit in gold}
     right = {(edit.line, lines[edit.line - 1].replace(edit.old, edit.new)) for edit in gold}
     loops = _loop_lines(lines)
-    made = [(edit.line, after) for edit in guesses if (after := edit.applied(lines)) is not None]
-    pool = [item for item in sorted(set(_mutations(lines))) if item not in right and item not in made]
+    made = [(edit.line, after) for edit in guesses if (after := edit.applied(lines, view.path)) is not None]
+    pool = [item for item in sorted(set(_mutations(lines, view.path))) if item not in right and item not in made]
     rng.shuffle(pool)
     chosen: list[SpanEdit] = []
     for number, after in dict.fromkeys(made):
@@ -214,16 +214,18 @@ def wrong_edits(
         number, after = (near or pool)[0] if rng.random() < GOLD_LINE else pool[0]
         pool.remove((number, after))
         span = minimal_edit(lines[number - 1], after)
-        if span is not None and python_code.parses([*lines[: number - 1], after, *lines[number:]]):
+        if span is not None and source_code.parses([*lines[: number - 1], after, *lines[number:]], view.path):
             chosen.append(SpanEdit(number, *span))
     return chosen
 
 
-def _mutations(lines: Sequence[str]) -> list[tuple[int, str]]:
+def _mutations(lines: Sequence[str], path: str = "") -> list[tuple[int, str]]:
     """(line number, changed line) for every token that has a swap; strings and comments are left alone.
 
     So are `while` loops: an endless one costs a whole test timeout and teaches little.
     """
+    if path.endswith(spans.PAGE_ENDINGS):
+        return [(number, after) for _, number, after in page_tokens.changes(lines, path)]
     found = []
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from qcn_jax.agents.python_code import occurrences
 
 MAX_LINE_TOKENS = 64  # the tokenizer has <|1|> .. <|64|>
+SCRIPT_ENDINGS = (".js", ".mjs", ".jsx")
+PAGE_ENDINGS = (*SCRIPT_ENDINGS, ".css", ".html")
 LINE_TOKENS = tuple(f"<|{number}|>" for number in range(1, MAX_LINE_TOKENS + 1))
 
 # Python's tokens, except that strings are taken apart into words: a change inside one stays small.

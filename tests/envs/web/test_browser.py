@@ -117,13 +117,14 @@ def test_looks_and_what_there_is(local, tmp_path):
     views = [PageTest("before", ()), PageTest("after", near_misses.TESTS[0].steps[:2])]
     with sandbox(local, spec.name) as place:
         before, after = running.look(place.ask_python, suite, views)
-        found = running.explore(place.ask_python, suite, ["index.html"], page_tests.WIDTHS, 20)
+        found = running.survey(place.ask_python, suite, ["index.html"])
     assert before.png.startswith(b"\x89PNG") and before.png != after.png
     assert "Ada" in after.tree and "Ada" not in before.tree
-    assert [one["width"] for one in found] == list(page_tests.WIDTHS)
-    assert {"role": "button", "name": "Join"} in found[0]["elements"]
-    joined = next(one for one in found[0]["results"] if one["steps"][0].get("click", {}).get("name") == "Join")
-    assert "Please give a name" in joined["tree"]
+    assert [one.width for one in found] == list(page_tests.WIDTHS)
+    assert [(one.fits, one.errors) for one in found] == [(True, ())] * 2
+    joins = [element for one in found for element in one.elements if element.name == "Join"]
+    assert [(element.role, element.hidden) for element in joins] == [("button", "")] * 2
+    assert all(element.box[2:] == (96, 40) for element in joins)
 
 
 @pytest.mark.browser

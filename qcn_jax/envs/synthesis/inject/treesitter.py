@@ -337,6 +337,25 @@ def candidates(
     return sorted(found, key=lambda i: (i.start, i.end, i.kind, i.new))
 
 
+def function_spans(source: str, path: str) -> tuple[tuple[str, int, int], ...]:
+    """(name, first line, last line) of all named functions of a module, in the order of its text.
+
+    Raises:
+      UserError: tree-sitter-language-pack is not installed.
+    """
+    grammar, data = GRAMMARS[pathlib.PurePosixPath(path).suffix], source.encode()
+    tree = parser(grammar.name).parse(data)
+    site = Site(data, grammar, random.Random(0))
+    found = {(name, function.start_point[0] + 1, function.end_point[0] + 1)
+             for _, function, name in _walk(tree.root_node, site, None, "")}
+    return tuple(sorted(found, key=lambda span: (span[1], -span[2])))
+
+
+def parses(text: str, path: str) -> bool:
+    """Whether a text is one of its language; raises UserError where tree-sitter-language-pack is not installed."""
+    return not parser(GRAMMARS[pathlib.PurePosixPath(path).suffix].name).parse(text.encode()).root_node.has_error
+
+
 def _walk(node: Node, site: Site, function: Node | None, name: str) -> Iterator[tuple[Node, Node, str]]:
     """(node, innermost named function around it, its name) for all nodes in bodies of functions."""
     if node.type in ("class_declaration", "class"):

@@ -1,7 +1,7 @@
 """Verified tasks of pages: defects tried in a browser, kept only if its tests tell them from the page as it was.
 
 The counterpart of synthesize.py for repositories with page tests. Statements say what somebody did and what was to be
-seen, which is what the first failing test met. A repository without tests gets those of explore.py.
+seen, which is what the first failing test met.
 """
 
 import collections
@@ -62,8 +62,8 @@ def synthesize_pages(pool: EnvPool, specs: Sequence[RepositorySpec], settings: p
     Args:
       pool: runs the candidates.
       specs: repositories with page tests.
-      settings: `target`, `kinds` (those of pages.inject), `candidates_per_repo`, `reruns`, `hide_tests`,
-        `near_duplicates`, `seed`.
+      settings: `target`, `kinds` (those of pages.inject), `single_line`, `candidates_per_repo`, `reruns`,
+        `hide_tests`, `near_duplicates`, `seed`.
       workdir: of the journal.
       log: takes progress lines.
       label: of the journal.
@@ -112,7 +112,8 @@ def _chosen(name: str, texts: Mapping[str, str], settings: plan.Settings) -> lis
     for path, text in sorted(texts.items()):
         if not permissions.page_refusal(path):
             for found in inject.candidates(text, path, kinds, rng):
-                cells[found.kind].append(found)
+                if found.single_line or not settings.single_line:
+                    cells[found.kind].append(found)
     for cell in cells.values():
         rng.shuffle(cell)
     chosen = []

@@ -9,7 +9,7 @@ import {
 } from 'node:fs';
 import path from 'node:path';
 import { contentEngine, Failure, isAction, runStep } from './steps.mjs';
-import { explore } from './explore.mjs';
+import { survey } from './survey.mjs';
 
 const require = createRequire(import.meta.url);
 const { chromium, selectors } = require(process.argv[2]);
@@ -221,8 +221,10 @@ if (failed) {
     });
     tell({ look: look.id, png: seen, tree, message: failure?.message ?? '' });
   }
-  for (const place of request.explore) {
-    await bounded(session, async () => { tell({ explored: place, found: await explore(session, place) }); });
+  for (const place of request.surveys) {
+    let found = null;
+    const failure = await bounded(session, async () => { found = await survey(session, place); return null; });
+    tell({ survey: place, found, message: failure?.message ?? '' });
   }
   await session.browser.close();
 }

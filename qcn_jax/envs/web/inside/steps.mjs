@@ -18,7 +18,8 @@ export function contentEngine() {
     },
     focus: (element) => document.activeElement === element,
     fits: () => document.documentElement.scrollWidth <= document.documentElement.clientWidth,
-    text: (element) => element.innerText?.trim() !== '' || 'value' in element,
+    text: (element) => element.innerText?.trim() !== '' || (element.matches('input,textarea')
+      && !element.matches('[type=checkbox],[type=radio],[type=range],[type=color]') && element.value !== ''),
     // Painting what an element writes, or the whole of it, can be turned off and on again.
     blank: (element) => { element.setAttribute('data-qcn', 'text'); return true; },
     empty: (element) => { element.setAttribute('data-qcn', 'all'); return true; },
@@ -62,8 +63,8 @@ async function one(session, target) {
 
 const fact = async (element, name) => await element.locator(`qcn=${name}`).count() > 0;
 
-// Whether an element changes any pixels of the page.
-async function painted(session, element) {
+// Why an element changes no pixels of the page; '' where it does.
+export async function painted(session, element) {
   if (!await element.isVisible()) return 'is hidden';
   await element.scrollIntoViewIfNeeded();
   const box = await element.boundingBox();
