@@ -14,6 +14,8 @@ from qcn_jax import config_names as known
 from qcn_jax.config_dicts import from_config_dict as from_config_dict
 from qcn_jax.config_dicts import new_name as new_name
 from qcn_jax.config_dicts import to_config_dict as to_config_dict
+from qcn_jax.config_domains import ProblemsConfig as ProblemsConfig
+from qcn_jax.config_domains import WebConfig as WebConfig
 from qcn_jax.config_values import OneOf, Within
 
 Count = Annotated[int, Within(at_least=0)]
@@ -364,18 +366,6 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemsConfig:
-    """What expert `single_turn` answers: problems (envs/problems) of files or made here, and the run's tasks."""
-
-    data: str = ""  # JSONL of problems to train on
-    heldout_data: str = ""  # likewise those that are measured
-    made: Count = 0  # problems that are made here, for training and as many for evaluation, which share no numbers
-    kinds: tuple[known.ProblemKind, ...] = ()  # of those; all where empty
-    languages: tuple[known.ProblemLanguage, ...] = ("python",)  # likewise; queries and texts know none
-    edits: bool = True  # the run's tasks too, as one edit of the function in the prompt
-
-
-@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Byte-level BPE of `vocab_size` entries, trained without held-out repositories; for init=random."""
 
@@ -407,6 +397,7 @@ class RunConfig:
     sft: SftConfig = SftConfig()
     experts: ExpertsConfig = ExpertsConfig()
     problems: ProblemsConfig = ProblemsConfig()
+    web: WebConfig = WebConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

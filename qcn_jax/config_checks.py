@@ -201,6 +201,12 @@ def _experts(config: RunConfig) -> Iterator[str]:
                "takes whole groups")
 
 
+def _web(config: RunConfig) -> Iterator[str]:
+    if bool(config.web.judge_endpoint) != bool(config.web.judge_model):
+        yield ("--config.web.judge_endpoint and --config.web.judge_model go together: where the judge answers, and "
+               "which model it is")
+
+
 def _distill(config: RunConfig) -> Iterator[str]:
     distill, experts = config.distill, config.experts.names
     yield from _rollout(distill.rollout, "distill", distill.sequence_length)
@@ -294,6 +300,7 @@ _SIZE_RULES = (
     *((_lengths(stage), (stage,)) for stage in TRAINING if stage != "midtrain"),
     (_slices("sft"), ("sft",)),
     (_experts, ("experts",)),
+    (_web, ("experts", "distill", "evaluate")),
     (_fits("check_experts"), ("experts", "distill", "evaluate")),
     (_distill, ("distill",)),
     (_evaluate, ("evaluate",)),

@@ -19,8 +19,12 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.tasks.grading import Grader, starting_changes
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
+from qcn_jax.envs.web import viewing
+from qcn_jax.envs.web.judge import Judge, Review
 from qcn_jax.errors import UserError
 from qcn_jax.memo import Once
+
+VIEWING_SECONDS = 3600.0  # for the screenshots or the review of a page, judge included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Services:
     open: task -> a live sandbox in the task's starting state, for agents with a shell; the caller closes it.
     network: what that sandbox reaches (network.policy.NETWORKS).
     image: (task, scaffold) -> what runs tools in the image of a task that has one of its own (agents.images).
+    review: (task, patch) -> how a task's page looks and behaves with a patch (envs.web.judge).
+    screenshots: (task, patch) -> PNGs of a task's page with its defect, and with a patch.
     """
 
     files: Callable[[str], Mapping[str, str]]
@@ -41,6 +47,8 @@ class Services:
     open: Callable[[Task], Session] | None = None
     network: str = "none"
     image: Callable[[Task, Scaffold], Executor] | None = None
+    review: Callable[[Task, str], Review] | None = None
+    screenshots: Callable[[Task, str], tuple[bytes, bytes]] | None = None
 
     def episode(self, task: Task, scaffold: Scaffold, max_turns: int) -> Episode:
         """A new episode on `task`; whoever plays it closes its executor.
@@ -71,7 +79,11 @@ class Services:
         def grade(task, patch):
             return verdicts.get((task.instance_id, patch), lambda: self.grade(task, patch))
 
-        return dataclasses.replace(self, run_tests=run_tests, grade=grade)
+        review = self.review
+        if review is not None:
+            reviews, ask = Once(lambda found: True), review
+            review = lambda task, patch: reviews.get((task.instance_id, patch), lambda: ask(task, patch))
+        return dataclasses.replace(self, run_tests=run_tests, grade=grade, review=review)
 
 
 def _digest(changed: Mapping[str, str | None]) -> str:
@@ -101,7 +113,7 @@ def check_shell(scaffold: Scaffold, provider: Provider, field: str) -> None:
 
 
 def pool_services(repositories: Mapping[str, RepositorySpec], provider: Provider, pool: EnvPool,
-                  fail_fast: bool = True) -> Services:
+                  fail_fast: bool = True, judge: Judge | None = None) -> Services:
     """Services whose test runs and gradings go to `pool`'s workers, every one done once.
 
     Args:
@@ -109,6 +121,7 @@ def pool_services(repositories: Mapping[str, RepositorySpec], provider: Provider
       provider: only reads their pristine files in this process.
       pool: of environment workers.
       fail_fast: gradings end with the first failing test, which is enough for rewards.
+      judge: of pages; None has the checks of envs.web.judge alone.
     """
     pool.register(repositories.values())
     prepared, lock = {}, threading.Lock()
@@ -125,5 +138,9 @@ def pool_services(repositories: Mapping[str, RepositorySpec], provider: Provider
         grade=lambda task, patch: pool.grade(task, patch, fail_fast=fail_fast).result(),
         open=lambda task: pool.open_session(task.repo, starting_changes(task, pristine(task.repo)), fix_date(task)),
         network=provider.network,
+        review=lambda task, patch: pool.submit(viewing.review_patch, task, patch, judge, repository=task.repo,
+                                               deadline=VIEWING_SECONDS).result(),
+        screenshots=lambda task, patch: pool.submit(viewing.screenshots, task, patch, repository=task.repo,
+                                                    deadline=VIEWING_SECONDS).result(),
     )
     return services.remembering()

@@ -62,7 +62,8 @@ class Endpoint:
 
     `url` ends where `/chat/completions` begins (`http://localhost:8000/v1`); `key_variable` names the environment
     variable that holds the key (none is sent where it is not set); `cache` is a folder of answers, of `ask` alone.
-    `timeout` are seconds without a byte; `top_p` 0 and `top_k` 0 leave the choice to the server. `stream`:
+    `flag` named it, for what is said of
+    failures. `timeout` are seconds without a byte; `top_p` 0 and `top_k` 0 leave the choice to the server. `stream`:
     answers come in pieces, so that a long one is not taken for a dead server.
     """
 
@@ -77,6 +78,7 @@ class Endpoint:
     stream: bool = True
     top_k: int = 0
     attempts: int = ATTEMPTS
+    flag: str = "--endpoint"
 
     def __post_init__(self) -> None:
         _ = self._closed, self._client  # made by one thread, whatever many ask later
@@ -94,7 +96,7 @@ class Endpoint:
         try:
             content = self._post(body, time.monotonic() + LONGEST_ANSWER).content
         except Late:
-            raise EndpointFailed(f"--endpoint={self.url}: does not end within {LONGEST_ANSWER:.0f} s") from None
+            raise EndpointFailed(f"{self.flag}={self.url}: does not end within {LONGEST_ANSWER:.0f} s") from None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(path, {"request": body, "content": content})
@@ -134,10 +136,10 @@ class Endpoint:
                 time.sleep(FIRST_PAUSE * (1 - attempt))
                 continue
             if status in (401, 403):
-                raise EndpointError(f"--endpoint={self.url}: answers {status}; its key is read from the "
+                raise EndpointError(f"{self.flag}={self.url}: answers {status}; its key is read from the "
                                     f"environment variable {self.key_variable} (--key_variable)", everywhere=True)
             return
-        raise EndpointFailed(f"--endpoint={self.url}: {reason}")
+        raise EndpointFailed(f"{self.flag}={self.url}: {reason}")
 
     def close(self) -> None:
         """Ends requests under way and waiting between tries, from any thread; nothing can be asked afterwards."""
@@ -179,7 +181,7 @@ class Endpoint:
                 self._wait(pause, deadline)
                 pause = min(2 * pause, LONGEST_PAUSE)
             if self._closed.is_set():
-                raise EndpointFailed(f"--endpoint={self.url}: is not asked any more")
+                raise EndpointFailed(f"{self.flag}={self.url}: is not asked any more")
             try:
                 with self._request(body, deadline) as reply:
                     if reply.status_code == 200:
@@ -192,13 +194,13 @@ class Endpoint:
                 continue
             reason = f"answers {status}: {' '.join(text.split())[:200]}"
             if status in (400, 413, 422) and _TOO_LONG.search(text):
-                raise ContextExceeded(f"--endpoint={self.url}: {reason}")
+                raise ContextExceeded(f"{self.flag}={self.url}: {reason}")
             if status in (404, 405):
                 reason += "; the URL ends where /chat/completions begins, e.g. http://localhost:8000/v1"
             if status not in RETRIED:
-                raise EndpointError(f"--endpoint={self.url}: {reason}", status in _NEVER)
+                raise EndpointError(f"{self.flag}={self.url}: {reason}", status in _NEVER)
             pause = max(pause, _retry_after(reply))
-        raise EndpointFailed(f"--endpoint={self.url}: {reason}")
+        raise EndpointFailed(f"{self.flag}={self.url}: {reason}")
 
     def _wait(self, seconds: float, deadline: float | None) -> None:
         """Waits, by chance up to a quarter shorter: many who were refused together shall not come back together."""

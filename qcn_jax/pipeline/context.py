@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qcn_jax.agents.scaffolds import Scaffold
     from qcn_jax.agents.services import Services
     from qcn_jax.chat.encoder import Encoder
+    from qcn_jax.envs.web.judge import Judge
     from qcn_jax.pipeline.experts.expert import Expert
 
 _MODEL_FOLDERS = {
@@ -99,11 +100,27 @@ class StageContext:
         return self.root / own
 
     def experts(self) -> "tuple[Expert, ...]":
-        """The experts that the configuration names, with what it gives them for this stage (pipeline.experts)."""
-        from qcn_jax.pipeline.experts import experts_of
+        """The experts that the configuration names, with what it gives them for this stage (pipeline.experts).
+
+        Those that the run has no tasks for are skipped, and a line says why.
+
+        Raises:
+          UserError: none is left.
+        """
+        from qcn_jax.pipeline.experts import experts_of, with_headline
 
         split = "heldout" if self.stage == "evaluate" else "train"
-        return tuple(expert.configured(self.config, split) for expert in experts_of(self.config.experts.names))
+        found = tuple(expert.configured(self.config, split) for expert in experts_of(self.config.experts.names))
+        if not (self.root / "tasks" / "DONE.json").exists():
+            return found
+        tasks = self.result("tasks")
+        absent = {expert.name: reason for expert in found if (reason := expert.absent(tasks))}
+        for name, reason in absent.items():
+            self.shared.get(f"{self.stage} without {name}", lambda line=f"expert {name} is skipped: {reason}":
+                            self.log(line))
+        if len(absent) == len(found):
+            raise UserError(f"--config.experts.names: none is left; {'; '.join(absent.values())}")
+        return with_headline([expert for expert in found if expert.name not in absent])
 
     def scaffold(self, stage: str) -> "Scaffold":
         """The scaffold of `stage` (sft, experts, distill or evaluate) under the run's chat template."""
@@ -220,12 +237,24 @@ class StageContext:
         repositories, own = self.repositories(), [task for expert in self.experts() for task in expert.own_tasks()]
         if any(task.checks for task in own):
             repositories |= {problems.REPOSITORY: problems.spec(self.config.tasks.setup)}
-        services = pool_services(repositories, self.provider(), self.pool())
+        services = pool_services(repositories, self.provider(), self.pool(), judge=self._judge())
         check.check_languages(self.pool(), own)
         if not any(task.eval_script for task in tasks):
             return services
         images = self.shared.get("images", lambda: self.connect(self.instances()))
         return images.services(services)
+
+    def _judge(self) -> "Judge | None":
+        """What judges pages of expert web; raises UserError where it does not answer."""
+        from qcn_jax.chat.endpoint import Endpoint
+        from qcn_jax.envs.web.judge import Judge
+
+        web = self.config.web
+        if not web.judge_endpoint:
+            return None
+        endpoint = Endpoint(web.judge_endpoint, web.judge_model, flag="--config.web.judge_endpoint")
+        endpoint.check()
+        return Judge(endpoint)
 
     def instances(self) -> dict[str, Any]:
         """Those of the run's tasks that SWE-bench's own rules decide, by id (envs.tasks.swebench.Instance)."""

@@ -187,8 +187,8 @@ def _asked(judge: Judge, system: str, parts: Sequence[Mapping[str, Any]], accept
     ask: Ask = judge.endpoint.ask
     found = asked_for_json(ask, system, parts, 0, accept)
     if found is None:
-        raise UserError(f"--judge_endpoint={judge.endpoint.url}: {judge.endpoint.model} does not answer as asked; it "
-                        "must take images and write JSON")
+        place, model = f"{judge.endpoint.flag}={judge.endpoint.url}", judge.endpoint.model
+        raise UserError(f"{place}: {model} does not answer as asked; it must take images and write JSON")
     return found
 
 

@@ -24,8 +24,9 @@ from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import sources, verify
 from qcn_jax.envs.synthesis.mine.history import Clone
 from qcn_jax.envs.tasks.grading import starting_changes
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import PAGES, Task
 from qcn_jax.envs.tasks.swebench import Instance
+from qcn_jax.envs.web import runtime
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.readers.task_sets import FIELDS, file_of, read_tasks
 from qcn_jax.pipeline.data.texts import Findings
@@ -103,6 +104,10 @@ def load(config: TasksConfig, split: str, pool: EnvPool, connect: Connect, archi
     placed = _without(read_tasks(path, field, findings, instances), apart,
                       lambda _, reason: findings.without(reason))
     placed = _without(placed, _fault, findings.row)
+    if any(task.language == PAGES for _, task in placed):
+        missing = runtime.missing(pool.describe()["kind"])
+        placed = _without(placed, lambda task: missing * (task.language == PAGES),
+                          lambda _, reason: findings.without(reason))
     placed, specs = _with_repositories(config, placed, archives, findings)
     faults = _patch_faults([one for one in placed if not one[1].eval_script], specs)
     placed = _without(placed, lambda task: faults.get(task.instance_id, ""), findings.row)

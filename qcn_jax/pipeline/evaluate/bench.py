@@ -68,7 +68,7 @@ class Bench:
     _engine: Engine | None = None
 
     def model(self, name: str, model_config: ModelConfig, params: Any) -> dict[str, Any]:
-        """All numbers of one model, and its greedy conversations under `messages`.
+        """All numbers of one model, and its greedy conversations under `messages`, with what they left as `patches`.
 
         Every model must have the same configuration: the compiled functions are shared.
         """
@@ -81,14 +81,15 @@ class Bench:
         result = metrics.greedy(greedy) | metrics.sampled(samples) | {"feedback": feedback(greedy, samples)}
         for expert, (rows, _) in zip(others, played, strict=True):
             result |= expert.metrics(rows)
-        result["messages"] = {row["instance_id"]: said for row, said in zip(greedy, messages, strict=True)}
+        result |= _shown(greedy, messages)
         rates = [f"{expert.column or expert.name} {expert.rate(result):.1%}" for expert in others]
         self.log(", ".join([f"{name}: {result['resolved']}/{result['attempted']} resolved", *rates]))
         return result
 
     def baseline(self, baseline: Baseline) -> dict[str, Any]:
         """The same numbers for what plays without a model; what it cannot do (sample, other experts) is absent."""
-        conversations = [self._conversation(prompt) for prompt in self._prompts(headline(self.experts))]
+        prompts = self._prompts(headline(self.experts))
+        conversations = [self._conversation(prompt) for prompt in prompts]
 
         def play(conversation: Any) -> Outcome:
             baseline.play(conversation.episode)
@@ -96,11 +97,10 @@ class Bench:
 
         with concurrent.futures.ThreadPoolExecutor(BASELINE_THREADS, "baseline") as threads:
             outcomes = list(threads.map(play, conversations))
-        rows = [_row(task, outcome, len(conversation.episode.turns), 0, task.kind)
-                for task, conversation, outcome in zip(self.tasks, conversations, outcomes, strict=True)]
+        rows = [_row(prompt.task, outcome, len(conversation.episode.turns), 0, prompt.task.kind)
+                for prompt, conversation, outcome in zip(prompts, conversations, outcomes, strict=True)]
         result = metrics.greedy(rows) | {"pass_at_8": None}
-        result["messages"] = {task.instance_id: plain_messages(conversation.messages)
-                              for task, conversation in zip(self.tasks, conversations, strict=True)}
+        result |= _shown(rows, [plain_messages(conversation.messages) for conversation in conversations])
         self.log(f"{baseline.name}: {result['resolved']}/{result['attempted']} resolved")
         return result
 
@@ -174,6 +174,13 @@ def plain_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]
     return plain
 
 
+def _shown(rows: Sequence[Mapping[str, Any]], messages: Sequence[Any]) -> dict[str, Any]:
+    """Conversations and patches by task."""
+    names = [row["instance_id"] for row in rows]
+    return {"messages": dict(zip(names, messages, strict=True)),
+            "patches": {row["instance_id"]: row["patch"] for row in rows}}
+
+
 def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
     broken = sum(turn.malformed for turn in record.turns)
     row = _row(prompt.task, record.outcome, len(record.turns), broken, prompt.template or prompt.task.kind)
@@ -188,4 +195,5 @@ def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) ->
             "infrastructure": outcome.infrastructure, "turns": turns,
             "suspected_exploit": outcome.detail.get("outcome") == SUSPECTED_EXPLOIT, "malformed": malformed,
             "attempts": outcome.detail.get("attempts", 0), "runs": outcome.detail.get("runs", []),
-            "reason": outcome.detail.get("reason", "unknown"), "guard": outcome.detail.get("guard", {})}
+            "reason": outcome.detail.get("reason", "unknown"), "guard": outcome.detail.get("guard", {}),
+            "patch": outcome.detail.get("patch", "")}

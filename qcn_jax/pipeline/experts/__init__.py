@@ -14,6 +14,7 @@ EXPERTS = Registry("expert", Expert, {
     "swe": "qcn_jax.pipeline.experts.swe:SWE",
     "single_turn": "qcn_jax.pipeline.experts.single_turn:SINGLE_TURN",
     "tool_format": "qcn_jax.pipeline.experts.tool_format:TOOL_FORMAT",
+    "web": "qcn_jax.pipeline.experts.web:WEB",
 })
 REWARDS: Registry[Reward] = Registry("reward", None, {})  # each expert has its own; these are given by path
 _TAKEN = {"sft_control", "messages", "experts", *metrics.greedy([]), *metrics.sampled([])}
@@ -34,6 +35,11 @@ def experts_of(names: Sequence[str], field: str = "--config.experts.names") -> t
                             "number of a model has")
         if sum(expert.name == other.name for other in experts) > 1:
             raise UserError(f"{field}: {expert.name!r} is there twice")
+    return with_headline(experts)
+
+
+def with_headline(experts: Sequence[Expert]) -> tuple[Expert, ...]:
+    """`experts` with one headline: the first that offers to be, or the first."""
     first = next((index for index, expert in enumerate(experts) if expert.headline), 0)
     return tuple(dataclasses.replace(expert, headline=index == first) for index, expert in enumerate(experts))
 

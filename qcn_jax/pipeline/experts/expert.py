@@ -9,7 +9,7 @@ from qcn_jax.agents.scaffolds import Message, Scaffold
 from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import Encoder
 from qcn_jax.config import RunConfig
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import PAGES, Task
 from qcn_jax.envs.tasks.verdicts import Verdict
 from qcn_jax.pipeline.experts import metrics
 from qcn_jax.pipeline.experts.conversation import TaskConversation, detail_of
@@ -58,6 +58,8 @@ class Expert:
       headline: its numbers are those of the model as a whole, pass@k included; of several the first's.
       comparisons: pairs of models that are compared by its episodes.
       summary: keys of its metrics that stand beside the headline's in summary.json.
+      rejection: (episodes of each training prompt, steps): those that survive are imitated before reinforcement
+        learning begins (stages.rejection); no episodes: none.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Expert:
     headline: bool = False
     comparisons: tuple[tuple[str, str], ...] = COMPARISONS
     summary: tuple[str, ...] = ()
+    rejection: tuple[int, int] = (0, 0)
 
     @property
     def model(self) -> str:
@@ -79,6 +82,14 @@ class Expert:
           UserError: a file that a field names is missing or malformed.
         """
         return self
+
+    def absent(self, tasks: Mapping[str, Any]) -> str:
+        """Why a run goes on without it, given the results of stage tasks; "" where it does not."""
+        return ""
+
+    def domain(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those of the run's tasks that it acts on: all but pages, which are expert web's."""
+        return [task for task in tasks if task.language != PAGES]
 
     def own_tasks(self) -> Sequence[Task]:
         """Tasks that it has beside the run's."""
@@ -103,7 +114,7 @@ class Expert:
           unseen: likewise, of those that only evaluation asks for.
         """
         presented = self.present(scaffold)
-        return [Prompt(self, task, presented) for task in tasks]
+        return [Prompt(self, task, presented) for task in self.domain(tasks)]
 
     def conversation(
         self, prompt: Prompt, encoder: Encoder, services: Services, *, max_turns: int,

@@ -31,7 +31,7 @@ class ToolFormat(Expert):
     def prompts(self, tasks: Sequence[Task], scaffold: Scaffold, templates: Sequence[str] = (),
                 unseen: Sequence[str] = ()) -> list[Prompt]:
         """See Expert.prompts; where there are unseen templates, every task is asked under one of these, too."""
-        found = []
+        found, tasks = [], self.domain(tasks)
         for names in filter(None, (templates, unseen)):
             presented = {name: self.present(scaffold, name) for name in names}
             turn = [names[index % len(names)] for index in range(len(tasks))]

@@ -14,7 +14,8 @@ def trajectories_section(trajectories: Sequence[Mapping[str, Any]], titles: Mapp
     """The section; "" where there are no trajectories.
 
     Args:
-      trajectories: each with model, instance_id, kind, resolved, messages (role and content), and optionally note.
+      trajectories: each with model, instance_id, kind, resolved, messages (role and content), and of pages optionally
+        screenshots.
       titles: how models are called on the page.
     """
     if not trajectories:
@@ -32,7 +33,16 @@ def _trajectory(one: Mapping[str, Any], titles: Mapping[str, str], opened: bool)
         f"<pre>{highlight(message['content'])}</pre></div>" for message in one["messages"])
     return (f"<details{' open' if opened else ''}><summary>{html.escape(titles.get(one['model'], one['model']))} · "
             f"<code>{html.escape(one['instance_id'])}</code> · {html.escape(one.get('kind', ''))} · {turns} turns · "
-            f"{verdict}</summary><div class=\"turns\">{boxes}</div></details>")
+            f"{verdict}</summary><div class=\"turns\">{_screenshots(one.get('screenshots', ()))}{boxes}</div>"
+            "</details>")
+
+
+def _screenshots(taken: Sequence[str]) -> str:
+    """A page with its defect and as it was left, from PNGs in base64; "" where there are none."""
+    shown = [f"<figure style=\"margin:0;flex:1 1 300px\"><figcaption>{words}</figcaption><img alt=\"{words}\" "
+             f"style=\"max-width:100%;border:1px solid #888\" src=\"data:image/png;base64,{png}\"></figure>"
+             for words, png in zip(("the page with its defect", "the page as it was left"), taken)]
+    return f"<div style=\"display:flex;flex-wrap:wrap;gap:12px\">{''.join(shown)}</div>" if shown else ""
 
 
 def highlight(text: str) -> str:

@@ -79,13 +79,16 @@ def distill_loss(model: ModelConfig, name: str, parallel: Parallel | None = None
     return loss
 
 
-def make_trainer(config: RunConfig, parallel: Parallel | None) -> Trainer:
+def make_trainer(config: RunConfig, parallel: Parallel | None, names: Sequence[str] = ()) -> Trainer:
     """Builds the step of the stage on `parallel`: a slice's teacher is that of its domain.
+
+    `names` are the domains; by default those of all experts that the configuration names.
 
     Raises:
       UserError: rows that the mesh does not divide.
     """
-    settings, names = config.distill, tuple(expert.name for expert in experts_of(config.experts.names))
+    settings = config.distill
+    names = names or tuple(expert.name for expert in experts_of(config.experts.names))
     slices = sum(-(-count * settings.group_size // settings.rows) for count in deal(settings.prompts, names).values())
     shape = BatchShape(slices, settings.rows, settings.sequence_length, sections=names, padded=True)
     return Trainer.build(config.model, distill_loss(config.model, settings.loss, parallel), settings.optimizer,
@@ -201,9 +204,9 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     config = context.config.distill
     context.result("experts")
     parallel = mesh_here(context.config.mesh)
-    trainer = make_trainer(context.config, parallel)
-    services, encoder = context.services(), context.encoder()
     start, experts = context.start("distill"), context.experts()
+    trainer = make_trainer(context.config, parallel, [expert.name for expert in experts])
+    services, encoder = context.services(), context.encoder()
     _, params = models.load(context, start, parallel)
     teachers = {expert.name: models.load(context, expert.model, parallel)[1] for expert in experts}
     graded = config.loss == "rejection_sft"  # nothing else here asks whether an episode was right

@@ -3,10 +3,14 @@
 Each measured model leaves `DIR/evaluate/models/<name>.json`, so a resumed stage measures only what is missing.
 """
 
+import base64
 import statistics
 from typing import Any
 
 from qcn_jax import files
+from qcn_jax.envs.patches import PatchError
+from qcn_jax.envs.sandbox.channel import SandboxError
+from qcn_jax.envs.tasks.schema import PAGES
 from qcn_jax.hub.description import ACTING_FILE
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.evaluate import comparisons, settings
@@ -45,10 +49,10 @@ def run_stage(context: StageContext) -> dict[str, Any]:
             files.write_json(folder / ACTING_FILE, acting.to_json())
         measured(name, lambda name=name: bench.model(name, *load(context, name, bench.parallel)))
     if distributed.is_first():
-        chosen = choose_trajectories(models, bench, baseline, start)
+        chosen = [with_screenshots(one, models, bench) for one in choose_trajectories(models, bench, baseline, start)]
         files.write_jsonl(context.workdir / "trajectories.jsonl", chosen)
     for model in models.values():
-        model.pop("messages", None)
+        model.pop("messages", None), model.pop("patches", None)
     results = {
         "models": models,
         "tests": comparisons.comparisons(models, bench.experts, baseline.name if baseline else "", start),
@@ -143,6 +147,19 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baselin
     return [{"model": model, "instance_id": task, "kind": kinds[task], "resolved": models[model]["solved"][task],
              "messages": models[model]["messages"][task]}
             for model, task in dict.fromkeys(picks) if task in models[model]["solved"]][:SHOWN]
+
+
+def with_screenshots(one: dict[str, Any], models: dict[str, dict[str, Any]], bench: Bench) -> dict[str, Any]:
+    """A chosen trajectory; of a page with `screenshots`, PNGs in base64 of its defect and of what was left."""
+    task = next(task for task in bench.tasks if task.instance_id == one["instance_id"])
+    if task.language != PAGES or bench.services.screenshots is None:
+        return one
+    try:
+        taken = bench.services.screenshots(task, models[one["model"]]["patches"][task.instance_id])
+    except (SandboxError, PatchError) as error:
+        bench.log(f"no screenshots of {task.instance_id}: {error}")
+        return one
+    return one | {"screenshots": [base64.b64encode(png).decode() for png in taken]}
 
 
 def _line(models: dict[str, dict[str, Any]], expert: str) -> str:

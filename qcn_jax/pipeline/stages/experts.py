@@ -11,6 +11,7 @@ from qcn_jax import files
 from qcn_jax.agents.services import Services
 from qcn_jax.chat.encoder import Encoder
 from qcn_jax.config import RunConfig
+from qcn_jax.errors import UserError
 from qcn_jax.inference.engine import Engine
 from qcn_jax.pipeline import models
 from qcn_jax.pipeline.context import StageContext
@@ -21,6 +22,7 @@ from qcn_jax.pipeline.names import needs_sandbox
 from qcn_jax.pipeline.rl import episodes, policy, settings
 from qcn_jax.pipeline.rl.learner import Learner
 from qcn_jax.pipeline.rl.records import sequence_seed
+from qcn_jax.pipeline.stages import rejection
 from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.fingerprint import fingerprint
 from qcn_jax.pipeline.train.metrics import read_metrics
@@ -71,6 +73,9 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
     config, directory, reward = context.config.experts, context.workdir / expert.name, reward_of(context.config)
     log = lambda line: context.log(f"{expert.name}: {line}")
     prompts = training_prompts(context, expert, "experts")
+    if not prompts:
+        raise UserError(f"--config.experts.names: {expert.name!r} has no training task; pages are expert web's, and "
+                        "other tasks are not")
     if all(prompt.scaffold.single_turn for prompt in prompts):  # taken greedily, the only turn would teach nothing
         config = dataclasses.replace(config, greedy_turns=())
     feed = Learner(
@@ -84,6 +89,11 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
     )  # fmt: skip
     if config.filter_samples:
         feed.prompts = _filtered(feed, params, directory / "prompts.json", log)
+    survived = None
+    if expert.rejection[0]:
+        survived = rejection.imitate_survivors(context, expert, start, engine, params, feed.prompts, feed.converse, log)
+        if survived is not None:
+            _, params = models.load(context, rejection.model_name(expert), trainer.parallel)
     frozen = (trainer.place_params(params),) * trainer.frozen
     with contextlib.closing(feed):
         result = trainer.run(directory, layout.copied(params), feed, config.updates, config, log=log, line=_line,
@@ -93,7 +103,7 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
     return {
         "seconds": round(sum(max(row["seconds_per_step"], row["seconds_rollout"]) for row in rows), 2),
         "prompts": len(feed.prompts), "first": rows[0], "last": rows[-1], "mesh": layout.mesh_of(result.state),
-        "weights": fingerprint(result.state.params),
+        "weights": fingerprint(result.state.params), **({"rejection": survived} if survived else {}),
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from qcn_jax import files
 from qcn_jax.chat.encoder import Encoder
-from qcn_jax.config import ChatSource, RunConfig
+from qcn_jax.config import ChatSource, RunConfig, TrainConfig
 from qcn_jax.config_phases import chats_of, source_field
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline import models
@@ -51,8 +51,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         if distributed.is_first() and not (context.workdir / DOCUMENTS / SUMMARY).exists():
             write_documents(context)
         sources, summary = _sources(context), files.read_json(context.workdir / DOCUMENTS / SUMMARY)
-    results = _train(context, sources, context.config.sft.train.steps, context.workdir,
-                     context.start("sft"), "sft", context.config.seed)
+    results = imitate(context, sources, context.config.sft.train, context.workdir, context.start("sft"), "sft",
+                      context.config.seed)
     ending = f"loss {results['loss']:.3f}" if "loss" in results else "no steps"
     line = (f"{summary['conversations']} conversations, {results['steps']} steps, {ending}, padding "
             f"{results['packing']['padding']:.2f} %")
@@ -124,8 +124,8 @@ def train_control(context: StageContext, steps: int, directory: pathlib.Path) ->
     Returns:
       fit's results and `seconds`, of steps alone.
     """
-    results = _train(context, _sources(context), steps, directory, "sft", "sft_control",
-                     context.config.seed + CONTROL_SEED)
+    results = imitate(context, _sources(context), dataclasses.replace(context.config.sft.train, steps=steps), directory,
+                      "sft", "sft_control", context.config.seed + CONTROL_SEED)
     return results | {"seconds": results["seconds_per_step"] * steps}
 
 
@@ -154,13 +154,25 @@ def encoded(conversations: Iterable[Conversation], encoder: Encoder, length: int
         yield document | {"head": ends[0] + 1 if has_head else 0}
 
 
-def _train(context: StageContext, sources: list[loader.Source], steps: int, directory: pathlib.Path,
-           start: str, out: str, seed: int) -> dict[str, Any]:
+def imitate(context: StageContext, sources: list[loader.Source], train: TrainConfig, directory: pathlib.Path,
+            start: str, out: str, seed: int) -> dict[str, Any]:
+    """Trains the model `start` on stored conversations and saves it as `out`, both as models.load calls them.
+
+    Args:
+      context: of a stage.
+      sources: what is learned from.
+      train: how long, and in which rows.
+      directory: gets checkpoints and metrics.jsonl.
+      start, out: names of models.
+      seed: of the order.
+
+    Returns:
+      fit's results.
+    """
     config = context.config
-    train = dataclasses.replace(config.sft.train, steps=steps)
     trainer = fit.make_trainer(config.model, train, mesh_here(config.mesh), "sft.train")
     batches = lambda: loader.batches(sources, rows=train.rows, length=train.sequence_length, seed=seed,
                                      method=config.sft.packing, overlong=config.sft.overlong)
-    return fit.fit(directory, [fit.Phase(trainer, batches, train, 0, steps)],
+    return fit.fit(directory, [fit.Phase(trainer, batches, train, 0, train.steps)],
                    lambda parallel: models.load(context, start, parallel)[1],
                    save=functools.partial(models.save, context, start, context.model_path(out)), log=context.log)

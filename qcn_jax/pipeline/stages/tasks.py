@@ -5,7 +5,7 @@ Resumable: downloads, surveys and verdicts are kept as they come, and a rerun co
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files
@@ -15,8 +15,9 @@ from qcn_jax.config_checks import in_both
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.synthesis import plan, quality, sources, synthesize
 from qcn_jax.envs.synthesis.pages import factory
-from qcn_jax.envs.tasks.schema import Task, write_tasks
+from qcn_jax.envs.tasks.schema import PAGES, Task, write_tasks
 from qcn_jax.envs.tasks.swebench import Instance
+from qcn_jax.envs.web import runtime
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import given_tasks
@@ -64,6 +65,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     rows = {spec.name: dataclasses.asdict(spec) for spec in (*used["train"], *used["heldout"])}
     files.write_json(context.workdir / "repositories.json", list(rows.values()))
     files.write_jsonl(context.workdir / "instances.jsonl", map(dataclasses.asdict, instances))
+    results["pages"] = _pages(context, tasks, results)
     if len(given) < len(names):
         made = [task for split in names if split not in given for task in tasks[split]]
         results["made"] = {"statement": config.statement, "pass_to_pass": config.pass_to_pass or "all",
@@ -71,6 +73,15 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     results["line"] = f"{results['train']} training and {results['heldout']} held-out tasks" + (
         f" from {results['candidates']} candidates" if results["candidates"] else "")
     return results
+
+
+def _pages(context: StageContext, tasks: Mapping[str, Sequence[Task]], results: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tasks are of pages, and why others were left out; expert web goes by it."""
+    left_out = {*results["left_out"].values(), *(reason for one in results.get("given", {}).values()
+                                                 for reason in one["left_out"])}
+    missing = runtime.missing(context.provider().kind)
+    return {"tasks": sum(task.language == PAGES for split in tasks.values() for task in split),
+            "missing": missing if missing in left_out else ""}
 
 
 def _locate(context: StageContext, names: Sequence[str]) -> dict[str, RepositorySpec]:
@@ -102,8 +113,14 @@ def _make(context: StageContext, split: str, chosen: list[RepositorySpec], resul
 def _of_repositories(context: StageContext, split: str, chosen: Sequence[RepositorySpec], settings: plan.Settings
                      ) -> synthesize.Result:
     """Tasks of Python repositories, and of pages, which share the target by their numbers."""
-    pages = [spec for spec in chosen if factory.is_pages(spec)]
-    if not pages:
+    pages, left_out = [spec for spec in chosen if factory.is_pages(spec)], {}
+    if pages and (reason := runtime.missing(context.provider().kind)):
+        context.log(f"{split}: {len(pages)} repositories of pages are left out: {reason}")
+        left_out = {spec.name: reason for spec in pages}
+        chosen, pages = [spec for spec in chosen if spec not in pages], []
+        if not chosen:
+            return synthesize.Result([], [], [], left_out)
+    if not pages and not left_out:
         return synthesize.synthesize(context.pool(), chosen, settings, context.workdir, context.log, split)
     others = [spec for spec in chosen if spec not in pages]
     share = settings.target * len(pages) // len(chosen)
@@ -117,7 +134,7 @@ def _of_repositories(context: StageContext, split: str, chosen: Sequence[Reposit
     return synthesize.Result(
         [task for part in parts for task in part.tasks], [one for part in parts for one in part.verdicts],
         [spec for part in parts for spec in part.repositories],
-        {name: reason for part in parts for name, reason in part.skipped.items()})
+        left_out | {name: reason for part in parts for name, reason in part.skipped.items()})
 
 
 def _check_agents(context: StageContext, split: str, tasks: Sequence[Task]) -> None:

@@ -11,7 +11,7 @@ from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.agents.workspace import ProviderRunner, Remembering, TestRunner, open_overlay
 from qcn_jax.config import ChatSource, RunConfig, from_config_dict
 from qcn_jax.envs.sandbox.base import Provider
-from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.envs.tasks.schema import PAGES, Task
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.trajectories import TrajectorySource
 from qcn_jax.recipes.nano import heuristic, solver
@@ -126,6 +126,8 @@ def plan(task: Task, number: int, seed: int, chosen: Options, scaffold: NanoScaf
     for index in range(chosen.searches):
         ours = rng.sample(list(guesses), len(guesses)) if index else guesses
         requests.append(Request(scaffold, seed + index, guesses=tuple(map(tuple, ours)), search=True))
+    if task.language == PAGES:  # which no other expert acts on
+        return requests
     requests.append(Request(scaffold.single(), seed))
     if templates:
         requests.append(Request(scaffold.in_template(templates[number % len(templates)]), seed))

@@ -1,0 +1,57 @@
+"""The web expert on a laptop: pages in a real Chromium, from defects in HTML, style sheets and scripts to a report.
+
+    qcn run --config=configs/experts_small.py --workdir=runs/experts_small --stages=tasks,sft,experts,evaluate,report
+    qcn run --config=configs/experts_small.py:quick --workdir=runs/quick --stages=tasks,sft,experts,evaluate,report
+
+Needs `pip install 'qcn_jax[web]'` and, for local sandboxes, `apt-get install chromium libatomic1`; without them stage
+`tasks` says so and the expert is skipped. Held-out tasks are of templates that training never shows. The model is
+nano's, from the packaged base, which has seen no page; `quick` shows that everything works.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from qcn_jax.config import (
+    ChatSource,
+    RunConfig,
+    SftConfig,
+    TasksConfig,
+    WebConfig,
+    from_config_dict,
+    to_config_dict,
+)
+from qcn_jax.errors import UserError
+
+TRAIN, HELDOUT = ("basket", "booking", "checklist", "filter", "questions"), ("dialog", "pager", "tabs")
+LENGTH = 1152  # tokens of the longest episode: a whole style sheet is some 600
+
+
+def get_config(pace=""):
+    """Nano's model on pages; `pace` is empty or quick."""
+    if pace not in ("", "quick"):
+        raise UserError(f"--config=configs/experts_small.py:{pace}: unknown; allowed: quick, or nothing behind the "
+                        "file's name")
+    quick = pace == "quick"
+    nano = from_config_dict(RunConfig, runpy.run_path(str(pathlib.Path(__file__).with_name("nano.py")))["get_config"]())
+    model = dataclasses.replace(nano.model, max_position_embeddings=LENGTH)
+    rollout = dataclasses.replace(nano.experts.rollout, max_length=LENGTH, max_turns=6, slots=24 if quick else 64)
+    pages = lambda names, seeds: tuple(f"pages:{name}:{seed}" for seed in seeds for name in names)
+    train = dataclasses.replace(nano.sft.train, steps=10 if quick else 240, rows=3, sequence_length=LENGTH)
+    return to_config_dict(dataclasses.replace(
+        nano, name="experts_quick" if quick else "experts_small", model=model,
+        tasks=TasksConfig(
+            repos_train=pages(TRAIN[:1] if quick else TRAIN, (1,) if quick else (1, 2)),
+            repos_heldout=pages(HELDOUT[2:] if quick else HELDOUT, (1,)),
+            train=6 if quick else 150, heldout=3 if quick else 60, candidates_per_repo=8 if quick else 60,
+            single_line=True, hide_tests=False, reruns=0),
+        midtrain=dataclasses.replace(nano.midtrain, sources={}),
+        sft=SftConfig(train=train, sources={"nano": ChatSource(kind="nano", options={
+            "per_task": 1 if quick else 2, "recovery": 0.4})}),
+        experts=dataclasses.replace(
+            nano.experts, names=("web",), updates=1 if quick else 6, prompts=2 if quick else 8,
+            group_size=4 if quick else 8, greedy_turns=(), rows=3, sequence_length=LENGTH, rollout=rollout),
+        web=WebConfig(samples=2 if quick else 4, steps=2 if quick else 40),
+        distill=dataclasses.replace(nano.distill, rows=3, sequence_length=LENGTH, rollout=rollout),
+        evaluate=dataclasses.replace(nano.evaluate, tasks=3 if quick else 60, pass_k_tasks=0, sft_control=False,
+                                     rollout=rollout)))
