@@ -1,11 +1,12 @@
 """The web expert on a laptop: pages in a real Chromium, from defects in HTML, style sheets and scripts to a report.
 
-    qcn run --config=configs/experts_small.py --workdir=runs/experts_small --stages=tasks,sft,experts,evaluate,report
-    qcn run --config=configs/experts_small.py:quick --workdir=runs/quick --stages=tasks,sft,experts,evaluate,report
+    STAGES=tasks,midtrain,sft,experts,evaluate,report
+    qcn run --config=configs/experts_small.py --workdir=runs/experts_small --stages=$STAGES
+    qcn run --config=configs/experts_small.py:quick --workdir=runs/quick --stages=$STAGES
 
 Needs `pip install 'qcn_jax[web]'` and, for local sandboxes, `apt-get install chromium libatomic1`; without them stage
 `tasks` says so and the expert is skipped. Held-out tasks are of templates that training never shows. The model is
-nano's, from the packaged base, which has seen no page; `quick` shows that everything works.
+nano's; the packaged base has seen no page. `quick` shows that everything works.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from qcn_jax.config import (
     RunConfig,
     SftConfig,
     TasksConfig,
+    TextSource,
     WebConfig,
     from_config_dict,
     to_config_dict,
@@ -41,11 +43,14 @@ def get_config(pace=""):
     return to_config_dict(dataclasses.replace(
         nano, name="experts_quick" if quick else "experts_small", model=model,
         tasks=TasksConfig(
-            repos_train=pages(TRAIN[:1] if quick else TRAIN, (1,) if quick else (1, 2)),
+            repos_train=pages(TRAIN[:1] if quick else TRAIN, (1,) if quick else (1, 2, 3)),
             repos_heldout=pages(HELDOUT[2:] if quick else HELDOUT, (1,)),
             train=6 if quick else 150, heldout=3 if quick else 60, candidates_per_repo=8 if quick else 60,
-            single_line=True, hide_tests=False, reruns=0),
-        midtrain=dataclasses.replace(nano.midtrain, sources={}),
+            single_line=True, max_function_lines=64, hide_tests=False, reruns=0),
+        midtrain=dataclasses.replace(
+            nano.midtrain, train=dataclasses.replace(nano.midtrain.train, steps=5 if quick else 300, rows=3,
+                                                     sequence_length=LENGTH),
+            sources={"pages": TextSource(kind="nano", form="nano_edits", megabytes=0.001)}),  # no Python beside them
         sft=SftConfig(train=train, sources={"nano": ChatSource(kind="nano", options={
             "per_task": 1 if quick else 2, "recovery": 0.4})}),
         experts=dataclasses.replace(

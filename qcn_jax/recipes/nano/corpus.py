@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qcn_jax.config import RunConfig, TextSource
+from qcn_jax.envs.synthesis.pages import factory
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.documents.repository import MAX_FILE_BYTES, Module, decoded, repository_modules
 from qcn_jax.pipeline.data.readers import TextReader
 from qcn_jax.pipeline.data.texts import Findings, Text
+from qcn_jax.recipes.nano.spans import PAGE_ENDINGS
 
 if TYPE_CHECKING:
     from qcn_jax.pipeline.context import StageContext
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 _STDLIB_DROPPED = frozenset({
     "site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "encodings", "pydoc_data",
     "turtledemo", "lib2to3", "__pycache__", "__phello__"})
+_LANGUAGES = {".py": "Python", ".js": "JavaScript", ".mjs": "JavaScript", ".jsx": "JavaScript", ".css": "CSS",
+              ".html": "HTML"}
 
 
 class Corpus(TextReader):
-    """Python files by repository: the training repositories, then a seeded choice of the standard library.
+    """Files by repository, Python or pages: the training repositories, then a seeded choice of the standard library.
 
     `megabytes` counts both; the training repositories are read whole.
     """
@@ -46,13 +50,13 @@ class Corpus(TextReader):
         for name, modules in self._repositories(context, left):
             for path, text in modules:
                 findings.read += 1
-                yield Text(text, path, name, "Python", place=f"{name}/{path}")
+                yield Text(text, path, name, _LANGUAGES[pathlib.PurePath(path).suffix], place=f"{name}/{path}")
 
     def _repositories(self, context: "StageContext", left: float) -> Iterator[tuple[str, list[Module]]]:
         training = set(context.result("tasks")["repos_train"])
         for name, spec in sorted(context.repositories().items()):
             if name in training:
-                modules = repository_modules(spec)
+                modules = repository_modules(spec, PAGE_ENDINGS if factory.is_pages(spec) else (".py",))
                 left -= sum(len(text) for _, text in modules)
                 yield name, modules
         packages = sorted(stdlib_repositories(stdlib_modules()).items())

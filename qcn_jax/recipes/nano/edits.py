@@ -26,10 +26,18 @@ import numpy as np
 from qcn_jax import files
 from qcn_jax.chat.tokenizer import Tokenizer
 from qcn_jax.envs.synthesis.inject import Injection, candidates
+from qcn_jax.envs.synthesis.pages import inject as page_defects
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.data.documents import Request
-from qcn_jax.recipes.nano.spans import MAX_LINE_TOKENS, dedent, line_token, minimal_edit
+from qcn_jax.recipes.nano.spans import (
+    MAX_LINE_TOKENS,
+    PAGE_ENDINGS,
+    SCRIPT_ENDINGS,
+    dedent,
+    line_token,
+    minimal_edit,
+)
 
 _DRAWS = 1000  # of functions, until one fits into a row
 CODE_WEIGHT = 0.1  # of next-token loss on code lines, which are many; the edit's few tokens have weight 1
@@ -92,11 +100,16 @@ def function_table(
 
 def _functions(module: tuple[str, str], max_lines: int, kinds: tuple[str, ...], seed: int) -> list[FunctionDefects]:
     path, source = module
-    found = candidates(source, path, kinds or None, max_lines, random.Random(f"{seed} {path}"))
+    rng = random.Random(f"{seed} {path}")
+    page, whole = path.endswith(PAGE_ENDINGS), path.endswith(PAGE_ENDINGS) and not path.endswith(SCRIPT_ENDINGS)
+    found = page_defects.candidates(source, path, kinds, rng) if page else \
+        candidates(source, path, kinds or None, max_lines, rng)
     groups: dict[tuple[int, int], list[Injection]] = {}
     for candidate in found:
         if candidate.single_line:
-            groups.setdefault((candidate.function_start_line, candidate.function_end_line), []).append(candidate)
+            span = (1, len(source.rstrip("\n").split("\n"))) if whole else (
+                candidate.function_start_line, candidate.function_end_line)
+            groups.setdefault(span, []).append(candidate)
     result = []
     rows = source.split("\n")
     for (start, end), group in groups.items():
@@ -118,13 +131,15 @@ def _functions(module: tuple[str, str], max_lines: int, kinds: tuple[str, ...], 
 
 
 def documents(request: Request) -> "EditDocuments":
-    """The form `nano_edits` of a source: its Python files, tests left out, with the bug kinds of `config.tasks`."""
+    """The form `nano_edits` of a source: its Python files and pages without tests, with the kinds of `config.tasks`."""
     return EditDocuments(table_of(request), request.tokenizer, seed=request.context.config.seed,
                          max_tokens=request.length)
 
 
 def table_of(request: Request) -> list[FunctionDefects]:
-    """The functions of a source's Python files, tests left out, with defects of the kinds of `config.tasks`.
+    """Functions of a source's Python files and scripts, pages and style sheets, with defects of `config.tasks`' kinds.
+
+    Tests are left out.
 
     Raises:
       UserError: there is none.

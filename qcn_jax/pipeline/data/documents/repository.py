@@ -30,13 +30,16 @@ _VENDORED = frozenset({
 MAX_FILE_BYTES = 200_000  # larger ones are generated tables
 
 
-def repository_modules(spec: RepositorySpec) -> list[Module]:
-    """(path, source) of a repository's Python files, vendored code left out, sorted by path."""
+def repository_modules(spec: RepositorySpec, endings: tuple[str, ...] = (".py",)) -> list[Module]:
+    """(path, source) of a repository's Python files, or of those with other endings, sorted by path.
+
+    Vendored code is left out.
+    """
     found = []
     for name, member in unpack(spec).items():
         kind, _, path = name.partition("/")
         parts = path.split("/")
-        if (kind == "repo" and path.endswith(".py") and not _VENDORED & set(parts)
+        if (kind == "repo" and path.endswith(endings) and not _VENDORED & set(parts)
                 and len(member.data) <= MAX_FILE_BYTES):
             found.append((path, member.data))
     return decoded(found)
