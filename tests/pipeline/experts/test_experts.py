@@ -331,7 +331,7 @@ def test_names_find_experts_and_one_is_the_headline() -> None:
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    (["web"], "'web'; allowed: swe, single_turn, tool_format, package.module:OBJECT"),
+    (["weeb"], "'weeb'; allowed: swe, single_turn, tool_format, web, package.module:OBJECT"),
     ([], "is empty"), (["swe", "swe"], "'swe' is there twice"),
     (["tests.pipeline.experts.test_experts:NANO"], "is a NanoScaffold; expert needs an Expert"),
     (["tests.pipeline.experts.test_experts:QUIET"], "is called 'kinds'; allowed: a lower-case word"),
