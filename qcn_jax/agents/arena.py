@@ -21,7 +21,6 @@ from qcn_jax.envs.synthesis import verify
 from qcn_jax.envs.tasks import swebench
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
-from qcn_jax.envs.web.judge import Judge
 from qcn_jax.errors import UserError
 
 
@@ -37,7 +36,6 @@ class Place:
     timeout: float = swebench.TIMEOUT  # seconds of the tests of a SWE-bench instance
     network: str = "none"  # of agents with a shell (network.policy.NETWORKS)
     verifier_network: bool = False  # of solutions and tests of Harbor's folders
-    judge: Judge | None = None  # of pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +123,7 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
             provider = stack.enter_context(contextlib.closing(make_provider(**{**arguments, "kind": kind})))
             if scaffold is not None:
                 check_shell(scaffold, provider, "--scaffold")
-            services = pool_services({spec.name: spec for spec in specs}, provider, pool, fail_fast=False,
-                                     judge=place.judge)
+            services = pool_services({spec.name: spec for spec in specs}, provider, pool, fail_fast=False)
         if any(task.eval_script for task in tasks.values()):
             if scaffold is not None:
                 image_tasks.check_agent(scaffold, place.network, "--", "--scaffold")

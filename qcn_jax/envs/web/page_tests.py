@@ -1,6 +1,6 @@
 """Tests of pages: JSON files that say what a visitor does and what there must be; ids are "PATH::NAME".
 
-  {"site": "", "build": "", "tests": [
+  {"site": "", "tests": [
     {"name": "adds an item", "page": "index.html", "width": 1280, "steps": [
       {"type": "Milk", "into": {"label": "New item"}},
       {"click": {"role": "button", "name": "Add"}},
@@ -24,7 +24,6 @@ from qcn_jax.errors import UserError
 
 ENDING = ".web.json"
 WIDTHS = (1280, 375)  # pixels: a laptop and a telephone
-BUILDS = ("", "vite")
 # Steps by their first key: what that holds, and the keys that must stand beside it with what these hold.
 TARGET, TARGETS, TEXT, NUMBER, TRUE, TREE, SIZE = "target", "targets", "text", "number", "true", "tree", "size"
 STEPS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -55,15 +54,14 @@ class PageTest:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A file of tests: of pages below the folder `site`, which `build` makes where it is not empty."""
+    """A file of tests, of pages below the folder `site`."""
 
     tests: tuple[PageTest, ...]
     site: str = ""
-    build: str = ""
 
     def to_text(self) -> str:
         """The file: one step a line, so that changes of a test are few lines of a diff."""
-        lines = [json.dumps({"site": self.site, "build": self.build})[:-1] + ', "tests": [']
+        lines = [json.dumps({"site": self.site})[:-1] + ', "tests": [']
         for number, test in enumerate(self.tests):
             head = json.dumps({"name": test.name, "page": test.page, "width": test.width}, ensure_ascii=False)[:-1]
             lines.append(f'  {head}, "steps": [')
@@ -90,16 +88,14 @@ def read(path: str, text: str) -> Suite:
         raise UserError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("tests"), list):
         raise UserError(f"{path}: expected an object with a list `tests`")
-    site, build = found.get("site", ""), found.get("build", "")
+    site = found.get("site", "")
     if not isinstance(site, str) or site.startswith("/") or ".." in site.split("/"):
         raise UserError(f"{path}: site must be a folder of the repository, got {site!r}")
-    if build not in BUILDS:
-        raise UserError(f"{path}: build: unknown {build!r}; allowed: {', '.join(filter(None, BUILDS))} or nothing")
     tests = tuple(_test(f"{path}: test {number}", row) for number, row in enumerate(found["tests"], 1))
     names = [test.name for test in tests]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: two tests have the name {min(twice)!r}")
-    return Suite(tests, site, build)
+    return Suite(tests, site)
 
 
 def _test(where: str, row: Any) -> PageTest:

@@ -130,8 +130,8 @@ def _box(box: Mapping[str, float] | None) -> tuple[float, float, float, float]:
 
 def _ask(call: Call, suite: Suite, timeout: float, wanted: Mapping[str, Any], hidden: Sequence[str] = ()
          ) -> dict[str, Any]:
-    request = {"tests": [], "looks": [], "surveys": [], "failFast": False, "site": suite.site, "build": suite.build,
-               "chromium": runtime.CHROMIUM, "modules": runtime.MODULES, "hidden": list(hidden),
+    request = {"tests": [], "looks": [], "surveys": [], "failFast": False, "site": suite.site,
+               "chromium": runtime.CHROMIUM, "hidden": list(hidden),
                "patience": min(PATIENCE, timeout / 3), **wanted}
     reply = call(_script(), {"folder": runtime.FOLDER, "request": request}, timeout)
     status, value = reply["status"], reply["value"]

@@ -1,8 +1,7 @@
-"""What a browser in a sandbox needs beside the page: Playwright's driver with its Node, fonts' configuration, modules.
+"""What a browser in a sandbox needs beside the page: Playwright's driver with its Node, and fonts' configuration.
 
 Playwright's Python package (extra `web`) carries both; Chromium is Debian's, of the machine for local sandboxes and of
-an image layer for docker. Modules that pages are built from (React, Vite) are installed once by npm, outside of any
-sandbox, from pinned versions; sandboxes have no network.
+an image layer for docker.
 """
 
 import functools
@@ -15,16 +14,13 @@ import shutil
 import subprocess
 import tempfile
 
-from qcn_jax import files
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.repository import lock
 
 CHROMIUM = "/usr/lib/chromium/chromium"  # Debian's program itself, behind its launcher
 FOLDER = "/opt/qcn-web"  # where sandboxes have it
-MODULES = "/opt/qcn-modules"  # and those modules
 PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-liberation", "libatomic1")  # Debian's, in the image
 INSIDE = pathlib.Path(__file__).parent / "inside"
-NPM_SECONDS = 900.0
 _FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig><dir>/usr/share/fonts/truetype/dejavu</dir><dir>/usr/share/fonts/truetype/liberation</dir>
 <cachedir prefix="xdg">fontconfig</cachedir>
@@ -67,8 +63,8 @@ def driver_folder() -> pathlib.Path:
 def digest() -> str:
     """A hash of everything in the folder."""
     found = hashlib.sha256(importlib.metadata.version("playwright").encode() + _FONTS.encode())
-    for source in sorted(INSIDE.iterdir()):
-        found.update(source.read_bytes() if source.is_file() else b"")
+    for source in sorted(INSIDE.glob("*.mjs")):
+        found.update(source.read_bytes())
     return found.hexdigest()[:12]
 
 
@@ -101,13 +97,7 @@ def views(state_dir: str, kind: str) -> dict[str, str]:
     Raises:
       SandboxError: something is missing.
     """
-    built = next(files.cache_folder("web").glob(f"modules-{_manifest_digest()}"), None)
-    found = {FOLDER: folder(state_dir, kind)}
-    return found if built is None else found | {MODULES: str(built)}
-
-
-def _manifest_digest() -> str:
-    return hashlib.sha256((INSIDE / "modules" / "package.json").read_bytes()).hexdigest()[:12]
+    return {FOLDER: folder(state_dir, kind)}
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -117,28 +107,3 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
     target.chmod(0o755)
-
-
-def modules() -> pathlib.Path:
-    """The folder with React, Vite and what they need, installed by npm once; its versions are pinned.
-
-    Raises:
-      SandboxError: there is no npm, or it reaches no registry.
-    """
-    target = files.cache_folder("web") / f"modules-{_manifest_digest()}"
-    with lock(str(target.parent), "modules"):
-        if not target.exists():
-            if shutil.which("npm") is None:
-                raise SandboxError("pages of React are built by Vite, whose modules npm installs; no npm here")
-            temporary = pathlib.Path(tempfile.mkdtemp(dir=target.parent))
-            os.chmod(temporary, 0o755)
-            shutil.copyfile(INSIDE / "modules" / "package.json", temporary / "package.json")
-            done = subprocess.run(
-                ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"], cwd=temporary,
-                capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
-            if done.returncode:
-                words = " ".join(done.stderr.strip().splitlines()[:2])[:300]
-                raise SandboxError(f"npm cannot install the modules that pages are built from: {words}")
-            subprocess.run(["chmod", "-R", "a+rX", str(temporary)], check=True)
-            os.rename(temporary, target)
-    return target

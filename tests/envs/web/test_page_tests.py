@@ -11,7 +11,7 @@ from qcn_jax.errors import UserError
 
 
 def test_written_is_read_back():
-    suite = Suite(near_misses.TESTS, "site", "vite")
+    suite = Suite(near_misses.TESTS, "site")
     assert page_tests.read("a.web.json", suite.to_text()) == suite
 
 
@@ -33,7 +33,6 @@ def test_fault_of_a_step_is_named(step, words):
 
 @pytest.mark.parametrize("text, words", [
     ("{", "is not JSON"), ("[]", "a list `tests`"), ('{"tests": [], "site": "../x"}', "site must be"),
-    ('{"tests": [], "build": "webpack"}', "unknown 'webpack'; allowed: vite"),
     ('{"tests": [{"name": "a", "steps": [], "width": 5}]}', "width must be 100 to 4000"),
     ('{"tests": [{"name": "a", "steps": []}, {"name": "a", "steps": []}]}', "two tests have the name 'a'"),
 ])  # fmt: skip

@@ -3,10 +3,7 @@
 // has neither; elements are found and measured in a world of their own (content scripts), where nothing that the page
 // redefines has an effect, and what can be seen is read from pixels.
 import { createRequire } from 'node:module';
-import { execFileSync } from 'node:child_process';
-import {
-  closeSync, existsSync, mkdtempSync, openSync, readFileSync, readSync, realpathSync, rmSync, statSync, symlinkSync, writeSync,
-} from 'node:fs';
+import { closeSync, openSync, readFileSync, readSync, realpathSync, statSync, writeSync } from 'node:fs';
 import path from 'node:path';
 import { contentEngine, Failure, isAction, runStep } from './steps.mjs';
 import { survey } from './survey.mjs';
@@ -181,51 +178,27 @@ async function bounded(session, work) {
   }
 }
 
-// Builds what needs building; the result's folder takes the place of the site.
-function build(session) {
-  const { root, modules } = session.request;
-  const out = mkdtempSync(path.join(process.env.TMPDIR ?? '/tmp', 'built-'));
-  const link = path.join(root, 'node_modules');
-  if (!existsSync(link)) symlinkSync(path.join(modules, 'node_modules'), link);
-  try {
-    execFileSync(process.execPath, [path.join(modules, 'build.mjs'), root, out], {
-      cwd: root, stdio: ['ignore', 'pipe', 'pipe'], env: { ...process.env, NODE_ENV: 'production' } });
-  } catch (error) {
-    const said = `${error.stderr ?? ''}`.trim().split('\n').filter(Boolean);
-    return said.slice(0, 3).join(' ') || 'no reason given';
-  } finally {
-    rmSync(link, { force: true });
-  }
-  session.site = out;
-  return '';
-}
-
 const request = read();
 const session = new Session(request);
-const failed = request.build ? build(session) : '';
-if (failed) {
-  for (const test of request.tests) tell({ id: test.id, outcome: 'failed', step: 0, message: `the build fails: ${failed}` });
-} else {
-  await session.start();
-  for (const test of request.tests) {
-    const failure = await bounded(session, () => runTest(session, test));
-    tell({ id: test.id, outcome: failure ? 'failed' : 'passed', ...failure });
-    if (failure && request.failFast) break;
-  }
-  for (const look of request.looks) {
-    let seen = '', tree = '';
-    const failure = await bounded(session, async () => {
-      const found = await runTest(session, look);
-      [seen, tree] = [await session.shot(), await session.page.locator('body').ariaSnapshot()];
-      return found;
-    });
-    tell({ look: look.id, png: seen, tree, message: failure?.message ?? '' });
-  }
-  for (const place of request.surveys) {
-    let found = null;
-    const failure = await bounded(session, async () => { found = await survey(session, place); return null; });
-    tell({ survey: place, found, message: failure?.message ?? '' });
-  }
-  await session.browser.close();
+await session.start();
+for (const test of request.tests) {
+  const failure = await bounded(session, () => runTest(session, test));
+  tell({ id: test.id, outcome: failure ? 'failed' : 'passed', ...failure });
+  if (failure && request.failFast) break;
 }
+for (const look of request.looks) {
+  let seen = '', tree = '';
+  const failure = await bounded(session, async () => {
+    const found = await runTest(session, look);
+    [seen, tree] = [await session.shot(), await session.page.locator('body').ariaSnapshot()];
+    return found;
+  });
+  tell({ look: look.id, png: seen, tree, message: failure?.message ?? '' });
+}
+for (const place of request.surveys) {
+  let found = null;
+  const failure = await bounded(session, async () => { found = await survey(session, place); return null; });
+  tell({ survey: place, found, message: failure?.message ?? '' });
+}
+await session.browser.close();
 tell({ end: true });
