@@ -1,4 +1,4 @@
-"""The web expert on a small machine: pages in a real Chromium, from defects in HTML, style sheets and scripts to a report.
+"""The web expert on a small machine: pages in a real Chromium, defects in HTML, style sheets and scripts, a report.
 
     STAGES=tasks,midtrain,sft,experts,evaluate,report
     qcn run --config=configs/experts_small.py --workdir=runs/experts_small --stages=$STAGES
