@@ -75,7 +75,8 @@ def test_checks_and_actions_tell_a_dead_page_from_a_good_one(place, url):
 
 
 def test_judge_that_does_not_answer_as_asked_is_named(url):
-    eyes = Judge(Endpoint(url, "eyes", stream=False), ("one item",))  # this endpoint scores three
+    flag = "--config.web.judge_endpoint"
+    eyes = Judge(Endpoint(url, "eyes", stream=False, flag=flag), ("one item",))  # this endpoint scores three
     image = np.zeros((8, 8, 3), np.uint8)
-    with pytest.raises(UserError, match=r"--judge_endpoint=http.*eyes does not answer as asked"):
+    with pytest.raises(UserError, match=r"--config.web.judge_endpoint=http.*eyes does not answer as asked"):
         judge.scored(eyes, [looking.png(image)])
