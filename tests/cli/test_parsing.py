@@ -220,7 +220,7 @@ def test_packaged_configurations_are_reached_by_name(tmp_path, monkeypatch):
         _parse("--config=nano", "--config.midtrain.sources.fin.share=0.5")
     with pytest.raises(UserError, match="unknown key 'a' in config.midtrain.sources; it has none"):
         _parse("--config=qwen3_coder_next", "--config.midtrain.sources.a.share=0.5")
-    with pytest.raises(UserError, match="there is no file configs/nano.py; packaged: finetune, nano, nano_base, nano_collected, nano_long, qwen3"):
+    with pytest.raises(UserError, match="there is no file configs/nano.py; packaged: .*finetune, nano, nano_base, nano_collected, nano_long, "):
         _parse("--config=configs/nano.py")
     (tmp_path / "nano").write_text("def get_config(): raise ValueError('a file comes first')")
     with pytest.raises(UserError, match="a file comes first|cannot be loaded"):
