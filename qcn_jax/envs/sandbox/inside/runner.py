@@ -20,6 +20,7 @@ import unittest
 
 import _pytest.assertion.rewrite
 import _pytest.config
+import _pytest.fixtures
 import _pytest.runner
 import evidence
 import pytest
@@ -34,6 +35,8 @@ TEST_CODE = re.compile(r"(^|/)((unit|func|functional|integration|system|regressi
 FIXED_ARGUMENTS = ("-q", "--tb=no", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 _get_config, _ready_config = _pytest.config.get_config, None
 _read_pyc = _pytest.assertion.rewrite._read_pyc
+_collect_one_node = pytest.Session._collect_one_node
+_check_for_wrapped_fixture = _pytest.fixtures.FixtureManager._check_for_wrapped_fixture
 
 
 def preload() -> None:
@@ -57,6 +60,8 @@ def preload() -> None:
     _pytest.config.get_config = get_config
     # PYTEST_CURRENT_TEST would tell the code under test which answer is expected next.
     _pytest.runner._update_current_test_var = lambda item, when: None
+    pytest.Session._collect_one_node = collect_one_node
+    _pytest.fixtures.FixtureManager._check_for_wrapped_fixture = check_for_wrapped_fixture
     global _SNAPSHOT
     _SNAPSHOT = _snapshot()
 
@@ -73,6 +78,17 @@ def get_config(args=None, plugins=None, **options):
         return _get_config(args, plugins, **options)
     config.invocation_params = config.InvocationParams(args=args, plugins=plugins, dir=pathlib.Path.cwd())
     return config
+
+
+def collect_one_node(session, node, handle_dupes=True):
+    """pytest's own, which reads a folder again for each of its files that was named, in case one was named twice."""
+    return _collect_one_node(session, node, handle_dupes or isinstance(node, pytest.Directory))
+
+
+def check_for_wrapped_fixture(manager, name, value):
+    """pytest's own, which looks for an attribute of everything in every module, where there may be such a one."""
+    if isinstance(value, (staticmethod, classmethod)) or "__wrapped__" in getattr(value, "__dict__", ()):
+        _check_for_wrapped_fixture(manager, name, value)
 
 
 # Whose functions decide what a test sees and what becomes of it; a repository whose own first run replaces some of
@@ -135,8 +151,26 @@ class Reporter:
         self._write, self._root = write, os.path.join(root, "")
         self._rank = None if node_ids is None else {name: i for i, name in enumerate(node_ids)}
         self._ordered = ordered
+        self._wanted, self._narrow = {}, {}  # names by the collector that has them, and whether it has all of these
+        for name in node_ids or ():
+            parts = name.partition("[")[0].split("::")
+            for end in range(1, len(parts)):
+                self._wanted.setdefault("::".join(parts[:end]), set()).add(parts[end])
         self._phases, self._seen, self._described, self._excused = {}, [], 0, set()
         self.outcomes, self.messages = {}, {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makeitem(self, collector, name, obj):
+        """Makes nothing of functions and classes in which no wanted test is: most of a short run would be spent there.
+
+        Where ids are not made of such names everything is collected.
+        """
+        wanted = self._wanted.get(collector.nodeid, ())
+        if collector.nodeid not in self._narrow:
+            scopes = getattr(collector.obj, "__mro__", (collector.obj,))
+            self._narrow[collector.nodeid] = bool(wanted) and all(
+                any(one in vars(scope) for scope in scopes) for one in wanted)
+        return [] if self._narrow[collector.nodeid] and name not in wanted else None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
@@ -157,6 +191,12 @@ class Reporter:
         if outcome.excinfo is not None and issubclass(outcome.excinfo[0], SystemExit):
             words = f"SystemExit: {outcome.excinfo[1].code} at import"
             outcome.force_result(pytest.CollectReport(collector.nodeid, "failed", words, []))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report):
+        """No dots for what passes: each would be a write that wakes whoever reads it."""
+        plain = type(report) is pytest.TestReport and report.when == "call" and not hasattr(report, "wasxfail")
+        return ("passed", "", "") if plain and report.passed else None
 
     def pytest_collectreport(self, report):
         if report.failed:
