@@ -339,7 +339,7 @@ def key(task: Task, repository: str) -> str:
 def _rules() -> str:
     """Names the code by which tests are rewritten and heard: what another version learned means something else."""
     code = (pathlib.Path(__file__).with_name(f"{name}.py").read_bytes() for name in (
-        "opinion", "withheld", "claims", "dataflow", "parameters"))
+        "opinion", "withheld", "claims", "dataflow", "parameters", "pruning"))
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 

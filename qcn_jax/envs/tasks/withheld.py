@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qcn_jax.envs import python_source
-from qcn_jax.envs.tasks import claims, dataflow, parameters
+from qcn_jax.envs.tasks import claims, dataflow, parameters, pruning
 from qcn_jax.envs.tasks.claims import Claim
 
 Place = tuple[str, ...]  # (class, ..., function)
@@ -79,7 +79,8 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
     Raises:
       SyntaxError: the file cannot be read.
     """
-    tree = python_source.parse(source)
+    # Tests beside the wanted ones say what is expected, too.
+    tree = python_source.parse(pruning.without_others(source, {place[-1] for place in wanted}) if wanted else source)
     rewriter = _Rewriter({place: ends for place, ends in wanted.items() if place not in plain}, set(plain), set(inside),
                          rng, known, dataflow.Dataflow(tree), checking)
     names = _rename(tree, set(wanted) - set(plain), set(named), rng)

@@ -182,7 +182,7 @@ class Reporter:
         if len(keep) != len(items):
             wanted = set(map(id, keep))
             config.hook.pytest_deselected(items=[item for item in items if id(item) not in wanted])
-            items[:] = keep
+        items[:] = keep
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_make_collect_report(self, collector):
