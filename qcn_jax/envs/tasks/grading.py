@@ -24,7 +24,9 @@ from qcn_jax.envs.testpaths import is_doctest
 from qcn_jax.errors import UserError
 
 INFRASTRUCTURE_ATTEMPTS = 3
+FIRST_FAILING = 5  # of FAIL_TO_PASS, run beforehand: what mends nothing fails some of them
 FIRST_PART = 40  # of PASS_TO_PASS, of which synthesis puts the tests first that the change can break
+SHORT = 4 * FIRST_PART  # of tests: so many are run at once rather than in two parts
 FAILURES = (SandboxError, OSError)  # of the sandbox, whoever caused them
 KEPT = 4096  # of each of these
 _SUITES: dict[tuple[str, frozenset[str]], suite.Suite] = {}  # by prepared repository and the paths of a fix
@@ -74,9 +76,10 @@ class Grader:
 
     Args:
       provider: makes the grading sandboxes (role "grading": servers that no agent uses).
-      fail_fast: stop at the first failing test, FAIL_TO_PASS first; the remaining tests are then reported as failed.
-        The first FIRST_PART of PASS_TO_PASS come next, all tests only if these pass. Enough for rewards; reports of
-        evaluations run everything.
+      fail_fast: run a part first and stop at its first failing test; the remaining tests are then reported as failed.
+        The part are FIRST_FAILING of FAIL_TO_PASS, or, where all tests are more than SHORT, all of FAIL_TO_PASS and
+        FIRST_PART of PASS_TO_PASS; all tests run only if it passes. Enough for rewards; reports of evaluations run
+        everything.
       strict: a patch with forbidden lines is a suspected exploit whatever its tests say.
       cache: remembers verdicts.
     """
@@ -163,7 +166,7 @@ class Grader:
     def _examine(self, given: "_Submission") -> Verdict:
         """The verdict of the tests, and of a second opinion where they all pass; raises FAILURES."""
         if self.fail_fast:
-            part = dataclasses.replace(given.task, PASS_TO_PASS=given.task.PASS_TO_PASS[:FIRST_PART])
+            part = _first_part(given.task)
             run = self._run(part, given.overlay, True, INFRASTRUCTURE_ATTEMPTS)
             promising = judge(part, run, given.dropped, given.caught, fixed=lambda: self._fixed(given)).resolved
         if not self.fail_fast or promising and part != given.task:
@@ -270,6 +273,13 @@ class Grader:
             _keep(_SUITES, key, suite.find(fix, pristine, prepared.settings.get("opened", ()),
                                            prepared.spec.python_path or ()))
         return _SUITES[key]
+
+
+def _first_part(task: Task) -> Task:
+    """The task with the tests alone that are run first."""
+    if len(task.FAIL_TO_PASS) + len(task.PASS_TO_PASS) > SHORT:
+        return dataclasses.replace(task, PASS_TO_PASS=task.PASS_TO_PASS[:FIRST_PART])
+    return dataclasses.replace(task, FAIL_TO_PASS=task.FAIL_TO_PASS[:FIRST_FAILING], PASS_TO_PASS=())
 
 
 @dataclasses.dataclass(frozen=True)

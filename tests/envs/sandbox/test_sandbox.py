@@ -312,3 +312,38 @@ def _descends(pid: int, host: int) -> bool:
         if pid == host:
             return True
     return False
+
+
+def test_a_selection_collects_what_is_wanted_and_items_of_other_names_are_found(agent):
+    agent.write("tests/test_many.py", textwrap.dedent("""\
+        class TestA:
+            def test_one(self):
+                pass
+
+            def test_two(self):
+                pass
+
+
+        class TestB(TestA):
+            pass
+
+
+        def many():
+            pass
+
+
+        def test_seen(request):
+            assert [item.name for item in request.session.items] == ["test_one", "test_seen"]
+        """))
+    wanted = ["tests/test_many.py::test_seen", "tests/test_many.py::TestB::test_one"]
+    assert agent.run_tests(wanted).outcomes == dict.fromkeys(wanted, "passed")
+    agent.write("tests/conftest.py", textwrap.dedent("""\
+        import pytest
+
+
+        def pytest_pycollect_makeitem(collector, name, obj):
+            if name == "many":
+                return [pytest.Function.from_parent(collector, name="test_made", callobj=obj)]
+        """))
+    made = "tests/test_many.py::test_made"
+    assert agent.run_tests([made]).outcomes == {made: "passed"}
