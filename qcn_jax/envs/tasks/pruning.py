@@ -12,8 +12,9 @@ from collections.abc import Collection
 from qcn_jax.envs import python_source
 
 # Whose decorators mark or wrap a test and leave nothing elsewhere.
-_MARKS = frozenset({"pytest", "mark", "parametrize", "unittest", "skip", "skipIf", "skipUnless",
-                    "expectedFailure", "mock", "patch", "hypothesis", "given", "settings", "example", "staticmethod", "classmethod"})
+_MARKS = frozenset({
+    "pytest", "mark", "parametrize", "unittest", "skip", "skipIf", "skipUnless", "expectedFailure", "mock", "patch",
+    "hypothesis", "given", "settings", "example", "staticmethod", "classmethod"})
 
 
 @dataclasses.dataclass(frozen=True)
