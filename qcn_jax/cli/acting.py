@@ -17,7 +17,7 @@ from qcn_jax.agents.records import Record
 from qcn_jax.agents.scaffolds import SCAFFOLDS, Scaffold
 from qcn_jax.chat.endpoint import Endpoint
 from qcn_jax.chat.templates import TEMPLATES
-from qcn_jax.cli import parsing, task_repositories
+from qcn_jax.cli import blocks, parsing, task_repositories
 from qcn_jax.config import MeshConfig
 from qcn_jax.envs.network.policy import NETWORKS
 from qcn_jax.envs.problems import schema as problems
@@ -95,6 +95,7 @@ def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[]
     flags.DEFINE_integer("parallel", None, "Episodes side by side. Default: 8, with a checkpoint its run's or "
                          "32.",
                          flag_values=values, lower_bound=1)
+    blocks.define(values, "parallel")
     return parsing.define_mesh(values)
 
 
@@ -138,7 +139,7 @@ class Agent:
             drawing = acting.Drawing(values.temperature, values.top_p or 1.0, values.top_k,
                                      values.max_new_tokens or 64, values.max_length or 1024)
             return acting.run(values.checkpoint, self.mesh, tasks, self.scaffold, arena.services, self.plan, drawing,
-                              folder, progress)
+                              folder, progress, blocks.given(values))
 
 
 def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: str | None = None,
@@ -159,6 +160,8 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
         raise UserError("--model: name the model that --endpoint serves")
     if values.checkpoint:
         _as_its_run(values)
+    else:
+        parsing.refuse_given(values, blocks.given(values), "only a --checkpoint is run here")
     scaffold = SCAFFOLDS.resolve(values.scaffold or ("mini_swe_agent" if url else "nano"), "--scaffold")
     scaffold = in_template(scaffold, values.template)
     turns = values.max_turns or (50 if url else 8)
@@ -179,10 +182,14 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
             raise UserError(f"--scaffold={scaffold.name}: {error}") from error
         return Agent(rules.name, scaffold, plan, settings, rules, values, None)
     if not url:
+        from qcn_jax.inference.checkpoint import check_budget
         from qcn_jax.pipeline.evaluate.acting import speaking
 
+        devices = mesh()
         speaking(values.checkpoint, scaffold)  # what is wrong there is said before tasks are checked
-        return Agent(values.checkpoint, scaffold, plan, settings, None, values, mesh())
+        check_budget(values.checkpoint, devices, slots=plan.parallel, max_length=values.max_length or 1024,
+                     block_size=values.block_size, num_blocks=values.num_blocks)
+        return Agent(values.checkpoint, scaffold, plan, settings, None, values, devices)
     player = endpoint(values, url, model)
     player.check()
     return Agent(model, scaffold, plan, settings, player, values, None)

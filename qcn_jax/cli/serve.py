@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from qcn_jax.cli import parsing
+from qcn_jax.cli import blocks, parsing
 from qcn_jax.config import MeshConfig
 from qcn_jax.errors import UserError
 
@@ -34,12 +34,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("snapshots", None, "States that are saved, so that prompts which begin alike are taken up "
                          "there; by default as many as --slots. 0: only where a whole sequence was held.",
                          flag_values=values, lower_bound=0)  # fmt: skip
-    flags.DEFINE_integer("max_num_seqs", None, "Of the slots, how many generate at a time; the others keep what they "
-                         "hold, for prompts that begin with it. By default all.", flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("block_size", None, "Tokens of a block of keys and values, so that a sequence costs what it "
-                         "holds. By default --max_length.", flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("num_blocks", None, "Blocks that all slots share; what was used longest ago makes room, in "
-                         "host memory. By default what all slots can fill.", flag_values=values, lower_bound=1)
+    blocks.define(values, "slots")
     flags.DEFINE_string("name", None, "Name of the model for clients; by default the folder's.", flag_values=values)
     mesh = parsing.define_mesh(values)
     parsing.parse(values, "serve", __doc__, argv)
@@ -74,7 +69,7 @@ def _serve(values: flags.FlagValues, listening: socket.socket, mesh: MeshConfig 
 
     loaded = load_engine(values.checkpoint, slots=values.slots, max_length=values.max_length, max_new_tokens=PIECE,
                          mesh=mesh, snapshots=values.slots if values.snapshots is None else values.snapshots,
-                         max_num_seqs=values.max_num_seqs, block_size=values.block_size, num_blocks=values.num_blocks)
+                         **blocks.given(values))
     encoder = encoder_of(values.checkpoint, loaded.tokenizer)
     service = Service(
         Scheduler(loaded.engine), loaded.tokenizer, functools.partial(encoder.encode_prompt, trusted=False),

@@ -13,6 +13,7 @@ from qcn_jax.config import MeshConfig, ModelConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub import description
 from qcn_jax.inference.engine import Engine
+from qcn_jax.inference.memory import Budget
 from qcn_jax.inference.placement import Placement, acting
 from qcn_jax.sharding.mesh import make_parallel
 from qcn_jax.sharding.parallel import Parallel
@@ -43,6 +44,18 @@ def load_to_act(folder: str | os.PathLike[str], mesh: MeshConfig | None
     return config, params, parallel
 
 
+def check_budget(folder: str | os.PathLike[str], mesh: MeshConfig | None, *, slots: int, max_length: int,
+                 block_size: int | None, num_blocks: int | None) -> None:
+    """Raises UserError where an Engine would refuse its blocks; reads no weights."""
+    config = hub.inspect(folder)
+    parts = 1 if mesh is None else Placement(acting(make_parallel(mesh), config)).parts
+    length = min(max_length, config.max_position_embeddings)
+    try:
+        Budget.of(parts, -(-slots // parts), length, block_size, num_blocks)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
+
+
 def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, max_new_tokens: int,
                 mesh: MeshConfig | None = None, snapshots: int = 0, max_num_seqs: int | None = None,
                 block_size: int | None = None, num_blocks: int | None = None) -> Loaded:
@@ -63,6 +76,7 @@ def load_engine(folder: str | os.PathLike[str], *, slots: int, max_length: int, 
     Raises:
       UserError: something is missing, or tokenizer and model do not belong together.
     """
+    check_budget(folder, mesh, slots=slots, max_length=max_length, block_size=block_size, num_blocks=num_blocks)
     config, params, parallel = load_to_act(folder, mesh)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:

@@ -131,6 +131,7 @@ def test_predictions_come_as_agents_and_swebench_write_them(tmp_path, text, name
     (["--tasks=t", "--out=o", "--predictions=p", "--attempts=3"], ["--attempts: who made --predictions has acted already; leave it out"]),
     (["--tasks=t", "--out=o", "--baseline=heuristic", "--scaffold=swe_agent"], ["--scaffold=swe_agent: baseline heuristic"]),
     (["--tasks=t", "--out=o", "--checkpoint=nowhere"], ["nowhere/config.json"]),
+    (["--tasks=none.jsonl", "--out=o", "--baseline=heuristic", "--num_blocks=9"], ["--num_blocks: only a --checkpoint is run here"]),
 ])
 def test_bad_flags_are_named(capsys, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -176,8 +177,12 @@ def test_a_checkpoint_acts_and_its_patches_are_graded(setting, capsys, tmp_path)
     hub.save(tmp_path / "model", config, jax.device_get(params), tokenizer)
     _, _, out = setting
     assert cli.main(["evaluate", f"--checkpoint={tmp_path}/model", f"--tasks={tmp_path}/tasks.jsonl", f"--out={out}",
+                     "--max_length=256", "--block_size=64", "--num_blocks=2"]) == 1
+    assert "--num_blocks: 2, 2 of 64 tokens on each device; allowed: at least 5" in capsys.readouterr().err
+    assert cli.main(["evaluate", f"--checkpoint={tmp_path}/model", f"--tasks={tmp_path}/tasks.jsonl", f"--out={out}",
                      f"--repo={tmp_path}/words-1.0", "--sandbox=local", "--max_turns=2", "--max_new_tokens=8",
-                     "--max_length=256", "--parallel=4", "--attempts=2", "--temperature=1", "--invalid=keep"]) == 0
+                     "--max_length=256", "--parallel=4", "--attempts=2", "--temperature=1", "--invalid=keep",
+                     "--max_num_seqs=2", "--block_size=64", "--num_blocks=10"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["resolved"], printed["attempted"], printed["scaffold"]) == (0, 6, "nano")
     rows = [json.loads(line) for line in (out / "preds.jsonl").read_text().splitlines()]

@@ -91,6 +91,8 @@ def test_prompts_and_ports_that_do_not_fit(folder, capsys) -> None:
         port = taken.getsockname()[1]
         assert main(["serve", "--checkpoint=X", f"--port={port}"]) == 1
     assert f"--port={port}: cannot listen there" in capsys.readouterr().err
+    few = ["serve", f"--checkpoint={folder}", "--port=0", "--max_length=32", "--block_size=8", "--num_blocks=3"]
+    assert main(few) == 1 and "--num_blocks: 3, 3 of 8 tokens on each device; allowed: at least 5" in capsys.readouterr().err
 
 
 def _changed(folder, target, vocab_size, change=lambda params: params):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qcn_jax import hub
 from qcn_jax.agents import records, running
@@ -94,15 +94,19 @@ def speaking(checkpoint: str | os.PathLike[str], scaffold: Scaffold) -> tuple[En
 
 def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequence[Task], scaffold: Scaffold,
         services: Services, plan: running.Plan, drawing: Drawing, folder: running.Folder,
-        progress: Callable[[Record], None]) -> list[Record]:
-    """Plays every attempt that `folder` lacks; see `agents.running.run`."""
+        progress: Callable[[Record], None], blocks: Mapping[str, int]) -> list[Record]:
+    """Plays every attempt that `folder` lacks; see `agents.running.run`.
+
+    Args:
+      blocks: fields of RolloutConfig about lanes and blocks, where they are not its own.
+    """
     missing = running.missing(tasks, plan, folder)
     if missing:
         model, params, parallel = load_to_act(checkpoint, mesh)
         if (stored := settings.read(checkpoint)) is not None:
             model = dataclasses.replace(model, dtype=stored.dtype, chunk_size=stored.chunk_size)
         limits = RolloutConfig(max_turns=plan.limits.turns, max_new_tokens=drawing.max_new_tokens,
-                               max_length=drawing.max_length, slots=plan.parallel)
+                               max_length=drawing.max_length, slots=plan.parallel, **blocks)
         encoder, scaffold = speaking(checkpoint, scaffold)
         engine = make_engine(model, params, encoder, limits, parallel=parallel)
 
