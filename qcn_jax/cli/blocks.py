@@ -6,7 +6,7 @@ _NAMES = "max_num_seqs", "block_size", "num_blocks"
 
 
 def define(values: flags.FlagValues, slots: str) -> None:
-    """Defines --max_num_seqs, --block_size and --num_blocks; `slots`: the flag that says how many sequences there are."""
+    """Defines --max_num_seqs, --block_size and --num_blocks; `slots`: the flag for how many sequences there are."""
     flags.DEFINE_integer("max_num_seqs", None, f"Of --{slots}, how many generate at a time; the others keep what they "
                          "hold. By default all.", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("block_size", None, "Tokens of a block of keys and values, so that a sequence costs what it "

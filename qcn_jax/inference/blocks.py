@@ -137,8 +137,9 @@ class Blocks:
                     block.index = None
 
     def share(self, source: int, target: int) -> None:
-        """`target` holds what `source` holds."""
+        """`target` holds what `source` holds, and counts as just used."""
         self.cut(target, 0)
+        del self._held[target]  # its place in the order tells of another life
         self._held[target] = list(self._held.get(source, ()))
         for block in self._held[target]:
             block.users += 1

@@ -75,6 +75,21 @@ def test_a_budget_that_cannot_hold_a_sequence_is_refused() -> None:
     assert Budget.of(1, 4, 96, None, None) == Budget(4, 96, 1, True)
 
 
+def test_who_makes_room_does_not_depend_on_what_was_held_before() -> None:
+    """A copy counts as just used, as what is prefilled does: otherwise a resumed run gives up others than the first did."""
+    for before in ((), (0, 1, 2), (2, 1, 0)):
+        blocks = Blocks(3, SIZE, swaps=False)
+        for slot in before:
+            blocks.hold({slot: (0, 1)})
+        for slot in before:
+            blocks.cut(slot, 0)
+        blocks.hold({0: (0, SIZE)})
+        blocks.hold({2: (0, SIZE)})
+        blocks.share(0, 1)
+        blocks.hold({3: (0, 2 * SIZE)})
+        assert blocks.dropped == {0, 2}, before
+
+
 @pytest.fixture(scope="module", name="params")
 def _params():
     return jax.device_put(jax.tree.map(lambda leaf: leaf * leaf.dtype.type(0.2), testing.random_params(testing.TINY)))
@@ -96,6 +111,25 @@ def test_nothing_is_wrong_after_hundreds_of_events(params, preemption) -> None:
     for _ in range(30):
         life.step()
     assert len(jax.live_arrays()) <= before + 1  # the weights of an update
+    engine.reset(range(12))
+    played = _played(engine)
+    engine.clear()
+    assert _played(engine) == played and any(played[1].values())  # bit for bit, as where a killed run goes on with an engine of its own
+
+
+def _played(engine):
+    """What samples of two prompts say in three turns, to the last bit, and what it cost."""
+    before, made, slots = engine.counts(), [], (3, 4, 5, 8, 9, 10)
+    engine.extend({4: list(range(100, 127))})
+    engine.extend({5: list(range(40, 67))})
+    engine.fork({4: [9, 3, 8]})
+    for slot, length in ((6, 60), (7, 60), (10, 16)):  # the last of which has others make room
+        engine.extend({slot: list(range(slot, slot + length))})
+    for turn in range(3):
+        turns = engine.generate(slots, seeds=slots, sampling=Sampling(1.0), max_new_tokens=4)
+        made += [(one.tokens, np.asarray(one.logprobs).tobytes()) for one in turns]
+        engine.extend({slot: [50 + turn] * (1 + slot % 4) for slot in slots})
+    return made, {name: count - before[name] for name, count in engine.counts().items()}
 
 
 @pytest.mark.slow
