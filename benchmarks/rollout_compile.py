@@ -2,7 +2,7 @@
 
     python benchmarks/rollout_compile.py [--cases=REGEX] [--again]
 
-Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory and some ten minutes of a core a pod; no TPU. Each pod is one
+Needs libtpu (pip install 'qcn_jax[compile]'), 9 GB of memory and some ten minutes of a core a case; no TPU. Each case is one
 file in benchmarks/results/rollout_compile/VERSION of the installed libtpu; one whose file is there is not compiled again.
 The table of all versions is written to results/rollout_compile.md. Everything is the compiler's account, nothing is
 measured on a chip: bytes of the compiled programs, exchanges counted in their text. Kernels state no bytes, so that the
@@ -20,10 +20,18 @@ from qcn_jax import files
 from qcn_jax.compile import aot
 from qcn_jax.sharding.chips import HOP_SECONDS
 
-_CASES = flags.DEFINE_string("cases", ".", "regular expression of the pods to compile for")
+_CASES = flags.DEFINE_string("cases", ".", "regular expression of the cases to compile")
 _AGAIN = flags.DEFINE_bool("again", False, "compile those anew whose result is there")
 RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "rollout_compile"
-PODS = ("v5p-128", "v6e-256", "tpu7x-128", "v5e-256")
+# By name: pod, and what its configuration is changed by. "in blocks": more sequences than lanes, in one budget.
+CASES = {
+    "v5p-128": ("v5p-128", ()),
+    "v5p-128 in blocks": ("v5p-128", ("experts.rollout.slots=1536", "experts.rollout.max_num_seqs=1024",
+                                      "experts.rollout.block_size=128")),
+    "v6e-256": ("v6e-256", ()),
+    "tpu7x-128": ("tpu7x-128", ()),
+    "v5e-256": ("v5e-256", ()),
+}
 GIB, MS = 2**30, 1e-3
 
 
@@ -36,8 +44,12 @@ def table(results: pathlib.Path) -> str:
         "cycles a token | change of layout, GB moved |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_row(pod, files.read_json(results / f"{pod}.json")) for pod in PODS if (results / f"{pod}.json").exists()]
+    lines += [_row(case, files.read_json(path)) for case in CASES if (path := _file(results, case)).exists()]
     return "\n".join(lines) + "\n"
+
+
+def _file(results: pathlib.Path, case: str) -> pathlib.Path:
+    return results / f"{case.replace(' ', '_')}.json"
 
 
 def _row(pod: str, report: dict[str, Any]) -> str:
@@ -61,15 +73,15 @@ def _row(pod: str, report: dict[str, Any]) -> str:
 
 def main(_: list[str]) -> None:
     results = RESULTS / (aot.libtpu_version() or "none")
-    for pod in filter(re.compile(_CASES.value).search, PODS):
-        path = results / f"{pod}.json"
+    for case in filter(re.compile(_CASES.value).search, CASES):
+        path = _file(results, case)
         if path.exists() and not _AGAIN.value:
-            print(f"{pod}: there")
+            print(f"{case}: there")
             continue
-        print(f"{pod} ...", flush=True)
-        report = compile_step(pod, "rollout", ())
+        print(f"{case} ...", flush=True)
+        report = compile_step(CASES[case][0], "rollout", CASES[case][1])
         files.write_json(path, report)
-        print(_row(pod, report), flush=True)
+        print(_row(case, report), flush=True)
     tables = "\n".join(table(folder) for folder in sorted(RESULTS.iterdir()))
     files.write_text(RESULTS.parent / "rollout_compile.md", tables)
     print(tables)
