@@ -44,6 +44,10 @@ ACTING_SETTINGS = ("--config.experts.names=tests.pipeline.vowels:VOWELS", "--con
                    *(f"--config.{stage}.rollout.{setting}" for stage in ACTING[:3]
                      for setting in ("slots=16", "max_turns=2", "max_new_tokens=16", f"max_length={LENGTH}")),
                    "--config.evaluate.tasks=3", "--config.evaluate.pass_k_tasks=1")
+# Two hosts hold what one process has in slots of fixed size: two episodes a device, of which one decodes, and blocks for
+# little more than the longest.
+BLOCKS = tuple(f"--config.{stage}.rollout.{setting}" for stage in ACTING[:3]
+               for setting in ("max_num_seqs=8", "block_size=64", f"num_blocks={8 * (LENGTH // 64 + 2)}"))
 FILES = {"init": "model", "midtrain.data": "corpus/*.parquet", "sft.data": "chats.jsonl", "tasks.data": "tasks.jsonl",
          "tasks.heldout_data": "heldout.jsonl"}
 SURVIVOR_SECONDS = 90
@@ -108,14 +112,17 @@ def _two(prepared):
 
 @pytest.fixture(scope="module", name="acted")
 def _acted(prepared, one):
-    """Work directories in which one process, and two, each killed once, went on to act and learn; what the two printed."""
+    """Work directories in which one process, and two, each killed once, went on to act and learn; what the two printed.
+
+    The two have keys and values in blocks.
+    """
     config, folder = prepared
     settings = (*SETTINGS, *ACTING_SETTINGS)
     workdirs = folder / "acted-one", folder / "acted-two"
     for workdir in workdirs:
         shutil.copytree(one, workdir)
     _alone(_command(config, workdirs[0], ACTING, settings), 8, folder / "cache")
-    outputs = _killed(_command(config, workdirs[1], ACTING, settings), folder / "cache",
+    outputs = _killed(_command(config, workdirs[1], ACTING, (*settings, *BLOCKS)), folder / "cache",
                       {stage: f"{stage} .*step 1/2" for stage in ("experts", "distill")})
     return workdirs, outputs
 
