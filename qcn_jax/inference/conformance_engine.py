@@ -65,13 +65,16 @@ class Played:
               draws: Sequence[Sampling] = (PLAIN,)) -> list[Scored]:
         """Generates for the slots of `held`, to which the tokens are added; the next is drawn as the next of `draws`.
 
+        Some get a token or two less than `most`, so that they have ended while others go on.
+
         `params`: the weights that the engine has, where they are not the model's.
         """
         slots, found, engine = sorted(held), [], self._engine
         chosen = [draws[number % len(draws)] for number in range(len(slots))]
         histories = [History(held[slot], ()) for slot in slots] if any(draw.adjusts for draw in chosen) else None
         seeds = [1000 * seed + 7 * slot for slot in slots]
-        made = engine.generate(slots, seeds=seeds, sampling=chosen, max_new_tokens=most, histories=histories)
+        limits = [most - number % 3 for number in range(len(slots))]
+        made = engine.generate(slots, seeds=seeds, sampling=chosen, max_new_tokens=limits, histories=histories)
         for slot, one, draw, stream in zip(slots, made, chosen, seeds):
             before, held[slot] = len(held[slot]), held[slot] + one.tokens
             drawn = Drawn(draw, stream, one.drawn_logprobs, self._drawable, before)
