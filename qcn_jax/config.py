@@ -138,7 +138,7 @@ class TasksConfig:
     # Names of envs.synthesis.inject.KINDS, all where empty; of the tasks and of mid-training's edit documents.
     kinds: tuple[known.BugKind, ...] = ()
     single_line: bool = False  # only defects within one line, which the compact edit tool can mend
-    pass_to_pass: Count = 0  # tests that do not call the defective function, spread over the suite's files; 0: all
+    pass_to_pass: Count = 0  # tests that do not call the defective function, spread, of quick ones; 0: all
     statement: known.Statement = "issue"  # as a user reports it, without tests; or calls and tests
     held_out: bool = True  # tests that no agent sees are made for each task
     near_duplicates: AboveZero = 0.9  # tasks of one file whose changes are this alike are kept once; above 1: all

@@ -35,7 +35,7 @@ class Candidate:
     others: tuple[tuple[str, str, str], ...] = dataclasses.field(default=(), repr=False)
     parts: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), repr=False)  # of several defects: tests of each
     everything: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # all tests of the suite that pass
-    slow: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)  # of these
+    slow: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)  # of these: or they wait
     suite_seconds: float = 0.0  # of all of them, on the pristine state
 
     @property
@@ -63,7 +63,10 @@ def make_candidate(
     calling = callers(known, injection.path, injection.qualname)
     if not calling:
         return None
-    chosen = sorted(calling if len(calling) <= MAX_TESTS else rng.sample(calling, MAX_TESTS))
+    waiting = {*known.waiting}  # which would make every verdict wait; a whole suite has them all the same
+    quick = [number for number in calling if known.tests[number] not in waiting]
+    usable = quick or calling
+    chosen = sorted(usable if len(usable) <= MAX_TESTS else rng.sample(usable, MAX_TESTS))
     simple = sorted(chosen, key=lambda number: (known.breadth[number], number))
     return Candidate(
         known.repository,
@@ -85,7 +88,7 @@ def make_candidate(
 
 def suite_of(known: Survey) -> dict[str, Any]:
     """What a candidate says of its repository's whole suite."""
-    return {"everything": (*known.tests, *known.slow), "slow": frozenset(known.slow),
+    return {"everything": (*known.tests, *known.slow), "slow": frozenset((*known.slow, *known.waiting)),
             "suite_seconds": known.suite_seconds}
 
 

@@ -43,6 +43,7 @@ class Survey:
     unstable: int  # tests left out because runs disagreed or their ids do not last
     # Further passing tests, too slow to show a defect, or never traced because time was over.
     slow: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()  # of `tests`: they start processes, open sockets or sleep
     suite_seconds: float = 0.0  # of the whole suite, without tracing
     note: str = ""  # what is lacking, or was left out of pytest's options
 
@@ -50,7 +51,7 @@ class Survey:
     def from_json(cls, row: dict[str, Any]) -> "Survey":
         """Reads what `dataclasses.asdict` gave."""
         callers = {name: tuple(found) for name, found in row["callers"].items()}
-        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth", "slow") if name in row}
+        lists = {name: tuple(row[name]) for name in ("tests", "seconds", "breadth", "slow", "waiting") if name in row}
         return cls(**{**row, **lists, "callers": callers})
 
 
@@ -101,6 +102,7 @@ def take_survey(provider: Provider, spec: RepositorySpec, seconds: float = 60.0)
         failing,
         len(passing) - len(stable),
         tuple(slow),
+        tuple(name for name in kept if name in value["waiting"]),
         baseline.cpu_seconds,
         "; ".join(filter(None, (prepared.settings.get("without", ""),
                                 causes.lacking(files, value["messages"].values())))),

@@ -68,7 +68,7 @@ class Options:
     tests that nobody sees are made (heldout.py); with `words` a model words the statement. With `tests_may_tell` a
     defect that no recorded call shows is told by what its tests say.
     Of the suite's tests beyond those that a candidate begins with, `pass_to_pass` are run, spread over its files and
-    without slow ones; 0: all of them.
+    without those that are slow or wait (Survey.waiting); 0: all of them.
     """
 
     timeout: float = 10.0

@@ -25,6 +25,9 @@ tells_time = globals().get("tells_time")  # of clocks.py
 MAX_CALLS = 1000  # recorded calls of one test
 MAX_SECONDS = 1.0  # of processor time in recording one test; later calls are not recorded
 PLAIN = (int, float, complex, bool, str, bytes, type(None), type, range, type(len), type(lambda: 0))
+# What a test does that waits for other processes or for the network.
+WAITING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "pty.spawn", "socket.bind",
+           "socket.connect", "time.sleep"}
 LEAVING = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE", "SEND") if name in dis.opmap}
 IS_FUNCTION, IS_GENERATOR = 0x1, 0x20 | 0x80 | 0x200  # CO_OPTIMIZED; generator, coroutine, asynchronous generator
 ADDRESS = re.compile(r"0x[0-9a-fA-F]{4,}")
@@ -78,12 +81,20 @@ class Suite(Tracing):
         super().__init__()
         self.called, self.deadline = {}, time.process_time() + seconds
         self.codes = set()
+        self.current, self.waiting = None, set()
+        sys.addaudithook(self.audit)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.codes = self.called[item.nodeid] = set()
+        self.codes, self.current = set(), item.nodeid
+        self.called[item.nodeid] = self.codes
         with self.tracing(item.nodeid):
             yield
+        self.current = None
+
+    def audit(self, event, arguments):
+        if event in WAITING and self.current is not None:
+            self.waiting.add(self.current)
 
     def trace(self, frame, event, arg):
         self.codes.add(frame.f_code)
@@ -115,7 +126,7 @@ def trace_suite(args):
                 found.add(index[key])
         calls[node_id] = sorted(found)
     return {"outcomes": outcomes, "messages": messages, "functions": functions, "calls": calls,
-            "seconds": suite.seconds, "complete": len(outcomes) == len(calls)}
+            "seconds": suite.seconds, "waiting": sorted(suite.waiting), "complete": len(outcomes) == len(calls)}
 
 
 class Brief(reprlib.Repr):
