@@ -7,8 +7,8 @@ For each task, one worker and one verdict after the other: the gold patch (resol
 matters (unresolved, by its first failing test), and a patch that mends the defect and empties another function of the
 file (unresolved, by tests that do not call the defective function). Verdicts stop at the first failure, as rewards do.
 The first verdict of a task, in which a second opinion is learned, is told apart. With --before an earlier commit, which knew
-callers alone, grades the same patches in turns with these; the last line is how many times its seconds the sample's are,
-over all tasks, for first verdicts and for later ones.
+callers alone, grades the same patches in turns with these; the last lines are how many times its seconds the sample's
+are: the median over all tasks for each kind, and the sums where half of the patches are right and half useless.
 """
 
 import ast
@@ -56,11 +56,11 @@ def tasks(provider, name):
 
 
 def with_fewer(candidate, task, count):
-    """The task with its callers and `count` others in PASS_TO_PASS; None: all."""
+    """The task with its callers and `count` others in PASS_TO_PASS, drawn as synthesis draws them; None: all."""
     own = set(candidate.tests)
     rest = [name for name in task.PASS_TO_PASS if name not in own]
     if count is not None:
-        rest = candidates.spread(rest, count, random.Random(0))
+        rest = candidates.spread([name for name in rest if name not in candidate.slow], count, random.Random(0))
     return dataclasses.replace(task, PASS_TO_PASS=tuple(name for name in task.PASS_TO_PASS if name in own or name in rest))
 
 
@@ -107,7 +107,7 @@ def main(argv):
                     rows[variant].append((len(less.PASS_TO_PASS), took, outcomes))
             side.close()
         if _BEFORE.value:
-            shares += [{kind: now[kind] / before[kind] for kind in now} for (_, now, _), (_, before, _) in zip(
+            shares += [{kind: (now[kind], before[kind]) for kind in now} for (_, now, _), (_, before, _) in zip(
                 rows[sample], rows["before"], strict=True)]
         for variant, found in rows.items():
             cells = "".join(f"{statistics.median(took[kind] for _, took, _ in found):>{width}.2f}" for kind, width in
@@ -117,7 +117,9 @@ def main(argv):
                   f"   resolved of {len(found)}: {ends['resolved']}, {ends['useless']}, {ends['destructive']}", flush=True)
     if shares:
         print(f"{sample}, times the seconds before: " + ", ".join(
-            f"{kind} {statistics.median(share[kind] for share in shares):.2f}" for kind in shares[0]))
+            f"{kind} {statistics.median(share[kind][0] / share[kind][1] for share in shares):.2f}" for kind in shares[0]))
+        now, before = (sum(share[kind][side] for share in shares for kind in ("resolved", "useless")) for side in (0, 1))
+        print(f"half of them right, half useless, seconds of all tasks together: {now:.2f} / {before:.2f} = {now / before:.2f}")
 
 
 if __name__ == "__main__":
