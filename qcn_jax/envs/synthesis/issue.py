@@ -208,7 +208,7 @@ def from_message(message: str, limit: int = FULL, read: Callable[[str], str] | N
 def _with_what_it_uses(source: str, number: int) -> str:
     """The statement at a line of a test, behind those of its function that give what it uses its values.
 
-    "" where it stands alone, or they have more than MOST_LINES.
+    Where all have more than MOST_LINES it stands alone, cut off there; "" where it is one line.
     """
     try:
         tree = python_source.parse(source)
@@ -226,8 +226,21 @@ def _with_what_it_uses(source: str, number: int) -> str:
             shown.insert(0, one)
             needed |= _names(one, ast.Load)
     lines = python_source.lines(source.removeprefix("\ufeff"))
-    text = [line.rstrip()[one.col_offset:] for one in shown for line in lines[one.lineno - 1:one.end_lineno]]
-    return "\n".join(text) if 1 < len(text) <= MOST_LINES else ""
+    text = [line for one in shown for line in _dedented(one, lines)]
+    if len(text) > MOST_LINES:
+        text = _dedented(body[at], lines)
+    if len(text) > MOST_LINES:
+        text[MOST_LINES:] = ["    ..."]
+    return "\n".join(text) if len(text) > 1 else ""
+
+
+def _dedented(node: ast.stmt, lines: Sequence[str]) -> list[str]:
+    """A statement's lines without its indentation, which what is inside its texts is no part of."""
+    inside = {number for one in ast.walk(node) if isinstance(one, ast.JoinedStr | ast.Constant)
+              for number in range(one.lineno + 1, (one.end_lineno or one.lineno) + 1)}
+    numbers = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    return [lines[number - 1].rstrip() if number in inside else lines[number - 1].rstrip()[node.col_offset:]
+            for number in numbers]
 
 
 def _names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:

@@ -127,7 +127,13 @@ class TestAll:
 @pytest.mark.parametrize(("source", "number", "shown"), [
     (USING, 13, "made = pkg.f(1,\n             2)\nmade.add(3)\nparts = {}\nparts[\"a\"] = made\nassert parts[\"a\"] == 7"),
     (USING, 14, "told"), ("def test(:", 1, "told"), ("x = 1\nassert x", 2, "told"),
-    ("def test():\n    x = 1\n" + "    x += 1\n" * 20 + "    assert x\n", 23, "told")])
+    ("def test():\n    x = 1\n" + "    x += 1\n" * 20 + "    assert x\n", 23, "told"),
+    # An assertion of several lines is shown whole, without what would be too much beside it; one of too many is cut off.
+    ("def test():\n    x = 1\n" + "    x += 1\n" * 20 + "    assert x == (\n        1)\n", 23, "assert x == (\n    1)"),
+    ("def test():\n    assert f() == [\n" + "        1,\n" * 20 + "    ]\n", 2,
+     "assert f() == [\n" + "    1,\n" * 13 + "    ..."),
+    # What is inside a text keeps its columns.
+    ('def test():\n    x = """\n  A\nparagraph"""\n    assert f(x)\n', 5, 'x = """\n  A\nparagraph"""\nassert f(x)')])
 def test_a_failing_line_comes_with_what_it_uses(source, number, shown):
     said = issue.from_message(f"E: 1 | tests/test_a.py:{number}: told", read={"tests/test_a.py": source}.get)
     assert f"```python\n{shown}\n```" in said and not issue.programs(said)
