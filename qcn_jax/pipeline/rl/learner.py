@@ -106,7 +106,8 @@ class Learner:
             own = acting.collect(stop)
         except Stopped:
             return None
-        seconds = {"seconds_rollout": time.perf_counter() - began, "seconds_waited": acting.seconds_waited}
+        seconds = {"seconds_rollout": time.perf_counter() - began, "seconds_waited": acting.seconds_waited,
+                   "ticks": acting.ticks}
         if acting.weights not in ("", weights):
             self.log(f"update {step + 1}: the weights are not those that the journal tells of")
         lost = {name: acting.counts[name] - counts[name] for name in LOST}

@@ -12,6 +12,7 @@ more from what the journal tells of the updates behind that, and since the last 
 that caches are what they were.
 """
 
+import collections
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 
 from qcn_jax.pipeline.rl.events import Events
 from qcn_jax.pipeline.rl.groups import Episode, Group, GroupState
-from qcn_jax.pipeline.rl.plan import Actor, Plan, Workers, host_of
+from qcn_jax.pipeline.rl.plan import Actor, Plan, Workers
 from qcn_jax.pipeline.rl.records import RolloutRecord, Stop, Stopped, never
 from qcn_jax.pipeline.rl.ticks import Ticks
 
@@ -62,6 +63,7 @@ class Orchestrator(Ticks):
         super().__init__(engine, workers, plan, clock, log)
         self._group_of, self._events, self._total, self._exchange = group_of, events, total, exchange
         self._used = self._next = self._ticks = 0
+        self._hosts_of: dict[int, int] = {}  # group -> the host that holds it, of all that are begun and not used yet
         self._script: deque[dict[str, Any]] = deque()  # what the journal tells, and is still to be read again
         self._head = {"first": 0, "max_length": engine.max_length, "with_routes": engine.with_routes, **head}
         self._behind = events is not None  # it may tell of ticks behind the last update
@@ -85,6 +87,10 @@ class Orchestrator(Ticks):
 
     def _stand(self, version: int) -> None:
         """Nothing is open, behind `version` updates."""
+        self._taken(lambda episode: True)
+        self._groups.clear()
+        self._waiting.clear()
+        self._hosts_of.clear()
         self.version, self._used, self._next = version, version * self._plan.groups, version * self._plan.groups
 
     def _begin_journal(self) -> None:
@@ -191,11 +197,16 @@ class Orchestrator(Ticks):
           version: updates behind them.
           weights: which they are, for the journal (train.fingerprint).
         """
-        self.version, self.seconds_waited, self.weights = version, 0.0, weights
+        self.version, self.ticks, self.seconds_waited, self.weights = version, 0, 0.0, weights
         limit = self._used + (1 + self._plan.max_staleness) * self._plan.groups
         limit = limit if self._total is None else min(limit, self._total)
+        held = collections.Counter(self._hosts_of.values())
         while self._next < limit:
-            if host_of(self._next, self._plan.hosts) == self._plan.host:
+            # A host whose environments hang keeps what it has, and the others get what is new.
+            host = min(range(self._plan.hosts), key=lambda host: (held[host], host))
+            self._hosts_of[self._next] = host
+            held[host] += 1
+            if host == self._plan.host:
                 self._start(self._next)
             self._next += 1
         if not self.recorded and not self._behind:
@@ -238,6 +249,7 @@ class Orchestrator(Ticks):
             if sum(ready) >= self._plan.groups:
                 return self._choose_groups()
             self._ticks += 1
+            self._busy = busy and self._plan.hosts > 1
             noted = self._tick(None, acting=True)
             if noted or (busy and self._plan.hosts > 1):
                 self._write(TICK, noted)
@@ -268,6 +280,8 @@ class Orchestrator(Ticks):
         for slot, routes in row["routes"]:
             (self._active | self._asked)[slot].went(routes)
         self._used += len(chosen) + len(lost)
+        for number in (*chosen, *lost):
+            del self._hosts_of[number]
         self.counts["stale_groups"] += sum(number in self._groups for number in lost)
         for number in lost:
             if self._groups.pop(number, None) is not None:

@@ -48,7 +48,7 @@ class Workers(Protocol):
 
 
 def host_of(number: int, hosts: int) -> int:
-    """The host, of so many, that holds the conversations of a group."""
+    """The host, of so many, that holds the conversations of a group, where all groups are begun at once."""
     return number % hosts
 
 
@@ -64,7 +64,7 @@ class Plan:
       caches: of open episodes, when the weights change: recompute them, or keep them.
       refills: fresh samples for each of a group, in place of those that no verdict came of; see groups.GroupState.
       burst: the most tokens that a tick gives an episode; 0 is a whole turn.
-      host, hosts: this one's number, and how many there are; groups are dealt out to them.
+      host, hosts: this one's number, and how many there are; a group goes to the one that holds the fewest.
     """
 
     groups: int

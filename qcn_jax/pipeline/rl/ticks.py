@@ -22,7 +22,7 @@ STRAGGLERS = 0.25  # share of turns under way that the rest does not wait for
 # For an answer, before the others go on, where nothing is asynchronous. Most come sooner, and then what is generated
 # together, and so how sums are rounded, does not depend on time.
 PATIENCE_SECONDS = 20.0
-# With nothing to generate; an answer ends it. Other hosts may have something to generate, and then wait for this one.
+# With nothing to generate, on any host; an answer ends it. Of several hosts another may have got one meanwhile.
 POLL_SECONDS, POLL_SECONDS_OF_SEVERAL = 1.0, 0.02
 
 
@@ -33,14 +33,15 @@ class Ticks:
       version: updates behind the weights that act.
       judged: episodes that have ended so far.
       counts: of groups and episodes that were lost, by why.
-      seconds_waited: with nothing to generate, since `begin` was last called.
+      ticks: in which episodes of this host generated, since `begin` was last called.
+      seconds_waited: with nothing to generate, since then.
     """
 
     def __init__(self, engine: Actor, workers: Workers, plan: Plan, clock: Callable[[], float],
                  log: Callable[[str], None]) -> None:
         """Begins without episodes; for the arguments see orchestrator.Orchestrator."""
         self._engine, self._workers, self._plan, self._clock, self._log = engine, workers, plan, clock, log
-        self.version, self.judged, self.seconds_waited = 0, 0, 0.0
+        self.version, self.judged, self.ticks, self.seconds_waited = 0, 0, 0, 0.0
         self.counts: collections.Counter[str] = collections.Counter()
         self._groups: dict[int, GroupState] = {}  # of this host, not used yet
         self._waiting: deque[list[Episode]] = deque()
@@ -50,6 +51,7 @@ class Ticks:
         self._futures: dict[tuple[int, int], Future[Any]] = {}
         self._closing: list[Future[Any]] = []
         self._cold = False  # the engine's caches are not what the journal says
+        self._busy = False  # one of several hosts had something to generate when the tick began
         self._shape(**self._geometry)
 
     @property
@@ -115,7 +117,7 @@ class Ticks:
         began = self._clock()
         if not self._plan.max_staleness and replies:
             self._workers.wait(replies, PATIENCE_SECONDS, True)
-        elif not self._active and not self._admissible and (replies or verdicts):
+        elif not self._active and not self._admissible and not self._busy and (replies or verdicts):
             self._workers.wait([*replies, *verdicts], poll, False)
         self.seconds_waited += self._clock() - began
 
@@ -174,6 +176,7 @@ class Ticks:
             return []
         if row is None:
             noted["made"] = made
+            self.ticks += 1
         ended, at = [], 0
         for slot, count, finish in zip(made["slots"], made["counts"], made["finish"], strict=True):
             piece = slice(at, at + count)

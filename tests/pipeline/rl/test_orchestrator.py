@@ -208,7 +208,8 @@ def test_two_hosts_share_groups_and_a_killed_run_goes_on(staleness, tmp_path):
     assert ticks[0] == ticks[1]
     for version in range(UPDATES):
         groups = [{row[0] for row in whole[host][version]} for host in (0, 1)]
-        assert len(groups[0] | groups[1]) == 4 and all(group % 2 == host for host in (0, 1) for group in groups[host])
+        assert len(groups[0] | groups[1]) == 4 and not groups[0] & groups[1]
+        assert staleness or all(group % 2 == host for host in (0, 1) for group in groups[host])
     for kill in (3, 11, 17, 23):
         folder = tmp_path / str(kill)
         part, _ = hosts_run(plan, folder, range(UPDATES), kill, slowest=0.0)
@@ -217,6 +218,30 @@ def test_two_hosts_share_groups_and_a_killed_run_goes_on(staleness, tmp_path):
         rest, _ = hosts_run(plan, folder, range(saved, UPDATES), saved=saved, slowest=0.0)
         for host in (0, 1):
             assert part[host] | rest[host] == whole[host]
+
+
+def test_a_host_whose_environments_hang_delays_no_other(tmp_path):
+    """The other gets the groups that an update needs, and waits neither for answers nor for them."""
+    plan, seconds = Plan(4, 6, max_staleness=1, burst=3), {}
+
+    def host(number, meeting, hangs):
+        class Hanging(World):
+            def latency(self, call):
+                return 1e6 if hangs and number == 1 and getattr(call, "__name__", "") in ("ask", "judge") else 0.0
+
+        world = Hanging(dataclasses.replace(plan, host=number, hosts=2), meeting=meeting)
+        taken = [world.update(version, lambda: world.acting._ticks > 500) for version in range(UPDATES)]
+        seconds[hangs, number] = world.acting.seconds_waited, world.clock.now
+        return taken
+
+    for hangs in (False, True):
+        meeting = Meeting(2)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            taken = list(pool.map(lambda number: host(number, meeting, hangs), (0, 1)))
+        for version in range(UPDATES):
+            assert len({record.prompt for host in taken for record in host[version]}) == 4
+        assert not hangs or not any(taken[1])
+    assert seconds[True, 0][0] == 0.0 and seconds[True, 1][1] < 1e3
 
 
 def test_an_environment_that_answers_otherwise_begins_again(tmp_path):
