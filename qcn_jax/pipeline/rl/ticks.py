@@ -33,8 +33,8 @@ class Ticks:
       version: updates behind the weights that act.
       judged: episodes that have ended so far.
       counts: of groups and episodes that were lost, by why.
-      ticks: in which episodes of this host generated, since `begin` was last called.
-      seconds_waited: with nothing to generate, since then.
+      ticks: in which episodes of this host generated for the update under way, also those that its journal tells of.
+      seconds_waited: with nothing to generate, since `begin` was last called.
     """
 
     def __init__(self, engine: Actor, workers: Workers, plan: Plan, clock: Callable[[], float],
@@ -174,9 +174,9 @@ class Ticks:
             made = now if row is None else made
         if made is None or not slots:
             return []
+        self.ticks += 1
         if row is None:
             noted["made"] = made
-            self.ticks += 1
         ended, at = [], 0
         for slot, count, finish in zip(made["slots"], made["counts"], made["finish"], strict=True):
             piece = slice(at, at + count)

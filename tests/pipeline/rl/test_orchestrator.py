@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qcn_jax.pipeline.rl.events import Events
-from qcn_jax.pipeline.rl.plan import Plan
+from qcn_jax.pipeline.rl.plan import Plan, host_of
 from qcn_jax.pipeline.rl.records import Stopped
 from tests.pipeline.rl.fakes import Meeting, Talk, World, number
 
@@ -180,14 +180,22 @@ def test_killed_at_any_tick_the_run_goes_on_as_if_it_had_not_been(plan, tmp_path
                 assert second.engine.generated < whole.engine.generated or not exact
 
 
-def hosts_run(plan, folder, versions, kill=None, saved=0, **options):
+class Hanging(World):
+    """With environments of host 1 that never answer."""
+
+    def latency(self, call):
+        hangs = self.plan.host == 1 and getattr(call, "__name__", "") in ("ask", "judge")
+        return 1e6 if hangs else super().latency(call)
+
+
+def hosts_run(plan, folder, versions, kill=None, saved=0, world_of=World, **options):
     """Two hosts' records of some updates, and how often each ticked; killed when host 0 asks for the `kill`-th time."""
     meeting, found, ticks = Meeting(2), [{}, {}], [0, 0]
 
     def host(number):
         asked = itertools.count(1)
-        world = World(dataclasses.replace(plan, host=number, hosts=2), meeting=meeting,
-                      events=Events(folder / str(number)), **options)
+        world = world_of(dataclasses.replace(plan, host=number, hosts=2), meeting=meeting,
+                         events=Events(folder / str(number)), **options)
         try:
             world.acting.resume(saved)
             for version in versions:
@@ -220,28 +228,61 @@ def test_two_hosts_share_groups_and_a_killed_run_goes_on(staleness, tmp_path):
             assert part[host] | rest[host] == whole[host]
 
 
-def test_a_host_whose_environments_hang_delays_no_other(tmp_path):
+@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("hangs", [False, True])
+def test_hosts_agree_on_who_holds_what_whatever_was_lost_where(staleness, hangs, tmp_path):
+    """Slow or hanging environments, samples drawn again, groups given up or lost on one host alone; killed at any tick."""
+    plan = Plan(4, 6, max_staleness=staleness, refills=2, burst=3)
+    uneven = 0
+    for seed in range(2):
+        options = {"seed": seed, "slowest": 5.0, "fails": sometimes((0.1, 0.5)[seed]),
+                   "world_of": Hanging if hangs else World}
+        for kill in (5, 29):
+            folder = tmp_path / f"{seed}-{kill}"
+            part, _ = hosts_run(plan, folder, range(UPDATES), kill, **options)
+            saved = max(0, min(map(len, part)) - 1)
+            rest, ticks = hosts_run(plan, folder, range(saved, UPDATES), saved=saved, **options)
+            assert ticks[0] == ticks[1]
+            seen: set[int] = set()
+            for version in range(UPDATES):
+                groups = []
+                for host in (0, 1):
+                    ours = rest[host].get(version, part[host].get(version))
+                    assert part[host].get(version, ours) == ours  # learned from once more, not acted again
+                    groups.append({row[0] for row in ours})
+                assert len(groups[0] | groups[1]) == 4 and not groups[0] & groups[1] and not seen & (groups[0] | groups[1])
+                seen |= groups[0] | groups[1]
+                uneven += len(groups[0]) != len(groups[1])
+    assert uneven
+
+
+def test_all_groups_of_a_rollout_are_where_host_of_says():
+    for hosts in (1, 2, 3):
+        worlds = [World(Plan(7, 6, host=host, hosts=hosts)) for host in range(hosts)]
+        for world in worlds:
+            world.acting.begin(0)
+        assert [[host_of(number, hosts) == host for number in range(7)] for host in range(hosts)] == [
+            [number in world.acting._groups for number in range(7)] for world in worlds]
+
+
+def test_a_host_whose_environments_hang_delays_no_other():
     """The other gets the groups that an update needs, and waits neither for answers nor for them."""
     plan, seconds = Plan(4, 6, max_staleness=1, burst=3), {}
 
-    def host(number, meeting, hangs):
-        class Hanging(World):
-            def latency(self, call):
-                return 1e6 if hangs and number == 1 and getattr(call, "__name__", "") in ("ask", "judge") else 0.0
-
-        world = Hanging(dataclasses.replace(plan, host=number, hosts=2), meeting=meeting)
+    def host(number, meeting, world_of):
+        world = world_of(dataclasses.replace(plan, host=number, hosts=2), meeting=meeting, slowest=0.0)
         taken = [world.update(version, lambda: world.acting._ticks > 500) for version in range(UPDATES)]
-        seconds[hangs, number] = world.acting.seconds_waited, world.clock.now
+        seconds[world_of, number] = world.acting.seconds_waited, world.clock.now
         return taken
 
-    for hangs in (False, True):
+    for world_of in (World, Hanging):
         meeting = Meeting(2)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            taken = list(pool.map(lambda number: host(number, meeting, hangs), (0, 1)))
+            taken = list(pool.map(lambda number: host(number, meeting, world_of), (0, 1)))
         for version in range(UPDATES):
             assert len({record.prompt for host in taken for record in host[version]}) == 4
-        assert not hangs or not any(taken[1])
-    assert seconds[True, 0][0] == 0.0 and seconds[True, 1][1] < 1e3
+    assert not any(taken[1])
+    assert seconds[Hanging, 0][0] == 0.0 and seconds[Hanging, 1][1] < 1e3
 
 
 def test_an_environment_that_answers_otherwise_begins_again(tmp_path):
