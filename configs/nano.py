@@ -114,5 +114,5 @@ def full():
                     optimizer=steady(2e-4), rollout=rollout),
         distill=DistillConfig(updates=4, prompts=12, rows=4, sequence_length=LENGTH, optimizer=steady(2e-4),
                               rollout=rollout),
-        evaluate=EvaluateConfig(tasks=100, pass_k_tasks=8, temperature=1.0, rollout=rollout),
+        evaluate=EvaluateConfig(tasks=100, pass_k_tasks=8, temperature=1.0, redraws=16, rollout=rollout),
     ))

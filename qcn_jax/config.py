@@ -358,7 +358,8 @@ class EvaluateConfig:
     tasks: Positive = 200
     pass_k_tasks: Count = 100
     samples: Count = 8
-    temperature: AboveZero = 0.8
+    temperature: AboveZero = 0.8  # of samples, and of turns that are drawn again
+    redraws: Count = 0  # of a turn that comes again to files on which tests failed: it counts for nothing
     scaffold: known.ScaffoldName = "nano"  # see ExpertsConfig
     baseline: known.Baseline = "heuristic"  # plays without a model (pipeline.evaluate.baseline); empty: none
     sft_control: bool = True  # also train and evaluate the equal-time imitation control

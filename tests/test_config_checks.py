@@ -235,6 +235,8 @@ RULES = [
     (("distill",), {"experts__names": ("swe", "swe")}, ["'swe' is there twice"]),
     (("distill",), {"distill__prompts": 2}, ["distill.prompts: 2", "3 experts", "swe, single_turn, tool_format"]),
     (("evaluate",), {"evaluate__pass_k_tasks": 5}, ["evaluate.pass_k_tasks: 5", "tasks, 4"]),
+    (("evaluate",), {"evaluate__redraws": 3, "evaluate__scaffold": "mini_swe_agent"},
+     ["config.evaluate.redraws: 3", "mini_swe_agent"]),
     (("tasks",), {"tasks__repos_train": ()}, ["tasks.train: 12", "repos_train is empty, as is data"]),
     (("tasks",), {"tasks__repos_heldout": ()}, ["tasks.heldout: 6", "repos_heldout is empty, as is heldout_data"]),
     (("tasks",), {"tasks__train": 0, "tasks__heldout": 0, "tasks__repos_train": (), "tasks__repos_heldout": ()},

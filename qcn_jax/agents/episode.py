@@ -206,6 +206,16 @@ class Episode:
             results += [skipped(call) for call in calls[refused + 1 :]]
         return tuple(results)
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` takes back to; the executor must be a ToolExecutor on files in memory."""
+        return len(self.messages), len(self.turns), self.reason, self._unreadable, self.executor.snapshot()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Makes the episode what it was when `snapshot` gave `state`: later turns count for nothing."""
+        messages, turns, self.reason, self._unreadable, held = state
+        del self.messages[messages:], self.turns[turns:]
+        self.executor.restore(held)
+
     def end(self, reason: EndReason) -> None:
         """Ends the episode from outside: no room for another turn, or the run is being stopped."""
         if not self.done:

@@ -6,6 +6,7 @@ turn; it knows no text format and can be pickled if its workspace can, so it wor
 in a worker process beside a live sandbox (`agents.sessions`).
 """
 
+import copy
 import dataclasses
 import functools
 import re
@@ -153,6 +154,17 @@ class ToolExecutor:
     def diff(self) -> str:
         """Unified diff of everything changed so far."""
         return self.workspace.diff()
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` takes back to; the workspace must be an OverlayWorkspace, no live sandbox."""
+        view = self._view and dataclasses.replace(self._view)
+        return self.workspace.snapshot(), list(self._undo), view, self._revision, copy.deepcopy(self.notes)
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Makes everything what it was when `snapshot` gave `state`."""
+        edits, undo, self._view, self._revision, self.notes = state
+        self.workspace.restore(edits)
+        self._undo = list(undo)
 
     def close(self) -> None:
         """Does nothing: the workspace is somebody else's."""

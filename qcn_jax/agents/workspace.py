@@ -93,6 +93,14 @@ class OverlayWorkspace:
         changed = {path: text for path, text in layers.items() if text != self._pristine.get(path)}
         return self._runner(changed, node_ids, timeout, fail_fast)
 
+    def snapshot(self) -> dict[str, str | None]:
+        """What `restore` takes back to."""
+        return dict(self._edits)
+
+    def restore(self, state: Mapping[str, str | None]) -> None:
+        """Makes the files what they were when `snapshot` gave `state`."""
+        self._edits = dict(state)
+
     def diff(self) -> str:
         changed = [path for path in sorted(self._edits) if self._edits[path] != self._initial(path)]
         return make_diff({path: self._initial(path) for path in changed}, {path: self._edits[path] for path in changed})

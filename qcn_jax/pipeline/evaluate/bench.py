@@ -118,7 +118,8 @@ class Bench:
 
     def _conversation(self, prompt: Prompt) -> Conversation:
         # Rewards are not looked at here, only verdicts, hence no penalty.
-        return prompt.expert.conversation(prompt, self.encoder, self.services, max_turns=self.config.rollout.max_turns)
+        return prompt.expert.conversation(prompt, self.encoder, self.services, redraws=self.config.redraws,
+                                          max_turns=self.config.rollout.max_turns)
 
     def _play(
         self, engine: Engine, greedy: Sequence[Sequence[Prompt]], sampled: Sequence[Prompt]
@@ -134,7 +135,7 @@ class Bench:
                 groups.append([self._conversation(prompt) for _ in range(count)])
                 seeds.append([attempt_seed(self.seed, prompt.task, sample) for sample in range(count)])
                 draws.append(sampling if part is sampled else GREEDY)
-        records = rollout(engine, groups, seeds, sampling=draws)
+        records = rollout(engine, groups, seeds, sampling=draws, again=sampling)
         said = {index: [plain_messages(conversation.messages) for conversation in group]
                 for index, group in enumerate(groups) if acts_here(index)}
         said = dict(itertools.chain.from_iterable(found.items() for found in distributed.exchanged("messages", said)))
@@ -185,7 +186,8 @@ def _recorded(prompt: Prompt, record: RolloutRecord) -> dict[str, Any]:
     broken = sum(turn.malformed for turn in record.turns)
     row = _row(prompt.task, record.outcome, len(record.turns), broken, prompt.template or prompt.task.kind)
     row |= {"failing": sum(turn.failing for turn in record.turns),
-            "repeated": sum(turn.repeated for turn in record.turns)}
+            "repeated": sum(turn.repeated for turn in record.turns),
+            "redrawn": sum(turn.redrawn for turn in record.turns)}
     return row | ({"unseen": True} if prompt.unseen else {})
 
 

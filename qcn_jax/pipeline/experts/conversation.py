@@ -22,7 +22,7 @@ class TaskConversation:
 
     def __init__(
         self, task: Task, scaffold: Scaffold, encoder: Encoder, services: Services, *, max_turns: int,
-        reward: Reward | None,
+        reward: Reward | None, redraws: int = 0,
     ) -> None:  # fmt: skip
         """Args:
           task: what to work on.
@@ -31,11 +31,14 @@ class TaskConversation:
           services: sandboxes.
           max_turns: of the policy, where the scaffold has several turns.
           reward: says what the episode was worth; None saves the grading where nobody asks: every outcome is then 0.
+          redraws: so often a turn is drawn again whose tests fail on files on which they failed before; what was drawn
+            counts for nothing. The scaffold must have no shell.
         """
         self._task, self._scaffold, self._encoder, self._services = task, scaffold, encoder, services
         self._max_turns = max_turns
         self._reward = reward
         self._failing: set[str] = set()  # patches on which tests failed
+        self._redraws, self._redrawn = redraws, 0
 
     @functools.cached_property
     def episode(self) -> Episode:
@@ -53,6 +56,7 @@ class TaskConversation:
 
     def reply(self, tokens: list[int], stopped: bool) -> Reply:
         """Executes the turn's calls; a turn that its own end token did not close is not executed."""
+        before = self.episode.snapshot() if self._redraws else None
         closed = stopped and tokens[-1] in self._encoder.ends
         text = self._encoder.spoken(self._encoder.tokenizer.decode(tokens[:-1] if stopped else tokens))
         observation = self.episode.step(text, complete=closed)
@@ -61,6 +65,11 @@ class TaskConversation:
         failing = run is not None and not run.passed
         patch = self.episode.executor.diff() if failing else ""
         repeated = failing and patch in self._failing
+        if repeated and self._redrawn < self._redraws:
+            self.episode.restore(before)
+            self._redrawn += 1
+            return Reply(again=True)
+        self._redrawn = 0
         self._failing.add(patch)
         named = self._scaffold.template == self._encoder.calls and not self._scaffold.framed
         calls = turn.calls if named else ()

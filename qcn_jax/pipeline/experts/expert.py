@@ -118,7 +118,7 @@ class Expert:
 
     def conversation(
         self, prompt: Prompt, encoder: Encoder, services: Services, *, max_turns: int,
-        unfinished_penalty: float = 0.0, reward: Reward | None = None, graded: bool = True,
+        unfinished_penalty: float = 0.0, reward: Reward | None = None, graded: bool = True, redraws: int = 0,
     ) -> Conversation:
         """A fresh episode on `prompt`.
 
@@ -130,11 +130,12 @@ class Expert:
           unfinished_penalty: passed on to the reward.
           reward: takes the place of `outcome`.
           graded: False where nobody asks for the reward, which saves the grading; every outcome is then 0.
+          redraws: how often a turn that comes again to files on which tests failed is drawn once more.
         """
         chosen = reward or self.outcome
         score = lambda result, verdict: chosen(result, verdict, unfinished_penalty)
         return TaskConversation(prompt.task, prompt.scaffold, encoder, services, max_turns=max_turns,
-                                reward=score if graded else None)
+                                reward=score if graded else None, redraws=redraws)
 
     def outcome(self, result: EpisodeResult, verdict: Verdict, unfinished_penalty: float) -> records.Outcome:
         """1 if the patch resolves the task, else 0; less the penalty if the policy did not end the episode itself."""

@@ -1,8 +1,9 @@
 """What an agent makes of failing tests: its next attempts beside those of an agent that was told nothing.
 
 An attempt is a run of the tests; an episode that submits without one has made one attempt. Episode rows are those of
-experts.metrics, with `runs` (outcome of each test run in order), `failing` (turns that ended in failing tests) and
-`repeated` (those of them that came again to files on which tests had failed).
+experts.metrics, with `runs` (outcome of each test run in order), `failing` (turns that ended in failing tests),
+`repeated` (those of them that came again to files on which tests had failed) and `redrawn` (such turns that were drawn
+once more instead, and of which nothing else tells).
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,7 @@ def summary(episodes: Sequence[tuple[Row, Sequence[bool]]]) -> dict[str, Any] | 
     Returns:
       episodes, first_failed: how many there are, and how many of them were told of a failure;
       repeated: share of failing turns behind an episode's first one that tried what had failed before;
+      redrawn: turns drawn once more, an episode;
       gain: share of all episodes in which an attempt is right, less that in which the first one is;
       next: `told`, the share of episodes told of a failure whose next attempt is right (an episode that gives up is
         not), `fresh`, the share of fresh attempts that are right on the same tasks, `ratio`, and `p_value` of a
@@ -66,6 +68,7 @@ def summary(episodes: Sequence[tuple[Row, Sequence[bool]]]) -> dict[str, Any] | 
     return {
         "episodes": len(episodes), "first_failed": len(told),
         "repeated": round(sum(row.get("repeated", 0) for row, _ in episodes) / later, 6) if later else None,
+        "redrawn": round(sum(row.get("redrawn", 0) for row, _ in episodes) / len(episodes), 6),
         "gain": round(sum(any(made) - made[0] for made in tries) / len(tries), 6),
         "next": _beside([(task, float(bool(further[:1]) and further[0]), sum(fresh) / len(fresh))
                          for task, further, fresh in compared]),

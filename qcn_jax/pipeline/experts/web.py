@@ -50,13 +50,13 @@ class Web(Expert):
 
     def conversation(
         self, prompt: Prompt, encoder: Encoder, services: Services, *, max_turns: int,
-        unfinished_penalty: float = 0.0, reward: Reward | None = None, graded: bool = True,
+        unfinished_penalty: float = 0.0, reward: Reward | None = None, graded: bool = True, redraws: int = 0,
     ) -> Conversation:  # fmt: skip
         """See Expert.conversation."""
         chosen = reward or self.outcome
         score = lambda result, verdict: chosen(result, verdict, unfinished_penalty)
         return PageConversation(prompt.task, prompt.scaffold, encoder, services, max_turns=max_turns,
-                                reward=score if graded else None)
+                                reward=score if graded else None, redraws=redraws)
 
 
 WEB = Web("web", "web expert", column="pages", comparisons=(

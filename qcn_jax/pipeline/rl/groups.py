@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qcn_jax.pipeline.rl.records import Conversation, Outcome, Reply, RolloutRecord, Turn
+from qcn_jax.pipeline.rl.records import Conversation, Outcome, Reply, RolloutRecord, Turn, sequence_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Group:
       seed: sample -> the seed of its stream.
       draw: (sample, turn) -> how that turn is drawn, an inference.sampling.Sampling.
       greedy: sample -> how many turns at its start are taken greedily, and not learned from.
+      again: how a turn is drawn that its environment did not take (Reply.again); None: as before, from another stream.
     """
 
     size: int
@@ -26,6 +27,7 @@ class Group:
     seed: Callable[[int], int]
     draw: Callable[[int, int], Any]
     greedy: Callable[[int], int] = lambda sample: 0
+    again: Any = None
 
 
 class Episode:
@@ -37,11 +39,13 @@ class Episode:
       start, stopped: of the turn under way, or about to begin.
       routes: of its first tokens, those that are known; None where none are kept.
       ended, truncated: nothing but the verdict is missing; because it grew too long.
+      redrawn: draws of the turn under way, or about to begin, that count for nothing.
     """
 
     def __init__(self, number: int, sample: int, group: Group, opened: int) -> None:
         self.number, self.sample, self.group, self.opened = number, sample, group, opened
-        self.seed, self.greedy = group.seed(sample), group.greedy(sample)
+        self._seed, self.greedy = group.seed(sample), group.greedy(sample)
+        self.redrawn = self._redraws = 0  # of the turn, of all turns
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
@@ -70,7 +74,14 @@ class Episode:
     @property
     def sampling(self) -> Any:
         """How its turn under way is drawn."""
+        if self.redrawn and self.group.again is not None:
+            return self.group.again
         return self.group.draw(self.sample, len(self.turns))
+
+    @property
+    def seed(self) -> int:
+        """Of the stream that it draws from: another one behind every turn that is drawn again."""
+        return sequence_seed(self._seed, self._redraws) if self._redraws else self._seed
 
     def open(self, opening: Sequence[int]) -> None:
         """Takes what comes before the first turn."""
@@ -94,9 +105,14 @@ class Episode:
 
     def take(self, reply: Reply) -> None:
         """Takes the environment's answer."""
-        self.turns.append(
-            Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.failing, reply.repeated)
-        )
+        if reply.again:
+            del self.tokens[self.start :], self.logprobs[self.start :], self.versions[self.start :]
+            self.routes = None if self.routes is None else self.routes[: self.start]
+            self.redrawn, self._redraws = self.redrawn + 1, self._redraws + 1
+            return
+        self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.failing,
+                               reply.repeated, self.redrawn))
+        self.redrawn = 0
         if not reply.done:
             self.tokens += [int(token) for token in reply.tokens]
             self.logprobs += [0.0] * len(reply.tokens)

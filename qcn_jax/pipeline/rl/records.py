@@ -18,6 +18,7 @@ class Reply:
     malformed: whether the turn broke the format of tool calls.
     failing: whether the turn ended in failing tests.
     repeated: whether those tests had failed on the very same files before, in this conversation.
+    again: the turn counts for nothing and is to be drawn once more; the environment is as it was before it.
     """
 
     tokens: Sequence[int] = ()
@@ -25,6 +26,7 @@ class Reply:
     malformed: bool = False
     failing: bool = False
     repeated: bool = False
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Conversation(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Tokens [start, stop) of a record were sampled in one turn."""
+    """Tokens [start, stop) of a record were sampled in one turn; before, `redrawn` draws of it counted for nothing."""
 
     start: int
     stop: int
@@ -73,6 +75,7 @@ class Turn:
     stopped: bool
     failing: bool = False
     repeated: bool = False
+    redrawn: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

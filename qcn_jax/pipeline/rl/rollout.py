@@ -55,16 +55,17 @@ class Threads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def sampled(sampling: Sampling, greedy_turns: Sequence[int] = ()) -> dict[str, Callable[..., Any]]:
-    """Arguments `draw` and `greedy` of a rl.groups.Group.
+def sampled(sampling: Sampling, greedy_turns: Sequence[int] = (), again: Sampling | None = None) -> dict[str, Any]:
+    """Arguments `draw`, `greedy` and `again` of a rl.groups.Group.
 
     Args:
       sampling: how to draw tokens.
-      greedy_turns: see `rollout`.
+      greedy_turns, again: see `rollout`.
     """
     turns = tuple(greedy_turns) or (0,)
     greedy = lambda sample: turns[sample % len(turns)]
-    return {"greedy": greedy, "draw": lambda sample, turn: GREEDY if turn < greedy(sample) else sampling}
+    draw = lambda sample, turn: GREEDY if turn < greedy(sample) else sampling
+    return {"greedy": greedy, "draw": draw, "again": again}
 
 
 def acts_here(prompt: int) -> bool:
@@ -80,6 +81,7 @@ def rollout(
     *,
     sampling: Sampling | Sequence[Sampling],
     greedy_turns: Sequence[int] = (),
+    again: Sampling | None = None,
     max_new_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     stop: Stop = never,
@@ -93,6 +95,7 @@ def rollout(
       sampling: how to draw tokens, for all or for each prompt.
       greedy_turns: how many turns at their start the samples of a prompt take greedily, in turn; none by default.
         Such samples begin where the greedy policy would be, its first mistakes made, and go on by `sampling`.
+      again: how turns are drawn that conversations do not take (Reply.again); None: as before, from another stream.
       max_new_tokens: of one turn (None: the engine's own limit).
       progress: called with (finished, all) conversations after every turn.
       stop: asked after every turn whether to give up.
@@ -105,7 +108,7 @@ def rollout(
     """
     draws = [sampling] * len(groups) if isinstance(sampling, Sampling) else sampling
     given = [
-        Group(len(group), group.__getitem__, streams.__getitem__, **sampled(draw, greedy_turns))
+        Group(len(group), group.__getitem__, streams.__getitem__, **sampled(draw, greedy_turns, again))
         for group, streams, draw in zip(groups, seeds, draws, strict=True)
     ]
     host, hosts = distributed.place()

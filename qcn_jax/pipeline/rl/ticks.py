@@ -86,9 +86,14 @@ class Ticks:
         else:
             replies = {slot: Reply(tokens.tolist(), *flags) for slot, tokens, *flags in row.get("replies", ())}
             verdicts = [(tuple(key), Outcome(**outcome)) for key, outcome in row.get("verdicts", ())]
-        added = {}
+        added, emptied = {}, []
         for slot, reply in replies.items():
             episode = self._asked.pop(slot)
+            if reply.again:
+                episode.take(reply)
+                self._active[slot], added[slot] = episode, episode.tokens
+                emptied.append(slot)
+                continue
             # A further turn needs its answer and at least one token of its own.
             truncated = not reply.done and len(episode.tokens) + len(reply.tokens) >= self._engine.max_length
             episode.take(dataclasses.replace(reply, tokens=(), done=True) if truncated else reply)
@@ -98,13 +103,14 @@ class Ticks:
                 self._active[slot] = episode
                 added[slot] = reply.tokens
         if acting:
+            self._engine.reset(emptied)
             self._engine.extend(added)
         for key, outcome in verdicts:
             if key in self._judging:  # its group may have been given up just now
                 self._judge(self._judging.pop(key), outcome)
         if row is None and replies:
             noted["replies"] = [[slot, np.asarray(reply.tokens, np.int32), reply.done, reply.malformed, reply.failing,
-                                 reply.repeated] for slot, reply in replies.items()]
+                                 reply.repeated, reply.again] for slot, reply in replies.items()]
         if row is None and verdicts:
             noted["verdicts"] = [[list(key), dataclasses.asdict(outcome)] for key, outcome in verdicts]
         return noted

@@ -201,6 +201,26 @@ def test_failing_tests_refute_a_turn(encoder, services) -> None:
     assert [reply.repeated for reply in replies] == [False, False, True, False, False]
 
 
+def test_a_turn_that_comes_again_to_what_failed_is_drawn_once_more(encoder, services) -> None:
+    """It leaves no trace: not in the messages, the files, what can be taken back, or the count of turns."""
+    conversation = begin(encoder, services, tiny.make_task(), redraws=2, max_turns=3)
+    conversation.opening()
+    say = lambda calls: [*encoder.tokenizer.encode(templates.render(templates.NATIVE, "", calls)), encoder.end]
+    undo = ToolCall("undo", {})
+    assert conversation.reply(say([WRONG, TESTS]), True).failing
+    told, files = len(conversation.messages), conversation.episode.executor.diff()
+    for calls in ([undo, WRONG, TESTS], [undo, undo, WRONG, TESTS]):
+        assert conversation.reply(say(calls), True).again
+        assert len(conversation.messages) == told and conversation.episode.executor.diff() == files
+    taken = conversation.reply(say([undo, WRONG, TESTS]), True)  # so often and no more
+    assert taken.repeated and not taken.again and len(conversation.episode.turns) == 2
+    assert conversation.reply(say([undo, WRONG, TESTS]), True).again  # the last turn that there is, and it is there again
+    last = conversation.reply(say([undo, RIGHT, TESTS]), True)
+    assert last.done and not last.failing
+    outcome = conversation.outcome(False)
+    assert outcome.solved and outcome.detail["runs"] == [False, False, True] and outcome.detail["turns"] == 3
+
+
 @pytest.fixture(name="live", scope="module")
 def _live():
     """Services of a pool whose worker holds live sandboxes, and the pool."""

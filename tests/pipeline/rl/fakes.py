@@ -136,12 +136,15 @@ class Piece:
 
 
 class Talk:
-    """An episode of some turns; `open_` counts those that hold a sandbox, `fails` says which have no verdict."""
+    """An episode of some turns; `open_` counts those that hold a sandbox, `fails` says which have no verdict.
+
+    One in `again` of its turns, which ones depends on their tokens, is to be drawn once more (0: none).
+    """
 
     open_: set[tuple[int, int]] = set()
 
-    def __init__(self, group: int, sample: int, fails) -> None:
-        self.key, self._fails, self._turns = (group, sample), fails, 0
+    def __init__(self, group: int, sample: int, fails, again: int = 0) -> None:
+        self.key, self._fails, self._turns, self._again = (group, sample), fails, 0, again
 
     def opening(self) -> list[int]:
         Talk.open_.add(self.key)
@@ -149,6 +152,8 @@ class Talk:
 
     def reply(self, tokens: list[int], stopped: bool) -> Reply:
         Talk.open_.add(self.key)
+        if self._again and number("again", self.key, self._turns, tokens) % self._again == 0:
+            return Reply(again=True)
         self._turns += 1
         drawn = number(self.key, self._turns, tokens)
         return Reply([2 + drawn % 9] * (1 + drawn % 3), done=drawn % 3 == 0, malformed=drawn % 7 == 0)
@@ -199,6 +204,7 @@ class World:
     slots: int = 6
     events: Any = None
     meeting: Any = None
+    again: int = 0
 
     def __post_init__(self) -> None:
         self.clock = Clock()
@@ -217,7 +223,7 @@ class World:
         return 0.0  # of what a run that goes on has to do again
 
     def group(self, place: int) -> Group:
-        return Group(self.size, lambda sample: Talk(place, sample, self.fails),
+        return Group(self.size, lambda sample: Talk(place, sample, self.fails, self.again),
                      lambda sample: number("seed", place, sample), lambda sample, turn: None)
 
     def update(self, version: int, stop=lambda: False):

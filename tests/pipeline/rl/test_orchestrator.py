@@ -124,6 +124,26 @@ def test_routes_are_those_that_tokens_had_when_they_were_drawn():
     assert looked > 100
 
 
+def test_turns_that_are_not_taken_are_drawn_again_from_another_stream():
+    """What was drawn for nothing is in no record; caches and routes are those of what is."""
+    redrawn = 0
+    for seed in range(4):
+        world = World(Plan(2, 6, max_staleness=seed % 2, burst=2), seed, again=3)
+        for version in range(4):
+            for record in world.update(version):
+                for turn, after in zip(record.turns, (*record.turns[1:], None)):
+                    said = record.tokens[turn.start : turn.stop].tolist()
+                    place = record.turns.index(turn)
+                    assert number("again", (record.prompt, record.sample), place, said) % 3
+                    assert after is None or after.start > turn.stop or record.sampled[turn.stop]
+                    redrawn += turn.redrawn
+                assert record.sampled.sum() == sum(turn.stop - turn.start for turn in record.turns)
+                assert len(record.tokens) == len(record.logprobs) == len(record.versions) == len(record.routes)
+        told = [tuple(record.tokens.tolist()) for record in World(Plan(2, 6), seed, again=3).update(0)]
+        assert told == [tuple(record.tokens.tolist()) for record in World(Plan(2, 6), seed, slowest=0.0, again=3).update(0)]
+    assert redrawn > 20
+
+
 def test_what_has_no_verdict_is_drawn_again_and_changes_no_expectation():
     """Failures that do not depend on the episode: the rewards of full groups are as without them."""
     means = []
@@ -147,7 +167,7 @@ def test_killed_at_any_tick_the_run_goes_on_as_if_it_had_not_been(plan, tmp_path
     """With caches made anew, or without staleness, bit for bit; where they are kept nothing is lost or taken twice."""
     exact = plan.caches == "recompute" or not plan.max_staleness
     for seed in range(2):
-        options = {"seed": seed, "slowest": 0.0 if exact else 5.0, "fails": sometimes(0.1)}
+        options = {"seed": seed, "slowest": 0.0 if exact else 5.0, "fails": sometimes(0.1), "again": 4 * seed}
         whole = World(plan, **options)
         want = [told(whole.update(version)) for version in range(UPDATES)]
         for kill in range(1, 40, 4):

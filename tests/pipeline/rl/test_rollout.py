@@ -125,3 +125,28 @@ def test_progress_counts_to_the_end(engine) -> None:
     groups, seeds = make_groups()
     rollout(engine, groups, seeds, sampling=Sampling(1.0), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (12, 12) and seen == sorted(seen)
+
+
+class Picky(Echo):
+    """Takes no turn of which the first token is `refused`."""
+
+    refused = -1
+
+    def reply(self, tokens, stopped):
+        return Reply(again=True) if tokens[0] == self.refused else super().reply(tokens, stopped)
+
+
+def test_a_turn_that_is_not_taken_leaves_nothing_behind(engine) -> None:
+    """The greedy policy says the refused token until it is drawn otherwise; what follows is as if it had never been said."""
+    (greedy,) = rollout(engine, [[Echo([3, 4], 3)]], [[1]], sampling=GREEDY)
+    talk, other = Picky([3, 4], 3), Picky([9], 3)
+    talk.refused = int(greedy.tokens[greedy.turns[1].start])
+    record, beside = rollout(engine, [[talk], [other]], [[1], [2]], sampling=GREEDY, again=Sampling(3.0))
+    turn = record.turns[1]
+    assert record.tokens[: turn.start].tolist() == greedy.tokens[: turn.start].tolist() and turn.redrawn >= 1
+    assert talk.refused != record.tokens[turn.start] and record.turns[0].redrawn == 0
+    # The turn behind it is greedy again, on what was said.
+    spoken = record.tokens[: record.turns[2].start].tolist()
+    (after,) = rollout(engine, [[Echo(spoken, 1)]], [[5]], sampling=GREEDY)
+    assert record.turns[2].redrawn or after.tokens.tolist() == record.tokens.tolist()
+    assert beside.tokens.tolist() == rollout(engine, [[Echo([9], 3)]], [[2]], sampling=GREEDY)[0].tokens.tolist()
