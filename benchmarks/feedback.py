@@ -5,7 +5,8 @@
 Models of a finished run, and its baseline, on held-out tasks: one greedy episode and `--samples` sampled ones a task.
 By pipeline.experts.feedback: failing turns that tried what had failed before; whether the attempt behind a failure is
 right, and whether any further one is, beside as many fresh attempts on the same tasks that were told nothing; and how
-many more tasks all attempts resolve than the first. Prints a table, and writes JSON with `--out`.
+many more tasks all attempts resolve than the first. Each model acts once for every figure of `--redraws`
+(config.evaluate.redraws). Prints a table, and writes JSON with `--out`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Of a run whose stages tasks and 
 CONFIG = flags.DEFINE_string("config", "configs/nano.py", "File with get_config().")
 MODELS = flags.DEFINE_list("models", ["sft"], "base, midtrain, sft, sft_control, expert_NAME, unified.")
 TASKS = flags.DEFINE_integer("tasks", 50, "Held-out tasks.")
+REDRAWS = flags.DEFINE_list("redraws", ["0", "16"], "For each model: how often a turn that repeats is drawn again.")
 SAMPLES = flags.DEFINE_integer("samples", 8, "Sampled episodes a task.")
 BASELINE = flags.DEFINE_bool("baseline", True, "Also the configuration's baseline.")
 SANDBOX = flags.DEFINE_string("sandbox", "local", "docker or local.")
@@ -71,8 +73,12 @@ def main(_: list[str]) -> None:
         if baseline is not None:
             results[baseline.name] = bench.baseline(baseline)
         for name in MODELS.value:
-            results[name] = bench.model(name, *load(context, name, bench.parallel))
-            print(row(name, results[name]), flush=True)
+            model = load(context, name, bench.parallel)
+            for redraws in map(int, REDRAWS.value):
+                bench.config = dataclasses.replace(bench.config, redraws=redraws)
+                title = f"{name}, {redraws} redraws" if redraws else name
+                results[title] = bench.model(name, *model)
+                print(row(title, results[title]), flush=True)
     finally:
         context.shared.close()
     results = {name: {key: found[key] for key in KEPT if key in found} for name, found in results.items()}

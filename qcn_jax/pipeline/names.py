@@ -53,12 +53,12 @@ def needs_sandbox(config: RunConfig, stage: str) -> bool:
 
 
 def check_scaffold(config: RunConfig, stage: str) -> None:
-    """Raises UserError where an expert cannot present tasks by the scaffold of `stage`, or its turns cannot be redrawn."""
+    """Raises UserError where an expert cannot present tasks by `stage`'s scaffold, or its turns cannot be redrawn."""
     name, field = getattr(config, stage).scaffold, f"--config.{stage}.scaffold"
     scaffold = SCAFFOLDS.resolve(name, field)
     if stage == "evaluate" and config.evaluate.redraws and scaffold.has_shell:
-        raise UserError(f"--config.evaluate.redraws: {config.evaluate.redraws}; what a turn's shell commands did cannot "
-                        f"be taken back; use 0, or a scaffold without a shell, which {name!r} is not")
+        raise UserError(f"--config.evaluate.redraws: {config.evaluate.redraws}; what shell commands did cannot be taken "
+                        f"back; use 0, or a scaffold without a shell, which {name!r} is not")
     for expert in experts_of(config.experts.names):
         try:
             expert.configured(config, "heldout" if stage == "evaluate" else "train").present(scaffold)
