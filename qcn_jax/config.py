@@ -293,6 +293,8 @@ class ExpertsConfig:
     # Tries of the SFT policy per prompt; those are left out on which all earn the same (0: all stay).
     filter_samples: Annotated[int, Within(at_least=2, also=(0,))] = 0
     greedy_turns: tuple[Count, ...] = ()  # turns that a group's samples, in turn, begin with greedily and do not learn
+    redraws: Count = 0  # see EvaluateConfig
+    seed: Count = 0  # beside RunConfig.seed: other ones repeat the stage, from the same model and on the same tasks
     # An update begins when so many groups (`prompts`) have finished; other episodes stay open over at most this many
     # updates, and go on under the new weights. 0: every update waits for its own groups.
     max_staleness: Count = 1
@@ -360,6 +362,7 @@ class EvaluateConfig:
     samples: Count = 8
     temperature: AboveZero = 0.8  # of samples, and of turns that are drawn again
     redraws: Count = 0  # of a turn that comes again to files on which tests failed: it counts for nothing
+    seed: Count = 0  # beside RunConfig.seed: other ones draw anew, and train the control anew
     scaffold: known.ScaffoldName = "nano"  # see ExpertsConfig
     baseline: known.Baseline = "heuristic"  # plays without a model (pipeline.evaluate.baseline); empty: none
     sft_control: bool = True  # also train and evaluate the equal-time imitation control

@@ -89,6 +89,14 @@ class StageContext:
         """The stage's own folder; exists while the stage runs."""
         return self.root / self.stage
 
+    @property
+    def seed(self) -> int:
+        """What is random in the stage: follows from `config.seed` and, with experts and evaluate, from their own."""
+        from qcn_jax.pipeline.rl.records import sequence_seed
+
+        own = getattr(getattr(self.config, self.stage, None), "seed", 0)
+        return sequence_seed(self.config.seed, own) % 2**31 if own else self.config.seed
+
     def log(self, line: str) -> None:
         """Prints one progress line with the stage's name and its seconds so far."""
         seconds = time.monotonic() - self.started

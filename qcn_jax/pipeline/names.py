@@ -56,9 +56,10 @@ def check_scaffold(config: RunConfig, stage: str) -> None:
     """Raises UserError where an expert cannot present tasks by `stage`'s scaffold, or its turns cannot be redrawn."""
     name, field = getattr(config, stage).scaffold, f"--config.{stage}.scaffold"
     scaffold = SCAFFOLDS.resolve(name, field)
-    if stage == "evaluate" and config.evaluate.redraws and scaffold.has_shell:
-        raise UserError(f"--config.evaluate.redraws: {config.evaluate.redraws}; what shell commands did cannot be "
-                        f"taken back; use 0, or a scaffold without a shell, which {name!r} is not")
+    redraws = getattr(getattr(config, stage), "redraws", 0)
+    if redraws and scaffold.has_shell:
+        raise UserError(f"--config.{stage}.redraws: {redraws}; what shell commands did cannot be taken back; use 0, "
+                        f"or a scaffold without a shell, which {name!r} is not")
     for expert in experts_of(config.experts.names):
         try:
             expert.configured(config, "heldout" if stage == "evaluate" else "train").present(scaffold)

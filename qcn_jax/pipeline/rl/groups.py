@@ -131,7 +131,10 @@ class Episode:
         self.conversation.opening()
         ends = [*(turn.start for turn in self.turns[1:]), self.start]
         for turn, end in zip(self.turns, ends):
-            reply = self.conversation.reply(self.tokens[turn.start : turn.stop], turn.stopped)
+            for _ in range(turn.redrawn + 1):  # of draws that were not taken only the number is known
+                reply = self.conversation.reply(self.tokens[turn.start : turn.stop], turn.stopped)
+                if not reply.again:
+                    break
             answer = [] if reply.done else list(reply.tokens)
             given = (turn.malformed, turn.failing, turn.repeated)
             if not self.truncated and answer != self.tokens[turn.stop : end]:

@@ -93,7 +93,7 @@ class Learner:
         seeds = [[sequence_seed(self.seed, update, g, i) for i in range(samples)] for g in range(len(prompts))]
         sampling = episodes.sampling_of(self.config.rollout)
         return rollout(self.engine, groups, seeds, sampling=sampling, greedy_turns=self.config.greedy_turns,
-                       progress=progress, stop=stop)
+                       again=sampling, progress=progress, stop=stop)
 
     def next(self, step: int, state: TrainState, stop: Stop = never) -> Work | None:
         """Collects episodes and their rewards; see train.loop.Feed and `lesson`."""
@@ -138,11 +138,11 @@ class Learner:
     def _group(self, number: int) -> Group:
         """The group of a number: its prompt's, the next of the shuffled order."""
         (prompt,) = episodes.choose(self.prompts, 1, number, self.seed)
-        place = divmod(number, self.config.prompts)
+        place, sampling = divmod(number, self.config.prompts), episodes.sampling_of(self.config.rollout)
         return Group(
             self.config.group_size, lambda sample: self.converse(prompt),
             lambda sample: sequence_seed(self.seed, *place, sample),
-            **sampled(episodes.sampling_of(self.config.rollout), self.config.greedy_turns))  # fmt: skip
+            **sampled(sampling, self.config.greedy_turns, again=sampling))  # fmt: skip
 
     def close(self) -> None:
         """Gives up the episodes that are open."""

@@ -88,7 +88,7 @@ def make_bench(context: StageContext) -> Bench:
     config = context.config
     tasks = balanced(context.tasks("heldout"), config.evaluate.tasks, config.seed)
     return Bench(tasks, context.experts(), context.scaffold("evaluate"), context.templates(), config.evaluate,
-                 context.encoder(), context.services(), config.seed, context.log,
+                 context.encoder(), context.services(), context.seed, context.log,
                  mesh_here(config.mesh), config.heldout_templates)
 
 

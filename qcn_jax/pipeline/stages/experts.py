@@ -79,11 +79,11 @@ def _train_expert(context: StageContext, expert: Expert, start: str, params: Any
     if all(prompt.scaffold.single_turn for prompt in prompts):  # taken greedily, the only turn would teach nothing
         config = dataclasses.replace(config, greedy_turns=())
     feed = Learner(
-        config=config, seed=sequence_seed(context.config.seed, zlib.crc32(expert.name.encode())), engine=engine,
+        config=config, seed=sequence_seed(context.seed, zlib.crc32(expert.name.encode())), engine=engine,
         trainer=trainer, prompts=prompts,
         converse=lambda prompt: expert.conversation(
             prompt, encoder, services, max_turns=config.rollout.max_turns,
-            unfinished_penalty=config.unfinished_penalty, reward=reward,
+            unfinished_penalty=config.unfinished_penalty, reward=reward, redraws=config.redraws,
         ),
         journal=directory / "journal" / str(distributed.place()[0]), log=log,
     )  # fmt: skip

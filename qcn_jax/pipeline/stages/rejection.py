@@ -68,7 +68,7 @@ def imitate_survivors(context: StageContext, expert: Expert, start: str, engine:
                                 sequence_length=shape.sequence_length)
     source = loader.Source(STORE, loader.TokenStore(folder / STORE), 1.0)
     results = sft.imitate(context, [source], train, folder / "imitation", start, model_name(expert),
-                          context.config.seed + STREAM)
+                          context.seed + STREAM)
     return counts | {"steps": steps, "loss": results.get("loss")}
 
 
@@ -78,7 +78,7 @@ def _survivors(context: StageContext, expert: Expert, engine: Engine, params: An
     """(a conversation as `qcn collect` writes it, its tokens) of each episode that is kept, and counts."""
     engine.params = params
     groups = [[converse(prompt) for _ in range(samples)] for prompt in prompts]
-    seeds = [[sequence_seed(context.config.seed, STREAM, number, sample) for sample in range(samples)]
+    seeds = [[sequence_seed(context.seed, STREAM, number, sample) for sample in range(samples)]
              for number in range(len(groups))]
     records = rollout(engine, groups, seeds, sampling=episodes.sampling_of(context.config.experts.rollout))
     solved = [record for record in records if record.outcome.solved and record.outcome.finished

@@ -125,7 +125,7 @@ def train_control(context: StageContext, steps: int, directory: pathlib.Path) ->
       fit's results and `seconds`, of steps alone.
     """
     results = imitate(context, _sources(context), dataclasses.replace(context.config.sft.train, steps=steps), directory,
-                      "sft", "sft_control", context.config.seed + CONTROL_SEED)
+                      "sft", "sft_control", context.seed + CONTROL_SEED)
     return results | {"seconds": results["seconds_per_step"] * steps}
 
 
