@@ -323,6 +323,8 @@ class ExpertsConfig:
     advantage_baseline: known.AdvantageBaseline = "mean"  # what rewards are compared with: mean, leave_one_out
     advantage_scale: known.AdvantageScale = "std"  # divided by: std (GRPO), none (Dr. GRPO)
     kl_coef: Amount = 0.0
+    # Of a reward, for every run of the tests that failed before: right at once is better than right in the end.
+    attempt_discount: Share = 1.0
     unfinished_penalty: Amount = 0.2
     malformed_penalty: Amount = 0.2
     repeat_penalty: Amount = 0.2  # of turns that come again to files on which the tests have failed

@@ -14,20 +14,27 @@ from qcn_jax.pipeline.rl.objectives import STD_FLOOR
 from qcn_jax.pipeline.rl.records import RolloutRecord
 
 
-def informative_groups(records: list[RolloutRecord]) -> dict[int, list[RolloutRecord]]:
+def earned(record: RolloutRecord, discount: float) -> float:
+    """The episode's reward, what is positive of it times `discount` for every turn that ended in failing tests."""
+    reward, failed = record.outcome.reward, sum(turn.failing for turn in record.turns)
+    return reward * discount**failed if reward > 0 else reward
+
+
+def informative_groups(records: list[RolloutRecord], discount: float = 1.0) -> dict[int, list[RolloutRecord]]:
     """Records by prompt, without infrastructure failures and without prompts whose samples all earned the same.
 
     Prompts that are always or never solved say nothing about which sample was better (report, RL of the
     software-engineering expert; DAPO's dynamic sampling). Where execution earns parts of a reward, samples of one
-    verdict may differ all the same, as two answers in the right format do of which one resolves the task. Penalties
-    do not count: which of several failures ended in time is nothing to learn from.
+    verdict may differ all the same, as two answers in the right format do of which one resolves the task; and with a
+    `discount` those that resolve it at the first attempt and at a later one. Penalties do not count: which of several
+    failures ended in time is nothing to learn from.
     """
     groups: dict[int, list[RolloutRecord]] = {}
     for record in records:
         if not record.outcome.infrastructure:
             groups.setdefault(record.prompt, []).append(record)
-    earned = lambda group: [record.outcome.reward + record.outcome.penalty for record in group]
-    return {prompt: group for prompt, group in groups.items() if np.std(earned(group)) > STD_FLOOR}
+    every = lambda group: [earned(record, discount) + record.outcome.penalty for record in group]
+    return {prompt: group for prompt, group in groups.items() if np.std(every(group)) > STD_FLOOR}
 
 
 def token_advantages(record: RolloutRecord, advantage: float, config: ExpertsConfig) -> np.ndarray:

@@ -154,4 +154,4 @@ class Learner:
     def useful(self, params: Any, samples: int, progress: Callable[[int, int], None] | None = None) -> list[int]:
         """Indices of the prompts on which the given policy earns more and less in `samples` tries."""
         records = self.act(params, PROBE, self.prompts, samples, progress=progress)
-        return sorted(informative_groups(records))
+        return sorted(informative_groups(records, self.config.attempt_discount))

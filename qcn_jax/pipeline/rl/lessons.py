@@ -7,7 +7,7 @@ import numpy as np
 
 from qcn_jax.config import ExpertsConfig
 from qcn_jax.pipeline.rl import episodes, objectives
-from qcn_jax.pipeline.rl.advantages import informative_groups, token_advantages
+from qcn_jax.pipeline.rl.advantages import earned, informative_groups, token_advantages
 from qcn_jax.pipeline.rl.records import RolloutRecord
 from qcn_jax.pipeline.rl.settings import ACTED
 
@@ -26,7 +26,7 @@ def learnable(records: Sequence[RolloutRecord], version: int, config: ExpertsCon
 
 def parts(records: Sequence[RolloutRecord], config: ExpertsConfig) -> list[Groups]:
     """The groups that teach something, dealt out to the moves of the optimizer; those that get none are left out."""
-    groups = list(informative_groups(list(records)).values())
+    groups = list(informative_groups(list(records), config.attempt_discount).values())
     return [part for part in (groups[i :: config.minibatches] for i in range(config.minibatches)) if part]
 
 
@@ -39,7 +39,7 @@ def documents(groups: Groups, config: ExpertsConfig) -> list[list[dict[str, np.n
     lengths = [[int(record.sampled.sum()) for record in group] for group in groups]
     for group, weights in zip(groups, objectives.token_weights(lengths, config.average), strict=True):
         advantages = objectives.group_advantages(
-            [record.outcome.reward for record in group], [0] * len(group), [True] * len(group),
+            [earned(record, config.attempt_discount) for record in group], [0] * len(group), [True] * len(group),
             config.advantage_baseline, config.advantage_scale)
         advantages *= np.where(advantages < 0, config.negative_weight, 1.0)
         found.append([

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qcn_jax.config import ExpertsConfig
-from qcn_jax.pipeline.rl import advantages
+from qcn_jax.pipeline.rl import advantages, lessons
 from qcn_jax.pipeline.rl.records import Outcome, RolloutRecord, Turn
 
 
@@ -37,6 +37,25 @@ def test_groups_that_teach() -> None:
     summary = advantages.summarize([records[0], *records])
     assert {name: value for name, value in summary.items() if name.startswith("guard/")} == {
         "guard/blocked/git_remote": 4.0, "guard/unseen": 2.0}
+
+
+def test_right_at_once_is_better_than_right_in_the_end() -> None:
+    """With a discount groups that are always solved teach, unless their attempts were as many."""
+    def tried(episode, failed):
+        turns = tuple(dataclasses.replace(turn, failing=i < failed) for i, turn in enumerate(episode.turns))
+        return dataclasses.replace(episode, turns=turns)
+
+    three = (False, False, False)
+    first, third = tried(record(0, 1, True, malformed=three), 0), tried(record(0, 1, True, malformed=three), 2)
+    assert [advantages.earned(one, 0.5) for one in (first, third)] == [1.0, 0.25]
+    assert advantages.earned(tried(record(0, -0.2, False), 1), 0.5) == -0.2
+    assert not advantages.informative_groups([first, third]) and not advantages.informative_groups([third, third], 0.5)
+    assert list(advantages.informative_groups([first, third], 0.5)) == [0]
+    config = ExpertsConfig(attempt_discount=0.5, negative_weight=1.0)
+    soon, late = lessons.documents([[first, third]], config)[0]
+    assert soon["advantages"].max() == pytest.approx(1.0, abs=1e-4)
+    # The turn that was right in the end is less than expected, and those that failed are not worse than it.
+    assert late["advantages"].min() == pytest.approx(-1.0, abs=1e-4) and late["advantages"].max() <= 0.0
 
 
 def test_only_the_tokens_of_malformed_turns_are_penalised() -> None:
