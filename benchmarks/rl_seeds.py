@@ -20,6 +20,10 @@ import numpy as np
 from absl import app, flags
 
 from qcn_jax import files, statistics
+from qcn_jax.cli import parsing
+from qcn_jax.pipeline.context import Shared, StageContext
+from qcn_jax.pipeline.models import load
+from qcn_jax.pipeline.stages.evaluate import make_bench, train_control
 
 SFT = flags.DEFINE_string("sft", None, "Run whose stages tasks, midtrain and sft have finished.", required=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Gets a run for each seed.", required=True)
@@ -32,15 +36,33 @@ PAIRS = (("expert_swe", "sft"), ("expert_swe", "sft_control"), ("sft_control", "
 
 def repeat(seed: str, further: list[str]) -> dict[str, Any]:
     """Numbers of the models by name, of one seed."""
-    root = pathlib.Path(WORKDIR.value) / seed
+    root = pathlib.Path(WORKDIR.value).absolute() / seed
     for stage in STAGES:
         if not (root / stage).exists():
             shutil.copytree(pathlib.Path(SFT.value) / stage, root / f"{stage}.copied")
             (root / f"{stage}.copied").rename(root / stage)
-    subprocess.run([sys.executable, "-m", "qcn_jax", "run", f"--config={CONFIG.value}", f"--workdir={root}",
-                    "--stages=experts,evaluate", "--config.experts.names=swe", f"--config.experts.seed={seed}",
-                    f"--config.evaluate.seed={seed}", *further], check=True)
-    return {path.stem: files.read_json(path) for path in sorted((root / "evaluate" / "models").glob("*.json"))}
+    given = ["--config.experts.names=swe", f"--config.experts.seed={seed}", f"--config.evaluate.seed={seed}", *further]
+    given = [f"--config={CONFIG.value}", *given]
+    subprocess.run([sys.executable, "-m", "qcn_jax", "run", f"--workdir={root}", "--stages=experts", *given], check=True)
+    values = flags.FlagValues()
+    configured = parsing.define_config(values, given)
+    parsing.parse(values, "run", __doc__, given)
+    config = configured()
+    context = StageContext(config, root, "evaluate", Shared(config, root))
+    found, names = {}, ("sft", *["sft_control"] * config.evaluate.sft_control, "expert_swe")
+    try:
+        bench = None
+        for name in names:
+            path = context.workdir / "models" / f"{name}.json"
+            if not path.exists():
+                bench = bench or make_bench(context)
+                if name == "sft_control":
+                    train_control(context)
+                files.write_json(path, bench.model(name, *load(context, name, bench.parallel)))
+            found[name] = files.read_json(path)
+    finally:
+        context.shared.close()
+    return found
 
 
 def sft_hash() -> str:
@@ -83,7 +105,8 @@ def compare(runs: list[dict[str, Any]], first: str, second: str, sampled: bool) 
 def main(args: list[str]) -> None:
     """Repeats, compares and prints."""
     runs = [repeat(seed, args[1:]) for seed in SEEDS.value]
-    found = [compare(runs, *pair, sampled) for pair in PAIRS for sampled in (False, True)]
+    pairs = [pair for pair in PAIRS if set(pair) <= runs[0].keys()]
+    found = [compare(runs, *pair, sampled) for pair in pairs for sampled in (False, True)]
     print("| pair | | pairs | rates | only first / second | p, pairs | p, tasks | by seed |\n" + "|---" * 8 + "|")
     for one in found:
         print(f"| {one['first']} against {one['second']} | {'sampled' if one['sampled'] else 'greedy'} | {one['pairs']} | "
