@@ -142,7 +142,7 @@ FIELDS = [
     ("experts__advantage_baseline", "median", "mean, leave_one_out"),
     ("experts__advantage_scale", "max", "std, none"),
     ("experts__ratio_cap", 0.0, "above 0"),
-    ("evaluate__baseline", "best", "heuristic, package.module:OBJECT"),
+    ("evaluate__baseline", "best", "heuristic, solver, package.module:OBJECT"),
     ("problems__kinds", ("stdio", "maths"), "stdio, library, sql, secure, instructions"),
     ("problems__languages", ("perl",), "python, javascript, go"),
     ("problems__made", -1, "at least 0"),

@@ -30,7 +30,8 @@ class Baseline(abc.ABC):
         """Plays `episode` to its end."""
 
 
-BASELINES = Registry("baseline", Baseline, {"heuristic": "qcn_jax.recipes.nano.heuristic:HEURISTIC"})
+BASELINES = Registry("baseline", Baseline, {
+    "heuristic": "qcn_jax.recipes.nano.heuristic:HEURISTIC", "solver": "qcn_jax.recipes.nano.solver:SCRIPTED"})
 
 
 def baseline_of(config: RunConfig) -> Baseline | None:

@@ -16,11 +16,9 @@ from qcn_jax.agents.tools import ToolExecutor
 from qcn_jax.agents.trajectory import Trajectory, verified
 from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.tasks.schema import Task
-from qcn_jax.errors import UserError
 from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.recipes.nano import page_tokens, spans
-from qcn_jax.recipes.nano.scaffold import NanoScaffold
-from qcn_jax.recipes.nano.solver import SpanEdit
+from qcn_jax.recipes.nano.solver import SpanEdit, check_plays
 
 # Most suspicious first: a rule maps a token to what it is taken to have been. Deleting `not` comes before all.
 RULES: tuple[dict[str, tuple[str, ...]], ...] = (
@@ -76,8 +74,7 @@ class Heuristic(Baseline):
 
     def check(self, scaffold: Scaffold) -> None:
         """See Baseline."""
-        if not isinstance(scaffold, NanoScaffold) or scaffold.single_turn:
-            raise UserError(f"baseline {self.name} plays several turns with nano's tools, not scaffold {scaffold.name}")
+        check_plays(self, scaffold)
 
     def play(self, episode: Episode) -> None:
         """See Baseline."""

@@ -23,8 +23,10 @@ from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.patches import PatchError, apply_changes
 from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.errors import UserError
+from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.recipes.nano import page_tokens, spans
-from qcn_jax.recipes.nano.scaffold import NANO
+from qcn_jax.recipes.nano.scaffold import NANO, NanoScaffold
 from qcn_jax.recipes.nano.spans import minimal_edit
 
 __all__ = [
@@ -98,17 +100,46 @@ def solve(
     if scaffold.single_turn:
         _act(episode, [edit.call() for edit in edits])
     else:
-        for view in views:
-            _act(episode, [view])
-        undo: list[ToolCall] = []
-        for attempt in [*([edit] for edit in failing), edits]:
-            _act(episode, [*undo, *(edit.call() for edit in attempt), ToolCall("run_tests")])
-            if episode.done or episode.turns[-1].passed:
-                break
-            undo = [ToolCall("undo")] * len(attempt)
-        if not episode.done and episode.turns[-1].passed:
-            _act(episode, [ToolCall("submit")])
+        _play(episode, views, [*([edit] for edit in failing), edits])
     return verified(episode, executor, grade)
+
+
+class Scripted(Baseline):
+    """The solver as evaluation's baseline: what the tools allow to whoever knows the fix."""
+
+    def check(self, scaffold: Scaffold) -> None:
+        """See Baseline."""
+        check_plays(self, scaffold)
+
+    def play(self, episode: Episode) -> None:
+        """See Baseline; submits nothing where the fix is no small span edit."""
+        views = find_views(episode.task, episode.executor)
+        edits = None if views is None else gold_edits(episode.task, episode.executor)
+        _play(episode, views or (), [edits] * (edits is not None))
+        _act(episode, [ToolCall("submit")])
+
+
+SCRIPTED = Scripted("solver", "scripted solver, which knows the fix")
+
+
+def check_plays(baseline: Baseline, scaffold: Scaffold) -> None:
+    """Raises UserError unless `scaffold` has nano's tools and several turns."""
+    if not isinstance(scaffold, NanoScaffold) or scaffold.single_turn:
+        raise UserError(f"baseline {baseline.name} plays several turns with nano's tools, not scaffold {scaffold.name}")
+
+
+def _play(episode: Episode, views: Sequence[ToolCall], attempts: Sequence[Sequence[SpanEdit]]) -> None:
+    """Views, then makes one attempt in the place of the one before until the tests pass; submits if they do."""
+    for view in views:
+        _act(episode, [view])
+    undo: list[ToolCall] = []
+    for attempt in attempts:
+        _act(episode, [*undo, *(edit.call() for edit in attempt), ToolCall("run_tests")])
+        if episode.done or episode.turns[-1].passed:
+            break
+        undo = [ToolCall("undo")] * len(attempt)
+    if not episode.done and episode.turns and episode.turns[-1].passed:
+        _act(episode, [ToolCall("submit")])
 
 
 def solve_with(

@@ -17,6 +17,7 @@ from qcn_jax.agents.workspace import OverlayWorkspace
 from qcn_jax.envs.patches import apply_diff, make_diff
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.tasks.schema import Task
+from qcn_jax.pipeline.evaluate.baseline import BASELINES
 from qcn_jax.recipes.nano import heuristic
 from qcn_jax.recipes.nano.scaffold import NANO
 from qcn_jax.recipes.nano.solver import SpanEdit
@@ -68,6 +69,16 @@ def _episode(bad, tmp_path, max_turns=8):
     workspace = OverlayWorkspace({"m.py": GOOD}, {"m.py": bad}, run_tests)
     executor = ToolExecutor(task, NANO.tools, workspace)
     return Episode(task, NANO, executor, max_turns=max_turns)
+
+
+def test_whoever_knows_the_fix_needs_one_attempt(tmp_path):
+    episode = _episode(GOOD.replace("a and b", "a or b").replace("1 == b", "1 != b"), tmp_path)
+    BASELINES.resolve("solver", "--baseline").play(episode)
+    result = episode.result()
+    assert result.reason is EndReason.SUBMITTED and result.tests_passed and len(result.runs) == 1
+    wide = _episode(GOOD.replace("    return False\n", "    return True\n    pass\n"), tmp_path)  # no small span edit
+    BASELINES.resolve("solver", "--baseline").play(wide)
+    assert wide.result().reason is EndReason.SUBMITTED and not wide.result().tests_passed
 
 
 @pytest.mark.parametrize("bad, attempts", [
