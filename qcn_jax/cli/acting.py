@@ -82,6 +82,10 @@ def define_agent(values: flags.FlagValues, several: bool = False) -> Callable[[]
                        upper_bound=1.0)
     flags.DEFINE_integer("top_k", 0, "Of sampling, most probable tokens; 0: the endpoint's own, or all.",
                          flag_values=values, lower_bound=0)
+    flags.DEFINE_integer("redraws", 0, "With a checkpoint and a scaffold without a shell: how often a turn that comes "
+                         "again to files on which tests failed is drawn once more; it counts for nothing. Default: "
+                         "its run's, or 0.", flag_values=values, lower_bound=0)
+    flags.DEFINE_float("redraw_temperature", 1.0, "Of these.", flag_values=values, lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "From which each attempt gets its own.", flag_values=values)
     flags.DEFINE_integer("max_turns", None, "Turns of an episode. Default: 50, with a checkpoint its run's or 8.",
                          flag_values=values, lower_bound=1)
@@ -137,7 +141,8 @@ class Agent:
 
             values = self.values
             drawing = acting.Drawing(values.temperature, values.top_p or 1.0, values.top_k,
-                                     values.max_new_tokens or 64, values.max_length or 1024)
+                                     values.max_new_tokens or 64, values.max_length or 1024,
+                                     values.redraws, values.redraw_temperature)
             return acting.run(values.checkpoint, self.mesh, tasks, self.scaffold, arena.services, self.plan, drawing,
                               folder, progress, blocks.given(values))
 
@@ -161,9 +166,15 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
     if values.checkpoint:
         _as_its_run(values)
     else:
-        parsing.refuse_given(values, blocks.given(values), "only a --checkpoint is run here")
+        parsing.refuse_given(values, (*blocks.given(values), *["redraws"] * bool(values.redraws)),
+                             "only a --checkpoint is run here")
     scaffold = SCAFFOLDS.resolve(values.scaffold or ("mini_swe_agent" if url else "nano"), "--scaffold")
     scaffold = in_template(scaffold, values.template)
+    if values.redraws and scaffold.has_shell:
+        if values["redraws"].present:
+            raise UserError(f"--redraws={values.redraws}: what shell commands did cannot be taken back; use 0, or a "
+                            f"scaffold without a shell, which --scaffold={scaffold.name} is not")
+        values["redraws"].value = 0  # of a run with another scaffold
     turns = values.max_turns or (50 if url else 8)
     limits = Limits(turns, values.max_seconds, values.max_length or 0)
     plan = running.Plan(values.attempts, values.seed, limits, values.parallel or (32 if values.checkpoint else 8))
@@ -171,7 +182,8 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
                 "scaffold": scaffold.name, "network": values.network,
                 "temperature": values.temperature, "top_p": values.top_p, "top_k": values.top_k or None,
                 "seed": values.seed, "max_turns": turns, "max_new_tokens": values.max_new_tokens,
-                "max_length": values.max_length}
+                "max_length": values.max_length, "redraws": values.redraws or None,
+                "redraw_temperature": values.redraw_temperature if values.redraws else None}
     if values.baseline:
         from qcn_jax.pipeline.evaluate.baseline import BASELINES
 

@@ -67,6 +67,14 @@ class Shared:
                 close()
 
 
+def stage_seed(config: RunConfig, stage: str) -> int:
+    """What is random in a stage: follows from `config.seed` and, of experts and evaluate, from the stage's own."""
+    from qcn_jax.pipeline.rl.records import sequence_seed
+
+    own = getattr(getattr(config, stage, None), "seed", 0)
+    return sequence_seed(config.seed, own) % 2**31 if own else config.seed
+
+
 @dataclasses.dataclass(frozen=True)
 class StageContext:
     """Handed to every stage.
@@ -91,11 +99,8 @@ class StageContext:
 
     @property
     def seed(self) -> int:
-        """What is random in the stage: follows from `config.seed` and, with experts and evaluate, from their own."""
-        from qcn_jax.pipeline.rl.records import sequence_seed
-
-        own = getattr(getattr(self.config, self.stage, None), "seed", 0)
-        return sequence_seed(self.config.seed, own) % 2**31 if own else self.config.seed
+        """See `stage_seed`."""
+        return stage_seed(self.config, self.stage)
 
     def log(self, line: str) -> None:
         """Prints one progress line with the stage's name and its seconds so far."""

@@ -132,6 +132,8 @@ def test_predictions_come_as_agents_and_swebench_write_them(tmp_path, text, name
     (["--tasks=t", "--out=o", "--baseline=heuristic", "--scaffold=swe_agent"], ["--scaffold=swe_agent: baseline heuristic"]),
     (["--tasks=t", "--out=o", "--checkpoint=nowhere"], ["nowhere/config.json"]),
     (["--tasks=none.jsonl", "--out=o", "--baseline=heuristic", "--num_blocks=9"], ["--num_blocks: only a --checkpoint is run here"]),
+    (["--tasks=none.jsonl", "--out=o", "--baseline=heuristic", "--redraws=2"], ["--redraws: only a --checkpoint is run here"]),
+    (["--tasks=none.jsonl", "--out=o", "--checkpoint=c", "--redraws=2", "--scaffold=swe_agent"], ["--redraws=2", "--scaffold=swe_agent"]),
 ])
 def test_bad_flags_are_named(capsys, arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -29,21 +29,26 @@ from qcn_jax.pipeline.rl.rollout import rollout
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How tokens are drawn, and how many a turn and an episode may have."""
+    """How tokens are drawn, and how many a turn and an episode may have.
+
+    redraws, redraw_temperature: how often a turn that comes again to files on which tests failed is drawn once more.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 64
     max_length: int = 1024
+    redraws: int = 0
+    redraw_temperature: float = 1.0
 
 
 class Recorded(TaskConversation):
     """An episode that is graded and written down when it ends."""
 
     def __init__(self, task: Task, scaffold: Scaffold, encoder: Encoder, services: Services, attempt: int,
-                 max_turns: int, write: Callable[["Recorded", Record], None]) -> None:
-        super().__init__(task, scaffold, encoder, services, max_turns=max_turns, reward=None)
+                 max_turns: int, redraws: int, write: Callable[["Recorded", Record], None]) -> None:
+        super().__init__(task, scaffold, encoder, services, max_turns=max_turns, reward=None, redraws=redraws)
         self._attempt, self._write = attempt, write
         self._prompt = self._written = 0
         self._started = time.monotonic()
@@ -115,11 +120,12 @@ def run(checkpoint: str | os.PathLike[str], mesh: MeshConfig | None, tasks: Sequ
             progress(record)
 
         make = functools.partial(Recorded, scaffold=scaffold, encoder=encoder, services=services,
-                                 max_turns=plan.limits.turns, write=write)
+                                 max_turns=plan.limits.turns, redraws=drawing.redraws, write=write)
         by_task: dict[str, list[tuple[Task, int]]] = {}
         for task, attempt in missing:
             by_task.setdefault(task.instance_id, []).append((task, attempt))
         groups = [[make(task, attempt=attempt) for task, attempt in one] for one in by_task.values()]
         seeds = [[running.attempt_seed(plan.seed, task, attempt) for task, attempt in one] for one in by_task.values()]
-        rollout(engine, groups, seeds, sampling=Sampling(drawing.temperature, drawing.top_p, drawing.top_k))
+        drawn = lambda temperature: Sampling(temperature, drawing.top_p, drawing.top_k)
+        rollout(engine, groups, seeds, sampling=drawn(drawing.temperature), again=drawn(drawing.redraw_temperature))
     return running.ordered(tasks, plan, folder)

@@ -9,6 +9,7 @@ from qcn_jax import files
 from qcn_jax.config import RunConfig
 from qcn_jax.errors import UserError
 from qcn_jax.hub.description import ACTING_FILE
+from qcn_jax.pipeline.context import stage_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ActingSettings:
     temperature, top_p, top_k: of samples; a single attempt is greedy.
     dtype, chunk_size: how the model is computed.
     tasks: file of held-out tasks, relative to the model's folder, of which `count` are chosen (bench.balanced).
+    redraws, redraw_temperature: how often a turn that comes again to files on which tests failed is drawn once more.
     """
 
     scaffold: str
@@ -37,6 +39,8 @@ class ActingSettings:
     chunk_size: int
     tasks: str
     count: int
+    redraws: int = 0
+    redraw_temperature: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """What `read` reads."""
@@ -44,7 +48,8 @@ class ActingSettings:
 
     def flags(self, sampled: bool) -> dict[str, Any]:
         """Values by the flags of `qcn evaluate` that give them; with `sampled` those of samples too."""
-        names = ["scaffold", "network", "seed", "max_turns", "max_new_tokens", "max_length"]
+        names = ["scaffold", "network", "seed", "max_turns", "max_new_tokens", "max_length", "redraws",
+                 "redraw_temperature"]
         names += ["temperature", "top_p", "top_k"] if sampled else []
         return {name: getattr(self, name) for name in names} | {"parallel": self.slots}
 
@@ -53,9 +58,10 @@ def of_run(config: RunConfig, root: pathlib.Path, folder: pathlib.Path) -> Actin
     """The settings of the models of a run; `folder` is where one of them lies below the work directory `root`."""
     evaluate, rollout = config.evaluate, config.evaluate.rollout
     return ActingSettings(
-        evaluate.scaffold, config.network, config.seed, rollout.max_turns, rollout.max_new_tokens, rollout.max_length,
-        rollout.slots, float(evaluate.temperature), float(rollout.top_p), rollout.top_k, config.model.dtype,
-        config.model.chunk_size, os.path.relpath(root / "tasks" / "heldout.jsonl", folder), evaluate.tasks)
+        evaluate.scaffold, config.network, stage_seed(config, "evaluate"), rollout.max_turns, rollout.max_new_tokens,
+        rollout.max_length, rollout.slots, float(evaluate.temperature), float(rollout.top_p), rollout.top_k,
+        config.model.dtype, config.model.chunk_size, os.path.relpath(root / "tasks" / "heldout.jsonl", folder),
+        evaluate.tasks, evaluate.redraws, float(evaluate.temperature))
 
 
 def read(folder: str | os.PathLike[str]) -> ActingSettings | None:
@@ -69,6 +75,8 @@ def read(folder: str | os.PathLike[str]) -> ActingSettings | None:
         return None
     row = files.read_object(path)
     for field in dataclasses.fields(ActingSettings):
+        if field.name not in row and field.default is not dataclasses.MISSING:
+            row[field.name] = field.default  # of a model that is older than the field
         value = row.get(field.name)
         if isinstance(value, bool) or not isinstance(value, (int, float) if field.type is float else field.type):
             raise UserError(f"{path}: {field.name} must be of type {field.type.__name__}, got {value!r:.60}; put the "
