@@ -21,6 +21,7 @@ from qcn_jax.envs.synthesis import verify
 from qcn_jax.envs.tasks import swebench
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.tasks.verdicts import Verdict
+from qcn_jax.envs.web.judge import Judge
 from qcn_jax.errors import UserError
 
 
@@ -97,8 +98,8 @@ class Arena:
 
 @contextlib.contextmanager
 def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place: Place,
-               instances: Mapping[str, swebench.Instance] | None = None, scaffold: Scaffold | None = None
-               ) -> Iterator[Arena]:
+               instances: Mapping[str, swebench.Instance] | None = None, scaffold: Scaffold | None = None,
+               judge: Judge | None = None) -> Iterator[Arena]:
     """Opens what it takes, and closes it.
 
     Args:
@@ -107,6 +108,7 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
       place: where code runs.
       instances: SWE-bench's, by id; all tasks are then such.
       scaffold: of agents that will act; None where patches are only graded.
+      judge: of pages; None has the checks of envs.web.judge alone.
 
     Raises:
       UserError: a back end that is asked for or needed is missing; the scaffold has a shell that nothing keeps in.
@@ -123,7 +125,7 @@ def open_arena(tasks: Mapping[str, Task], specs: Sequence[RepositorySpec], place
             provider = stack.enter_context(contextlib.closing(make_provider(**{**arguments, "kind": kind})))
             if scaffold is not None:
                 check_shell(scaffold, provider, "--scaffold")
-            services = pool_services({spec.name: spec for spec in specs}, provider, pool, fail_fast=False)
+            services = pool_services({spec.name: spec for spec in specs}, provider, pool, False, judge)
         if any(task.eval_script for task in tasks.values()):
             if scaffold is not None:
                 image_tasks.check_agent(scaffold, place.network, "--", "--scaffold")

@@ -7,7 +7,7 @@ conversations whose turns are the same, one.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qcn_jax import files
@@ -25,10 +25,12 @@ class Selection:
       folder: of agents.running.
       episodes: its records.
       per_task: how many of a task are kept at most; 0: all.
+      refused: why an episode that would be kept is not; "" where it is.
     """
 
-    def __init__(self, folder: Folder, episodes: Sequence[Record], per_task: int = 0) -> None:
-        self._folder, self._episodes, self._per_task = folder, episodes, per_task
+    def __init__(self, folder: Folder, episodes: Sequence[Record], per_task: int = 0,
+                 refused: Callable[[Record], str] = lambda record: "") -> None:
+        self._folder, self._episodes, self._per_task, self._refused = folder, episodes, per_task, refused
         self._fates: dict[str, Counter[str]] = defaultdict(Counter)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -37,6 +39,7 @@ class Selection:
         for record in self._episodes:
             fates = self._fates[record.instance_id]
             fate = fate_of(record)
+            fate = fate if fate != KEPT else self._refused(record) or KEPT
             if fate == KEPT and self._per_task and fates[KEPT] >= self._per_task:
                 fate = SURPLUS
             if fate == KEPT:

@@ -8,9 +8,10 @@ what checks bear out is kept.
   qcn run --config=finetune:MODEL_FOLDER --workdir=DIR --stages=sft --config.sft.data=chats.jsonl
 
 Kept is an episode whose patch resolves its task, that the agent ended itself, and whose calls were all well formed; of
-those with the same turns one. OUT is a source of conversations of `qcn run`'s SFT; OUT.yields.json says what was tried
-and kept of each task, and why the rest was not; OUT.work holds all episodes. The same command goes on after a kill, and
-with more --attempts it tries those that are missing.
+those with the same turns one. A page must survive a review besides: its layout, its errors and, with --judge_endpoint
+and --judge_model, how it looks and behaves to a model that takes images. OUT is a source of conversations of `qcn
+run`'s SFT; OUT.yields.json says what was tried and kept of each task, and why the rest was not; OUT.work holds all
+episodes. The same command goes on after a kill, and with more --attempts it tries those that are missing.
 
 Kinds: agent (default); simulate, the same with a user who runs what the answers propose; and what a model writes from
 --data: rewrite (web pages to Markdown that adds nothing and keeps the matter), qa (questions on documents, answered
@@ -30,12 +31,15 @@ from absl import flags
 from qcn_jax import files
 from qcn_jax.agents import running
 from qcn_jax.agents.arena import open_arena
-from qcn_jax.agents.selecting import Selection
+from qcn_jax.agents.reviewing import review_pages
+from qcn_jax.agents.selecting import KEPT, Selection, fate_of
 from qcn_jax.agents.writing.kind import Kind, make_all, read_items
 from qcn_jax.agents.writing.qa import QuestionsAnswered
 from qcn_jax.agents.writing.rank import Rank
 from qcn_jax.agents.writing.rewrite import Rewrite
+from qcn_jax.chat.endpoint import Endpoint
 from qcn_jax.cli import acting, parsing, task_repositories
+from qcn_jax.envs.web.judge import Judge
 from qcn_jax.errors import UserError
 
 WRITTEN: dict[str, Kind] = {kind.name: kind for kind in (Rewrite(), QuestionsAnswered(), Rank())}
@@ -53,6 +57,10 @@ def main(argv: Sequence[str]) -> int:
                         "JSONL with prompt, answers and checklist.", flag_values=values)
     flags.DEFINE_string("out", None, "File of conversations or texts, JSONL.", flag_values=values, required=True)
     flags.DEFINE_integer("per_task", 0, "Keep at most so many of a task; 0: all.", flag_values=values, lower_bound=0)
+    flags.DEFINE_string("judge_endpoint", "", "OpenAI-compatible endpoint of a model that takes images, which scores "
+                        "the pages that agents leave; without it checks of the DOM and the layout score alone.",
+                        flag_values=values)
+    flags.DEFINE_string("judge_model", "", "Model to ask there.", flag_values=values)
     acting.define_invalid(values)
     task_repositories.define(values)
     acting.define_place(values)
@@ -64,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if values.kind in WRITTEN:
         parsing.refuse_given(values, set(values) - _WRITING, f"nothing that --kind={values.kind} goes by")
     files.check_file(values.out, "out")
+    judge = _judge(values)
     if values.kind in WRITTEN:
         return _written(values, WRITTEN[values.kind])
     if values.kind == "simulate":
@@ -75,9 +84,15 @@ def main(argv: Sequence[str]) -> int:
     agent, work = acting.agent(values, mesh), pathlib.Path(f"{values.out}.work")
     folder = running.Folder(work, agent.settings)
     given = given.located(values)
-    with open_arena(given.tasks, given.specs, acting.place_of(values), given.instances, agent.scaffold) as arena:
+    place = acting.place_of(values)
+    with open_arena(given.tasks, given.specs, place, given.instances, agent.scaffold, judge) as arena:
         arena = acting.checked(values, arena, work)
-        selection = Selection(folder, agent.run(arena, folder), values.per_task)
+        episodes = agent.run(arena, folder)
+        judged = {"judge_endpoint": values.judge_endpoint, "judge_model": values.judge_model}
+        with running.remember(work / "reviews", "reviews.jsonl", judged, f"--out={values.out}") as reviews:
+            kept = [record for record in episodes if fate_of(record) == KEPT]
+            refused = review_pages(kept, arena.tasks, arena.services, reviews, values.workers)
+        selection = Selection(folder, episodes, values.per_task, refused)
     files.write_jsonl(values.out, selection.rows())
     folder.close()
     yields = selection.yields() | {"model": agent.name, "scaffold": agent.scaffold.name}
@@ -88,6 +103,17 @@ def main(argv: Sequence[str]) -> int:
     print(f"kept {yields['kept']} of {yields['tried']} episodes, of {yields['tasks_kept']} of {yields['tasks']} tasks"
           + (f"; dropped: {dropped}" if dropped else "") + f"; {values.out}")
     return 0
+
+
+def _judge(values: flags.FlagValues) -> Judge | None:
+    """Who looks at pages; raises UserError where it does not answer."""
+    if not values.judge_endpoint:
+        return None
+    if not values.judge_model:
+        raise UserError("--judge_model: name the model that --judge_endpoint serves")
+    endpoint = Endpoint(values.judge_endpoint, values.judge_model, values.key_variable, flag="--judge_endpoint")
+    endpoint.check()
+    return Judge(endpoint)
 
 
 def _written(values: flags.FlagValues, kind: Kind) -> int:
