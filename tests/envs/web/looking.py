@@ -27,6 +27,7 @@ SPOILT = {
     "tiny": "html { zoom: 0.25; }",
     "huge": "html { zoom: 6; }",
 }
+RED = "html, body, main { background: #b00020 !important; }"  # everything works, and this endpoint gives no point for it
 INK = 24  # of 255: what differs more from the background
 
 
@@ -35,6 +36,8 @@ def scores(image: np.ndarray) -> list[int]:
     image = image.astype(np.int32)
     colours, counts = np.unique(image @ [1 << 16, 1 << 8, 1], return_counts=True)
     most = int(colours[counts.argmax()])
+    if most == 0xB00020:
+        return [0, 0, 0]
     differs = np.abs(image - [most >> 16, most >> 8 & 255, most & 255]).max(axis=2)
     ink = differs > INK
     rows, columns = ink.any(axis=1), ink.any(axis=0)

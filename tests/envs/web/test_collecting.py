@@ -15,9 +15,9 @@ SUITE = "tests/page.web.json::"
 
 @pytest.fixture(name="tasks")
 def _tasks(tmp_path):
-    """The same defect in a good page and in one that cannot be read; returns the file of tasks and their folders."""
+    """The same defect in a good page and in one that is no pleasure to see; returns the file of tasks and their folders."""
     tasks, good = [], catalog.fill("pages:checklist:1")
-    for name, style in (("good", ""), ("pale", looking.SPOILT["white_on_white"])):
+    for name, style in (("good", ""), ("red", looking.RED)):
         texts = good | {"style.css": good["style.css"] + style}
         for path, text in texts.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
@@ -28,11 +28,11 @@ def _tasks(tmp_path):
                           (f"{SUITE}adds an entry",), bug_patch=make_diff({"app.js": good["app.js"]}, {"app.js": bad}),
                           path="app.js", function="clearDone", language=PAGES))
     write_tasks(tmp_path / "tasks.jsonl", tasks)
-    return tmp_path / "tasks.jsonl", [str(tmp_path / name) for name in ("good", "pale")]
+    return tmp_path / "tasks.jsonl", [str(tmp_path / name) for name in ("good", "red")]
 
 
 @pytest.mark.browser
-def test_pages_that_nobody_can_read_are_not_kept(tasks, tmp_path, capsys):
+def test_pages_that_a_judge_refuses_are_not_kept(tasks, tmp_path, capsys):
     with looking.endpoint() as (url, seen):
         given = [f"--tasks={tasks[0]}", f"--repo={','.join(tasks[1])}", f"--out={tmp_path / 'kept.jsonl'}", "--baseline=solver",
                  "--sandbox=local", "--isolation=shared", "--invalid=keep", f"--judge_endpoint={url}", "--judge_model=eyes"]
