@@ -23,6 +23,7 @@ class ActingSettings:
     dtype, chunk_size: how the model is computed.
     tasks: file of held-out tasks, relative to the model's folder, of which `count` are chosen (bench.balanced).
     redraws, redraw_temperature: how often a turn that comes again to files on which tests failed is drawn once more.
+    max_num_seqs, block_size, num_blocks: of the engine; 0 where the run leaves them to it.
     """
 
     scaffold: str
@@ -41,6 +42,9 @@ class ActingSettings:
     count: int
     redraws: int = 0
     redraw_temperature: float = 1.0
+    max_num_seqs: int = 0
+    block_size: int = 0
+    num_blocks: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `read` reads."""
@@ -51,7 +55,8 @@ class ActingSettings:
         names = ["scaffold", "network", "seed", "max_turns", "max_new_tokens", "max_length", "redraws",
                  "redraw_temperature"]
         names += ["temperature", "top_p", "top_k"] if sampled else []
-        return {name: getattr(self, name) for name in names} | {"parallel": self.slots}
+        given = {name: value for name in ("max_num_seqs", "block_size", "num_blocks") if (value := getattr(self, name))}
+        return {name: getattr(self, name) for name in names} | {"parallel": self.slots} | given
 
 
 def of_run(config: RunConfig, root: pathlib.Path, folder: pathlib.Path) -> ActingSettings:
@@ -61,7 +66,8 @@ def of_run(config: RunConfig, root: pathlib.Path, folder: pathlib.Path) -> Actin
         evaluate.scaffold, config.network, stage_seed(config, "evaluate"), rollout.max_turns, rollout.max_new_tokens,
         rollout.max_length, rollout.slots, float(evaluate.temperature), float(rollout.top_p), rollout.top_k,
         config.model.dtype, config.model.chunk_size, os.path.relpath(root / "tasks" / "heldout.jsonl", folder),
-        evaluate.tasks, evaluate.redraws, float(evaluate.temperature))
+        evaluate.tasks, evaluate.redraws, float(evaluate.temperature), rollout.max_num_seqs, rollout.block_size,
+        rollout.num_blocks)
 
 
 def read(folder: str | os.PathLike[str]) -> ActingSettings | None:

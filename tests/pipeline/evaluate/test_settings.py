@@ -29,7 +29,10 @@ def test_the_stage_s_own_seed_and_older_files(tmp_path):
     evaluate = dataclasses.replace(CONFIG.evaluate, redraws=4, seed=1)
     found = settings.of_run(dataclasses.replace(CONFIG, evaluate=evaluate), tmp_path, tmp_path)
     assert found.seed != 5 and found.redraws == 4 and found.redraw_temperature == 0.8
-    older = {key: value for key, value in found.to_json().items() if not key.startswith("redraw")}
+    rollout = dataclasses.replace(CONFIG.evaluate.rollout, block_size=32, num_blocks=90)
+    lean = settings.of_run(dataclasses.replace(CONFIG, evaluate=dataclasses.replace(evaluate, rollout=rollout)), tmp_path, tmp_path)
+    assert lean.flags(False) == found.flags(False) | {"block_size": 32, "num_blocks": 90}
+    older = {key: value for key, value in found.to_json().items() if not key.startswith("redraw") and "_block" not in key}
     (tmp_path / "acting.json").write_text(json.dumps(older))
     assert settings.read(tmp_path) == dataclasses.replace(found, redraws=0, redraw_temperature=1.0)
 
