@@ -91,6 +91,20 @@ def test_what_is_too_slow_is_rejected(provider, row, answer):
     assert graded(provider, row | {"timeout": 0.5}, answer).outcome == "timeout"
 
 
+def test_go_takes_a_right_answer_and_rejects_planted_wrong_ones(provider):
+    if shutil.which("go") is None:
+        pytest.skip("no go on this machine")
+    program = lambda body: f'package main\nimport ("fmt"; "os"; "time")\nvar _, _ = os.Args, time.Now\nfunc main() {{ {body} }}\n'
+    row, read = STDIO | {"language": "go"}, "var n int; fmt.Scan(&n); fmt.Println(2 * n)"
+    assert graded(provider, row, program(read)).resolved
+    wrong = {"empty": "", "no program": "twice the number\n", "hard-coded": program("fmt.Println(8)"), "exits early": program("os.Exit(0)"),
+             "prints everything": program("for n := -99; n < 99; n++ { fmt.Println(n) }"), "fails behind": program(f"{read}; os.Exit(1)")}
+    for kind, answer in wrong.items():
+        assert graded(provider, row, answer).outcome in ("unresolved", "empty_patch"), kind
+    slow = program(f"time.Sleep(time.Hour); {read}")
+    assert graded(provider, row | {"timeout": 0.5}, slow).outcome == "timeout"
+
+
 def test_an_answer_can_change_no_other_file(provider):
     """A patch that brings its own driver is left with its answer."""
     task = schema.to_task(LIBRARY)
@@ -101,13 +115,13 @@ def test_an_answer_can_change_no_other_file(provider):
 
 @pytest.mark.parametrize("language", ["python", "javascript", "go"])
 def test_problems_that_are_made_are_solved_by_their_references(provider, language):
-    """One of each kind; `qcn problems` does so with many."""
+    """One of each kind, and of Go, whose compilers differ, one of each family at least; `qcn problems` does so with many."""
     program = {"javascript": "node", "go": "go"}.get(language)
     if program and shutil.which(program) is None:
         pytest.skip(f"no {program} on this machine")
-    rows = make.problems(4, 7, ("stdio", "library") if language == "javascript" else ("stdio",) if language == "go" else schema.KINDS,
+    rows = make.problems(6, 7, ("stdio", "library") if language == "javascript" else ("stdio",) if language == "go" else schema.KINDS,
                          (language,))
-    for row in rows[:5 if language == "python" else 2]:
+    for row in {"python": rows[:5], "javascript": rows[:2], "go": rows[::2] + rows[-1:]}[language]:
         task = schema.to_task(json.loads(json.dumps(row)))
         verdict = Grader(provider, fail_fast=True).grade(task, task.patch)
         assert verdict.resolved, (row["id"], verdict)

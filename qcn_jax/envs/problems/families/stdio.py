@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from typing import Any
 
+# In Go without the functions min and max, which compilers before 1.21 do not know.
 _READ = {
     "python": "import sys\nwords = sys.stdin.read().split()\nn = int(words[0])\nvalues = list(map(int, words[1:n + 1]))\n",
     "javascript": 'const words = require("fs").readFileSync(0, "utf8").split(/\\s+/);\nconst n = Number(words[0]);\n'
@@ -49,8 +50,8 @@ def best_window(rng: random.Random, language: str) -> dict[str, Any]:
         "javascript": f"const k = Math.min({k}, n);\nlet total = 0;\nfor (let i = 0; i < k; i++) total += values[i];\n"
                       "let best = total;\nfor (let i = k; i < n; i++) {\n  total += values[i] - values[i - k];\n"
                       "  best = Math.max(best, total);\n}\nconsole.log(best);\n",
-        "go": f"\tk := min({k}, n)\n\ttotal := 0\n\tfor _, v := range values[:k] {{\n\t\ttotal += v\n\t}}\n\tbest := total\n"
-              "\tfor i := k; i < n; i++ {\n\t\ttotal += values[i] - values[i-k]\n\t\tbest = max(best, total)\n\t}\n"
+        "go": f"\tk := {k}\n\tif n < k {{\n\t\tk = n\n\t}}\n\ttotal := 0\n\tfor _, v := range values[:k] {{\n\t\ttotal += v\n\t}}\n\tbest := total\n"
+              "\tfor i := k; i < n; i++ {\n\t\ttotal += values[i] - values[i-k]\n\t\tif total > best {\n\t\t\tbest = total\n\t\t}\n\t}\n"
               "\tfmt.Println(best)\n}\n"}
     ask = f"the largest sum of {k} neighbouring integers (of all of them where n < {k})."
     return _row(rng, language, ask, reference, bodies)
@@ -98,7 +99,7 @@ def longest_run(rng: random.Random, language: str) -> dict[str, Any]:
                       "  best = Math.max(best, run);\n}\nconsole.log(best);\n",
         "go": "\tbest, run := 1, 1\n\tfor i := 1; i < n; i++ {\n\t\td := values[i] - values[i-1]\n"
               f"\t\tif d <= {gap} && -d <= {gap} {{\n\t\t\trun++\n\t\t}} else {{\n\t\t\trun = 1\n\t\t}}\n"
-              "\t\tbest = max(best, run)\n\t}\n\tfmt.Println(best)\n}\n"}
+              "\t\tif run > best {\n\t\t\tbest = run\n\t\t}\n\t}\n\tfmt.Println(best)\n}\n"}
     ask = f"the length of the longest run of integers of which each differs from the one before it by at most {gap}."
     return _row(rng, language, ask, reference, bodies)
 
