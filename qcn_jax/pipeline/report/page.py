@@ -169,7 +169,8 @@ def _attempts(evaluation: dict[str, Any], cast: Cast) -> str:
     return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one "
                     "the agent sees what the tests say. Below: after a first edit that failed, whether the next one is "
                     "right, and whether any further one is, beside as many edits on the same tasks by an agent that "
-                    "was told nothing; and how often an edit was tried that had failed before.",
+                    "was told nothing; how often an edit was tried that had failed before; and turns of an episode that "
+                    "were drawn again because they came to it (redraws).",
                     charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True)
                     + _feedback(models, cast))
 
@@ -182,8 +183,9 @@ def _feedback(models: dict[str, Any], cast: Cast) -> str:
                 beside = [f"{pair['told']:.0%} told, {pair['fresh']:.0%} not" if pair else "-"
                           for pair in (found["next"], found["equal"])]
                 repeated = "-" if found["repeated"] is None else f"{found['repeated']:.0%}"
-                rows.append([f"{_text(cast.titles[name])}, {way}", *beside, repeated, f"{100 * found['gain']:+.1f}"])
-    return table(["model", "next edit right", "any further one", "repeated", "points gained"], rows) if rows else ""
+                rows.append([f"{_text(cast.titles[name])}, {way}", *beside, repeated,
+                             f"{found.get('redrawn', 0):.1f}", f"{100 * found['gain']:+.1f}"])
+    return table(["model", "next edit right", "any further one", "repeated", "drawn again", "points gained"], rows) if rows else ""
 
 
 def _rewards(data: dict[str, Any], cast: Cast) -> str:

@@ -45,7 +45,7 @@ def _context(tmp_path):
     models = {name: _model(index * 4) for index, name in enumerate(MODELS)}
     models["sft"]["guard"] = {"allowed": 9, "blocked": 3, "blocked/git_remote": 2, "blocked/package_download": 1}
     models["sft"]["feedback"] = {"sampled": None, "greedy": {
-        "next": {"told": 0.41, "fresh": 0.13}, "equal": None, "repeated": 0.05, "gain": 0.123}}
+        "next": {"told": 0.41, "fresh": 0.13}, "equal": None, "repeated": 0.05, "redrawn": 3.25, "gain": 0.123}}
     models |= {"sft_control": _model(9), "heuristic": _model(2, pass_at_8=None)}
     evaluation = {
         "sandbox": "docker", "isolation": "network none", "models": models,
