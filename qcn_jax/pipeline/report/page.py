@@ -169,8 +169,8 @@ def _attempts(evaluation: dict[str, Any], cast: Cast) -> str:
     return _section("What test feedback adds", "Share of held-out tasks resolved within so many edits; after each one "
                     "the agent sees what the tests say. Below: after a first edit that failed, whether the next one is "
                     "right, and whether any further one is, beside as many edits on the same tasks by an agent that "
-                    "was told nothing; how often an edit was tried that had failed before; and turns of an episode that "
-                    "were drawn again because they came to it (redraws).",
+                    "was told nothing; how often an edit was tried that had failed before; and how many "
+                    "turns of an episode were drawn again because they came to that (redraws).",
                     charts.line_chart(series, "edits tried", "resolved", percent=True, markers=True, zero=True)
                     + _feedback(models, cast))
 
@@ -185,7 +185,8 @@ def _feedback(models: dict[str, Any], cast: Cast) -> str:
                 repeated = "-" if found["repeated"] is None else f"{found['repeated']:.0%}"
                 rows.append([f"{_text(cast.titles[name])}, {way}", *beside, repeated,
                              f"{found.get('redrawn', 0):.1f}", f"{100 * found['gain']:+.1f}"])
-    return table(["model", "next edit right", "any further one", "repeated", "drawn again", "points gained"], rows) if rows else ""
+    columns = ["model", "next edit right", "any further one", "repeated", "drawn again", "points gained"]
+    return table(columns, rows) if rows else ""
 
 
 def _rewards(data: dict[str, Any], cast: Cast) -> str:

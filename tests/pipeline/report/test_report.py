@@ -131,7 +131,7 @@ def test_page_shows_the_numbers(context):
     for text in ("12/40", "30.0%", "24.0% – 44.0%", "+20.0 points", "0.0215", "33 further SFT steps", "90/200",
                  "SFT control, equal time", "heuristic, guessing on", "75%", "network none", "schema==0.7.8", "1.0 min",
                  "same first choice", "3 (git_remote 2, package_download 1)",
-                 "41% told, 13% not", "+12.3", "What decided rewards", "87.5%", "2.5%", "1.25 of the others'"):
+                 "41% told, 13% not", "+12.3", "3.2", "What decided rewards", "87.5%", "2.5%", "1.25 of the others'"):
         assert text in page, text
     assert page.count("<svg") >= 7
     assert "none_tried" not in page
