@@ -1,8 +1,10 @@
 """Claim: an agent that is told by tests that its edit is wrong tries another one.
 
     python benchmarks/feedback.py --workdir=runs/nano --config=configs/nano.py --models=sft,expert_swe --tasks=50
+    python benchmarks/feedback.py --workdir=runs/experts_small --config=configs/experts_small.py --expert=web \
+        --models=sft,expert_web --tasks=60 --samples=0 --baselines=solver,heuristic
 
-Models of a finished run, and its baseline, on held-out tasks: one greedy episode and `--samples` sampled ones a task.
+Models of a finished run, and baselines, on held-out tasks: one greedy episode and `--samples` sampled ones a task.
 By pipeline.experts.feedback: failing turns that tried what had failed before; whether the attempt behind a failure is
 right, and whether any further one is, beside as many fresh attempts on the same tasks that were told nothing; and how
 many more tasks all attempts resolve than the first. Each model acts once for every figure of `--redraws`
@@ -20,7 +22,7 @@ from absl import app, flags
 from qcn_jax import files
 from qcn_jax.config import EvaluateConfig, RunConfig, from_config_dict
 from qcn_jax.pipeline.context import Shared, StageContext
-from qcn_jax.pipeline.evaluate.baseline import baseline_of
+from qcn_jax.pipeline.evaluate.baseline import BASELINES
 from qcn_jax.pipeline.models import load
 from qcn_jax.pipeline.stages.evaluate import make_bench
 
@@ -30,17 +32,18 @@ MODELS = flags.DEFINE_list("models", ["sft"], "base, midtrain, sft, sft_control,
 TASKS = flags.DEFINE_integer("tasks", 50, "Held-out tasks.")
 REDRAWS = flags.DEFINE_list("redraws", ["0", "16"], "For each model: how often a turn that repeats is drawn again.")
 SAMPLES = flags.DEFINE_integer("samples", 8, "Sampled episodes a task.")
-BASELINE = flags.DEFINE_bool("baseline", True, "Also the configuration's baseline.")
+PLAYED = flags.DEFINE_list("baselines", ["heuristic"], "What plays without a model: heuristic, solver.")
+EXPERT = flags.DEFINE_string("expert", "swe", "Whose tasks: swe, or web in a run with pages.")
 SANDBOX = flags.DEFINE_string("sandbox", "local", "docker or local.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 KEPT = ("resolved", "attempted", "rate", "ci95", "attempts", "mean_turns", "pass_at_1", "pass_at_8", "feedback")
 
 
 def context_of(config: RunConfig, root: pathlib.Path) -> StageContext:
-    """What stage `evaluate` would be given, for the software-engineering expert alone."""
+    """What stage `evaluate` would be given, for one expert alone."""
     evaluate: EvaluateConfig = dataclasses.replace(
         config.evaluate, tasks=TASKS.value, pass_k_tasks=TASKS.value, samples=SAMPLES.value)
-    experts = dataclasses.replace(config.experts, names=("swe",))
+    experts = dataclasses.replace(config.experts, names=(EXPERT.value,))
     config = dataclasses.replace(config, sandbox=SANDBOX.value, evaluate=evaluate, experts=experts)
     return StageContext(config, root, "evaluate", Shared(config, root))
 
@@ -69,9 +72,8 @@ def main(_: list[str]) -> None:
     results: dict[str, Any] = {}
     try:
         bench = make_bench(context)
-        baseline = baseline_of(context.config) if BASELINE.value else None
-        if baseline is not None:
-            results[baseline.name] = bench.baseline(baseline)
+        for name in PLAYED.value:
+            results[name] = bench.baseline(BASELINES.resolve(name, "--baselines"))
         for name in MODELS.value:
             model = load(context, name, bench.parallel)
             for redraws in map(int, REDRAWS.value):
@@ -87,7 +89,8 @@ def main(_: list[str]) -> None:
         print(row(name, found))
     if OUT.value:
         files.write_json(pathlib.Path(OUT.value), {
-            "command": f"feedback.py --config={CONFIG.value} --tasks={TASKS.value} --samples={SAMPLES.value}",
+            "command": f"feedback.py --config={CONFIG.value} --expert={EXPERT.value} --models={','.join(MODELS.value)} "
+                       f"--tasks={TASKS.value} --samples={SAMPLES.value} --baselines={','.join(PLAYED.value)}",
             "temperature": context.config.evaluate.temperature, "models": results})
 
 
