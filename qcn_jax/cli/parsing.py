@@ -154,6 +154,27 @@ def define_mesh(values: flags.FlagValues) -> Callable[[], MeshConfig | None]:
     return mesh
 
 
+def define_hosts(values: flags.FlagValues) -> Callable[[], None]:
+    """Adds --coordinator, --processes and --process_id; returns what joins the processes that they speak of.
+
+    Raises:
+      UserError: the returned function, see sharding.distributed.start.
+    """
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a run on several hosts, or auto to ask the "
+                        "environment; default: join where a TPU environment names several hosts.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "With --coordinator=HOST:PORT: how many.", flag_values=values,
+                         lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.",
+                         flag_values=values, lower_bound=0)
+
+    def join() -> None:
+        from qcn_jax.sharding import distributed  # JAX, after flags are parsed
+
+        distributed.start(values.coordinator, values.processes, values.process_id)
+
+    return join
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` on a single line."""
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__

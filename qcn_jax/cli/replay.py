@@ -14,6 +14,9 @@ gradients and how long one is of the other, on the run's weights at every update
 --groups says which groups moved the weights most (a gradient each). All verdicts are listed by how little they fit what
 else is known of their episodes, the least likely first: look there for flaky tests and rewards that were not earned.
 
+A run of several hosts has a journal for each. Replay it on as many devices: of one process or, as the run was, of one
+on each host, which all see RUN and are all given the same command; for --coordinator see qcn run --help.
+
 DIR (RUN/replay by default) gets for every expert metrics.jsonl, episodes.jsonl and summary.json; given again, the
 command goes on where it was.
 """
@@ -37,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
                               flag_values=values)
     flags.DEFINE_bool("groups", False, "Measure what every group moved.", flag_values=values)
     flags.DEFINE_string("out", None, "Folder for the results; default: RUN/replay.", flag_values=values)
-    mesh = parsing.define_mesh(values)
+    mesh, join = parsing.define_mesh(values), parsing.define_hosts(values)
     words = parsing.parse(values, "replay", __doc__, argv, words="RUN")
     if len(words) != 1:
         raise UserError("give one run's work directory: qcn replay RUN")
@@ -46,8 +49,12 @@ def main(argv: Sequence[str]) -> int:
     files.check_folder(out, "out" if values.out else None)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "xla_cache"))
     from qcn_jax.pipeline import replay
+    from qcn_jax.sharding import distributed
 
     request = replay.Request(root, out, values.experts, values.instead, values.groups, mesh())
-    results = replay.replay(request, lambda line: print(line, flush=True))
-    print(replay.table(results))
+    join()
+    with distributed.ends_at_once("qcn replay"):
+        say = (lambda line: print(line, flush=True)) if distributed.is_first() else (lambda line: None)
+        results = replay.replay(request, say)
+        say(replay.table(results))
     return 0 if all(found["last_equal"] is not False for found in results.values()) else 1

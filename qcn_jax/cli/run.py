@@ -31,12 +31,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("stages", None, "Comma-separated stages to run; default: all of them.", flag_values=values)
     flags.DEFINE_list("restart", None, "Comma-separated stages to make anew; they and every later one are moved to "
                       "WORKDIR/discarded first.", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a run on several hosts, or auto to ask the "
-                        "environment; default: join where a TPU environment names several hosts.", flag_values=values)
-    flags.DEFINE_integer("processes", None, "With --coordinator=HOST:PORT: how many.", flag_values=values,
-                         lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "With --coordinator=HOST:PORT: which one this is, from 0.",
-                         flag_values=values, lower_bound=0)
+    join = parsing.define_hosts(values)
     parsing.parse(values, "run", __doc__, argv)
     # Set before JAX is imported: a resumed run does not compile again.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(values.workdir).absolute() / "xla_cache"))
@@ -45,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
     settings, stages = config(), tuple(run.STAGES) if values.stages is None else values.stages
     config_checks.check_sizes(settings, stages)  # before waiting for other processes
-    distributed.start(values.coordinator, values.processes, values.process_id)
+    join()
     with distributed.ends_at_once("qcn run"):
         run.run(settings, values.workdir, stages, values.restart or ())
     return 0

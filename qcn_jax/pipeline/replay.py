@@ -1,8 +1,8 @@
 """A run's reinforcement learning once more, from the journals alone: no sandboxes, no Docker, nobody acts.
 
 Every update of an expert is derived again from the episodes that the journals of its hosts hold, by the program that
-learned it. Before each, the fingerprint of the weights is compared with the one that the journal noted; in the end the
-weights with those that the run saved.
+learned it; on several hosts all do the same, and the first alone writes. Before each, the fingerprint of the weights is
+compared with the one that the journal noted; in the end the weights with those that the run saved.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from qcn_jax import files, journal
 from qcn_jax.config import MeshConfig, RunConfig, from_config_dict
@@ -28,6 +28,7 @@ from qcn_jax.pipeline.rl.recorded import Journals
 from qcn_jax.pipeline.rl.records import RolloutRecord, Stop, never
 from qcn_jax.pipeline.rl.settings import settled
 from qcn_jax.pipeline.rl.surprise import features, surprise
+from qcn_jax.pipeline.stages import rejection
 from qcn_jax.pipeline.stages.experts import make_trainer
 from qcn_jax.pipeline.train import layout
 from qcn_jax.pipeline.train.fingerprint import fingerprint
@@ -86,11 +87,13 @@ def replay(request: Request, log: Callable[[str], None]) -> dict[str, Any]:
       Interrupted: stopped by a signal; the same call goes on.
     """
     config = run_config(request.root)
-    names = list(request.experts) or [name for name in config.experts.names if _journal(request.root, name).is_dir()]
-    unknown = [name for name in names if name not in config.experts.names]
-    if unknown or not names:
-        raise UserError(f"--experts: {unknown[0]!r} is none of the run's, {', '.join(config.experts.names)}" if unknown
-                        else f"{request.root}/experts: no expert has a journal of episodes")
+    known = _recorded(request.root, config)
+    names = list(request.experts) or known
+    if not known:
+        raise UserError(f"{request.root}/experts: no expert has a journal of episodes")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--experts: {name!r} is none of the run's that have a journal, {', '.join(known)}")
     context = StageContext(config, request.root, "experts", Shared(config, request.root))
     start = context.start("experts")
     journals = {name: Journals(_journal(request.root, name), config.experts) for name in names}  # before any work
@@ -98,8 +101,20 @@ def replay(request: Request, log: Callable[[str], None]) -> dict[str, Any]:
         Variant.parse(words, config.experts, next(iter(journals.values())).with_routes)
     parallel = mesh_here(request.mesh or _mesh_of(request.root, names))
     trainer = make_trainer(config, parallel)
-    _, params = models.load(context, start, parallel)
-    return {name: _Expert(request, name, config, journals[name], trainer, params, log).run() for name in names}
+    results, loaded, params = {}, "", None
+    for name in names:
+        model = rejection.began_with(context, name, start)
+        if model != loaded:
+            loaded, (_, params) = model, models.load(context, model, parallel)
+        results[name] = _Expert(request, name, config, journals[name], trainer, params, log).run()
+    return results
+
+
+def _recorded(root: pathlib.Path, config: RunConfig) -> list[str]:
+    """The experts that have a journal, by their folders' names, in the order of the configuration."""
+    found = sorted(path.name for path in (root / "experts").iterdir() if _journal(root, path.name).is_dir())
+    order = list(config.experts.names)
+    return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _journal(root: pathlib.Path, name: str) -> pathlib.Path:
@@ -151,7 +166,8 @@ class _Expert:
             self._journals.close()
             if self._rows is not None:
                 self._rows.close()
-        found = settings | self._summary(result.state)
+        # What the first of several processes wrote, others may see later.
+        found = distributed.exchanged("summary", settings | self._summary(result.state))[0]
         if distributed.is_first():
             files.write_json(self._folder / "summary.json", found)
         return found
@@ -226,10 +242,14 @@ class _Expert:
         """How far the weights are from those that the run saved, over how far it had moved them."""
         saved = self._request.root / "experts" / self._name / "model"
         _, wanted = models.read(saved, self._config.model, self._trainer.parallel)
-        norm = lambda one, other: math.sqrt(sum(
-            float(np.sum((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
-            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)))
-        return norm(params, wanted) / max(norm(self._params, wanted), 1e-30)
+        return float(_norm(params, wanted)) / max(float(_norm(self._params, wanted)), 1e-30)
+
+
+@jax.jit
+def _norm(one: Any, other: Any) -> jax.Array:
+    """Of the difference of two trees, float32."""
+    squares = jax.tree.map(lambda a, b: jnp.sum((a.astype(jnp.float32) - b.astype(jnp.float32)) ** 2), one, other)
+    return jnp.sqrt(jnp.asarray(sum(jax.tree.leaves(squares))))
 
 
 def _episodes(records: Sequence[RolloutRecord]) -> list[dict[str, Any]]:

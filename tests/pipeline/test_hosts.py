@@ -210,6 +210,22 @@ def test_two_hosts_act_and_learn_as_one_does(acted):
     assert [(workdir / "report" / "summary.json").is_file() for workdir in workdirs] == [True, True]
 
 
+def test_the_journals_of_two_hosts_give_its_updates_again(prepared, acted):
+    """On two hosts, as the run was, one of them killed; without tasks and sandboxes."""
+    run = prepared[1] / "journals"
+    for name in ("sft", "experts", "midtrain"):
+        shutil.copytree(acted[0][1] / name, run / name, ignore=shutil.ignore_patterns("checkpoints"))
+    command = [sys.executable, "-m", "qcn_jax", "replay", run, "--groups"]
+    with testing.Hosts(command, environment=_environment(prepared[1] / "cache")) as hosts:
+        told = hosts.finish()
+    assert "vowels: 2 updates derived again; weights equal before 2 of 2 the last equal those of the run" in told[0]
+    assert "vowels:" not in told[1]
+    found = json.loads((run / "replay" / "vowels" / "summary.json").read_text())
+    assert found["last_equal"] is True and found["equal_weights"] == found["updates"] == 2
+    shares = {update: sum(row["share"] for row in found["moved"] if row["update"] == update) for update in (1, 2)}
+    assert all(share == pytest.approx(1, rel=1e-3) for share in shares.values() if share) and any(shares.values())
+
+
 @pytest.mark.torch
 def test_transformers_reads_the_result(two):
     import transformers

@@ -84,7 +84,7 @@ class Gradients:
 
     def of(self, params: Params, records: Sequence[RolloutRecord], step: int) -> tuple[Params, float]:
         """The gradient of the update behind `step` others, and its weight in tokens; (zeros, 0) where none teaches."""
-        total, weight = jax.tree.map(jnp.zeros_like, params), 0.0
+        total, weight = _zeros(params), 0.0
         for part in lessons.parts(lessons.learnable(records, step, self._config), self._config):
             rows = lessons.rows(part, self._config)
             total = _plus(total, self._gradient(params, self._batches.of(params, rows), self._frozen))
@@ -130,6 +130,11 @@ def _product(one: Params, other: Params) -> jax.Array:
     """The scalar product of two trees, float32."""
     terms = jax.tree.map(lambda a, b: jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)), one, other)
     return jnp.asarray(sum(jax.tree.leaves(terms)))
+
+
+@jax.jit
+def _zeros(tree: Params) -> Params:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 @jax.jit

@@ -33,6 +33,12 @@ def model_name(expert: Expert) -> str:
     return f"{expert.model}/imitation"
 
 
+def began_with(context: StageContext, expert: str, start: str) -> str:
+    """The model that an expert's RL began with, in a run where it has begun: `start`, or one that imitated before."""
+    own = f"expert_{expert}/imitation"
+    return own if files.is_dir(context.model_path(own)) else start
+
+
 def imitate_survivors(context: StageContext, expert: Expert, start: str, engine: Engine, params: Any,
                       prompts: Sequence[Any], converse: Callable[[Any], TaskConversation],
                       log: Callable[[str], None]) -> dict[str, Any] | None:
