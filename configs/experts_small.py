@@ -55,7 +55,7 @@ def get_config(pace=""):
             "per_task": 1 if quick else 2, "recovery": 0.4})}),
         experts=dataclasses.replace(
             nano.experts, names=("web",), updates=1 if quick else 6, prompts=2 if quick else 8,
-            group_size=4 if quick else 8, greedy_turns=(), rows=3, sequence_length=LENGTH, rollout=rollout),
+            group_size=4 if quick else 8, rows=3, sequence_length=LENGTH, rollout=rollout),
         web=WebConfig(samples=2 if quick else 4, steps=2 if quick else 40),
         distill=dataclasses.replace(nano.distill, rows=3, sequence_length=LENGTH, rollout=rollout),
         evaluate=dataclasses.replace(nano.evaluate, tasks=3 if quick else 60, pass_k_tasks=0, sft_control=False,

@@ -60,7 +60,6 @@ def quicker(config):
     sft.sources.nano.options.guesses, sft.sources.nano.options.per_task = 0, 1
     for stage in (experts, distill):
         stage.updates, stage.prompts, stage.group_size = 2, 3, 4
-    experts.greedy_turns = ()
     for stage in (experts, distill, config.evaluate):
         stage.rollout.slots = 24
     config.evaluate.tasks, config.evaluate.pass_k_tasks, config.evaluate.samples = 12, 2, 2
@@ -83,11 +82,11 @@ def full():
         steps=steps, rows=rows, sequence_length=length, mtp_coef=mtp_coef,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))
     # The gradients of a few hundred episodes are mostly noise; with a small eps AdamW would take full steps along it,
-    # and with momentum a handful of updates would take the first one's steps again: either costs the policy its tool
-    # format, or what it does after a test run. In one run at 5e-4 four updates took the agent from 43 to 36 of 100.
-    # This eps fits losses that are weighted means over tokens, as those of both averages are, with a mean weight of 1.
-    steady = lambda rate: OptimizerConfig(
-        learning_rate=rate, warmup_steps=0, weight_decay=0.0, b1=0.0, eps=3e-4, clip_norm=0.3)
+    # which costs the policy its tool format, or what it does after a test run. This eps fits losses that are weighted
+    # means over tokens, as those of both averages are, with a mean weight of 1. Momentum needs enough updates to
+    # average over: a handful would take the first one's steps again.
+    steady = lambda rate, **momentum: OptimizerConfig(
+        learning_rate=rate, weight_decay=0.0, eps=3e-4, clip_norm=0.3, **({"warmup_steps": 0, "b1": 0.0} | momentum))
     # The training repositories and part of the standard library, in three forms.
     text = lambda form, share: TextSource(kind="nano", form=form, share=share, megabytes=3.0)
     sources = {"repository": text("repository", 0.2), "fim": text("fim", 0.1), "edits": text("nano_edits", 0.7)}
@@ -109,9 +108,11 @@ def full():
             train=train(40, 1e-3, rows=6, length=512, mtp_coef=0.1), sources=sources),
         sft=SftConfig(train=train(300, 1e-3), sources={"nano": ChatSource(kind="nano", options={
             "per_task": 2, "recovery": 0.6, "searches": 0, "guesses": 4})}),
-        experts=ExpertsConfig(updates=4, prompts=10, group_size=8, greedy_turns=(0, 0, 0, 2, 2, 2, 3, 3), rows=4,
+        # Edits that failed are not tried again, and one that is right at once is worth more than a later one: a third
+        # to two thirds of the groups teach something then, without either a tenth to a third.
+        experts=ExpertsConfig(updates=12, prompts=16, group_size=8, redraws=16, attempt_discount=0.7, rows=4,
                     sequence_length=LENGTH, average="episode", negative_weight=0.2, repeat_penalty=0.5,
-                    optimizer=steady(2e-4), rollout=rollout),
+                    optimizer=steady(5e-4, b1=0.9, warmup_steps=2), rollout=rollout),
         distill=DistillConfig(updates=4, prompts=12, rows=4, sequence_length=LENGTH, optimizer=steady(2e-4),
                               rollout=rollout),
         evaluate=EvaluateConfig(tasks=100, pass_k_tasks=8, temperature=1.0, redraws=16, rollout=rollout),

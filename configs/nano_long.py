@@ -4,7 +4,7 @@
 
 Three times as many training tasks, of which each is met once or twice instead of being learned by heart; SFT sees
 the solver look for defects that nobody told it, so that there is a search for reinforcement learning to improve; the
-software-engineering expert, the only one here, gets ten times as many updates. What it reached beside `nano` is in
+software-engineering expert, the only one here, gets three times as many updates. What it reached beside `nano` is in
 README.
 """
 
@@ -19,9 +19,9 @@ def get_config():
     config.tasks.train, config.tasks.heldout = 900, 160
     config.sft.sources.nano.options.searches, config.sft.train.steps = 2, 520
     config.experts.names = ("swe",)
-    config.experts.updates, config.experts.prompts = 40, 16
-    for optimizer in (config.experts.optimizer, config.distill.optimizer):  # enough updates to average over
-        optimizer.learning_rate, optimizer.b1, optimizer.warmup_steps = 5e-4, 0.9, 2
+    config.experts.updates = 40
+    optimizer = config.distill.optimizer
+    optimizer.learning_rate, optimizer.b1, optimizer.warmup_steps = 5e-4, 0.9, 2  # enough updates to average over
     config.distill.updates = 24
     config.evaluate.tasks, config.evaluate.pass_k_tasks = 160, 60
     return config
