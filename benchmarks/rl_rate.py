@@ -6,8 +6,10 @@
 Stage `experts` (swe) is run from one and the same SFT policy with every value of --staleness in turn, with the same
 prompts, groups and limits, each in a copy of the run without remembered verdicts: every episode is graded by running
 tests. Printed are episodes a minute and the share of rollouts' time in which nothing could be generated, both without
-the first update, in which programs are compiled. With --before a checkout of commit 396fadd runs the same stage from
-the same policy, by its own rules of grading; it noted no waiting.
+the first update, in which programs are compiled. Episodes whose patches are alike share a verdict, before and after:
+`graded_per_minute` counts each verdict once (the share of the whole run's). With --before a checkout of commit 396fadd runs
+the same stage from the same policy, by its own rules of grading. It noted no waiting; what it did not spend on updates it
+spent on rollouts, which are `rollout` of the time.
 """
 
 import json
@@ -56,12 +58,17 @@ def played(checkout: pathlib.Path, folder: pathlib.Path, settings: list[str]) ->
     lines = (folder / "experts/swe/metrics.jsonl").read_text().splitlines()
     first, *rows = [json.loads(line) for line in lines]
     total = sum(row["episodes"] for row in rows)
-    seconds = rows[-1]["seconds"] - first["seconds"]
+    # 396fadd noted an update's own.
+    own = "seconds_update" in first
+    seconds = sum(row["seconds"] for row in rows) if own else rows[-1]["seconds"] - first["seconds"]
     waited = sum(row.get("seconds_waited", 0.0) for row in rows)
     mean = lambda name: sum(row.get(name, 0.0) for row in rows) / len(rows)
     known = {} if "seconds_waited" not in first else {"waited": waited / seconds}
+    episodes = total + first["episodes"]
+    verdicts = len((folder / "sandbox/verdicts.jsonl").read_text().splitlines())
     return known | {
-        "episodes_per_minute": 60 * total / seconds, "seconds": seconds,
+        "episodes_per_minute": 60 * total / seconds, "graded_per_minute": 60 * total / seconds * verdicts / episodes,
+        "seconds": seconds, "rollout": sum(row["seconds_rollout"] for row in rows) / seconds,
         "sampled_tokens": mean("sampled_tokens"),
         "turns": mean("turns"), "staleness": mean("staleness"), "reward": mean("reward"),
         "infrastructure": mean("infrastructure"), "wall": time.perf_counter() - began,
