@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from qcn_jax import testing
 from qcn_jax.chat.tokenizer import Tokenizer
-from qcn_jax.pipeline.experts.conversation import TaskConversation
 from qcn_jax.pipeline.stages.midtrain import ADDED_TOKENS
 from tests.pipeline import chain, own_files
 
@@ -48,10 +47,3 @@ def prepare(folder: pathlib.Path, variables: Mapping[str, str]) -> None:
     own_files.write_small(folder / "small.py", "qwen3_coder_next")
     subprocess.run(command(folder, "tasks", "tasks", *MESH), check=True,
                    env=os.environ | testing.emulated(8) | variables)
-
-
-def vowels(conversation: TaskConversation) -> float:
-    """The share of vowels among the letters that the policy wrote."""
-    text = "".join(message["content"] for message in conversation.messages if message["role"] == "assistant")
-    letters = [letter for letter in text.lower() if letter.isalpha()]
-    return sum(letter in "aeiou" for letter in letters) / max(1, len(letters))

@@ -28,6 +28,7 @@ from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.rl.events import Events
 from qcn_jax.pipeline.rl.orchestrator import UPDATE
 from qcn_jax.sharding import distributed
+from tests.pipeline import vowels
 
 OUT = flags.DEFINE_string("out", "", "JSON for what was measured; empty: none.")
 UPDATES = flags.DEFINE_integer("updates", 10, "Of every run.", lower_bound=2)
@@ -63,8 +64,7 @@ class Waiting(Expert):
             return reply(tokens, stopped)
 
         def scored(truncated):
-            share = _two_hosts.vowels(conversation)
-            return dataclasses.replace(outcome(truncated), reward=share, solved=share > 0.37)
+            return vowels.rewarded(conversation, outcome(truncated))
 
         conversation.reply, conversation.outcome = replied, scored
         return conversation

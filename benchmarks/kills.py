@@ -43,6 +43,7 @@ from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.rl.events import Events
 from qcn_jax.pipeline.rl.orchestrator import UPDATE
 from qcn_jax.pipeline.rl.recorded import Journals
+from tests.pipeline import vowels
 
 OUT = flags.DEFINE_string("out", "", "JSON for what came of it; empty: none.")
 KILLS = flags.DEFINE_integer("kills", 20, "How many.", lower_bound=1)
@@ -84,9 +85,9 @@ class Counting(Expert):
                     lines = int(run(COUNT))
             except SandboxError:
                 held["failed"] = True
-            found, share = outcome(truncated), _two_hosts.vowels(conversation)
+            found = vowels.rewarded(conversation, outcome(truncated))
             closed()
-            return dataclasses.replace(found, reward=share, solved=share > 0.37, infrastructure=held["failed"],
+            return dataclasses.replace(found, infrastructure=held["failed"],
                                        detail={"turns": held["turns"], "lines": lines})
 
         def closed():

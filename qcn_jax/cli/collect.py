@@ -37,9 +37,8 @@ from qcn_jax.agents.writing.kind import Kind, make_all, read_items
 from qcn_jax.agents.writing.qa import QuestionsAnswered
 from qcn_jax.agents.writing.rank import Rank
 from qcn_jax.agents.writing.rewrite import Rewrite
-from qcn_jax.chat.endpoint import Endpoint
 from qcn_jax.cli import acting, parsing, task_repositories
-from qcn_jax.envs.web.judge import Judge
+from qcn_jax.envs.web import judge
 from qcn_jax.errors import UserError
 
 WRITTEN: dict[str, Kind] = {kind.name: kind for kind in (Rewrite(), QuestionsAnswered(), Rank())}
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     if values.kind in WRITTEN:
         parsing.refuse_given(values, set(values) - _WRITING, f"nothing that --kind={values.kind} goes by")
     files.check_file(values.out, "out")
-    judge = _judge(values)
+    eyes = _judge(values)
     if values.kind in WRITTEN:
         return _written(values, WRITTEN[values.kind])
     if values.kind == "simulate":
@@ -85,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     folder = running.Folder(work, agent.settings)
     given = given.located(values)
     place = acting.place_of(values)
-    with open_arena(given.tasks, given.specs, place, given.instances, agent.scaffold, judge) as arena:
+    with open_arena(given.tasks, given.specs, place, given.instances, agent.scaffold, eyes) as arena:
         arena = acting.checked(values, arena, work)
         episodes = agent.run(arena, folder)
         judged = {"judge_endpoint": values.judge_endpoint, "judge_model": values.judge_model}
@@ -105,15 +104,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _judge(values: flags.FlagValues) -> Judge | None:
+def _judge(values: flags.FlagValues) -> judge.Judge | None:
     """Who looks at pages; raises UserError where it does not answer."""
     if not values.judge_endpoint:
         return None
     if not values.judge_model:
         raise UserError("--judge_model: name the model that --judge_endpoint serves")
-    endpoint = Endpoint(values.judge_endpoint, values.judge_model, values.key_variable, flag="--judge_endpoint")
-    endpoint.check()
-    return Judge(endpoint)
+    return judge.connect(values.judge_endpoint, values.judge_model, "--judge_endpoint",
+                         key_variable=values.key_variable)
 
 
 def _written(values: flags.FlagValues, kind: Kind) -> int:

@@ -259,15 +259,12 @@ class StageContext:
 
     def _judge(self) -> "Judge | None":
         """What judges pages of expert web; raises UserError where it does not answer."""
-        from qcn_jax.chat.endpoint import Endpoint
-        from qcn_jax.envs.web.judge import Judge
+        from qcn_jax.envs.web import judge
 
         web = self.config.web
         if not web.judge_endpoint:
             return None
-        endpoint = Endpoint(web.judge_endpoint, web.judge_model, flag="--config.web.judge_endpoint")
-        endpoint.check()
-        return Judge(endpoint)
+        return judge.connect(web.judge_endpoint, web.judge_model, "--config.web.judge_endpoint")
 
     def instances(self) -> dict[str, Any]:
         """Those of the run's tasks that SWE-bench's own rules decide, by id (envs.tasks.swebench.Instance)."""

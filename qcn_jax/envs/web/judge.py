@@ -49,6 +49,23 @@ class Judge:
     checklist: tuple[str, ...] = CHECKLIST
 
 
+def connect(url: str, model: str, flag: str, **options: Any) -> Judge:
+    """A judge behind an endpoint that answers.
+
+    Args:
+      url: OpenAI-compatible.
+      model: takes images.
+      flag: names the endpoint where something is wrong.
+      options: of Endpoint.
+
+    Raises:
+      UserError: it does not answer.
+    """
+    endpoint = Endpoint(url, model, flag=flag, **options)
+    endpoint.check()
+    return Judge(endpoint)
+
+
 @dataclasses.dataclass(frozen=True)
 class Review:
     """What was found of a site; each part from 0 to 1, None where nobody looked.

@@ -45,7 +45,7 @@ class Episode:
     def __init__(self, number: int, sample: int, group: Group, opened: int) -> None:
         self.number, self.sample, self.group, self.opened = number, sample, group, opened
         self._seed, self.greedy = group.seed(sample), group.greedy(sample)
-        self.redrawn = self._redraws = 0  # of the turn, of all turns
+        self.redrawn = 0
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
@@ -81,7 +81,8 @@ class Episode:
     @property
     def seed(self) -> int:
         """Of the stream that it draws from: another one behind every turn that is drawn again."""
-        return sequence_seed(self._seed, self._redraws) if self._redraws else self._seed
+        redrawn = sum(turn.redrawn for turn in self.turns) + self.redrawn
+        return sequence_seed(self._seed, redrawn) if redrawn else self._seed
 
     def open(self, opening: Sequence[int]) -> None:
         """Takes what comes before the first turn."""
@@ -108,7 +109,7 @@ class Episode:
         if reply.again:
             del self.tokens[self.start :], self.logprobs[self.start :], self.versions[self.start :]
             self.routes = None if self.routes is None else self.routes[: self.start]
-            self.redrawn, self._redraws = self.redrawn + 1, self._redraws + 1
+            self.redrawn += 1
             return
         self.turns.append(Turn(self.start, len(self.tokens), reply.malformed, self.stopped, reply.failing,
                                reply.repeated, self.redrawn))

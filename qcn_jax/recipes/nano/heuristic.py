@@ -18,7 +18,7 @@ from qcn_jax.chat.rendering import ToolCall
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.recipes.nano import page_tokens, spans
-from qcn_jax.recipes.nano.solver import SpanEdit, check_plays
+from qcn_jax.recipes.nano.solver import SpanEdit, check_plays, play_attempts
 
 # Most suspicious first: a rule maps a token to what it is taken to have been. Deleting `not` comes before all.
 RULES: tuple[dict[str, tuple[str, ...]], ...] = (
@@ -57,14 +57,7 @@ def act(episode: Episode, first: Sequence[SpanEdit] = ()) -> None:
 
 def try_edits(episode: Episode, edits: Sequence[SpanEdit]) -> None:
     """Makes one edit after the other, each in the place of the one before, until the tests pass; then submits."""
-    tried: list[ToolCall] = []
-    for edit in edits:
-        if episode.done:
-            return
-        _step(episode, [*tried, edit.call(), ToolCall("run_tests")])
-        if episode.turns[-1].passed:
-            break
-        tried = [ToolCall("undo")]
+    play_attempts(episode, (), [[edit] for edit in edits])
     if not episode.done:
         _step(episode, [ToolCall("submit")])
 

@@ -100,7 +100,7 @@ def solve(
     if scaffold.single_turn:
         _act(episode, [edit.call() for edit in edits])
     else:
-        _play(episode, views, [*([edit] for edit in failing), edits])
+        play_attempts(episode, views, [*([edit] for edit in failing), edits])
     return verified(episode, executor, grade)
 
 
@@ -115,7 +115,7 @@ class Scripted(Baseline):
         """See Baseline; submits nothing where the fix is no small span edit."""
         views = find_views(episode.task, episode.executor)
         edits = None if views is None else gold_edits(episode.task, episode.executor)
-        _play(episode, views or (), [edits] * (edits is not None))
+        play_attempts(episode, views or (), [edits] * (edits is not None))
         _act(episode, [ToolCall("submit")])
 
 
@@ -128,7 +128,7 @@ def check_plays(baseline: Baseline, scaffold: Scaffold) -> None:
         raise UserError(f"baseline {baseline.name} plays several turns with nano's tools, not scaffold {scaffold.name}")
 
 
-def _play(episode: Episode, views: Sequence[ToolCall], attempts: Sequence[Sequence[SpanEdit]]) -> None:
+def play_attempts(episode: Episode, views: Sequence[ToolCall], attempts: Sequence[Sequence[SpanEdit]]) -> None:
     """Views, then makes one attempt in the place of the one before until the tests pass; submits if they do."""
     for view in views:
         _act(episode, [view])

@@ -156,6 +156,12 @@ def test_bad_rows_are_named(tmp_path, change, line):
     assert str(raised.value).startswith(f"{path}:2: ") and line in str(raised.value)
 
 
+def test_a_compiler_that_no_machine_has_is_one_line(provider, monkeypatch):
+    monkeypatch.setitem(check._NEEDS, "go", "no-such-go")
+    with pytest.raises(UserError, match="^problems in go: the sandbox has no no-such-go; install it"):
+        graded(provider, STDIO | {"language": "go"}, "package main\n")
+
+
 def test_a_language_that_is_missing_is_one_line(provider):
     if shutil.which("go") is not None:
         pytest.skip("this machine has go")
