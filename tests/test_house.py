@@ -109,6 +109,13 @@ def test_agents_chat_and_environments_come_without_jax():
                     stack.append(target)
 
 
+def test_text_is_parsed_where_other_threads_may_parse():
+    """By qcn_jax.syntax; what runs inside of sandboxes has nothing but the standard library, and one thread."""
+    found = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if "ast.parse(" in path.read_text()
+             and "inside" not in path.parts]
+    assert found == ["syntax.py"]
+
+
 def test_files_stay_readable():
     long = {str(path.relative_to(ROOT)): count for path in ROOT.rglob("*.py")
             if (count := path.read_text().count("\n")) > 420}

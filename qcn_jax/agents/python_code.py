@@ -5,24 +5,16 @@ import functools
 import threading
 from collections.abc import Sequence
 
-_PARSING = threading.Lock()
+from qcn_jax import syntax
+
+_LOOKING = threading.Lock()
 MOST = 100  # occurrences that are told apart
-
-
-def parse(source: str) -> ast.Module:
-    """`ast.parse` that may be called from several threads; raises what it raises.
-
-    CPython 3.11 counts the depth of recursion in a place that all threads share, and when a garbage collection lets
-    another thread parse in between it raises SystemError ("AST constructor recursion depth mismatch").
-    """
-    with _PARSING:
-        return ast.parse(source)
 
 
 def parses(lines: Sequence[str]) -> bool:
     """Whether `lines` are Python."""
     try:
-        parse("\n".join(lines))
+        syntax.parse("\n".join(lines))
     except (SyntaxError, ValueError):
         return False
     return True
@@ -43,14 +35,14 @@ def function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     documents count lines from it. Names nest with dots (`Class.method`, `outer.inner`); the order is that of the text;
     a source that does not parse has none.
     """
-    with _PARSING:  # looked up under the lock: samples of one prompt ask for the same module at the same time
+    with _LOOKING:  # looked up under the lock: samples of one prompt ask for the same module at the same time
         return _function_spans(source)
 
 
 @functools.lru_cache(maxsize=256)  # a parsed module costs 10 ms and more
 def _function_spans(source: str) -> tuple[tuple[str, int, int], ...]:
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return ()
     found: list[tuple[str, int, int]] = []

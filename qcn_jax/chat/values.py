@@ -5,13 +5,14 @@ nesting that they refuse), or the text as it was. Schemas come from clients and 
 nothing in them raises.
 """
 
-import ast
 import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from qcn_jax import syntax
 
 MAX_DEPTH = 100  # of nested lists and objects; Python's own readers and writers end at about 1,000
 _MAX_INTEGER_BITS = 14_000  # Python writes integers of up to 4,300 digits
@@ -111,7 +112,7 @@ def read_literal(text: str) -> Any:
     if len(text) > _MAX_LITERAL:
         raise ValueError("too long for a literal")
     try:
-        return json_value(ast.literal_eval(text.strip()))
+        return json_value(syntax.literal(text.strip()))
     except (SyntaxError, TypeError, MemoryError, RecursionError, OverflowError) as error:
         raise ValueError(f"no literal: {type(error).__name__}") from None
 

@@ -4,13 +4,15 @@ import ast
 import io
 import re
 
+from qcn_jax import syntax
+
 _MARK = "\ufeff"
 _FEED = re.compile(r"^[ \t\f]*\f[ \t\f]*$", re.MULTILINE)
 
 
 def parse(source: str) -> ast.Module:
     """`ast.parse` of a module's text, with its byte order mark if it has one; raises SyntaxError or ValueError."""
-    return ast.parse(source.removeprefix(_MARK))
+    return syntax.parse(source.removeprefix(_MARK))
 
 
 def plain(source: str) -> str:

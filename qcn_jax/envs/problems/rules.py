@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qcn_jax import syntax
+
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[\w'\-]+", text)
@@ -26,7 +28,7 @@ def _keys(text: str, keys: Sequence[str]) -> bool:
 def names_of(source: str) -> set[str] | None:
     """Names, attributes and modules that Python source uses; None where it is none."""
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     found = set()

@@ -7,7 +7,6 @@ patches that know the tests by name or place do not expect. They are a second op
 and no statement tells of them (`second_opinion`).
 """
 
-import ast
 import dataclasses
 import importlib.resources
 import posixpath
@@ -15,6 +14,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qcn_jax import syntax
 from qcn_jax.envs import patches
 from qcn_jax.envs.sandbox.base import PASSING, Sandbox
 from qcn_jax.envs.synthesis import statement
@@ -54,7 +54,7 @@ def calls(observations: Iterable[statement.Observation], seed: str) -> list[dict
 def _literals(arguments: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
     """Argument values by name, or None where one is no literal (an object, a cut text)."""
     try:
-        return {name: ast.literal_eval(text) for name, text in arguments}
+        return {name: syntax.literal(text) for name, text in arguments}
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
 

@@ -1,6 +1,5 @@
 """What tests of a second opinion claim (withheld.py), and whether that holds: decided here, of values alone."""
 
-import ast
 import builtins
 import dataclasses
 import operator
@@ -11,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
+from qcn_jax import syntax
 
 MOST_COERCED = 6  # what one value of another type turns into (inside/evidence.py, `coerced`)
 _DRAWS = 50  # of a decoy that differs from all that stood in its place
@@ -92,7 +93,7 @@ class Claim:
         if self.expected is None:
             literal = plain_value(known)
         else:
-            literal = ast.literal_eval(self.expected if isinstance(self.expected, str) else self.expected[brackets])
+            literal = syntax.literal(self.expected if isinstance(self.expected, str) else self.expected[brackets])
             if self.left and self.operator == "in" and known is not None and weight(found) > FACTOR * known + ROOM:
                 return "fails"  # much in which there is everything
         if isinstance(found, dict) and "opaque" in found:

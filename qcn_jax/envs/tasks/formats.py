@@ -4,7 +4,6 @@ SWE-bench (release 4, and 5 with image, eval_script, log_parser, eval_type), SWE
 SWE-bench Pro (lower-case test lists). Harbor's task folders are in `envs/tasks/harbor.py`.
 """
 
-import ast
 import dataclasses
 import json
 import os
@@ -13,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qcn_jax import files
+from qcn_jax import files, syntax
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks import hidden
 from qcn_jax.envs.tasks.schema import FOLDER_GRADER, LANGUAGES, Task, read_rows
@@ -184,7 +183,7 @@ def _names(value: Any, where: str) -> list[str]:
     """A list of test names that may come as a JSON or Python literal (Pro publishes the latter)."""
     if isinstance(value, str):
         try:
-            value = ast.literal_eval(value)
+            value = syntax.literal(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise UserError(f"{where} is not a list of test names") from None
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):

@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from qcn_jax import syntax
 from qcn_jax.envs import patches
 from qcn_jax.envs.tasks.schema import Task
 from qcn_jax.envs.testpaths import is_test_path
@@ -64,7 +65,7 @@ def without(tests: Iterable[str], files: Mapping[str, str], whole: bool = False)
 def _cut(text: str, places: Collection[tuple[str, ...]]) -> str | None:
     """A test file without the functions at `places` ((class, ..., name)); None where that leaves no tests or fails."""
     try:
-        tree = ast.parse(text)
+        tree = syntax.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return None
     lines, spans, found = text.split("\n"), [], set()
@@ -79,7 +80,7 @@ def _cut(text: str, places: Collection[tuple[str, ...]]) -> str | None:
         del lines[start - 1:end]
     made = "\n".join(lines)
     try:
-        ast.parse(made)
+        syntax.parse(made)
     except (SyntaxError, ValueError):
         return None
     return made

@@ -22,6 +22,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from qcn_jax import syntax
 from qcn_jax.envs import python_source
 from qcn_jax.envs.tasks import claims, dataflow, parameters, pruning
 from qcn_jax.envs.tasks.claims import Claim
@@ -89,7 +90,7 @@ def rewrite(source: str, wanted: Mapping[Place, Collection[str]], plain: Collect
     dataflow.blank(tree, rewriter.taken)
     passing, failing = (f"test_{rng.getrandbits(48):012x}" if wanted else "" for _ in range(2))
     if wanted:
-        tree.body += ast.parse(f"def {passing}():\n    {EVIDENCE}.end({rewriter.number(Claim('+', 'end'))})\n"
+        tree.body += syntax.parse(f"def {passing}():\n    {EVIDENCE}.end({rewriter.number(Claim('+', 'end'))})\n"
                                f"def {failing}():\n    {EVIDENCE}.end({rewriter.number(Claim('-', 'end'))})\n"
                                "    raise AssertionError\n").body
     # pytest need not rewrite what no longer asserts.
@@ -334,7 +335,7 @@ def _place(at: ast.stmt | ast.expr) -> str:
 
 
 def _literal(value: Any) -> ast.expr:
-    return _Numbers().visit(ast.parse(repr(value), mode="eval")).body
+    return _Numbers().visit(syntax.parse(repr(value), mode="eval")).body
 
 
 class _Numbers(ast.NodeTransformer):
@@ -342,7 +343,7 @@ class _Numbers(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         words = {"inf": "1e999", "nan": "(1e999 - 1e999)"}.get(node.id, node.id)
-        return ast.parse(words, mode="eval").body
+        return syntax.parse(words, mode="eval").body
 
 
 def _approx(node: ast.expr) -> str | None:

@@ -1,6 +1,5 @@
 """What an update would have been on the very same episodes and weights: under other settings, and without a group."""
 
-import ast
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qcn_jax import syntax
 from qcn_jax.config import ExpertsConfig, ModelConfig, from_config_dict
 from qcn_jax.config_values import refusals
 from qcn_jax.errors import UserError
@@ -49,7 +49,7 @@ class Variant:
             if not equals or name not in FIELDS:
                 raise UserError(f"{flag}: {pair!r} is not NAME=VALUE of {', '.join(FIELDS)}")
             try:
-                values[name] = ast.literal_eval(text)
+                values[name] = syntax.literal(text)
             except (ValueError, SyntaxError):
                 values[name] = text
         found = from_config_dict(ExpertsConfig, values, "--instead")

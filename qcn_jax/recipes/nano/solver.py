@@ -13,6 +13,7 @@ import re
 import tokenize
 from collections.abc import Callable, Sequence
 
+from qcn_jax import syntax
 from qcn_jax.agents import python_code, source_code
 from qcn_jax.agents.episode import Episode
 from qcn_jax.agents.scaffolds import Scaffold
@@ -284,7 +285,7 @@ def _mutations(lines: Sequence[str], path: str = "") -> list[tuple[int, str]]:
 def _loop_lines(lines: Sequence[str]) -> set[int]:
     """Numbers of the lines inside `while` loops; none where the text does not parse."""
     try:
-        loops = [node for node in ast.walk(python_code.parse("\n".join(lines))) if isinstance(node, ast.While)]
+        loops = [node for node in ast.walk(syntax.parse("\n".join(lines))) if isinstance(node, ast.While)]
     except (SyntaxError, ValueError):
         return set()
     return {number for loop in loops for number in range(loop.lineno, (loop.end_lineno or loop.lineno) + 1)}

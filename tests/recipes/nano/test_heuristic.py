@@ -14,6 +14,7 @@ from qcn_jax.agents.episode import EndReason, Episode
 from qcn_jax.agents.tools import ToolExecutor
 from qcn_jax.agents.trajectory import Trajectory
 from qcn_jax.agents.workspace import OverlayWorkspace
+from qcn_jax.chat import values
 from qcn_jax.envs.patches import apply_diff, make_diff
 from qcn_jax.envs.sandbox.base import TestRun
 from qcn_jax.envs.tasks.schema import Task
@@ -125,22 +126,26 @@ class _Garbage:
         time.sleep(0.0005)
 
 
-def test_many_threads_may_parse_at_once():
-    """Interpreters before 3.12 fail here when ast.parse is called from several threads without a lock."""
-    source = "\n".join(f"def f{i}(a):\n    return [(a + {i}) * (b - 1) for b in (a, {{a: [a]}})]" for i in range(50))
+FUNCTIONS = "\n".join(f"def f{i}(a):\n    return [(a + {i}) * (b - 1) for b in (a, {{a: [a]}})]" for i in range(50))
+LITERAL = f"[{', '.join(['[[1, 2], [3, [4, [5]]]]'] * 200)}]"
 
+
+@pytest.mark.parametrize("read, found", [
+    (lambda number: len(python_code.function_spans(f"{FUNCTIONS}\nx = {number}")), 50),
+    (lambda number: len(values.read_literal(LITERAL)), 200)], ids=["modules", "arguments of calls"])
+def test_many_threads_may_parse_at_once(read, found):
+    """Interpreters before 3.12 fail here when ast.parse is called from several threads without a lock."""
     def parse(number):
         gc.disable()
         for _ in range(5):
             _Garbage()
         gc.enable()
-        return python_code.function_spans(f"{source}\nx = {number}")
+        return read(number)
 
     before = gc.get_threshold()
     gc.set_threshold(50)
     try:
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            found = list(threads.map(parse, range(40)))
+            assert list(threads.map(parse, range(40))) == [found] * 40
     finally:
         gc.set_threshold(*before)
-    assert all(len(one) == 50 for one in found)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import libcst as cst
 from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
 
+from qcn_jax import syntax
 from qcn_jax.envs import python_source
 from qcn_jax.envs.synthesis.inject import classes, expressions, statements
 from qcn_jax.envs.synthesis.inject.site import Edit, Edits, Site
@@ -168,7 +169,7 @@ def candidates(
     if (plain := python_source.plain(source)) != source:
         return within(source, candidates(plain, path, kinds, max_function_lines, rng))
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except (SyntaxError, ValueError):
         return []  # templates and Python 2 fixtures among a package's files
     chosen = [kind for kind in KINDS if kinds is None or kind in set(kinds)]
@@ -202,7 +203,7 @@ def candidates(
 
 def _parses(source: str) -> bool:
     try:
-        ast.parse(source)
+        syntax.parse(source)
     except (SyntaxError, ValueError):
         return False
     return True

@@ -9,6 +9,7 @@ import random
 import textwrap
 from collections.abc import Collection, Sequence
 
+from qcn_jax import syntax
 from qcn_jax.chat import endpoint
 from qcn_jax.envs import python_source
 from qcn_jax.envs.synthesis.inject import Function, Injection, functions, within
@@ -58,7 +59,7 @@ def candidates(
     if (plain := python_source.plain(source)) != source:
         return within(source, candidates(plain, path, model, kinds, seed, limit, among))
     try:
-        tree = ast.parse(source)
+        tree = syntax.parse(source)
     except (SyntaxError, ValueError):
         return []
     rows = python_source.lines(source)
@@ -91,7 +92,7 @@ def _messages(kind: str, text: str, path: str, tree: ast.Module, source: str) ->
 
 def _stub(text: str) -> str:
     """The function without its body, docstring kept."""
-    node = ast.parse(text).body[0]
+    node = syntax.parse(text).body[0]
     keep = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
     lines = python_source.lines(text)[:keep]
     return "".join(lines) + " " * node.body[0].col_offset + "...\n"
@@ -104,7 +105,7 @@ def _injection(
     indent = text[: len(text) - len(text.lstrip())]
     plain = textwrap.dedent(answer).strip("\n") + "\n"
     try:
-        old, new = ast.parse(textwrap.dedent(text)).body, ast.parse(plain).body
+        old, new = syntax.parse(textwrap.dedent(text)).body, syntax.parse(plain).body
     except (SyntaxError, ValueError):
         return None
     if len(new) != 1 or type(new[0]) is not type(old[0]) or not _same_signature(old[0], new[0]):
@@ -123,7 +124,7 @@ def _injection(
     result = Injection(kind, path, function.qualname, function.start_line, function.end_line, source, start, end,
                        "".join(lines[head : len(lines) - tail]))  # fmt: skip
     try:
-        ast.parse(result.after_source)
+        syntax.parse(result.after_source)
     except SyntaxError:
         return None
     return result

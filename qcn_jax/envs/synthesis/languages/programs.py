@@ -4,7 +4,6 @@ The counterpart of issue.py and heldout.py: recorded calls of exported functions
 in both states, so that what a statement says is true; calls with other arguments become tests that no agent sees.
 """
 
-import ast
 import dataclasses
 import json
 import posixpath
@@ -13,6 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qcn_jax import syntax
 from qcn_jax.envs.synthesis import heldout
 from qcn_jax.envs.synthesis.build.container import Container
 from qcn_jax.envs.synthesis.languages import LANGUAGES, go_module, go_package, record
@@ -169,7 +169,7 @@ def unseen(language: str, path: str, function: str, calls: Sequence[Mapping[str,
         arguments = tuple((name, repr(value)) for name, value in zip(names, values))
         seen = Observation(path, function, arguments, ("", ""), ("", ""))
         for varied in heldout.calls([seen], f"{seed}{len(made)}"):
-            texts = [literal(language, ast.literal_eval(varied["arguments"][name]), kind)
+            texts = [literal(language, syntax.literal(varied["arguments"][name]), kind)
                      for name, kind in zip(names, types)]
             if None not in texts:
                 made.setdefault(call(language, path, function, [text for text in texts if text is not None], files))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qcn_jax import syntax
 from qcn_jax.chat.tokenizer import END_OF_TEXT, Tokenizer
 from qcn_jax.envs.sandbox.repository import RepositorySpec, unpack
 from qcn_jax.errors import UserError
@@ -164,7 +165,7 @@ def _imported_names(path: str, text: str) -> tuple[tuple[int, str], ...]:
     if not path.endswith(".py"):
         return ()
     try:
-        tree = ast.parse(text)
+        tree = syntax.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ()
     found = []
