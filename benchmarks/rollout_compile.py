@@ -1,4 +1,4 @@
-"""Compiles how the 80B model acts on named TPU pods: decode step, prefill chunk, change of layout; what fits, what moves.
+"""Compiles how the 80B model acts on named TPU pods: decode step, prefill chunk, change of layout, update; what fits, what moves.
 
     python benchmarks/rollout_compile.py [--cases=REGEX] [--again]
 
@@ -32,14 +32,14 @@ CASES = {
     "tpu7x-128": ("tpu7x-128", ()),
     "v5e-256": ("v5e-256", ()),
 }
-GIB, MS = 2**30, 1e-3
+GIB, MS, LENGTH = 2**30, 1e-3, "65536"
 
 
 def table(results: pathlib.Path) -> str:
     """Markdown of all results in a version's folder."""
     lines = [
         f"libtpu {results.name}", "",
-        "| pod | slots of 64k | open sequences of 8k / 64k / 262k beside the trainer | decode: weights + keys and values + "
+        "| pod | slots of 64k | open sequences of 8k / 64k / 262k, whichever program runs (64k beside decode, prefill, change of layout, update) | decode: weights + keys and values + "
         "states + temporaries, GiB of HBM | floor, GB, ms | exchanges, GB, ms of links + of a hop each, share of the floor | decode, cycles | prefill, "
         "cycles a token | change of layout, GB moved |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -61,6 +61,8 @@ def _row(pod: str, report: dict[str, Any]) -> str:
     held = " + ".join(gib(kinds.get(kind, 0)) for kind in ("weights", "keys and values", "states"))
     cycles = lambda program: sum(program["cycles_by_part"].values())
     fit = " / ".join(f"{count:,}" for count in report["sequences"].values())
+    if "sequences_by_program" in report:
+        fit += f" ({', '.join(f'{counts[LENGTH]:,}' for counts in report['sequences_by_program'].values())})"
     floor, links = report["floor"], report["links"]
     latency = links["count"] * HOP_SECONDS
     return (f"| {pod} | {report['slots']:,} | {fit} | {held} + {gib(decode['memory']['activations_and_temporaries'])} of "

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from qcn_jax.compile import aot
+from qcn_jax.compile.stages import StageStep, stage_step
 from qcn_jax.config import ModelConfig, RunConfig, training_settings
 from qcn_jax.errors import UserError
 from qcn_jax.inference.memory import Budget
@@ -20,7 +21,7 @@ from qcn_jax.pipeline.train.layout import param_shardings
 from qcn_jax.sharding.chips import CHIPS, HOP_SECONDS
 from qcn_jax.sharding.parallel import Parallel
 
-PROGRAMS = ("decode", "prefill", "arrange")
+PROGRAMS = ("decode", "prefill", "arrange", "update")  # the last is the trainer's step, while episodes stay open
 LENGTHS = (8192, 65_536, 262_144)  # tokens of sequences, whose number is said
 _GIB = 2**30
 
@@ -43,7 +44,7 @@ class SequenceBytes:
 
 
 def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: str | None = None) -> dict[str, Any]:
-    """Compiles decode, prefill and the change of layout as stage `experts` runs them; JSON-ready.
+    """Compiles decode, prefill, the change of layout and the update as stage `experts` runs them; JSON-ready.
 
     Args:
       config: its `experts.rollout` gives slots, lengths and prefill's shape.
@@ -62,8 +63,12 @@ def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: 
     budget = Budget.of(place.parts, own, settings.max_length, settings.block_size or None, settings.num_blocks or None)
     programs = Programs(network, place, own, budget.blocks, budget.size, settings.max_new_tokens)
     lanes = min(own, -(-(settings.max_num_seqs or settings.slots) // place.parts))
+    step = stage_step(config, "experts", parallel)
     found = {}
     for name in PROGRAMS:
+        if name == "update":
+            found[name] = aot.compile_program(aot.Program(step.function, step.arguments, step.kinds), topology)
+            continue
         if name == "arrange":
             given = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                                  abstract_params(model), param_shardings(model, parallel))
@@ -76,7 +81,7 @@ def compile_rollout(config: RunConfig, parallel: Parallel, topology: str, dump: 
         found[name] = aot.compile_program(program, topology, dump if name == "decode" else None)
     return {"slots": settings.slots, "max_length": settings.max_length, "parts": place.parts, "programs": found,
             "prefill_tokens": -(-settings.prefill_rows // place.parts) * settings.prefill_chunk,  # of a part and call
-            **_account(config, parallel, place, found["decode"], topology)}
+            **_account(config, place, found, step, topology)}
 
 
 def _kinds(arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -87,24 +92,36 @@ def _kinds(arguments: tuple[Any, ...]) -> dict[str, Any]:
     return {"weights": params, **by_name, "logits": logits}
 
 
-def _account(
-    config: RunConfig, parallel: Parallel, place: Placement, decode: dict[str, Any], topology: str
-) -> dict[str, Any]:
-    """How many sequences fit beside the trainer's state, and the time that memory and links take at least."""
-    from qcn_jax.compile.stages import stage_step
+def _beside(found: dict[str, Any], trainer: int) -> dict[str, int]:
+    """Bytes of a device that are taken, sequences apart, while each program runs; `trainer`: what always lies there."""
+    weights = found["decode"]["memory"]["arguments_by_kind"]["weights"]  # as the engine holds them, all the time
+    taken = {}
+    for name, program in found.items():
+        memory = program["memory"]
+        taken[name] = weights + (memory["total"] if name == "update" else trainer + sum(
+            memory[part] for part in ("activations_and_temporaries", "outputs_not_aliased", "code")))
+    return taken
 
+
+def _account(
+    config: RunConfig, place: Placement, found: dict[str, Any], step: StageStep, topology: str
+) -> dict[str, Any]:
+    """How many sequences stay open whichever program runs, and the time that memory and links take at least."""
     chip, each = CHIPS[aot.generation(topology)], SequenceBytes.of(config.model)
-    trainer = sum(map(aot.bytes_per_device, stage_step(config, "experts", parallel).kinds.values()))
-    memory = decode["memory"]
-    weights = memory["arguments_by_kind"]["weights"]
-    besides = trainer + weights + memory["activations_and_temporaries"] + memory["outputs_not_aliased"] + memory["code"]
+    state = {name: tree for name, tree in step.kinds.items() if name != "batch"}
+    trainer, decode = sum(map(aot.bytes_per_device, state.values())), found["decode"]
+    weights = decode["memory"]["arguments_by_kind"]["weights"]
     row = each.state + np.dtype(np.float32).itemsize * config.model.vocab_size
-    fit = {length: max(0, int((chip.hbm - besides) // (row + each.token * length))) * place.parts for length in LENGTHS}
+    beside = _beside(found, trainer)
+    fit = {name: {length: max(0, int((chip.hbm - taken) // (row + each.token * length))) * place.parts
+                  for length in LENGTHS} for name, taken in beside.items()}
     own = config.experts.rollout.slots // place.parts
     read = weights + own * (2 * each.state + each.token * config.experts.rollout.max_length)
     moved, count = sum(decode["collective_bytes"].values()), sum(decode["collective_count"].values())
     return {
-        "bytes_per_token": each.token, "bytes_per_state": each.state, "trainer_bytes": trainer, "sequences": fit,
+        "bytes_per_token": each.token, "bytes_per_state": each.state, "trainer_bytes": trainer,
+        "beside": beside, "sequences_by_program": fit,
+        "sequences": {length: min(counts[length] for counts in fit.values()) for length in LENGTHS},
         "floor": {"bytes": read, "seconds": read / chip.bandwidth},
         "links": {"bytes": moved, "seconds": moved / chip.links, "count": count, "latency": count * HOP_SECONDS},
     }
@@ -129,7 +146,9 @@ def render(report: dict[str, Any]) -> list[str]:
     floor, links = report["floor"], report["links"]
     lines += [
         "", f"trainer's state beside them{gib(report['trainer_bytes'])}",
-        *(f"{int(length) // 1024}k sequences: {count:,}" for length, count in report["sequences"].items()),
+        *(f"{int(length) // 1024}k sequences: {count:,} (" + ", ".join(
+            f"{name} {counts[length]:,}" for name, counts in report["sequences_by_program"].items()) + ")"
+          for length, count in report["sequences"].items()),
         f"a decode step reads at least {floor['bytes'] / 1e9:.2f} GB a device when all slots are full: "
         f"{1e3 * floor['seconds']:.1f} ms of HBM; its {links['count']:,} exchanges move {links['bytes'] / 1e9:.3f} GB: "
         f"{1e3 * links['seconds']:.2f} ms of links, and {1e3 * links['latency']:.2f} ms of a hop each: "

@@ -121,20 +121,29 @@ class Blocks:
         return moves
 
     def _give_up(self, lacking: int, kept: set[Block], spared: set[int], moves: Moves) -> None:
-        """Frees so many blocks more, of those who were used longest ago, and of each the last ones first."""
-        enough = len(self._free) + lacking
-        for slot in [slot for slot in self._held if slot not in spared]:
+        """Frees so many blocks more, of those who were used longest ago, and of each the last ones first.
+
+        Without swapping nothing is dropped that would free no block, because others hold all of its blocks, too.
+        """
+        enough, others = len(self._free) + lacking, [slot for slot in self._held if slot not in spared]
+        while not self._swaps and len(self._free) < enough:
+            slot = self._to_drop(others, kept)
+            self._release(slot, 0)
+            self.dropped.add(slot)
+            self.counts["dropped"] += 1
+        for block in (block for slot in others for block in reversed(self._held[slot])):
             if len(self._free) >= enough:
                 return
-            if not self._swaps and self._held[slot]:
-                self._release(slot, 0)
-                self.dropped.add(slot)
-                self.counts["dropped"] += 1
-            for block in reversed(self._held[slot]):
-                if block.index is not None and block not in kept and len(self._free) < enough:
-                    moves.out.append((block, block.index))
-                    self._free.append(block.index)
-                    block.index = None
+            if block.index is not None and block not in kept:
+                moves.out.append((block, block.index))
+                self._free.append(block.index)
+                block.index = None
+
+    def _to_drop(self, others: Sequence[int], kept: set[Block]) -> int:
+        """The first of `others` that frees a block by itself, else the first whose blocks are not all in `kept`."""
+        frees = lambda slot: any(block.users == 1 for block in self._held[slot])
+        chosen = [slot for slot in others if frees(slot)] or [slot for slot in others if set(self._held[slot]) - kept]
+        return chosen[0]
 
     def share(self, source: int, target: int) -> None:
         """`target` holds what `source` holds, and counts as just used."""

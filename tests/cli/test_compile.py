@@ -75,7 +75,8 @@ def test_the_engines_programs_compile_for_a_topology(tmp_path, capsys):
     out = tmp_path / "report.json"
     assert cli.main(["compile", *REDUCED, "--config.mesh.dispatch=gather", *few, "--stage=rollout", f"--out={out}"]) == 0
     report, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert report["slots"] == 16 and report["parts"] == 8 and list(report["programs"]) == ["decode", "prefill", "arrange"]
+    assert report["slots"] == 16 and report["parts"] == 8 and list(report["programs"]) == [
+        "decode", "prefill", "arrange", "update"]
     decode = report["programs"]["decode"]
     kinds = decode["memory"]["arguments_by_kind"]
     assert kinds["keys and values"] == 2 * 1024 * report["bytes_per_token"]  # two slots a device
@@ -85,6 +86,11 @@ def test_the_engines_programs_compile_for_a_topology(tmp_path, capsys):
     assert max(moved["bytes"] for moved in decode["largest_collectives"]) < kinds["keys and values"]
     fit = list(report["sequences"].values())
     assert fit == sorted(fit, reverse=True) and fit[0] > fit[-1] > 0 and f"64k sequences: {fit[1]:,}" in text
+    # What the update takes holds the trainer's state already, and the engine's weights lie beside it.
+    assert report["beside"]["update"] == report["programs"]["update"]["memory"]["total"] + kinds["weights"]
+    assert report["beside"]["decode"] > report["trainer_bytes"] + kinds["weights"]
+    by_program = report["sequences_by_program"].values()
+    assert fit == [min(counts[length] for counts in by_program) for length in report["sequences"]]
 
 
 def test_bad_input_is_one_line(capsys, tmp_path):

@@ -86,8 +86,23 @@ def test_who_makes_room_does_not_depend_on_what_was_held_before() -> None:
         blocks.hold({0: (0, SIZE)})
         blocks.hold({2: (0, SIZE)})
         blocks.share(0, 1)
+        blocks.cut(0, 0)
         blocks.hold({3: (0, 2 * SIZE)})
-        assert blocks.dropped == {0, 2}, before
+        assert blocks.dropped == {2}, before
+
+
+def test_nothing_is_dropped_for_nothing() -> None:
+    """Who shares all blocks with others frees none of them; where all share, all who hold what is needed are dropped."""
+    blocks = Blocks(3, SIZE, swaps=False)
+    blocks.hold({0: (0, SIZE)})
+    blocks.share(0, 1)
+    blocks.hold({2: (0, SIZE)})
+    blocks.hold({3: (0, 2 * SIZE)})
+    assert blocks.dropped == {2} and blocks.counts["dropped"] == 1
+    blocks.cut(2, 0)
+    blocks.cut(3, SIZE)
+    blocks.hold({4: (0, 2 * SIZE)}, beside=[3])
+    assert blocks.dropped == {0, 1}
 
 
 @pytest.fixture(scope="module", name="params")
