@@ -33,7 +33,8 @@ setuptools.setup(
                               "envs/problems/inside/*.js", "envs/synthesis/inside/*.js", "envs/synthesis/inside/*.go",
                               "envs/synthesis/pages/templates/start.*", "envs/synthesis/pages/templates/*/*",
                               "envs/synthesis/pages/templates/*/tests/*",
-                              "envs/web/inside/*.mjs"]},
+                              "envs/synthesis/pages/templates/*/src/*",
+                              "envs/web/inside/*.mjs", "envs/web/inside/modules/*"]},
     python_requires=">=3.11",
     install_requires=[
         f"jax{JAX}", "flax>=0.12", "optax>=0.2.5", "orbax-checkpoint>=0.11", "grain>=0.2.10",

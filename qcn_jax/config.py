@@ -123,6 +123,7 @@ class TasksConfig:
     malformed: known.Malformed = "stop"  # what an unusable task of `data` does: stop, or skip it and count it
     verify: Count = 16  # of each file's tasks, executed with their gold patch and without, first; 0: none
     setup: tuple[str, ...] = ()  # shell commands that install what the repositories of `data` need (docker)
+    modules: str = ""  # folder whose node_modules pages are built from; by default npm installs React and Vite once
     image_timeout: AboveZero = 1800.0  # seconds for the tests of a task of `data` that has an image of its own
     verifier_network: bool = False  # whether solutions and tests of Harbor's folders in `data` reach the network
     # PyPI requirements, "toolz==1.2.0" or with a hash "toolz==1.2.0#sha256=9667...", or archives or folders; beside

@@ -1,6 +1,6 @@
 """What all tests share: markers for things a machine may lack, compilation cache, the fixtures of qcn_jax.testing.
 
-A test marked `docker`, `torch` or `browser` is skipped with a reason where the thing is missing; where the environment
+A test marked `docker`, `torch`, `browser` or `vite` is skipped with a reason where the thing is missing; where the environment
 variable QCN_REQUIRE (a comma-separated list) names it, the test fails instead, so that a continuous-integration
 machine cannot pass by lacking something.
 """
@@ -70,8 +70,16 @@ def browser_missing() -> str | None:
     return runtime.missing() or None
 
 
+@functools.cache
+def vite_missing() -> str | None:
+    """Why pages cannot be built here; None where they can, npm having installed what they are built from."""
+    from qcn_jax.envs.web import vendored
+
+    return vendored.missing() or None
+
+
 _THINGS: dict[str, Callable[[], str | None]] = {"docker": docker_missing, "torch": torch_missing,
-                                                "browser": browser_missing}
+                                                "browser": browser_missing, "vite": vite_missing}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -94,7 +94,7 @@ def _made(values: flags.FlagValues) -> str:
                                  seed=values.seed)
         made, _ = make_tasks.make_tasks(make_tasks.Request(
             values.repo, pathlib.Path(f"{path}.work"), settings=settings, setup=values.setup, sandbox=values.sandbox,
-            workers=values.workers))
+            workers=values.workers, modules=task_repositories.modules(values)))
         if not made:
             raise UserError(f"--repo={values.repo[0]}: no task could be made of it; qcn synthesize says why")
         write_tasks(path, made[:values.count])

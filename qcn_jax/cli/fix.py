@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     if values.out:
         files.check_folder(values.out, "out")
     spec = dataclasses.replace(sources.locate(values.repo), setup=tuple(values.setup),
-                               python_path=task_repositories.python_path(values))
+                               python_path=task_repositories.python_path(values),
+                               modules=task_repositories.modules(values))
     agent = acting.agent(values, mesh)
     with contextlib.ExitStack() as stack:
         out = values.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="qcn-fix-"))

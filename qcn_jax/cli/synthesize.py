@@ -129,7 +129,8 @@ def _synthesize(values: flags.FlagValues) -> int:
                       setup=tuple(values.setup), python_path=task_repositories.python_path(values))
     tasks, yields = make_tasks.make_tasks(make_tasks.Request(
         values.repo, pathlib.Path(f"{out}.work"), values.strategies, _settings(values), mining, values.issues,
-        values.setup, values.sandbox, values.workers, task_repositories.python_path(values)))
+        values.setup, values.sandbox, values.workers, task_repositories.python_path(values),
+        task_repositories.modules(values)))
     write_tasks(out, tasks)
     files.write_json(f"{out}.yields.json", yields)
     if yields["kinds"]:

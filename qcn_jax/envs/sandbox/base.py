@@ -10,15 +10,17 @@ import dataclasses
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from qcn_jax.envs import patches
 from qcn_jax.envs.network import policy
-from qcn_jax.envs.sandbox import channel, pytest_options, repository
+from qcn_jax.envs.sandbox import channel, preparing
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.limits import Limits
+from qcn_jax.envs.sandbox.preparing import ANSWER_GRACE, STARVATION, Prepared
+from qcn_jax.envs.sandbox.preparing import PREPARE_TIMEOUT as PREPARE_TIMEOUT  # theirs who explain a first run
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.sandbox.runs import PASSING as PASSING  # theirs who use providers
 from qcn_jax.envs.sandbox.runs import ExecResult, PythonResult, TestRun, test_run
@@ -26,11 +28,6 @@ from qcn_jax.envs.sandbox.spares import Spares
 from qcn_jax.envs.web import page_tests
 from qcn_jax.envs.web import running as pages
 from qcn_jax.errors import UserError
-
-ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
-STARVATION = 5.0  # on a busy machine a job may take this many times its limit (inside/server.py, STARVED)
-PREPARE_TIMEOUT = 300.0
-FIRST_LOOK = 1800.0  # for all tests of pages; a page that hangs is given up long before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +102,14 @@ class Sandbox:
                               timeout=timeout, fail_fast=fail_fast, evidence=evidence)
         return test_run(reply)
 
-    def ask_python(self, script: str, args: Any, timeout: float) -> dict[str, Any]:
-        """The server's reply about a harness script (see `run_python`)."""
-        return self._call("python", script=script, args=args, timeout=timeout)[0]
+    def ask_python(self, script: str, args: Any, timeout: float, without: Sequence[str] | None = None
+                   ) -> dict[str, Any]:
+        """The server's reply about a harness script (see `run_python`).
+
+        Where `without` names files, the script runs in a copy of the sandbox that lacks them, with no files but regular
+        ones, of another user.
+        """
+        return self._call("python", script=script, args=args, timeout=timeout, without=without)[0]
 
     def run_python(self, script: str, args: Any = None, timeout: float = 30.0) -> PythonResult:
         """Runs a trusted harness script in the repository, in a process with pytest imported.
@@ -155,23 +157,6 @@ class Sandbox:
 
     def __exit__(self, *_: Any) -> None:
         self.destroy()
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A repository ready for use: its pristine text files, and the archive that servers load."""
-
-    spec: RepositorySpec
-    key: str
-    files: Mapping[str, str]
-    settings: Mapping[str, Any]
-    archive: str
-    baseline: TestRun  # all tests on the pristine state
-
-    @property
-    def browser(self) -> bool:
-        """Whether its tests are of pages, which are run in a browser (envs/web)."""
-        return any(map(page_tests.is_tests, self.files))
 
 
 class Provider:
@@ -245,55 +230,9 @@ class Provider:
         known = self.prepared.get(spec.name)
         if known is not None and known.spec == spec:
             return known
-        key = repository.key(spec, self.fingerprint())
-        found = repository.load(self.state_dir, key)
-        if found is None:
-            with repository.lock(self.state_dir, key):
-                found = repository.load(self.state_dir, key) or self._prepare(spec, key)
-        prepared = Prepared(spec, key, found.files, found.settings, found.archive, test_run(found.baseline))
+        prepared = preparing.prepare(spec, self.state_dir, self.fingerprint(), self._start)
         self.prepared[spec.name] = prepared
         return prepared
-
-    def _prepare(self, spec: RepositorySpec, key: str) -> repository.Stored:
-        members = repository.unpack(spec)
-        settings = repository.settings(spec, members)
-        texts = repository.text_files((name, member.data) for name, member in members.items())
-        if any(map(page_tests.is_tests, texts)):
-            baseline = self._first_look(spec, key, members, settings, page_tests.suites(texts))
-            return repository.store(self.state_dir, key, members, settings, baseline)
-        (reply, payload), settings = pytest_options.followed(
-            texts, settings, lambda changed: self._warm_up(spec, key, members, changed))
-        offset = 0
-        for path, (size, mtime) in reply.pop("compiled").items():
-            members[path] = repository.Member(payload[offset:offset + size], 0o644, mtime)
-            offset += size
-        settings["modules"], settings["opened"] = reply.pop("modules", []), reply.pop("opened", [])
-        return repository.store(self.state_dir, key, members, settings, reply)
-
-    def _warm_up(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
-                 settings: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """One run of all tests that also compiles, in a server of its own."""
-        with self._unprepared(spec, key, members, settings) as ask:
-            return ask("tests", PREPARE_TIMEOUT, kind="warm", node_ids=None, fail_fast=False)
-
-    def _first_look(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
-                    settings: Mapping[str, Any], suites: Mapping[str, page_tests.Suite]) -> dict[str, Any]:
-        """One run of all tests of pages, in a server of its own."""
-        with self._unprepared(spec, key, members, settings, browser=True) as ask:
-            call = lambda script, args, timeout: ask("python", timeout, script=script, args=args)[0]
-            return pages.run_tests(call, suites, None, FIRST_LOOK)
-
-    @contextlib.contextmanager
-    def _unprepared(self, spec: RepositorySpec, key: str, members: Mapping[str, repository.Member],
-                    settings: Mapping[str, Any], browser: bool = False
-                    ) -> Iterator[Callable[..., tuple[dict[str, Any], bytes]]]:
-        """Yields what asks a workspace in a server of its own: (operation, timeout, its arguments) -> reply."""
-        with contextlib.closing(self._start(spec, browser=browser)) as server:
-            server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
-            made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
-            yield lambda op, timeout, **given: server.call(
-                {"op": op, "workspace": made["workspace"], "timeout": timeout, **given}, b"",
-                STARVATION * timeout + ANSWER_GRACE)
 
     def files(self, name: str) -> Mapping[str, str]:
         """Pristine text files of a prepared repository, by path."""
@@ -362,7 +301,8 @@ class Provider:
         if self.isolation == "container":
             spare = self._spares.take(prepared) if self._spares is not None and not networked else None
             return spare or self._start(prepared.spec, networked, prepared.browser)
-        name = self._warm_name(prepared, role) + " browser" * prepared.browser
+        needs = f" browser {prepared.spec.modules}" * prepared.browser + " builds" * prepared.builds
+        name = self._warm_name(prepared, role) + needs
         with self._starting:  # two threads must not start it twice: the first one's would be lost
             if name in self._warm and not self._warm[name].alive():
                 self._warm.pop(name).close()

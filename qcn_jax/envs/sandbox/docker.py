@@ -21,11 +21,13 @@ import docker
 import docker.errors
 
 from qcn_jax.envs.sandbox import channel, images, layers, local, repository
-from qcn_jax.envs.sandbox.base import Prepared, Provider
+from qcn_jax.envs.sandbox.base import Provider
 from qcn_jax.envs.sandbox.channel import SandboxError
 from qcn_jax.envs.sandbox.limits import Limits, bounds
+from qcn_jax.envs.sandbox.preparing import Prepared
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 from qcn_jax.envs.web import runtime as web
+from qcn_jax.envs.web import vendored
 
 CAPABILITIES = ["SETUID", "SETGID", "KILL", "CHOWN", "DAC_OVERRIDE"]
 SERVER_MB = 256  # what the server and the prepared trees may take besides the sandboxes
@@ -121,7 +123,7 @@ class DockerProvider(Provider):
 
     def _container(self, prepared: RepositorySpec | None, door: str = "", browser: bool = False) -> channel.Server:
         """A server in a new container; `door` is a folder of the host in which its network is asked for."""
-        views = web.views(self.state_dir, "docker") if browser else {}
+        views = web.views(self.state_dir, "docker", vendored.at_hand(prepared.modules)) if browser else {}
         image = self._image(prepared, browser)
         limits = bounds(self.limits, browser)
         disk = limits["disk"] >> 20

@@ -41,6 +41,7 @@ from qcn_jax.envs.sandbox.inside import filters, folders
 from qcn_jax.envs.sandbox.limits import Limits, bounds
 from qcn_jax.envs.sandbox.repository import RepositorySpec, lock
 from qcn_jax.envs.web import runtime as web
+from qcn_jax.envs.web import vendored
 from qcn_jax.errors import UserError
 
 INSIDE = pathlib.Path(__file__).parent / "inside"
@@ -111,12 +112,12 @@ class LocalProvider(Provider):
         if networked:
             line, door = socket.socketpair()
             with line, door:
-                return self._open_gate(self._namespaces(door, browser), line)
+                return self._open_gate(self._namespaces(door, prepared if browser else None), line)
         if browser:
             if self.containment != "namespaces":
                 raise UserError(f"repository {prepared.name}: its pages are tested in a browser, which needs docker or "
                                 f"namespaces of this machine{f' ({self.reason})' if self.reason else ''}")
-            return self._namespaces(browser=True)
+            return self._namespaces(pages=prepared)
         server, self._spare = self._spare, None
         if server is not None:
             if server.alive():
@@ -130,12 +131,13 @@ class LocalProvider(Provider):
             self._spare.close()
             self._spare = None
 
-    def _namespaces(self, door: socket.socket | None = None, browser: bool = False) -> channel.Server:
+    def _namespaces(self, door: socket.socket | None = None, pages: RepositorySpec | None = None) -> channel.Server:
+        browser = pages is not None
         descriptors = () if door is None else (door.fileno(),)
         options = self._options("/work", True, browser) | {"door": None if door is None else door.fileno()}
         settings = {"runtime": self.runtime, "prefix": os.path.realpath(sys.base_prefix),
                     "megabytes": options["limits"]["disk"] >> 20, "options": encode(options),
-                    "views": web.views(self.state_dir, "local") if browser else {}}
+                    "views": web.views(self.state_dir, "local", vendored.at_hand(pages.modules)) if browser else {}}
         command = [sys.executable, "-I", "-S", f"{self.runtime}/inside/enter.py", encode(settings)]
         return channel.Server(channel.PipeStream(command, {"PATH": os.defpath}, descriptors))
 

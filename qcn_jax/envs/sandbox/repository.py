@@ -47,7 +47,8 @@ class RepositorySpec:
     `archive` is a source distribution (.tar.gz, .zip) or a folder; `root` a folder inside it (default: the only one
     at the top). `python_path` lists folders put on the module search path, relative to the root (default: "src" if
     there is one, and the root). `image` is a base image for this repository alone, and `setup` are shell commands that
-    install what it needs there, run once as root with network; both ask for docker.
+    install what it needs there, run once as root with network; both ask for docker. `modules` is a folder whose
+    node_modules pages are built from (default: our own, envs/web/vendored.py).
     """
 
     name: str
@@ -59,6 +60,7 @@ class RepositorySpec:
     environment: tuple[tuple[str, str], ...] = ()
     image: str = ""
     setup: tuple[str, ...] = ()
+    modules: str = ""
 
 
 def read_specs(path: files.Path) -> list[RepositorySpec]:
@@ -278,6 +280,7 @@ def key(spec: RepositorySpec, fingerprint: str) -> str:
         raise UserError(f"{error.filename or source}: cannot be read: {error.strerror or error}") from error
     facts = [FORMAT, content, spec.sha256, spec.pytest_args, spec.root, spec.python_path, spec.environment, fingerprint]
     facts += [spec.image, spec.setup] if spec.image or spec.setup else []
+    facts += [{"modules": spec.modules}] if spec.modules else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 

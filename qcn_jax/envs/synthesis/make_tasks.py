@@ -43,6 +43,7 @@ class Request:
       sandbox: auto, docker or local.
       workers: candidates side by side.
       python_path: folders below the repositories' roots from which Python imports; None: the usual ones.
+      modules: folder whose node_modules pages are built from; empty for our own.
     """
 
     repositories: Sequence[str]
@@ -55,6 +56,7 @@ class Request:
     sandbox: str = "auto"
     workers: int = 2
     python_path: tuple[str, ...] | None = None
+    modules: str = ""
 
 
 def make_tasks(request: Request, log: Callable[[str], None] = to_stderr) -> tuple[list[Task], dict[str, Any]]:
@@ -138,7 +140,8 @@ def _locate(source: str, request: Request) -> RepositorySpec:
         spec = clone.archive(clone.head, request.work / "archives")
     else:
         spec = sources.locate(source)
-    return dataclasses.replace(spec, setup=tuple(request.setup), python_path=request.python_path)
+    return dataclasses.replace(spec, setup=tuple(request.setup), python_path=request.python_path,
+                               modules=request.modules)
 
 
 def _language(spec: RepositorySpec) -> str:

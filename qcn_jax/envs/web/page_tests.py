@@ -1,6 +1,6 @@
 """Tests of pages: JSON files that say what a visitor does and what there must be; ids are "PATH::NAME".
 
-  {"site": "", "tests": [
+  {"site": "", "build": "", "tests": [
     {"name": "adds an item", "page": "index.html", "width": 1280, "steps": [
       {"type": "Milk", "into": {"label": "New item"}},
       {"click": {"role": "button", "name": "Add"}},
@@ -12,7 +12,8 @@ looks inside another element, `nth` takes one of several. Actions are click, hov
 (`from`), open and resize; checks are see (some of its pixels are its own), gone, text and value (`is`), count (`is`),
 focus, tab (the Tab key's order), tree (`is`, as Playwright's ARIA snapshot), named (in the accessibility tree), fits
 (no sideways scrolling), apart, above, beside, inside, size (`least`) and at (the address). A test also fails where the
-page writes an error to the console, throws, or asks for what is not there.
+page writes an error to the console, throws, or asks for what is not there. With `"build": "vite"` the pages are built
+from sources (JSX, TypeScript, modules) before they are opened: see building.py.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from typing import Any
 from qcn_jax.errors import UserError
 
 ENDING = ".web.json"
+BUILDS = ("", "vite")
 WIDTHS = (1280, 375)  # pixels: a laptop and a telephone
 # Steps by their first key: what that holds, and the keys that must stand beside it with what these hold.
 TARGET, TARGETS, TEXT, NUMBER, TRUE, TREE, SIZE = "target", "targets", "text", "number", "true", "tree", "size"
@@ -54,14 +56,16 @@ class PageTest:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A file of tests, of pages below the folder `site`."""
+    """A file of tests: of pages below the folder `site`, which are built first where `build` says with what."""
 
     tests: tuple[PageTest, ...]
     site: str = ""
+    build: str = ""
 
     def to_text(self) -> str:
         """The file: one step a line, so that changes of a test are few lines of a diff."""
-        lines = [json.dumps({"site": self.site})[:-1] + ', "tests": [']
+        head = {"site": self.site} | ({"build": self.build} if self.build else {})
+        lines = [json.dumps(head)[:-1] + ', "tests": [']
         for number, test in enumerate(self.tests):
             head = json.dumps({"name": test.name, "page": test.page, "width": test.width}, ensure_ascii=False)[:-1]
             lines.append(f'  {head}, "steps": [')
@@ -88,14 +92,16 @@ def read(path: str, text: str) -> Suite:
         raise UserError(f"{path}: is not JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("tests"), list):
         raise UserError(f"{path}: expected an object with a list `tests`")
-    site = found.get("site", "")
+    site, build = found.get("site", ""), found.get("build", "")
     if not isinstance(site, str) or site.startswith("/") or ".." in site.split("/"):
         raise UserError(f"{path}: site must be a folder of the repository, got {site!r}")
+    if build not in BUILDS:
+        raise UserError(f"{path}: build: unknown {build!r}; allowed: vite, or nothing")
     tests = tuple(_test(f"{path}: test {number}", row) for number, row in enumerate(found["tests"], 1))
     names = [test.name for test in tests]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{path}: two tests have the name {min(twice)!r}")
-    return Suite(tests, site)
+    return Suite(tests, site, build)
 
 
 def _test(where: str, row: Any) -> PageTest:
@@ -159,6 +165,11 @@ def suites(files: Mapping[str, str]) -> dict[str, Suite]:
 def ids(found: Mapping[str, Suite]) -> list[str]:
     """Ids of all tests, in order."""
     return [f"{path}::{test.name}" for path, suite in found.items() for test in suite.tests]
+
+
+def builds(found: Mapping[str, Suite]) -> bool:
+    """Whether any of these pages are built."""
+    return any(suite.build for suite in found.values())
 
 
 def without(suite: Suite, names: Collection[str]) -> Suite:

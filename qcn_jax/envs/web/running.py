@@ -4,17 +4,24 @@ import base64
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from qcn_jax.envs.sandbox.channel import SandboxError
-from qcn_jax.envs.web import page_tests, runtime
+from qcn_jax.envs.web import building, page_tests, runtime
+from qcn_jax.envs.web.building import Built
 from qcn_jax.envs.web.page_tests import PageTest, Suite
 
 PATIENCE = 180.0  # seconds of one test after which its page is taken for hung; or a third of the limit of all
 SECONDS = 600.0  # of a run that says nothing else
 MOST_ELEMENTS = 24  # of a page that are looked at
-Call = Callable[[str, Any, float], Mapping[str, Any]]  # (script, args, timeout) -> a server's reply to `python`
+
+
+class Call(Protocol):
+    """Runs a script in a sandbox, with `without` in a copy of it that lacks these files: Sandbox.ask_python."""
+
+    def __call__(self, script: str, args: Any, timeout: float, without: Sequence[str] | None = None
+                 ) -> Mapping[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +75,18 @@ def run_tests(call: Call, suites: Mapping[str, Suite], node_ids: Sequence[str] |
     wanted = set(page_tests.ids(suites)) if node_ids is None else set(node_ids)
     reply = {"status": "ok", "outcomes": {}, "messages": {}, "seconds": 0.0, "output": "", "exit_status": 0, "cpu": 0.0,
              "tampered": []}
+    sites: dict[tuple[str, ...], Built] = {}
     for path, suite in suites.items():
         chosen = [(f"{path}::{test.name}", test) for test in suite.tests if f"{path}::{test.name}" in wanted]
         if not chosen:
             continue
+        site = _site(call, suite, list(suites), sites)
+        if site is not None and site.fault:
+            reply["outcomes"] |= {name: "failed" for name, _ in chosen}
+            reply["messages"] |= {name: f"step 1: the build fails: {site.fault}" for name, _ in chosen}
+            continue
         done = _ask(call, suite, timeout, {"tests": [{**test.to_json(), "id": name} for name, test in chosen],
-                                           "failFast": fail_fast}, list(suites))
+                                           "failFast": fail_fast}, list(suites), site)
         reply["status"] = done["status"]
         reply["seconds"] += done["seconds"]
         for row in done["rows"]:
@@ -94,7 +107,7 @@ def look(call: Call, suite: Suite, views: Sequence[PageTest], timeout: float = S
       SandboxError: the browser does not get to the end.
     """
     wanted = [{**view.to_json(), "id": number} for number, view in enumerate(views)]
-    done = _ask(call, suite, timeout, {"looks": wanted})
+    done = _ask(call, suite, timeout, {"looks": wanted}, site=_site(call, suite))
     rows = [row for row in done["rows"] if "look" in row]
     if len(rows) != len(views):
         raise SandboxError(f"the browser ended early ({done['status']})")
@@ -108,7 +121,7 @@ def survey(call: Call, suite: Suite, pages: Sequence[str], timeout: float = SECO
       SandboxError: the browser does not get to the end.
     """
     places = [{"page": page, "width": width, "most": MOST_ELEMENTS} for page in pages for width in page_tests.WIDTHS]
-    done = _ask(call, suite, timeout, {"surveys": places})
+    done = _ask(call, suite, timeout, {"surveys": places}, site=_site(call, suite))
     rows = [row for row in done["rows"] if "survey" in row]
     if len(rows) != len(places):
         raise SandboxError(f"the browser ended early ({done['status']})")
@@ -128,10 +141,22 @@ def _box(box: Mapping[str, float] | None) -> tuple[float, float, float, float]:
     return (0.0, 0.0, 0.0, 0.0) if box is None else (box["x"], box["y"], box["width"], box["height"])
 
 
-def _ask(call: Call, suite: Suite, timeout: float, wanted: Mapping[str, Any], hidden: Sequence[str] = ()
-         ) -> dict[str, Any]:
+def _site(call: Call, suite: Suite, hidden: Sequence[str] = (), known: dict[tuple[str, ...], Built] | None = None
+          ) -> Built | None:
+    """What the pages of a suite are built into, unless it is known; None where they are served as they are."""
+    if not suite.build:
+        return None
+    known, key = {} if known is None else known, (suite.site, *building.pages_of(suite))
+    if key not in known:
+        known[key] = building.build(call, suite, hidden, key[1:])
+    return known[key]
+
+
+def _ask(call: Call, suite: Suite, timeout: float, wanted: Mapping[str, Any], hidden: Sequence[str] = (),
+         site: Built | None = None) -> dict[str, Any]:
     request = {"tests": [], "looks": [], "surveys": [], "failFast": False, "site": suite.site,
                "chromium": runtime.CHROMIUM, "hidden": list(hidden),
+               "built": None if site is None else site.showing(building.pages_of(suite)),
                "patience": min(PATIENCE, timeout / 3), **wanted}
     reply = call(_script(), {"folder": runtime.FOLDER, "request": request}, timeout)
     status, value = reply["status"], reply["value"]

@@ -19,6 +19,7 @@ from qcn_jax.envs.sandbox.repository import lock
 
 CHROMIUM = "/usr/lib/chromium/chromium"  # Debian's program itself, behind its launcher
 FOLDER = "/opt/qcn-web"  # where sandboxes have it
+MODULES = "/opt/qcn-modules"  # and the modules that pages are built from
 PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-liberation", "libatomic1")  # Debian's, in the image
 INSIDE = pathlib.Path(__file__).parent / "inside"
 _FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
@@ -91,13 +92,13 @@ def folder(state_dir: str, kind: str) -> str:
     return str(target)
 
 
-def views(state_dir: str, kind: str) -> dict[str, str]:
+def views(state_dir: str, kind: str, modules: str) -> dict[str, str]:
     """Folders of this machine by where sandboxes with a browser see them.
 
     Raises:
       SandboxError: something is missing.
     """
-    return {FOLDER: folder(state_dir, kind)}
+    return {FOLDER: folder(state_dir, kind)} | ({MODULES: modules} if modules else {})
 
 
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -170,7 +170,8 @@ def _with_repositories(config: TasksConfig, placed: Sequence[Placed], archives: 
                 findings.row(place, str(error))
             continue
         kept.append((place, dataclasses.replace(task, eval_script="", log_parser="")))
-    return kept, {name: dataclasses.replace(spec, setup=tuple(config.setup)) for name, spec in specs.items()}
+    return kept, {name: dataclasses.replace(spec, setup=tuple(config.setup), modules=config.modules)
+                  for name, spec in specs.items()}
 
 
 def _clone(source: str) -> Clone | None:

@@ -3,6 +3,7 @@
 Resumable: downloads, surveys and verdicts are kept as they come, and a rerun continues with the same result.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,8 @@ def _locate(context: StageContext, names: Sequence[str]) -> dict[str, Repository
     if found:
         context.log(f"{len(found)} source distributions, hashes checked, in {cache}")
     sources.distinct(found, "--config.tasks.repos_train and repos_heldout")
-    return dict(zip(names, found))
+    modules = context.config.tasks.modules
+    return {name: dataclasses.replace(spec, modules=modules) for name, spec in zip(names, found, strict=True)}
 
 
 def _make(context: StageContext, split: str, chosen: list[RepositorySpec], results: dict[str, Any]
@@ -114,10 +116,11 @@ def _of_repositories(context: StageContext, split: str, chosen: Sequence[Reposit
                      ) -> synthesize.Result:
     """Tasks of Python repositories, and of pages, which share the target by their numbers."""
     pages, left_out = [spec for spec in chosen if factory.is_pages(spec)], {}
-    if pages and (reason := runtime.missing(context.provider().kind)):
-        context.log(f"{split}: {len(pages)} repositories of pages are left out: {reason}")
-        left_out = {spec.name: reason for spec in pages}
-        chosen, pages = [spec for spec in chosen if spec not in pages], []
+    if pages:
+        left_out = {spec.name: reason for spec in pages if (reason := factory.missing(spec, context.provider().kind))}
+        for reason, count in collections.Counter(left_out.values()).items():
+            context.log(f"{split}: {count} repositories of pages are left out: {reason}")
+        chosen, pages = ([spec for spec in specs if spec.name not in left_out] for specs in (chosen, pages))
         if not chosen:
             return synthesize.Result([], [], [], left_out)
     if not pages and not left_out:

@@ -274,6 +274,7 @@ class Server:
         changed, _ = source.changes()
         edits = {path: None if data is None else data.decode("utf-8", "surrogateescape")
                  for path, data in changed.items()}
+        edits |= dict.fromkeys(request.get("without", ()))
         return {"workspace": self._create(source.tree, source.overlay, edits, source.guarded)}, b""
 
     def reset(self, request, payload):
@@ -336,6 +337,12 @@ class Server:
         return reply, b""
 
     def python(self, request, payload):
+        if request.get("without") is not None:
+            copy, _ = self.fork(request, payload)
+            try:
+                return self.python({**request, **copy, "without": None}, payload)
+            finally:
+                self.destroy(copy, payload)
         workspace = self.workspace(request)
         job = {"kind": "python", "script": request["script"], "args": request["args"],
                "pytest_args": workspace.tree.settings["pytest_args"]}

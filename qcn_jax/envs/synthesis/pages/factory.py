@@ -23,7 +23,7 @@ from qcn_jax.envs.synthesis.inject import Injection
 from qcn_jax.envs.synthesis.pages import inject
 from qcn_jax.envs.tasks import permissions
 from qcn_jax.envs.tasks.schema import PAGES, Task
-from qcn_jax.envs.web import page_tests
+from qcn_jax.envs.web import page_tests, runtime, vendored
 from qcn_jax.envs.web.page_tests import PageTest
 from qcn_jax.errors import UserError
 
@@ -39,6 +39,15 @@ def is_pages(spec: RepositorySpec) -> bool:
         return any(page_tests.is_tests(name) for name in repository.unpack(spec))
     except UserError:
         return False  # what is wrong with it is said when its tests are run
+
+
+def missing(spec: RepositorySpec, kind: str) -> str:
+    """Why pages of a repository cannot be opened, or built, in sandboxes of `kind`; "" where they can."""
+    if reason := runtime.missing(kind):
+        return reason
+    texts = {name: member.data.decode("utf-8", "replace") for name, member in repository.unpack(spec).items()
+             if page_tests.is_tests(name)}
+    return vendored.missing(spec.modules) if page_tests.builds(page_tests.suites(texts)) else ""
 
 
 @dataclasses.dataclass(frozen=True)

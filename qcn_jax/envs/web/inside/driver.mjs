@@ -36,15 +36,16 @@ function tell(row) {
   for (let at = 0; at < data.length;) at += writeSync(results, data, at);
 }
 
-// The file that a page asks for; null where it is outside of its folder or a test.
-function fileOf(site, url, hidden) {
+// The name and the bytes of what a page asks for; null where it is not built, outside of its folder or a test.
+function fileOf(site, url, { hidden, built }) {
   const name = decodeURIComponent(new URL(url).pathname).replace(/\/$/, '/index.html').slice(1);
+  if (built) return Object.hasOwn(built, name) ? { name, body: Buffer.from(built[name], 'base64') } : null;
   const place = path.join(site, name);
   try {
     const real = realpathSync(place);
     const inside = path.relative(realpathSync(site), real);
     if (inside.startsWith('..') || path.isAbsolute(inside) || hidden.includes(inside) || !statSync(real).isFile()) return null;
-    return real;
+    return { name: real, body: readFileSync(real) };
   } catch {
     return null;
   }
@@ -95,10 +96,9 @@ class Session {
     try {
       const url = route.request().url();
       const own = new URL(url).hostname.endsWith('.page.test');
-      const file = own ? fileOf(this.site, url, this.request.hidden) : null;
+      const file = own ? fileOf(this.site, url, this.request) : null;
       if (file) {
-        const body = readFileSync(file);
-        await route.fulfill({ body, contentType: TYPES[path.extname(file).toLowerCase()] ?? 'application/octet-stream' });
+        await route.fulfill({ body: file.body, contentType: TYPES[path.extname(file.name).toLowerCase()] ?? 'application/octet-stream' });
       } else if (own && new URL(url).pathname === '/favicon.ico') {
         await route.fulfill({ status: 204, body: '' });
       } else {
