@@ -82,16 +82,16 @@ def build(call: "Call", suite: Suite, hidden: Sequence[str], pages: Sequence[str
         told = {"timeout": f"it does not end within {SECONDS:g} seconds", "out_of_memory": "it takes too much memory"}
         return Built({}, told.get(status, "it was killed"))
     if "ended" in value:
-        heap = "heap out of memory" in reply["output"]
-        return Built({}, f"it takes more than {HEAP_MB} MB of memory" if heap else
+        return Built({}, f"it takes more than {HEAP_MB} MB of memory" if "out of memory" in reply["output"].lower() else
                      f"Vite ends with status {value['ended']}: {_last(reply['output'])}")
     if "fault" in value:
         return Built({}, _LINE.sub("", str(value["fault"]))[:400])
     files = value.get("files")
     if not isinstance(files, dict) or not all(isinstance(data, str) for data in files.values()):
         return Built({}, "Vite's answer cannot be read")
-    if wrong := next((name for name in files if names.path_fault(name)), None):
-        return Built({}, f"{names.shown(wrong)} {names.path_fault(wrong)}")
+    for name in files:
+        if fault := names.path_fault(name):
+            return Built({}, f"{names.shown(name)} {fault}")
     return Built(files)
 
 

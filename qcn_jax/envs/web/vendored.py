@@ -57,8 +57,8 @@ def folder(named: str) -> str:
     with lock(str(target.parent), "modules"):
         if not target.exists():
             if shutil.which("npm") is None:
-                raise SandboxError("pages are built from modules that npm installs, and there is no npm; --modules names "
-                                   "a folder that has them")
+                raise SandboxError("pages are built from modules that npm installs, and there is no npm; --modules "
+                                   "names a folder that has them")
             _install(target)
     return str(target)
 

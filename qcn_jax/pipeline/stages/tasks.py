@@ -6,7 +6,7 @@ Resumable: downloads, surveys and verdicts are kept as they come, and a rerun co
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qcn_jax import files
@@ -66,7 +66,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     rows = {spec.name: dataclasses.asdict(spec) for spec in (*used["train"], *used["heldout"])}
     files.write_json(context.workdir / "repositories.json", list(rows.values()))
     files.write_jsonl(context.workdir / "instances.jsonl", map(dataclasses.asdict, instances))
-    results["pages"] = _pages(context, tasks, results)
+    results["pages"] = _pages(context, tasks, results, specs.values())
     if len(given) < len(names):
         made = [task for split in names if split not in given for task in tasks[split]]
         results["made"] = {"statement": config.statement, "pass_to_pass": config.pass_to_pass or "all",
@@ -76,13 +76,16 @@ def run_stage(context: StageContext) -> dict[str, Any]:
     return results
 
 
-def _pages(context: StageContext, tasks: Mapping[str, Sequence[Task]], results: Mapping[str, Any]) -> dict[str, Any]:
+def _pages(context: StageContext, tasks: Mapping[str, Sequence[Task]], results: Mapping[str, Any],
+           specs: Iterable[RepositorySpec]) -> dict[str, Any]:
     """How many tasks are of pages, and why others were left out; expert web goes by it."""
     left_out = {*results["left_out"].values(), *(reason for one in results.get("given", {}).values()
                                                  for reason in one["left_out"])}
-    missing = runtime.missing(context.provider().kind)
+    kind = context.provider().kind
+    pages = [spec for spec in specs if spec.name in results["left_out"] and factory.is_pages(spec)]
+    missing = {runtime.missing(kind), *(factory.missing(spec, kind) for spec in pages)} & left_out
     return {"tasks": sum(task.language == PAGES for split in tasks.values() for task in split),
-            "missing": missing if missing in left_out else ""}
+            "missing": min(missing, default="")}
 
 
 def _locate(context: StageContext, names: Sequence[str]) -> dict[str, RepositorySpec]:
