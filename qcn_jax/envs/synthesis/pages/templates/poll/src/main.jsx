@@ -1,0 +1,4 @@
+import { createRoot } from 'react-dom/client';
+import Poll from './Poll';
+
+createRoot(document.querySelector('#root')).render(<Poll />);

@@ -1,0 +1,4 @@
+import { createRoot } from 'react-dom/client';
+import Roster from './Roster';
+
+createRoot(document.querySelector('#root')).render(<Roster />);
