@@ -1,5 +1,7 @@
 """Templates of pages and defects in them, without a browser."""
 
+import re
+
 import pytest
 
 from qcn_jax.envs.synthesis import sources
@@ -13,15 +15,51 @@ from qcn_jax.errors import UserError
 def test_template_is_filled_and_has_defects_of_each_kind_of_file(name, tmp_path):
     files = catalog.fill(f"pages:{name}:3")
     assert files == catalog.fill(f"pages:{name}:3")
-    assert not any("{{" in text for text in files.values())
+    assert not any(re.search(r"\{\{\w*\}\}", text) for text in files.values())
     (suite,) = page_tests.suites(files).values()
     assert {test.width for test in suite.tests} == set(page_tests.WIDTHS)
     assert factory.is_pages(sources.locate(f"pages:{name}:3", tmp_path))
-    for path in ("index.html", "style.css", "app.js"):
+    assert {"index.html", "style.css"} < files.keys()
+    for path in sorted(files.keys() - {"tests/page.web.json", "src/main.jsx"}):
         found = inject.candidates(files[path], path)
         assert found, path
         assert all(one.before_source[:one.start] + one.new + one.before_source[one.end:] == one.after_source
                    != files[path] for one in found)
+
+
+COMPONENT = """export default function Panel({ items, at }) {
+  const [open, setOpen] = useState(new Set());
+  useEffect(() => {
+    const timer = setInterval(tick, 1000);
+    return () => clearInterval(timer);
+  }, [at, open]);
+  return (
+    <div>
+      <button onClick={more}>More</button><input disabled onChange={less} />
+      {open && <p>{[...items].length}</p>}
+    </div>
+  );
+}
+"""
+
+
+@pytest.mark.parametrize("kind, changed", [
+    ("jsx_drop_attribute", ["<button>More</button><input disabled onChange={less} />",
+                            "<button onClick={more}>More</button><input onChange={less} />",
+                            "<button onClick={more}>More</button><input disabled />"]),
+    ("jsx_wrong_event", ["<button onDoubleClick={more}>More</button><input disabled onChange={less} />",
+                         "<button onClick={more}>More</button><input disabled onBlur={less} />"]),
+    ("jsx_wrong_handler", ["<button onClick={less}>More</button><input disabled onChange={more} />"]),
+    ("jsx_drop_condition", ["{<p>{[...items].length}</p>}"]),
+    ("react_drop_dependency", ["}, [at]);", "}, [open]);"]),
+    ("react_drop_cleanup", ["}, [at, open]);"]),
+    ("react_drop_copy", ["{open && <p>{items.length}</p>}"]),
+])  # fmt: skip
+def test_mistakes_of_components(kind, changed):
+    found = inject.candidates(COMPONENT, "src/Panel.jsx", [kind])
+    lines = [one.after_source.splitlines()[one.before_source.count("\n", 0, one.start)].strip() for one in found]
+    assert lines == changed
+    assert all(one.kind == kind and one.qualname == "Panel" and one.path == "src/Panel.jsx" for one in found)
 
 
 def test_words_differ_from_seed_to_seed():

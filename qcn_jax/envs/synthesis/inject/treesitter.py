@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from qcn_jax.envs.synthesis.inject import Injection
@@ -288,7 +288,7 @@ KINDS: dict[str, Callable[[Node, Site], Iterator[Edit]]] = {
     "drop_statement": _drop_statement, "shuffle_lines": _shuffle_lines, "break_continue": _break_continue,
     "wrong_variable": _wrong_variable,
 }  # fmt: skip
-GRAMMARS = {".js": JAVASCRIPT, ".mjs": JAVASCRIPT, ".cjs": JAVASCRIPT, ".go": GO}
+GRAMMARS = {".js": JAVASCRIPT, ".mjs": JAVASCRIPT, ".cjs": JAVASCRIPT, ".jsx": JAVASCRIPT, ".go": GO}
 
 
 @functools.cache
@@ -303,16 +303,16 @@ def parser(name: str) -> Any:
 
 def candidates(
     source: str, path: str, kinds: Collection[str] | None = None, max_function_lines: int | None = None,
-    rng: random.Random | None = None,
+    rng: random.Random | None = None, rules: Mapping[str, Callable[[Node, Site], Iterator[Edit]]] = KINDS,
 ) -> list[Injection]:
-    """All defects of the given kinds that a module's functions allow, in source order; as inject.candidates.
+    """All defects of the given kinds of `rules` that a module's functions allow, in source order; as inject.candidates.
 
     Raises:
       UserError: an unknown kind or file ending, or tree-sitter-language-pack is not installed.
     """
-    unknown = sorted(set(kinds or ()) - set(KINDS))
+    unknown = sorted(set(kinds or ()) - set(rules))
     if unknown:
-        raise UserError(f"kinds: unknown {unknown[0]!r}; allowed: {', '.join(KINDS)}")
+        raise UserError(f"kinds: unknown {unknown[0]!r}; allowed: {', '.join(rules)}")
     grammar = GRAMMARS.get(pathlib.PurePosixPath(path).suffix)
     if grammar is None:
         raise UserError(f"{path}: no language known by this ending; allowed: {', '.join(GRAMMARS)}")
@@ -323,7 +323,7 @@ def candidates(
     if tree.root_node.has_error:
         return []
     site = Site(data, grammar, rng or random.Random(0))
-    chosen = [(kind, KINDS[kind]) for kind in KINDS if kinds is None or kind in kinds]
+    chosen = [(kind, rules[kind]) for kind in rules if kinds is None or kind in kinds]
     found = []
     for node, function, name in _walk(tree.root_node, site, None, ""):
         if max_function_lines and function.end_point[0] - function.start_point[0] >= max_function_lines:

@@ -1,4 +1,4 @@
-"""Defects of pages: in style sheets and HTML by rules over their text, in JavaScript those of inject.treesitter.
+"""Defects of pages: in style sheets and HTML by rules over their text, in scripts those of inject.treesitter and react.
 
 Every kind is a mistake that people make: a label whose `for` names nothing, a layer that covers what is below, a
 breakpoint at the wrong width, text of its background's colour.
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 
 from qcn_jax.envs.synthesis.inject import Injection, treesitter
+from qcn_jax.envs.synthesis.pages import react
 from qcn_jax.envs.testpaths import is_test_path
 from qcn_jax.errors import UserError
 
@@ -118,7 +119,8 @@ RULES: dict[str, dict[str, Callable[[str], Edits]]] = {
               "html_swap_lines": _swap_lines},
 }  # fmt: skip
 SCRIPTS = (".js", ".mjs", ".jsx")
-KINDS = (*RULES[".css"], *RULES[".html"], *treesitter.KINDS)
+_SCRIPT_RULES = treesitter.KINDS | react.KINDS
+KINDS = (*RULES[".css"], *RULES[".html"], *_SCRIPT_RULES)
 
 
 def candidates(text: str, path: str, kinds: Collection[str] = (), rng: random.Random | None = None) -> list[Injection]:
@@ -133,11 +135,8 @@ def candidates(text: str, path: str, kinds: Collection[str] = (), rng: random.Ra
     if is_test_path(path) or path.split("/")[0] == "tests":
         return []
     if ending in SCRIPTS:
-        wanted = [kind for kind in treesitter.KINDS if not kinds or kind in kinds]
-        place = path.removesuffix("x") if ending == ".jsx" else path
-        found = treesitter.candidates(text, place, wanted, rng=rng)
-        return [Injection(one.kind, path, one.qualname, one.function_start_line, one.function_end_line, text, one.start,
-                          one.end, one.new) for one in found]
+        wanted = [kind for kind in _SCRIPT_RULES if not kinds or kind in kinds]
+        return treesitter.candidates(text, path, wanted, rng=rng, rules=_SCRIPT_RULES)
     found = []
     for kind, rule in RULES.get(ending, {}).items():
         if not kinds or kind in kinds:
