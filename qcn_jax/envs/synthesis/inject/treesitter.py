@@ -385,7 +385,8 @@ def _name(node: Node, site: Site) -> str:
     own = node.child_by_field_name("name")
     if own is None and node.parent is not None:
         place = node.parent
-        own = place.child_by_field_name("name") or place.child_by_field_name("left") or place.child_by_field_name("key")
+        fields = ("property",) if place.type == "field_definition" else ("name", "left", "key")
+        own = next((found for field in fields if (found := place.child_by_field_name(field)) is not None), None)
     if own is None:
         return ""
     name = site.text(own).split(".")[-1]

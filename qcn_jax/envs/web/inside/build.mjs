@@ -12,6 +12,7 @@ const ENDINGS = ['', '.jsx', '.js', '.mjs', '.ts', '.tsx', '.json', '/index.jsx'
 const BUILDERS = ['vite', 'rollup', 'esbuild'];  // are vendored for us, and no module of pages
 const NOWHERE = path.join(ROOT, '.env-of-nobody');  // where Vite looks for variables; starting states have no such folder
 
+let vite;
 let fault = '';  // what our plugin said; others wrap what is thrown, or put their names before it
 
 class Fault extends Error {
@@ -58,6 +59,16 @@ function own(source, importer) {
 
 const foreign = (source, from) => new Fault(
   `${shown(from)}${lineOf(from, source)}: “${source}” is neither a file of the tree nor among the vendored modules`);
+
+// JSX in files that end like any script, as many packages have it.
+const jsx = {
+  name: 'qcn-jsx',
+  enforce: 'pre',
+  transform(text, id) {
+    if (!/\.m?js$/.test(bare(id)) || !within(bare(id), ROOT) || !/<[A-Za-z>]/.test(text)) return null;
+    return vite.transformWithEsbuild(text, bare(id), { loader: 'jsx', jsx: 'automatic', tsconfigRaw: '{}' });
+  },
+};
 
 const guard = {
   name: 'qcn',
@@ -114,10 +125,10 @@ function isFolder(place) {
 async function built() {
   const input = pages.filter((name) => isFile(path.join(SITE, name)) && within(realpathSync(path.join(SITE, name)), ROOT));
   if (!input.length) throw new Fault(`${pages.join(', ')}: there is no such page`);
-  const { build } = await import(pathToFileURL(path.join(VENDORED, 'vite/dist/node/index.js')));
-  const done = await build({
+  vite = await import(pathToFileURL(path.join(VENDORED, 'vite/dist/node/index.js')));
+  const done = await vite.build({
     configFile: false, envDir: NOWHERE, root: SITE, publicDir: isFolder(PUBLIC) && PUBLIC, mode: 'production', logLevel: 'silent',
-    clearScreen: false, appType: 'mpa', server: { fs: { allow: [ROOT] } }, plugins: [guard], worker: { plugins: () => [guard] },
+    clearScreen: false, appType: 'mpa', server: { fs: { allow: [ROOT] } }, plugins: [guard, jsx], worker: { plugins: () => [guard, jsx] },
     css: { postcss: { plugins: [] } }, esbuild: { jsx: 'automatic', tsconfigRaw: '{}' },
     build: {
       write: false, minify: false, target: 'es2022', modulePreload: { polyfill: false }, reportCompressedSize: false,
