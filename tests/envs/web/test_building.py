@@ -1,13 +1,17 @@
 """Real Node, Vite and Chromium: pages are built of sources that nobody vouches for, and nothing of them is run or leaks."""
 
 import base64
+import json
 import pathlib
 import subprocess
 
 import pytest
 
+from qcn_jax.cli import main as cli
+from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox import RepositorySpec, make_provider
 from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.envs.tasks.schema import PAGES, Task, write_tasks
 from qcn_jax.envs.web import building, page_tests, running, vendored
 from qcn_jax.envs.web.page_tests import PageTest, Suite
 from qcn_jax.errors import UserError
@@ -198,3 +202,19 @@ def test_pages_that_are_built_are_those_that_tests_visit():
     suite = Suite((PageTest("a", ({"open": "b.html?x#y"}, {"open": ""}), page="sub/"), COUNTS), build="vite")
     assert building.pages_of(suite) == ["sub/index.html", "index.html", "b.html"]
     assert page_tests.read("a.web.json", suite.to_text()) == suite
+
+
+def test_solver_resolves_a_task_of_react_and_no_patch_does_not(provider, tmp_path, capsys):
+    (spec,) = (prepared.spec for prepared in provider.prepared.values() if prepared.spec.name != "loud")
+    good = FILES["src/Counter.jsx"]
+    bad = good.replace("count + 1", "count - 1")
+    task = Task("counter-1", spec.name, "", make_diff({"src/Counter.jsx": bad}, {"src/Counter.jsx": good}), "", "It counts down.",
+                (f"{TESTS}::counts",), (f"{TESTS}::{SECRET}",), language=PAGES, path="src/Counter.jsx", function="Counter",
+                bug_patch=make_diff({"src/Counter.jsx": good}, {"src/Counter.jsx": bad}), timeout=600.0)
+    write_tasks(tmp_path / "tasks.jsonl", [task])
+    given = [f"--tasks={tmp_path / 'tasks.jsonl'}", f"--repo={spec.archive}", "--sandbox=local", "--isolation=shared"]
+    # Of the tasks the gold patch is tried first, and none.
+    assert cli.main(["evaluate", *given, "--baseline=solver", f"--out={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["resolved"] == 1
+    assert cli.main(["evaluate", *given, "--baseline=solver", "--modules=nowhere", f"--out={tmp_path / 'other'}"]) == 1
+    assert "--modules=nowhere: holds no node_modules/vite" in capsys.readouterr().err
