@@ -356,7 +356,7 @@ def test_the_defaults_pass_their_own_ranges():
 
 def test_every_number_and_choice_has_a_range():
     """Of all fields only names, addresses and switches may hold anything."""
-    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences", "heldout_data", "setup", "chat_template", "judge_endpoint", "judge_model"}
+    free = {"name", "init", "ray_address", "topology", "repos_train", "repos_heldout", "options", "added_tokens", "shares", "mesh", "path", "data", "licences", "heldout_data", "setup", "modules", "chat_template", "judge_endpoint", "judge_model"}
 
     def unguarded(cls):
         for name, hint in typing.get_type_hints(cls, include_extras=True).items():

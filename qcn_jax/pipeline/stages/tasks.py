@@ -18,7 +18,7 @@ from qcn_jax.envs.synthesis import plan, quality, sources, synthesize
 from qcn_jax.envs.synthesis.pages import factory
 from qcn_jax.envs.tasks.schema import PAGES, Task, write_tasks
 from qcn_jax.envs.tasks.swebench import Instance
-from qcn_jax.envs.web import runtime
+from qcn_jax.envs.web import runtime, vendored
 from qcn_jax.errors import UserError
 from qcn_jax.pipeline.context import StageContext
 from qcn_jax.pipeline.data import given_tasks
@@ -36,6 +36,8 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         cannot.
     """
     config = context.config.tasks
+    if config.modules:
+        vendored.check(config.modules, "--config.tasks.modules")
     given = {split for split, field in FIELDS.items() if getattr(config, field)}
     names = {"train": config.repos_train, "heldout": config.repos_heldout}
     specs = _locate(context, [name for split in names if split not in given for name in names[split]])
