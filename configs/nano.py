@@ -61,7 +61,7 @@ def quicker(config):
     for stage in (experts, distill):
         stage.updates, stage.prompts, stage.group_size = 2, 3, 4
     for stage in (experts, distill, config.evaluate):
-        stage.rollout.slots = 24
+        stage.rollout.slots, stage.rollout.several_shapes = 24, False
     config.evaluate.tasks, config.evaluate.pass_k_tasks, config.evaluate.samples = 12, 2, 2
     config.evaluate.sft_control = False
     return config
@@ -76,8 +76,9 @@ def full():
         num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
         router_aux_loss_coef=0.01, num_nextn_predict_layers=1, dtype="float32", chunk_size=16, scan_layers=False,
     )
-    # One shape for all rollouts of a run, so that decoding is compiled once; no turn of the solver has 80 tokens.
-    rollout = RolloutConfig(max_turns=8, max_new_tokens=80, max_length=LENGTH, slots=96)
+    # The same for all rollouts of a run, so that what is compiled serves all; no turn of the solver has 80 tokens. Most
+    # episodes wait for tests: a step of few lanes takes a small part of the time of one of 96.
+    rollout = RolloutConfig(max_turns=8, max_new_tokens=80, max_length=LENGTH, slots=96, several_shapes=True)
     train = lambda steps, rate, rows=4, length=LENGTH, mtp_coef=0.0: TrainConfig(
         steps=steps, rows=rows, sequence_length=length, mtp_coef=mtp_coef,
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=20, weight_decay=0.05))

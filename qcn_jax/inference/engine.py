@@ -100,7 +100,7 @@ class Engine(Slots):
             each of these is compiled when it is first wanted.
           key_limit: the least of a cache that attention reads, see FIRST_KEY_LIMIT, which is the default.
           max_num_seqs: D, slots that one call decodes, over all hosts, rounded up likewise; by default all. With
-            `several_shapes` also D / 4 or 1, where those are enough.
+            `several_shapes` also fewer, see shapes.lanes, where those are enough.
           block_size: tokens of a block of keys and values; by default max_length, so that each slot has one.
           num_blocks: over all hosts, rounded up likewise; by default what all slots can fill.
           preemption: what becomes of the blocks of those that must make room: "swap" keeps them in host memory,
@@ -127,8 +127,8 @@ class Engine(Slots):
         self.max_new_tokens = max_new_tokens
         self._rows = min(-(-prefill_rows // place.parts), self._own)  # of a part
         self._lanes = min(-(-sizes["max_num_seqs"] // place.parts), self._own)
-        counts = lambda most: tuple(dict.fromkeys((*shapes.palette(most, several_shapes), *[1] * several_shapes)))
-        self._row_counts, self._lane_counts = counts(self._rows), counts(self._lanes)
+        self._row_counts = tuple(dict.fromkeys((*shapes.palette(self._rows, several_shapes), *[1] * several_shapes)))
+        self._lane_counts = shapes.lanes(self._lanes, several_shapes, jax.default_backend() == "cpu")
         self._chunks = shapes.palette(min(prefill_chunk, max_length), several_shapes)
         self._stop = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
         self._stop[: len(stop_ids)] = stop_ids

@@ -15,6 +15,16 @@ def palette(most: int, several: bool) -> tuple[int, ...]:
     return tuple(dict.fromkeys((most, -(-most // 4)))) if several else (most,)
 
 
+def lanes(most: int, several: bool, in_proportion: bool) -> tuple[int, ...]:
+    """How many sequences a call of decoding may have, the largest first: `most`, and with `several` fewer and one.
+
+    Where a step costs as much as its lanes (a processor: 25 ms for 96, 6 for 24, 1 for one with 1M parameters on two
+    cores), halves down to an eighth; elsewhere the weights have to be read anyway, and a quarter will do.
+    """
+    fewer = [-(-most // part) for part in ((2, 4, 8) if in_proportion else (4,))] + [1]
+    return tuple(dict.fromkeys((most, *(fewer if several else ()))))
+
+
 def best(left: Sequence[Sequence[int]], rows: Sequence[int], chunks: Sequence[int]) -> tuple[int, int]:
     """The (rows, chunk) whose call takes in most for what it costs.
 

@@ -200,6 +200,8 @@ def test_the_shape_is_what_takes_in_most_for_its_cost() -> None:
     assert shapes.best([[9]], rows, chunks) == (1, 16)
     assert shapes.best([[300], []], rows, chunks) == (1, 64)  # of two parts one has nothing to do
     assert shapes.palette(64, True) == (64, 16) and shapes.palette(1, True) == shapes.palette(1, False) == (1,)
+    assert shapes.lanes(96, True, in_proportion=True) == (96, 48, 24, 12, 1) and shapes.lanes(16, True, False) == (16, 4, 1)
+    assert shapes.lanes(2, True, True) == (2, 1) and shapes.lanes(96, False, True) == (96,)
 
 
 def test_turns_continue_as_one_pass(engine, logits_of) -> None:
