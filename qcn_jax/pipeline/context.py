@@ -248,10 +248,11 @@ class StageContext:
         if not all(task.eval_script for task in tasks):
             check_shell(self.scaffold(self.stage), self.provider(), f"--config.{self.stage}.scaffold")
         repositories, own = self.repositories(), [task for expert in self.experts() for task in expert.own_tasks()]
-        if any(task.checks for task in own):
+        answered = [task for task in own if task.repo == problems.REPOSITORY]
+        if answered:
             repositories |= {problems.REPOSITORY: problems.spec(self.config.tasks.setup)}
         services = pool_services(repositories, self.provider(), self.pool(), judge=self._judge())
-        check.check_languages(self.pool(), own)
+        check.check_languages(self.pool(), answered)
         if not any(task.eval_script for task in tasks):
             return services
         images = self.shared.get("images", lambda: self.connect(self.instances()))

@@ -75,10 +75,17 @@ class Bench:
         engine, first = self._with_weights(model_config, params), headline(self.experts)
         others = [expert for expert in self.experts if expert is not first]
         # All at once, the long episodes first: a decoding step costs the same however few of the slots are in use.
-        sampled = self._prompts(first)[: self.config.pass_k_tasks] if self.config.samples else []
+        trained = [prompt for prompt in self._prompts(first) if not prompt.unseen]
+        sampled = trained[: self.config.pass_k_tasks] if self.config.samples else []
         (greedy, messages), *played, (samples, _) = self._play(
             engine, [self._prompts(expert) for expert in (first, *others)], sampled)
+        own = first.metrics(greedy)
+        # Numbers of a model as a whole are of templates that it was trained on.
+        seen = [index for index, row in enumerate(greedy) if not row.get("unseen")]
+        greedy, messages = [greedy[index] for index in seen], [messages[index] for index in seen]
         result = metrics.greedy(greedy) | metrics.sampled(samples) | {"feedback": feedback(greedy, samples)}
+        more = {key: value for key, value in own.pop(first.name, {}).items() if key not in result}
+        result |= own | ({first.name: more} if more else {})
         for expert, (rows, _) in zip(others, played, strict=True):
             result |= expert.metrics(rows)
         result |= _shown(greedy, messages)
@@ -198,4 +205,5 @@ def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) ->
             "suspected_exploit": outcome.detail.get("outcome") == SUSPECTED_EXPLOIT, "malformed": malformed,
             "attempts": outcome.detail.get("attempts", 0), "runs": outcome.detail.get("runs", []),
             "reason": outcome.detail.get("reason", "unknown"), "guard": outcome.detail.get("guard", {}),
-            "patch": outcome.detail.get("patch", "")}
+            "patch": outcome.detail.get("patch", "")} | (
+                {"call": outcome.detail["call"]} if "call" in outcome.detail else {})
