@@ -155,8 +155,18 @@ class StageContext:
                             f"run it with --stages={stage}")
         return files.read_json(path)["results"]
 
+    def _without_tasks(self) -> bool:
+        """Whether nothing has made tasks, and experts act on what they bring along."""
+        from qcn_jax.pipeline.experts import experts_of
+
+        acting = self.stage in ("experts", "distill", "evaluate")
+        return acting and not (self.root / "tasks" / "DONE.json").exists() and not any(
+            expert.wants_tasks(self.config) for expert in experts_of(self.config.experts.names))
+
     def tasks(self, split: str) -> list[Task]:
-        """Verified tasks of `split`: train or heldout."""
+        """Verified tasks of `split`, train or heldout; none where no expert wants any and there are none."""
+        if self._without_tasks():
+            return []
         self.result("tasks")
         return read_tasks(self.root / "tasks" / f"{split}.jsonl")
 
@@ -164,6 +174,8 @@ class StageContext:
         """RepositorySpec of every repository of the run by name."""
         from qcn_jax.envs.sandbox.repository import read_specs
 
+        if self._without_tasks():
+            return {}
         self.result("tasks")
         return {spec.name: spec for spec in read_specs(self.root / "tasks" / "repositories.json")}
 

@@ -95,7 +95,8 @@ class Bench:
 
     def baseline(self, baseline: Baseline) -> dict[str, Any]:
         """The same numbers for what plays without a model; what it cannot do (sample, other experts) is absent."""
-        prompts = self._prompts(headline(self.experts))
+        own = self.own_tasks()
+        prompts = [prompt for prompt in self._prompts(headline(self.experts)) if prompt.task.instance_id not in own]
         conversations = [self._conversation(prompt) for prompt in prompts]
 
         def play(conversation: Any) -> Outcome:
@@ -110,6 +111,10 @@ class Bench:
         result |= _shown(rows, [plain_messages(conversation.messages) for conversation in conversations])
         self.log(f"{baseline.name}: {result['resolved']}/{result['attempted']} resolved")
         return result
+
+    def own_tasks(self) -> dict[str, Task]:
+        """What experts bring along beside `tasks`, by id."""
+        return {task.instance_id: task for expert in self.experts for task in expert.own_tasks()}
 
     def _prompts(self, expert: Expert) -> list[Prompt]:
         return expert.prompts(self.tasks, self.scaffold, self.templates, self.unseen)

@@ -59,6 +59,10 @@ class ToolFormat(Expert):
         """See Expert.domain."""
         return super().domain(tasks) if self.edits else []
 
+    def wants_tasks(self, config: RunConfig) -> bool:
+        """See Expert.wants_tasks."""
+        return config.tool_calls.edits
+
     def present(self, scaffold: Scaffold, template: str = NATIVE) -> Scaffold:
         """See Expert.present."""
         return (scaffold if self.edits else CALLS).in_template(template)
