@@ -42,6 +42,7 @@ setuptools.setup(
         "tokenizers>=0.21", "jinja2>=3.1", "libcst>=1.5", "unidiff>=0.7.5", "tqdm>=4.66",
         "matplotlib>=3.8", "starlette>=0.40", "uvicorn>=0.30", "httpx>=0.27", "pyarrow>=17", "orjson>=3.10",
         "tree-sitter>=0.23", "tree-sitter-bash>=0.23",  # how agents' commands are read
+        "jsonschema>=4.18",  # whether calls fit the tools that users define
     ],
     extras_require={
         # From 1.0 on the package downloads its grammars at run time.

@@ -15,6 +15,7 @@ from qcn_jax.config_dicts import from_config_dict as from_config_dict
 from qcn_jax.config_dicts import new_name as new_name
 from qcn_jax.config_dicts import to_config_dict as to_config_dict
 from qcn_jax.config_domains import ProblemsConfig as ProblemsConfig
+from qcn_jax.config_domains import ToolCallsConfig as ToolCallsConfig
 from qcn_jax.config_domains import WebConfig as WebConfig
 from qcn_jax.config_values import OneOf, Within
 
@@ -404,6 +405,7 @@ class RunConfig:
     sft: SftConfig = SftConfig()
     experts: ExpertsConfig = ExpertsConfig()
     problems: ProblemsConfig = ProblemsConfig()
+    tool_calls: ToolCallsConfig = ToolCallsConfig()
     web: WebConfig = WebConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

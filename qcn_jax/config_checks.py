@@ -222,6 +222,12 @@ def _evaluate(config: RunConfig) -> Iterator[str]:
         yield f"--config.evaluate.pass_k_tasks: {evaluate.pass_k_tasks} is more than tasks, {evaluate.tasks}"
 
 
+def _control(config: RunConfig) -> Iterator[str]:
+    if config.evaluate.sft_control and not has_data(config, "sft"):
+        yield ("--config.evaluate.sft_control: continues stage sft, for which there are no data; name some as "
+               "--config.sft.data, or turn it off")
+
+
 def _tasks(config: RunConfig) -> Iterator[str]:
     tasks = config.tasks
     splits = (("train", tasks.train, tasks.repos_train, "data", tasks.data),
@@ -238,10 +244,12 @@ def _tasks(config: RunConfig) -> Iterator[str]:
 
 
 def _wants(split: str, field: str, what: str) -> Callable[[RunConfig], Iterator[str]]:
-    """A rule of stages that act: there must be tasks to act on."""
+    """A rule of stages that act: there must be tasks to act on, unless experts bring their own."""
 
     def rule(config: RunConfig) -> Iterator[str]:
-        if not getattr(config.tasks, field) and not getattr(config.tasks, split):
+        from qcn_jax.pipeline.names import wants_tasks
+
+        if not getattr(config.tasks, field) and not getattr(config.tasks, split) and wants_tasks(config):
             yield (f"--config.tasks.{field}: is empty and --config.tasks.{split} is 0; {what} tasks: name a file of "
                    "them, or how many to make of repositories")
 
@@ -320,5 +328,6 @@ _INPUT_RULES = (
     (_fits("check_chats"), ("sft",)),
     *((_fits("check_scaffold", stage), (stage,)) for stage in ("experts", "distill", "evaluate")),
     (_fits("check_baseline"), ("evaluate",)),
+    (_control, ("evaluate",)),
     (_pool, ("tasks", "sft", "experts", "distill", "evaluate")),
 )

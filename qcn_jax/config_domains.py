@@ -22,6 +22,20 @@ class ProblemsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToolCallsConfig:
+    """What expert `tool_format` answers by calls of tools that users define: requests (envs/calls) of files or made.
+
+    Each is asked in one of the run's tool-call templates, and in evaluation in one of `heldout_templates` as well.
+    """
+
+    data: str = ""  # JSONL of requests to train on
+    heldout_data: str = ""  # likewise those that are measured
+    made: Count = 0  # requests that are made here, for training and as many for evaluation, which share no tool
+    kinds: tuple[known.CallKind, ...] = ()  # of those; all where empty
+    edits: bool = True  # the run's tasks too, as the scaffold presents them in a template
+
+
+@dataclasses.dataclass(frozen=True)
 class WebConfig:
     """What expert `web` does beside reinforcement learning on pages: rejection sampling, and having pages judged.
 

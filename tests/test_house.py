@@ -80,6 +80,7 @@ def test_nothing_imports_recipes_or_testing_but_they_themselves():
 
 def test_agents_chat_and_environments_come_without_jax():
     """Transitively: nothing that they import, at whatever depth, imports JAX or Flax when it is loaded."""
+    @functools.cache
     def loaded(name: str) -> set[str]:
         """What a module imports when it is loaded, and not only when a function of it runs."""
         path = ROOT.joinpath(*name.split(".")[1:])

@@ -47,7 +47,13 @@ def define_place(values: flags.FlagValues) -> None:
 
 
 def place_of(values: flags.FlagValues) -> Place:
-    """What the flags of `define_place` say."""
+    """What the flags of `define_place` say.
+
+    Raises:
+      UserError: the address of a cluster that is not used.
+    """
+    if values.pool != "ray":
+        parsing.refuse_given(values, ["ray_address"], "only --pool=ray has a cluster")
     return Place(values.sandbox, values.isolation, values.pool, values.ray_address, values.workers, values.timeout,
                  values.network, values.verifier_network)
 
@@ -163,11 +169,9 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
         raise UserError("give one of --checkpoint=DIR, --endpoint=URL (with --model=NAME) and --baseline=NAME")
     if url and not model:
         raise UserError("--model: name the model that --endpoint serves")
+    _refuse_idle(values, url)
     if values.checkpoint:
         _as_its_run(values)
-    else:
-        parsing.refuse_given(values, (*blocks.given(values), *["redraws"] * bool(values.redraws)),
-                             "only a --checkpoint is run here")
     scaffold = SCAFFOLDS.resolve(values.scaffold or ("mini_swe_agent" if url else "nano"), "--scaffold")
     scaffold = in_template(scaffold, values.template)
     if values.redraws and scaffold.has_shell:
@@ -175,6 +179,10 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
             raise UserError(f"--redraws={values.redraws}: what shell commands did cannot be taken back; use 0, or a "
                             f"scaffold without a shell, which --scaffold={scaffold.name} is not")
         values["redraws"].value = 0  # of a run with another scaffold
+    if not values.redraws:
+        parsing.refuse_given(values, ["redraw_temperature"], "no turn is drawn again without --redraws")
+    if not scaffold.has_shell and values.network != "none":
+        parsing.refuse_given(values, ["network"], f"--scaffold={scaffold.name} has no shell that could reach it")
     turns = values.max_turns or (50 if url else 8)
     limits = Limits(turns, values.max_seconds, values.max_length or 0)
     plan = running.Plan(values.attempts, values.seed, limits, values.parallel or (32 if values.checkpoint else 8))
@@ -205,6 +213,20 @@ def agent(values: flags.FlagValues, mesh: Callable[[], MeshConfig | None], url: 
     player = endpoint(values, url, model)
     player.check()
     return Agent(model, scaffold, plan, settings, player, values, None)
+
+
+def _refuse_idle(values: flags.FlagValues, url: str | None) -> None:
+    """Refuses flags that say nothing of the kind of agent that the others name."""
+    if not url:
+        keyed = "judge_endpoint" in values and values.judge_endpoint
+        asked = ["model", "stream", "request_seconds", "max_seconds", *([] if keyed else ["key_variable"])]
+        parsing.refuse_given(values, asked, "only an --endpoint is asked so")
+    if not values.checkpoint:
+        here = [*blocks.NAMES, "mesh", *(name for name in ("redraws", "redraw_temperature") if values[name].value)]
+        parsing.refuse_given(values, here, "only a --checkpoint is run here")
+    if values.baseline:
+        parsing.refuse_given(values, ["temperature", "top_p", "top_k", "max_new_tokens", "max_length"],
+                             "a --baseline plays by rules and writes no tokens")
 
 
 def in_template(scaffold: Scaffold, template: str) -> Scaffold:

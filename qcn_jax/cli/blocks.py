@@ -2,7 +2,7 @@
 
 from absl import flags
 
-_NAMES = "max_num_seqs", "block_size", "num_blocks"
+NAMES = "max_num_seqs", "block_size", "num_blocks"
 
 
 def define(values: flags.FlagValues, slots: str) -> None:
@@ -17,4 +17,4 @@ def define(values: flags.FlagValues, slots: str) -> None:
 
 def given(values: flags.FlagValues) -> dict[str, int]:
     """Those that were given, by name."""
-    return {name: values[name].value for name in _NAMES if values[name].value is not None}
+    return {name: values[name].value for name in NAMES if values[name].value is not None}

@@ -107,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
 def _judge(values: flags.FlagValues) -> judge.Judge | None:
     """Who looks at pages; raises UserError where it does not answer."""
     if not values.judge_endpoint:
+        parsing.refuse_given(values, ["judge_model"], "nobody is asked without --judge_endpoint")
         return None
     if not values.judge_model:
         raise UserError("--judge_model: name the model that --judge_endpoint serves")

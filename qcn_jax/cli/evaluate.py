@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     if not values.tasks and own is None and (values.predictions or len(values.repo) != 1):
         raise UserError("--tasks is required, or --repo=REPOSITORY of which tasks are made for whoever acts, or a "
                         "--checkpoint within the folder of a run that has held-out tasks")
+    if values.tasks or own is not None:
+        parsing.refuse_given(values, ["count"], "tasks are made of --repo only without --tasks")
     files.check_folder(values.out, "out")
     if values.predictions:
         found, lost = _graded(values, acting.read_tasks(values.tasks))

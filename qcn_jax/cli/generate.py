@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("give either --prompt=TEXT or --chat=TEXT")
     if values.system is not None and values.chat is None:
         raise UserError("--system goes with --chat")
+    if not values.temperature:
+        parsing.refuse_given(values, ["top_p", "top_k"], "nothing is drawn without --temperature")
     _generate(values, mesh())
     return 0
 

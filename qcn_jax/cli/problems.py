@@ -48,6 +48,11 @@ def main(argv: Sequence[str]) -> int:
         for name in values[flag].value:
             if name not in allowed:
                 raise UserError(f"--{flag}: unknown {name!r}; allowed: {', '.join(allowed)}")
+    if values.data:
+        parsing.refuse_given(values, ["count", "kinds", "languages", "seed", "split"], "of problems that are made, and "
+                             "with --data none are")
+    else:
+        parsing.refuse_given(values, ["share"], "only rows of --data have several solutions")
     files.check_file(values.out, "out")
     rows = list(_rows(values))
     kept, counts = [], {"rows": len(rows), "failed": 0, "tests_dropped": 0}

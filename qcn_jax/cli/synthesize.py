@@ -93,8 +93,19 @@ def main(argv: Sequence[str]) -> int:
         unknown = [name for name in given if name not in allowed]
         if unknown:
             raise UserError(f"--{flag}: unknown {unknown[0]!r}; allowed: {', '.join(allowed)}")
+    _refuse_idle(values)
     files.check_file(values.out, "out")
     return _synthesize(values)
+
+
+def _refuse_idle(values: flags.FlagValues) -> None:
+    """Refuses flags of strategies, or of a model, that nobody asked for."""
+    for strategy, names in (("mine", ("issues", "need_issue", "mined_per_repo")), ("combine", ("combined_per_repo",)),
+                            ("rewrite", ("rewrites_per_repo",))):
+        if strategy not in values.strategies:
+            parsing.refuse_given(values, names, f"only strategy {strategy} has a use for it")
+    if not values.endpoint:
+        parsing.refuse_given(values, ["model", "key_variable"], "nobody is asked without --endpoint")
 
 
 def _settings(values: flags.FlagValues) -> plan.Settings:

@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     parsing.parse(values, "verify", __doc__, argv)
     if bool(values.endpoint) != bool(values.model):
         raise UserError("--endpoint and --model go together: where the judge answers, and which model it is")
+    if not values.endpoint:
+        parsing.refuse_given(values, ["key_variable"], "nobody is asked without --endpoint")
     faults: list[str] = []
     read = (harbor.read_tasks if files.is_dir(values.tasks) else
             read_problems if holds_problems(values.tasks) else read_tasks)

@@ -155,8 +155,18 @@ class StageContext:
                             f"run it with --stages={stage}")
         return files.read_json(path)["results"]
 
+    def _without_tasks(self) -> bool:
+        """Whether nothing has made tasks, and experts act on what they bring along."""
+        from qcn_jax.pipeline.experts import experts_of
+
+        acting = self.stage in ("experts", "distill", "evaluate")
+        return acting and not (self.root / "tasks" / "DONE.json").exists() and not any(
+            expert.wants_tasks(self.config) for expert in experts_of(self.config.experts.names))
+
     def tasks(self, split: str) -> list[Task]:
-        """Verified tasks of `split`: train or heldout."""
+        """Verified tasks of `split`, train or heldout; none where no expert wants any and there are none."""
+        if self._without_tasks():
+            return []
         self.result("tasks")
         return read_tasks(self.root / "tasks" / f"{split}.jsonl")
 
@@ -164,6 +174,8 @@ class StageContext:
         """RepositorySpec of every repository of the run by name."""
         from qcn_jax.envs.sandbox.repository import read_specs
 
+        if self._without_tasks():
+            return {}
         self.result("tasks")
         return {spec.name: spec for spec in read_specs(self.root / "tasks" / "repositories.json")}
 
@@ -248,10 +260,11 @@ class StageContext:
         if not all(task.eval_script for task in tasks):
             check_shell(self.scaffold(self.stage), self.provider(), f"--config.{self.stage}.scaffold")
         repositories, own = self.repositories(), [task for expert in self.experts() for task in expert.own_tasks()]
-        if any(task.checks for task in own):
+        answered = [task for task in own if task.repo == problems.REPOSITORY]
+        if answered:
             repositories |= {problems.REPOSITORY: problems.spec(self.config.tasks.setup)}
         services = pool_services(repositories, self.provider(), self.pool(), judge=self._judge())
-        check.check_languages(self.pool(), own)
+        check.check_languages(self.pool(), answered)
         if not any(task.eval_script for task in tasks):
             return services
         images = self.shared.get("images", lambda: self.connect(self.instances()))

@@ -10,7 +10,7 @@ from qcn_jax.pipeline.data import filters
 from qcn_jax.pipeline.data.documents import FORMS
 from qcn_jax.pipeline.data.readers import CHATS, READERS, task_sets
 from qcn_jax.pipeline.evaluate.baseline import baseline_of
-from qcn_jax.pipeline.experts import experts_of
+from qcn_jax.pipeline.experts import experts_of, headline
 
 
 def check_experts(config: RunConfig) -> None:
@@ -21,6 +21,11 @@ def check_experts(config: RunConfig) -> None:
         raise UserError(f"--config.heldout_templates: {both[0]!r} is one of --config.templates, too")
     if not set(config.templates or TEMPLATES) - set(config.heldout_templates):
         raise UserError("--config.heldout_templates: leaves no template to train on")
+
+
+def wants_tasks(config: RunConfig) -> bool:
+    """Whether some expert acts on the run's tasks."""
+    return any(expert.wants_tasks(config) for expert in experts_of(config.experts.names))
 
 
 def check_sources(config: RunConfig) -> None:
@@ -71,6 +76,10 @@ def check_baseline(config: RunConfig) -> None:
     """Raises UserError where the baseline cannot play what the experts are evaluated on."""
     baseline, name = baseline_of(config), config.evaluate.baseline
     if baseline is not None:
+        first = headline(experts_of(config.experts.names))
+        if not first.wants_tasks(config):
+            raise UserError(f"--config.evaluate.baseline: {name!r}; plays the run's tasks, and expert {first.name} has "
+                            "only its own; leave it empty")
         try:
             baseline.check(SCAFFOLDS.resolve(config.evaluate.scaffold, "--config.evaluate.scaffold"))
         except UserError as error:

@@ -40,9 +40,10 @@ STAGES = {
     "tasks": Stage("qcn_jax.pipeline.stages.tasks", ("seed", "tasks"), sandbox=True, first=True),
     "midtrain": Stage("qcn_jax.pipeline.stages.midtrain", ("init", "model", "tokenizer", "midtrain"), sandbox=False),
     "sft": Stage("qcn_jax.pipeline.stages.sft", ("templates", "sft"), sandbox=True),
-    "experts": Stage("qcn_jax.pipeline.stages.experts", ("network", "experts", "web"), sandbox=True),
+    "experts": Stage("qcn_jax.pipeline.stages.experts", ("network", "experts", "problems", "tool_calls", "web"),
+                     sandbox=True),
     "distill": Stage("qcn_jax.pipeline.stages.distill", ("network", "distill"), sandbox=True),
-    "evaluate": Stage("qcn_jax.pipeline.stages.evaluate", ("network", "evaluate"), sandbox=True),
+    "evaluate": Stage("qcn_jax.pipeline.stages.evaluate", ("network", "heldout_templates", "evaluate"), sandbox=True),
     "report": Stage("qcn_jax.pipeline.stages.report", (), sandbox=False, first=True),
 }
 

@@ -75,10 +75,17 @@ class Bench:
         engine, first = self._with_weights(model_config, params), headline(self.experts)
         others = [expert for expert in self.experts if expert is not first]
         # All at once, the long episodes first: a decoding step costs the same however few of the slots are in use.
-        sampled = self._prompts(first)[: self.config.pass_k_tasks] if self.config.samples else []
+        trained = [prompt for prompt in self._prompts(first) if not prompt.unseen]
+        sampled = trained[: self.config.pass_k_tasks] if self.config.samples else []
         (greedy, messages), *played, (samples, _) = self._play(
             engine, [self._prompts(expert) for expert in (first, *others)], sampled)
+        own = first.metrics(greedy)
+        # Numbers of a model as a whole are of templates that it was trained on.
+        seen = [index for index, row in enumerate(greedy) if not row.get("unseen")]
+        greedy, messages = [greedy[index] for index in seen], [messages[index] for index in seen]
         result = metrics.greedy(greedy) | metrics.sampled(samples) | {"feedback": feedback(greedy, samples)}
+        more = {key: value for key, value in own.pop(first.name, {}).items() if key not in result}
+        result |= own | ({first.name: more} if more else {})
         for expert, (rows, _) in zip(others, played, strict=True):
             result |= expert.metrics(rows)
         result |= _shown(greedy, messages)
@@ -88,7 +95,8 @@ class Bench:
 
     def baseline(self, baseline: Baseline) -> dict[str, Any]:
         """The same numbers for what plays without a model; what it cannot do (sample, other experts) is absent."""
-        prompts = self._prompts(headline(self.experts))
+        own = self.own_tasks()
+        prompts = [prompt for prompt in self._prompts(headline(self.experts)) if prompt.task.instance_id not in own]
         conversations = [self._conversation(prompt) for prompt in prompts]
 
         def play(conversation: Any) -> Outcome:
@@ -103,6 +111,10 @@ class Bench:
         result |= _shown(rows, [plain_messages(conversation.messages) for conversation in conversations])
         self.log(f"{baseline.name}: {result['resolved']}/{result['attempted']} resolved")
         return result
+
+    def own_tasks(self) -> dict[str, Task]:
+        """What experts bring along beside `tasks`, by id."""
+        return {task.instance_id: task for expert in self.experts for task in expert.own_tasks()}
 
     def _prompts(self, expert: Expert) -> list[Prompt]:
         return expert.prompts(self.tasks, self.scaffold, self.templates, self.unseen)
@@ -198,4 +210,5 @@ def _row(task: Task, outcome: Outcome, turns: int, malformed: int, kind: str) ->
             "suspected_exploit": outcome.detail.get("outcome") == SUSPECTED_EXPLOIT, "malformed": malformed,
             "attempts": outcome.detail.get("attempts", 0), "runs": outcome.detail.get("runs", []),
             "reason": outcome.detail.get("reason", "unknown"), "guard": outcome.detail.get("guard", {}),
-            "patch": outcome.detail.get("patch", "")}
+            "patch": outcome.detail.get("patch", "")} | (
+                {"call": outcome.detail["call"]} if "call" in outcome.detail else {})

@@ -95,6 +95,10 @@ class Expert:
         """Tasks that it has beside the run's."""
         return ()
 
+    def wants_tasks(self, config: RunConfig) -> bool:
+        """Whether it acts on the run's tasks; a run whose experts all have only their own needs no stage tasks."""
+        return True
+
     def present(self, scaffold: Scaffold, template: str = "") -> Scaffold:
         """The form of `scaffold` in which it presents tasks.
 

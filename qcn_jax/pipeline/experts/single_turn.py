@@ -42,6 +42,10 @@ class SingleTurn(Expert):
         """See Expert.own_tasks."""
         return self.problems
 
+    def wants_tasks(self, config: RunConfig) -> bool:
+        """See Expert.wants_tasks."""
+        return config.problems.edits
+
     def present(self, scaffold: Scaffold, template: str = "") -> Scaffold:
         """See Expert.present."""
         return scaffold.single() if self.edits else ANSWER

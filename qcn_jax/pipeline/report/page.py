@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,11 @@ from qcn_jax.pipeline.evaluate.baseline import Baseline
 from qcn_jax.pipeline.experts import headline
 from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import charts
+from qcn_jax.pipeline.report.called_tools import called_tools
 from qcn_jax.pipeline.report.conversations import trajectories_section
+from qcn_jax.pipeline.report.parts import section as _section
+from qcn_jax.pipeline.report.parts import table
+from qcn_jax.pipeline.report.parts import text as _text
 from qcn_jax.pipeline.report.style import CSS
 from qcn_jax.pipeline.rl import ledger
 
@@ -57,6 +60,7 @@ def render(data: dict[str, Any], experts: Sequence[Expert], baseline: Baseline |
         _pair(_attempts(evaluation, cast), _rewards(data, cast)),
         _causes(data, cast), _pair(_losses(data), _distillation(data)),
         _tests(evaluation, cast), _kinds(evaluation, cast),
+        *(called_tools(evaluation.get("models", {}), expert.name, cast.titles) for expert in cast.experts),
         _pair(_yields(data), _times(data)),
         trajectories_section(data["trajectories"], cast.titles), _footer(data),
     ]
@@ -64,26 +68,6 @@ def render(data: dict[str, Any], experts: Sequence[Expert], baseline: Baseline |
             "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
             f"<title>qcn_jax: {_text(data['name'])}</title><style>{CSS}</style></head>\n"
             f"<body><main>{''.join(body)}</main></body></html>\n")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: Sequence[int] = ()) -> str:
-    """An HTML table; cells are HTML already; `strong` are indices of emphasised rows."""
-    lines = ["<div class=\"scroll\"><table><thead><tr>", *(f"<th>{cell}</th>" for cell in head), "</tr></thead><tbody>"]
-    for index, row in enumerate(rows):
-        cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
-        lines.append(f"<tr{' class=strong' if index in strong else ''}>{cells}</tr>")
-    return "".join([*lines, "</tbody></table></div>"])
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _section(title: str, explanation: str, content: str) -> str:
-    """A titled box; "" where there is no content."""
-    if not content:
-        return ""
-    return f"<section><h2>{_text(title)}</h2><p class=\"sub\">{explanation}</p>{content}</section>"
 
 
 def _pair(left: str, right: str) -> str:

@@ -126,7 +126,7 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baselin
     Args:
       start: the model that reinforcement learning began from.
     """
-    kinds = {task.instance_id: task.kind for task in bench.tasks}
+    kinds = {task.instance_id: task.kind for task in (*bench.own_tasks().values(), *bench.tasks)}
     picks: list[tuple[str, str]] = []
 
     def turns(model: str, task: str) -> int:
@@ -151,8 +151,8 @@ def choose_trajectories(models: dict[str, dict[str, Any]], bench: Bench, baselin
 
 def with_screenshots(one: dict[str, Any], models: dict[str, dict[str, Any]], bench: Bench) -> dict[str, Any]:
     """A chosen trajectory; of a page with `screenshots`, PNGs in base64 of its defect and of what was left."""
-    task = next(task for task in bench.tasks if task.instance_id == one["instance_id"])
-    if task.language != PAGES or bench.services.screenshots is None:
+    task = next((task for task in bench.tasks if task.instance_id == one["instance_id"]), None)
+    if task is None or task.language != PAGES or bench.services.screenshots is None:
         return one
     try:
         taken = bench.services.screenshots(task, models[one["model"]]["patches"][task.instance_id])

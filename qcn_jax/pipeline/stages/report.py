@@ -72,7 +72,7 @@ def summary(data: dict[str, Any], experts: Sequence[Expert]) -> dict[str, Any]:
         "baselines": {name: {field: model.get(field) for field in fields}
                       for name, model in models.items() if name not in trained},
         **{expert.name: {name: model[expert.name] for name, model in models.items() if expert.name in model}
-           for expert in experts if not expert.headline},
+           for expert in experts if not expert.headline or any(expert.name in model for model in models.values())},
         "kinds": {name: model["kinds"] for name, model in models.items() if "kinds" in model},
         "attempts": {name: model["attempts"] for name, model in models.items() if "attempts" in model},
         "feedback": {name: model["feedback"] for name, model in models.items() if "feedback" in model},

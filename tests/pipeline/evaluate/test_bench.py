@@ -47,7 +47,8 @@ def test_shown_trajectories_hold_gains_recoveries_and_failures():
     expert = _measured({"a": True, "b": True, "c": False}, {"a": 2, "b": 5, "c": 3})
     sft = _measured({"a": True, "b": False, "c": False}, {"a": 2, "b": 4, "c": 3})
     models = {"heuristic": _measured({"a": True}, {"a": 2}), "sft": sft, "expert_swe": expert, "unified": expert}
-    fake = types.SimpleNamespace(tasks=[dataclasses.replace(_task(name, "k")) for name in "abc"], experts=experts_of(["swe"]))
+    fake = types.SimpleNamespace(tasks=[dataclasses.replace(_task(name, "k")) for name in "ab"], experts=experts_of(["swe"]),
+                                 own_tasks=lambda: {"c": _task("c", "stdio")})
     shown = evaluate.choose_trajectories(models, fake, HEURISTIC)
     assert (shown[0]["model"], shown[0]["instance_id"]) == ("expert_swe", "b")  # the longest way to a success
     pairs = [(one["model"], one["instance_id"], one["resolved"]) for one in shown]
