@@ -107,6 +107,33 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def kept_of_gain(start: Sequence[float], gained: Sequence[float], now: Sequence[float], confidence: float = 0.95,
+                 resamples: int = 10_000, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """The share of a gain that is kept, (now - start) / (gained - start) of means over tasks, and its interval.
+
+    Percentile bootstrap over tasks, the three results of a task together. A draw of tasks in which nothing is gained
+    says nothing of the share, and counts as the least in the lower end and as the most in the upper: an end may be
+    infinite.
+
+    Args:
+      start, gained, now: [tasks] results of each task, in the same order.
+
+    Raises:
+      ValueError: they differ in length, or nothing is gained.
+    """
+    values = np.asarray([start, gained, now], np.float64)  # ValueError where lengths differ
+    before, best, after = values.mean(axis=1) if values.ndim == 2 and values.size else (0.0, 0.0, 0.0)
+    if not best > before:
+        raise ValueError("nothing is gained")
+    draws = np.random.default_rng(seed).integers(0, values.shape[1], (resamples, values.shape[1]))
+    before_, best_, after_ = (row[draws].mean(axis=1) for row in values)
+    some = best_ > before_
+    share = (after_ - before_) / np.where(some, best_ - before_, 1.0)
+    low = np.quantile(np.where(some, share, -np.inf), (1 - confidence) / 2, method="lower")
+    high = np.quantile(np.where(some, share, np.inf), (1 + confidence) / 2, method="higher")
+    return float((after - before) / (best - before)), (float(low), float(high))
+
+
 def bootstrap_interval(values: Sequence[float], confidence: float = 0.95, resamples: int = 2000,
                        seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`, for means that are not plain proportions.

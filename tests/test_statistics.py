@@ -93,3 +93,29 @@ def test_sign_flips_equal_enumeration_of_all_signs():
     assert statistics.sign_flip_test([0.0, 0.0]) == 1.0
     with pytest.raises(ValueError, match="no differences"):
         statistics.sign_flip_test([])
+
+
+def test_what_is_kept_of_a_gain_against_all_resamples():
+    """Of five tasks all 3,125 draws, one by one: the interval's ends are their quantiles but for the sampling of draws."""
+    start, gained, now = [0.0, 0.25, 0.5, 0.0, 0.25], [1.0, 0.75, 0.5, 0.5, 0.75], [0.5, 0.75, 0.0, 0.25, 0.5]
+    share, (low, high) = statistics.kept_of_gain(start, gained, now, confidence=0.8, resamples=40_000)
+    assert share == pytest.approx((2.0 - 1.0) / (3.5 - 1.0))
+    lows, highs = [], []
+    for draw in itertools.product(range(5), repeat=5):
+        before, best, after = (sum(values[task] for task in draw) / 5 for values in (start, gained, now))
+        lows.append((after - before) / (best - before) if best > before else -math.inf)
+        highs.append((after - before) / (best - before) if best > before else math.inf)
+    exact = sorted(lows)[round(0.1 * 3125)], sorted(highs)[round(0.9 * 3125)]
+    assert (low, high) == pytest.approx(exact, abs=0.03) and low < share < high
+    assert statistics.kept_of_gain(start, gained, now) == statistics.kept_of_gain(start, gained, now)
+
+
+def test_a_share_of_nothing_is_refused_and_of_next_to_nothing_open():
+    with pytest.raises(ValueError, match="nothing is gained"):
+        statistics.kept_of_gain([1.0, 0.0], [0.0, 1.0], [1.0, 1.0])
+    with pytest.raises(ValueError):
+        statistics.kept_of_gain([0.0, 0.0], [1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="nothing is gained"):
+        statistics.kept_of_gain([], [], [])
+    share, ends = statistics.kept_of_gain([0.0, 1.0], [1.0, 1.0], [1.0, 1.0])
+    assert share == 1.0 and ends == (-math.inf, math.inf)  # a quarter of the draws hold no task that was gained

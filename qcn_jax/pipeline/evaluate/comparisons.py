@@ -1,11 +1,13 @@
 """What several models' numbers say together: paired tests, and what the unified model keeps of each expert."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcn_jax import statistics
 from qcn_jax.pipeline.experts.expert import BASELINE, OWN, Expert
 
+SIGNIFICANT = 0.05  # two-sided p below which a difference counts as measured
 Models = Mapping[str, Mapping[str, Any]]
 
 
@@ -49,6 +51,44 @@ def _sampled_comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
             "only_second": sum(x < 0 for x in differences),
             "difference": round(sum(differences) / len(differences), 6),
             "p_value": statistics.sign_flip_test(differences)}
+
+
+def headroom(models: Models, experts: Sequence[Expert], start: str = "sft") -> dict[str, Any]:
+    """How much of what each expert gains in its own domain the unified model keeps, by domain.
+
+    (unified - start) / (expert - start), over the tasks that all three have verdicts for; of greedy episodes, and as
+    `DOMAIN_sampled` of shares of solved samples where there are such. Its interval is a paired bootstrap's over tasks;
+    `kept` and `ci95` are None where the expert does not measurably gain (two-sided p of a paired test at least
+    SIGNIFICANT, or no gain): there is no headroom then to keep anything of. An end of the interval that is infinite is
+    None as well.
+    """
+    found = {}
+    for expert in experts:
+        three = [models.get(name, {}) for name in (start, expert.model, "unified")]
+        ways = {expert.name: [{task: float(ok) for task, ok in expert.solved(model).items()} for model in three]}
+        if expert.headline:
+            ways[f"{expert.name}_sampled"] = [{task: solved / samples for task, (solved, samples) in
+                                               (model.get("sampled_solved") or {}).items()} for model in three]
+        for name, solved in ways.items():
+            if common := sorted(solved[0].keys() & solved[1].keys() & solved[2].keys()):
+                found[name] = _kept([[shares[task] for task in common] for shares in solved], name == expert.name)
+    return found
+
+
+def _kept(results: Sequence[Sequence[float]], single: bool) -> dict[str, Any]:
+    """Numbers of one domain from results [start, expert, unified][tasks]; `single`: of one episode a task."""
+    start, best, _ = results
+    differences = [b - a for a, b in zip(start, best, strict=True)]
+    p_value = (statistics.sign_test(sum(x > 0 for x in differences), sum(x < 0 for x in differences)) if single
+               else statistics.sign_flip_test(differences))
+    rates = [round(sum(result) / len(result), 6) for result in results]
+    found: dict[str, Any] = {"tasks": len(start), "start": rates[0], "expert": rates[1], "unified": rates[2],
+                             "gain_ci95": [round(end, 6) for end in statistics.bootstrap_interval(differences)],
+                             "p_value": p_value, "kept": None, "ci95": None}
+    if sum(differences) > 0 and p_value < SIGNIFICANT:
+        kept, ends = statistics.kept_of_gain(*results)
+        found |= {"kept": round(kept, 6), "ci95": [round(end, 6) if math.isfinite(end) else None for end in ends]}
+    return found
 
 
 def retention(models: Models, experts: Sequence[Expert]) -> dict[str, Any]:

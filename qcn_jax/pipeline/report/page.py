@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from qcn_jax.pipeline.evaluate.baseline import Baseline
+from qcn_jax.pipeline.evaluate.comparisons import SIGNIFICANT
 from qcn_jax.pipeline.experts import headline
 from qcn_jax.pipeline.experts.expert import Expert
 from qcn_jax.pipeline.report import charts
 from qcn_jax.pipeline.report.called_tools import called_tools
 from qcn_jax.pipeline.report.conversations import trajectories_section
+from qcn_jax.pipeline.report.headroom import headroom_table
 from qcn_jax.pipeline.report.parts import section as _section
 from qcn_jax.pipeline.report.parts import table
 from qcn_jax.pipeline.report.parts import text as _text
@@ -18,7 +20,6 @@ from qcn_jax.pipeline.report.style import CSS
 from qcn_jax.pipeline.rl import ledger
 
 _EXPERT_COLOURS = (2, 6, 3, 5)  # of the palette, in turn
-SIGNIFICANT = 0.05
 KEPT = 0.9  # of the best expert in each domain, what the unified model is meant to keep
 
 
@@ -256,6 +257,7 @@ def _tests(evaluation: dict[str, Any], cast: Cast) -> str:
     if retention:
         content += "<h3>What the unified model keeps of each expert</h3>" + table(
             ["domain", "unified", "best expert", "kept"], retention)
+    content += headroom_table(evaluation.get("headroom", {}))
     control = evaluation.get("control")
     note = (f" The control: {control['steps']} further SFT steps from the SFT checkpoint, as long as the "
             f"{cast.headline.title}'s {control['target_seconds']:.0f} s of reinforcement learning (it took "

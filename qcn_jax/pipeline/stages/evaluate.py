@@ -57,6 +57,7 @@ def run_stage(context: StageContext) -> dict[str, Any]:
         "models": models,
         "tests": comparisons.comparisons(models, bench.experts, baseline.name if baseline else "", start),
         "retention": comparisons.retention(models, bench.experts),
+        "headroom": comparisons.headroom(models, bench.experts, start),
         "sandbox": context.provider().kind, "isolation": context.provider().describe(),
         "line": _line(models, headline(bench.experts).model),
     }

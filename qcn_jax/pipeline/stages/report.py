@@ -80,6 +80,7 @@ def summary(data: dict[str, Any], experts: Sequence[Expert]) -> dict[str, Any]:
                    if name.startswith("experts/") and (found := ledger.over_updates(rows))},
         "tests": evaluation.get("tests", {}),
         "retention": evaluation.get("retention", {}),
+        "headroom": evaluation.get("headroom", {}),
         "control": evaluation.get("control", {}),
         "yields": tasks.get("yields", {}),
         "tasks_made": tasks.get("made", {}),

@@ -80,8 +80,9 @@ def test_from_rows_to_a_report(config, tmp_path) -> None:
         for part in (model["tool_format"], model["tool_format"]["unseen"]):
             assert part["calls"]["parsed"]["attempted"] == 2 and set(part["calls"]["by_kind"]) == {"given"}
         assert set(model["tool_format"]["unseen"]["calls"]["by_template"]) == {"react"}
+    assert set(results["evaluate"]["headroom"]) == {"single_turn", "single_turn_sampled", "tool_format"}
     page, summary = ((root / "report" / name).read_text() for name in ("index.html", "summary.json"))
-    assert "Calls of tools that users define" in page and "react, never trained on" in page
+    assert "Calls of tools that users define" in page and "react, never trained on" in page and "no headroom" in page
     assert json.loads(summary)["tool_format"]["base"]["calls"]["right"]["attempted"] == 2
     changed = dataclasses.replace(config, problems=dataclasses.replace(config.problems, made=2))
     with pytest.raises(UserError, match=r"config\.problems\.made was 0 and is 2"):
