@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from qcn_jax.envs.sandbox import channel, pytest_options, repository
 from qcn_jax.envs.sandbox.repository import RepositorySpec
 from qcn_jax.envs.sandbox.runs import TestRun, test_run
-from qcn_jax.envs.web import page_tests, vendored
-from qcn_jax.envs.web import running as pages
+from qcn_jax.envs.web import page_tests, running, vendored
+from qcn_jax.envs.web import runtime as browser
 
 ANSWER_GRACE = 30.0  # seconds beyond a job's own limit after which the server itself is taken for dead
 STARVATION = 5.0  # on a busy machine a job may take this many times its limit (inside/server.py, STARVED)
@@ -61,20 +61,23 @@ def prepare(spec: RepositorySpec, state_dir: str, fingerprint: str, start: Start
     """
     key = repository.key(spec, fingerprint)
     found = repository.load(state_dir, key)
-    if found is None or not _current(spec, found.settings):
+    if found is None or not _current(spec, found):
         with repository.lock(state_dir, key):
             found = repository.load(state_dir, key)
-            if found is None or not _current(spec, found.settings):
+            if found is None or not _current(spec, found):
                 found = _prepare(spec, key, state_dir, start)
     return Prepared(spec, key, found.files, found.settings, found.archive, test_run(found.baseline))
 
 
-def _current(spec: RepositorySpec, settings: Mapping[str, Any]) -> bool:
-    """Whether the modules are there that pages were built from when their tests were run."""
-    if "vendored" not in settings:
+def _current(spec: RepositorySpec, found: repository.Stored) -> bool:
+    """Whether pages are still tested by the programs, and built from the modules, of the run that is kept."""
+    if not any(map(page_tests.is_tests, found.files)):
         return True
-    vendored.folder(spec.modules)
-    return settings["vendored"] == vendored.digest(spec.modules)
+    browser.check("docker")  # whichever kind this is: for the programs' version
+    if "vendored" in found.settings:
+        vendored.folder(spec.modules)
+    return found.settings.get("driver") == browser.digest() and found.settings.get("vendored", "") in (
+        "", vendored.digest(spec.modules))
 
 
 def _prepare(spec: RepositorySpec, key: str, state_dir: str, start: Start) -> repository.Stored:
@@ -83,14 +86,17 @@ def _prepare(spec: RepositorySpec, key: str, state_dir: str, start: Start) -> re
     texts = repository.text_files((name, member.data) for name, member in members.items())
     if any(map(page_tests.is_tests, texts)):
         suites = page_tests.suites(texts)
+        browser.check("docker")
+        settings["driver"] = browser.digest()
         if page_tests.builds(suites):
             vendored.folder(spec.modules)
             settings["vendored"] = vendored.digest(spec.modules)
-        with _unprepared(spec, key, members, settings, start, browser=True) as ask:
+        with _unprepared(spec, key, members, settings, start, pages=True) as ask:
             def call(script: str, args: Any, timeout: float, without: Any = None) -> dict[str, Any]:
                 return ask("python", timeout, script=script, args=args, without=without)[0]
 
-            return repository.store(state_dir, key, members, settings, pages.run_tests(call, suites, None, FIRST_LOOK))
+            first = running.run_tests(call, suites, None, FIRST_LOOK)
+        return repository.store(state_dir, key, members, settings, first)
 
     def warm_up(changed: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
         """One run of all tests that also compiles, in a server of its own."""
@@ -108,9 +114,9 @@ def _prepare(spec: RepositorySpec, key: str, state_dir: str, start: Start) -> re
 
 @contextlib.contextmanager
 def _unprepared(spec: RepositorySpec, key: str, members: Mapping[str, repository.Member], settings: Mapping[str, Any],
-                start: Start, browser: bool = False) -> Iterator[Callable[..., tuple[dict[str, Any], bytes]]]:
+                start: Start, pages: bool = False) -> Iterator[Callable[..., tuple[dict[str, Any], bytes]]]:
     """Yields what asks a workspace in a server of its own: (operation, timeout, its arguments) -> reply."""
-    with contextlib.closing(start(spec, browser=browser)) as server:
+    with contextlib.closing(start(spec, browser=pages)) as server:
         server.call({"op": "load", "tree": key, "settings": settings}, repository.pack(members), ANSWER_GRACE)
         made, _ = server.call({"op": "create", "tree": key, "overlay": {}}, b"", ANSWER_GRACE)
         yield lambda op, timeout, **given: server.call(

@@ -39,6 +39,7 @@ class TestRun:
     cpu_seconds: float = 0.0
     tampered: tuple[str, ...] = ()
     evidence: tuple[tuple[str, int, Any], ...] = ()  # (node id, number, value) of claims, where tests make such
+    served: tuple[str, ...] = ()  # files of the repository that pages are made of, where pages are tested
 
     @property
     def outcome(self) -> str:
@@ -72,4 +73,5 @@ def test_run(reply: Mapping[str, Any]) -> TestRun:
     """Reads a server's reply."""
     return TestRun(reply["status"], reply["outcomes"], reply["messages"], reply["seconds"], reply["output"],
                    reply["exit_status"], reply["cpu"], tuple(reply["tampered"]),
-                   tuple((name, number, value) for name, number, value in reply.get("evidence", ())))
+                   tuple((name, number, value) for name, number, value in reply.get("evidence", ())),
+                   tuple(reply.get("served", ())))

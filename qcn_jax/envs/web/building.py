@@ -32,10 +32,11 @@ _LINE = re.compile(r"\s*\n.*", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """The files of a site by path, in base64; or why there are none, in one line."""
+    """The files of a site by path, in base64, and what they are made of; or why there are none, in one line."""
 
     files: Mapping[str, str]
     fault: str = ""
+    sources: tuple[str, ...] = ()
 
     def showing(self, pages: Sequence[str]) -> Mapping[str, str]:
         """The files; of a build that failed, pages that show why and say it to the console."""
@@ -92,7 +93,7 @@ def build(call: "Call", suite: Suite, hidden: Sequence[str], pages: Sequence[str
     for name in files:
         if fault := names.path_fault(name):
             return Built({}, f"{names.shown(name)} {fault}")
-    return Built(files)
+    return Built(files, sources=tuple(map(str, value.get("sources") or ())))
 
 
 def _last(output: str) -> str:

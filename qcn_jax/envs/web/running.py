@@ -74,7 +74,7 @@ def run_tests(call: Call, suites: Mapping[str, Suite], node_ids: Sequence[str] |
     """
     wanted = set(page_tests.ids(suites)) if node_ids is None else set(node_ids)
     reply = {"status": "ok", "outcomes": {}, "messages": {}, "seconds": 0.0, "output": "", "exit_status": 0, "cpu": 0.0,
-             "tampered": []}
+             "tampered": [], "served": []}
     sites: dict[tuple[str, ...], Built] = {}
     for path, suite in suites.items():
         chosen = [(f"{path}::{test.name}", test) for test in suite.tests if f"{path}::{test.name}" in wanted]
@@ -89,6 +89,8 @@ def run_tests(call: Call, suites: Mapping[str, Suite], node_ids: Sequence[str] |
                                            "failFast": fail_fast}, list(suites), site)
         reply["status"] = done["status"]
         reply["seconds"] += done["seconds"]
+        last = done["rows"][-1] if done["rows"] else {}
+        reply["served"] = sorted({*reply["served"], *(last.get("served", ()) if site is None else site.sources)})
         for row in done["rows"]:
             if "id" in row:
                 reply["outcomes"][row["id"]] = row["outcome"]

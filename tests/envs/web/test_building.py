@@ -11,6 +11,7 @@ from qcn_jax.cli import main as cli
 from qcn_jax.envs.patches import make_diff
 from qcn_jax.envs.sandbox import RepositorySpec, make_provider
 from qcn_jax.envs.sandbox.base import sandbox
+from qcn_jax.envs.synthesis import make_tasks, plan
 from qcn_jax.envs.tasks.schema import PAGES, Task, write_tasks
 from qcn_jax.envs.web import building, page_tests, running, vendored
 from qcn_jax.envs.web.page_tests import PageTest, Suite
@@ -80,6 +81,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.vite]
 def test_page_is_built_and_tested_and_nothing_of_the_tree_is_run(provider):
     (prepared,) = provider.prepared.values()
     assert prepared.baseline.outcomes == {f"{TESTS}::counts": "passed", f"{TESTS}::{SECRET}": "passed"}
+    assert prepared.baseline.served == ("index.html", "src/Counter.jsx", "src/main.jsx", "style.css")
     with sandbox(provider, prepared.spec.name) as place:
         place.run_tests()
         assert place.changes() == {}  # no `ran`, no node_modules, nothing built
@@ -218,3 +220,17 @@ def test_solver_resolves_a_task_of_react_and_no_patch_does_not(provider, tmp_pat
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["resolved"] == 1
     assert cli.main(["evaluate", *given, "--baseline=solver", "--modules=nowhere", f"--out={tmp_path / 'other'}"]) == 1
     assert "--modules=nowhere: holds no node_modules/vite" in capsys.readouterr().err
+
+
+def test_what_pages_are_not_made_of_is_not_changed_and_failing_ones_are_told(tmp_path):
+    files = {path: FILES[path] for path in ("index.html", "style.css", "src/main.jsx", "src/Counter.jsx")}
+    unused = {"src/Unused.jsx": FILES["src/Counter.jsx"], "unused.css": FILES["style.css"]}
+    broken = Suite((COUNTS, TOLD, PageTest("sells", ({"see": {"text": "Buy"}},))), build="vite")
+    written(tmp_path / "counted", files | unused | {TESTS: broken.to_text()})
+    lines: list[str] = []
+    request = make_tasks.Request((str(tmp_path / "counted"),), tmp_path / "work", sandbox="local",
+                                 settings=plan.Settings(kinds=("change_arithmetic",), reruns=0))
+    tasks, yields = make_tasks.make_tasks(request, lines.append)
+    assert [(task.path, task.FAIL_TO_PASS, task.language) for task in tasks] == [("src/Counter.jsx", (f"{TESTS}::counts",), PAGES)]
+    assert sum(row["candidates"] for row in yields["kinds"].values()) == 1
+    assert f"counted: 1 of 3 tests fail on the pages as they are: {TESTS}::sells: step 1: there is no text “Buy”" in lines

@@ -18,6 +18,7 @@ from qcn_jax.envs.pool.env_pool import EnvPool
 from qcn_jax.envs.sandbox import repository
 from qcn_jax.envs.sandbox.base import Provider, sandbox
 from qcn_jax.envs.sandbox.repository import RepositorySpec
+from qcn_jax.envs.sandbox.runs import TestRun
 from qcn_jax.envs.synthesis import plan, quality, synthesize, validate
 from qcn_jax.envs.synthesis.inject import Injection
 from qcn_jax.envs.synthesis.pages import inject
@@ -77,12 +78,14 @@ def synthesize_pages(pool: EnvPool, specs: Sequence[RepositorySpec], settings: p
       log: takes progress lines.
       label: of the journal.
     """
-    pool.register(specs)
     queues = []
-    for spec in specs:
-        members = repository.unpack(spec)
+    for spec, run in zip(specs, [pool.prepare(spec) for spec in specs], strict=True):
+        members, baseline = repository.unpack(spec), run.result()
         texts = repository.text_files((name, member.data) for name, member in members.items())
-        queues.append(collections.deque(_chosen(spec.name, texts, settings)))
+        if fault := _fault(baseline):
+            log(f"{spec.name}: {fault}")
+        served = {path: texts[path] for path in baseline.served if path in texts}
+        queues.append(collections.deque(_chosen(spec.name, served, settings)))
     order = []
     while any(queues):  # repositories in turn
         order += [queue.popleft() for queue in queues if queue]
@@ -113,8 +116,18 @@ def synthesize_pages(pool: EnvPool, specs: Sequence[RepositorySpec], settings: p
     return synthesize.Result(tasks[:settings.target or None], verdicts, list(specs), {})
 
 
+def _fault(baseline: TestRun) -> str:
+    """Which tests fail on pages as they are, and why the first does."""
+    failed = [name for name, outcome in baseline.outcomes.items() if outcome != "passed"]
+    if baseline.status == "ok" and not failed:
+        return ""
+    first = f": {failed[0]}: {baseline.messages.get(failed[0], '')}" if failed else ""
+    return (f"{len(failed)} of {len(baseline.outcomes)} tests fail on the pages as they are"
+            f"{f' ({baseline.status})' * (baseline.status != 'ok')}{first}")
+
+
 def _chosen(name: str, texts: Mapping[str, str], settings: plan.Settings) -> list[Candidate]:
-    """Candidates of a repository, kinds in turn."""
+    """Candidates of the files that a repository's pages are made of, kinds in turn."""
     rng = random.Random(f"{settings.seed}/{name}")
     kinds = [kind for kind in settings.kinds if kind in inject.KINDS]
     cells: dict[str, list[Injection]] = collections.defaultdict(list)

@@ -12,6 +12,7 @@ const ENDINGS = ['', '.jsx', '.js', '.mjs', '.ts', '.tsx', '.json', '/index.jsx'
 const BUILDERS = ['vite', 'rollup', 'esbuild'];  // are vendored for us, and no module of pages
 const NOWHERE = path.join(ROOT, '.env-of-nobody');  // where Vite looks for variables; starting states have no such folder
 
+const sources = new Set();  // files of the tree that the pages are made of
 let vite;
 let fault = '';  // what our plugin said; others wrap what is thrown, or put their names before it
 
@@ -51,7 +52,10 @@ function own(source, importer) {
   for (const ending of ENDINGS) {
     if (within(place + ending, ROOT) && isFile(place + ending)) {
       const real = realpathSync(place + ending);
-      if (within(real, ROOT) && !real.split(path.sep).includes('node_modules')) return real + query;
+      if (within(real, ROOT) && !real.split(path.sep).includes('node_modules')) {
+        sources.add(shown(real));
+        return real + query;
+      }
     }
   }
   throw new Fault(`${shown(importer)}${lineOf(importer, source)}: “${source}” is not a file of the tree`);
@@ -125,6 +129,7 @@ function isFolder(place) {
 async function built() {
   const input = pages.filter((name) => isFile(path.join(SITE, name)) && within(realpathSync(path.join(SITE, name)), ROOT));
   if (!input.length) throw new Fault(`${pages.join(', ')}: there is no such page`);
+  input.forEach((name) => sources.add(path.join(site, name)));
   vite = await import(pathToFileURL(path.join(VENDORED, 'vite/dist/node/index.js')));
   const done = await vite.build({
     configFile: false, envDir: NOWHERE, root: SITE, publicDir: isFolder(PUBLIC) && PUBLIC, mode: 'production', logLevel: 'silent',
@@ -157,7 +162,7 @@ try {
   const files = await built();
   const names = Object.keys(files), total = names.reduce((sum, name) => sum + files[name].length, 0);
   if (names.length > most || total > bytes) throw new Fault(`it makes ${names.length} files of ${total} bytes; at most ${most} files of ${bytes} bytes are taken`);
-  reply = { files: Object.fromEntries(names.map((name) => [name, files[name].toString('base64')])) };
+  reply = { files: Object.fromEntries(names.map((name) => [name, files[name].toString('base64')])), sources: [...sources] };
 } catch (error) {
   reply = { fault: words(error) };
 }

@@ -45,6 +45,7 @@ function fileOf(site, url, { hidden, built }) {
     const real = realpathSync(place);
     const inside = path.relative(realpathSync(site), real);
     if (inside.startsWith('..') || path.isAbsolute(inside) || hidden.includes(inside) || !statSync(real).isFile()) return null;
+    served.add(path.relative(realpathSync(request.root), real));
     return { name: real, body: readFileSync(real) };
   } catch {
     return null;
@@ -178,7 +179,7 @@ async function bounded(session, work) {
   }
 }
 
-const request = read();
+const request = read(), served = new Set();
 const session = new Session(request);
 await session.start();
 for (const test of request.tests) {
@@ -201,4 +202,4 @@ for (const place of request.surveys) {
   tell({ survey: place, found, message: failure?.message ?? '' });
 }
 await session.browser.close();
-tell({ end: true });
+tell({ end: true, served: [...served] });
