@@ -309,6 +309,7 @@ def test_sizes_alone_ask_for_no_repositories_and_no_weights():
 
 @pytest.mark.parametrize("file, stages", [
     ("nano.py", STAGES), ("nano.py:quick", STAGES), ("nano_long.py", STAGES),
+    *((f"experts_small.py:{pace}", STAGES) for pace in ("", "react", "quick")),
     *((f"nano_base.py:{phase}", ("tasks", "midtrain")) for phase in ("code", "edits", "wide")),
     *((f"qwen3_coder_next.py:{pod},{length}", ("report",)) for pod in ("v5p-128", "v5p-512", "v5e-256", "v6e-256", "tpu7x-128")
       for length in ("8k", "32k", "262k", "32k-262k")),
