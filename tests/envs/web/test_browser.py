@@ -128,6 +128,26 @@ def test_looks_and_what_there_is(local, tmp_path):
 
 
 @pytest.mark.browser
+def test_movements_are_at_their_end(local, tmp_path):
+    """Transitions of an hour, one begun by another's end, and a turning wheel that never ends."""
+    style = """
+#status { transition: opacity 3600s, margin-left 3600s; opacity: 0.01; }
+#status:not(:empty) { opacity: 1; }
+.badge { animation: turn 2s infinite linear; }
+@keyframes turn { to { transform: rotate(360deg); } }
+</style>"""
+    page = PAGE.replace("</style>", style).replace("field('clear').addEvent", """
+field('status').addEventListener('transitionend', (event) => {
+  field('status').style.marginLeft = '40px';
+  if (event.propertyName === 'margin-left') field('status').textContent += '!';
+});
+field('clear').addEvent""").replace("<footer>", '<p class="badge">o</p><footer>')
+    steps = ({"type": "Ada", "into": near_misses.NAME}, {"click": near_misses.JOIN}, {"see": {"text": "Welcome, Ada!"}})
+    spec = written(tmp_path / "moving", {"index.html": page, TESTS: Suite((PageTest("moves", steps),)).to_text()})
+    assert local.prepare(spec).baseline.outcomes == {f"{TESTS}::moves": "passed"}
+
+
+@pytest.mark.browser
 def test_page_that_never_answers_is_given_up(local, tmp_path):
     page = PAGE.replace("field('name').focus();", "for (;;) {}")
     spec = written(tmp_path / "hung", {"index.html": page, TESTS: Suite(()).to_text()})

@@ -1,5 +1,6 @@
 """Templates of pages and defects in them, without a browser."""
 
+import json
 import re
 
 import pytest
@@ -60,6 +61,12 @@ def test_mistakes_of_components(kind, changed):
     lines = [one.after_source.splitlines()[one.before_source.count("\n", 0, one.start)].strip() for one in found]
     assert lines == changed
     assert all(one.kind == kind and one.qualname == "Panel" and one.path == "src/Panel.jsx" for one in found)
+
+
+def test_words_fit_into_scripts_and_pages():
+    for name in catalog.NAMES:
+        for choices in json.loads((catalog.FOLDER / name / "words.json").read_text()).values():
+            assert not [word for word in choices if set(word) & set("'\"\\<>{}&`")], name
 
 
 def test_words_differ_from_seed_to_seed():

@@ -13,6 +13,7 @@ const { chromium, selectors } = require(process.argv[2]);
 const { PNG } = require(path.join(process.argv[2], 'lib', 'utilsBundle.js'));
 
 const HEIGHT = 800;
+const MOVEMENTS = 8;  // that may follow from each other
 const NOON = new Date('2024-05-15T12:00:00Z');  // the clock of every page, so that what it shows is the same each day
 const TYPES = {
   '.html': 'text/html; charset=utf-8', '.js': 'text/javascript; charset=utf-8', '.mjs': 'text/javascript; charset=utf-8',
@@ -123,13 +124,22 @@ class Session {
     await this.settle();
   }
 
-  // Lets the page come to rest: all requests answered, all timers of the next second fired. No real clock decides.
+  // Lets the page come to rest: all requests answered, all timers of the next second fired, all transitions and
+  // animations at their end, with what follows from that. No real clock decides.
   async settle(milliseconds = 1000) {
     for (let round = 0; round < 2; round += 1) {
-      do await this.cdp.send('Runtime.evaluate', { expression: '0' }); while (this.open > 0);
+      await this.answered();
       await this.page.clock.runFor(milliseconds / 2);
     }
     await this.frame();
+    for (let round = 0; round < MOVEMENTS && await this.page.locator('html').locator('qcn=still').count() > 0; round += 1) {
+      await this.frame();
+      await this.answered();
+    }
+  }
+
+  async answered() {
+    do await this.cdp.send('Runtime.evaluate', { expression: '0' }); while (this.open > 0);
   }
 
   // Lays the page out and paints it, which observers of sizes wait for.

@@ -34,6 +34,13 @@ export function contentEngine() {
       document.documentElement.append(style);
       return true;
     },
+    // Ends all movements that end; whether there were such.
+    still() {
+      const moving = document.getAnimations().filter((one) => one.playState === 'running' && one.playbackRate !== 0
+        && Number.isFinite(one.effect?.getComputedTiming().endTime));
+      moving.forEach((one) => one.finish());
+      return moving.length > 0;
+    },
     unprepare() { document.getElementById('qcn-style')?.remove(); return true; },
   };
   return {
