@@ -6,6 +6,7 @@ pipeline.train.divisibility.
 """
 
 import importlib.util
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -207,6 +208,19 @@ def _web(config: RunConfig) -> Iterator[str]:
                "which model it is")
 
 
+_OF_EXPERTS = {"single_turn": ("problems.data", "problems.heldout_data"), "web": ("web.judge_endpoint",),
+               "tool_format": ("tool_calls.data", "tool_calls.heldout_data")}
+
+
+def _idle(config: RunConfig) -> Iterator[str]:
+    """Files and addresses of experts that the run does not have; a user's own expert may read any of these."""
+    names = config.experts.names
+    for expert, fields in _OF_EXPERTS.items():
+        for field in fields if expert not in names and not any(":" in name for name in names) else ():
+            if operator.attrgetter(field)(config):
+                yield f"--config.{field}: only expert {expert} reads it, which --config.experts.names does not name"
+
+
 def _distill(config: RunConfig) -> Iterator[str]:
     distill, experts = config.distill, config.experts.names
     yield from _rollout(distill.rollout, "distill", distill.sequence_length)
@@ -309,6 +323,7 @@ _SIZE_RULES = (
     (_slices("sft"), ("sft",)),
     (_experts, ("experts",)),
     (_web, ("experts", "distill", "evaluate")),
+    (_idle, ("experts", "distill", "evaluate")),
     (_fits("check_experts"), ("experts", "distill", "evaluate")),
     (_distill, ("distill",)),
     (_evaluate, ("evaluate",)),

@@ -96,6 +96,8 @@ def test_what_is_refused_before_any_work(config, tmp_path) -> None:
             (change("problems", edits=True), "--config.tasks.data: is empty and --config.tasks.train is 0"),
             (change("tool_calls", data=""), "--config.tool_calls.edits: is off, and there are no requests"),
             (change("tool_calls", kinds=("nested",)), "--config.tool_calls.kinds: 'nested'; allowed: plain, enum"),
+            (change("experts", names=("single_turn",)), "--config.tool_calls.data: only expert tool_format reads it"),
+            (change("web", judge_endpoint="http://u", judge_model="m"), "--config.web.judge_endpoint: only expert web reads it"),
             (change("evaluate", sft_control=True), "--config.evaluate.sft_control: continues stage sft")):
         with pytest.raises(UserError) as raised:
             run.run(wrong, tmp_path / "refused", stages=("experts", "distill", "evaluate"))
